@@ -1,0 +1,1 @@
+"""Data: toy densities, the offline digits, and the input pipeline that turns arrays into batches."""

@@ -1,0 +1,52 @@
+"""From modules of a neural-network library to ``Net``: plain functions of ``(params, x, s, t, cond, key)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from fmjax.types import Net, Params, over_batch
+
+
+class Model(NamedTuple):
+    """A network as two functions: ``init(key, x, cond) -> params`` and ``net(params, x, s, t, cond, key)``."""
+
+    init: Callable[..., Params]
+    net: Net
+
+
+def from_linen(module) -> Model:
+    """A Flax Linen module ``module(x, s, t, cond, train=...)`` as a ``Model``; ``train`` holds when a key is given.
+
+    Only dropout draws from ``key`` (the first example's key seeds the masks of the whole batch).
+    """
+
+    def init(key, x, cond=None):
+        t = over_batch(0.0, x)
+        return jax.jit(lambda k: module.init({"params": k}, x, t, t, cond)["params"])(key)
+
+    def net(params, x, s, t, cond=None, key=None):
+        s, t = over_batch(s, x), over_batch(t, x)
+        rngs = None if key is None else {"dropout": key.ravel()[0]}
+        return module.apply({"params": params}, x, s, t, cond, train=key is not None, rngs=rngs)
+
+    return Model(init, net)
+
+
+def from_nnx(model) -> tuple[Params, Net]:
+    """An NNX model called as ``model(x, s, t, cond)``: its parameters and a ``Net`` over them (split and merge)."""
+    from flax import nnx
+
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def net(params, x, s, t, cond=None, key=None):
+        return nnx.merge(graph, params, rest)(x, over_batch(s, x), over_batch(t, x), cond)
+
+    return params, net
+
+
+def one_time(f: Callable[..., Any]) -> Net:
+    """A textbook velocity ``f(params, x, t)`` as a ``Net``: it ignores the jump's end, so ``X`` is an Euler step."""
+    return lambda params, x, s, t, cond=None, key=None: f(params, x, over_batch(s, x))

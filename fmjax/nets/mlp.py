@@ -1,0 +1,44 @@
+"""A residual MLP with FiLM: the network for low-dimensional data and for small images, which it flattens."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fmjax.nets.embedding import TwoTimes
+
+
+class MLP(nn.Module):
+    """``depth`` residual blocks ``h + W2 gelu(W1 (norm(h) (1 + a) + b))`` with ``a, b`` from the two times.
+
+    ``classes > 0`` adds an embedding of integer labels ``cond: [B]`` (label ``classes`` is the null class). The output
+    layer starts at zero. ``dtype`` is the compute type; parameters and times are float32.
+    """
+
+    width: int = 256
+    depth: int = 3
+    classes: int = 0
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b ..."], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
+        dense = lambda features, **kw: nn.Dense(features, dtype=self.dtype, **kw)
+        e = TwoTimes(self.width)(s, t)
+        if self.classes:
+            e += nn.Embed(self.classes + 1, self.width)(cond)
+        e = nn.silu(e)
+        h = dense(self.width, name="input")(x.reshape(x.shape[0], -1))
+        for i in range(self.depth):
+            film = dense(2 * self.width, name=f"film_{i}")(e)
+            a, b = jnp.split(film, 2, -1)
+            r = nn.LayerNorm(use_bias=False, use_scale=False, dtype=self.dtype)(h) * (1 + a) + b
+            r = nn.gelu(dense(self.width, name=f"up_{i}")(r))
+            r = nn.Dropout(self.dropout, deterministic=not train)(r)
+            h += dense(self.width, name=f"down_{i}")(r)
+        h = nn.LayerNorm(dtype=self.dtype)(h)
+        out = nn.Dense(math.prod(x.shape[1:]), kernel_init=nn.initializers.zeros, name="output")(h)
+        return out.reshape(x.shape).astype(x.dtype)

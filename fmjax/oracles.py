@@ -1,0 +1,142 @@
+"""Closed forms to test methods against: velocity, score, density and flow map of known laws along a path.
+
+With source ``x0 ~ N(0, I)`` independent of the data, ``I_t = alpha x0 + beta x1``. All functions take ``x: [B, d]`` (or
+``[B, ...]`` where every coordinate is independent) and times ``[B]`` or a scalar. Sources: ``Tong et al. 2302.00482``
+for the mixture's velocity; the Gaussian's map is the monotone rescaling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fmjax import paths
+from fmjax.types import FlowMapFn, VelocityFn, expand, over_batch
+
+
+class Oracle(NamedTuple):
+    """A law along a path: ``sample(key, n)`` draws data, the rest are exact fields of the law of ``I_t``.
+
+    ``flow_map`` is ``None`` where no closed form exists.
+    """
+
+    sample: Callable[[Array, int], Array]
+    velocity: VelocityFn
+    score: Callable[[Array, Array], Array]
+    log_density: Callable[[Array, Array], Array]
+    flow_map: FlowMapFn | None = None
+
+
+def gaussian(mean: Array | float, std: Array | float, *, path: paths.Path | None = None) -> Oracle:
+    """Data ``N(mean, diag(std^2))``: ``C_t = alpha^2 + beta^2 std^2`` is the variance of ``I_t``, and
+
+    ``v = beta' mean + C'/(2C) (x - beta mean)``, ``X_{s,t}(x) = beta_t mean + sqrt(C_t / C_s) (x - beta_s mean)``.
+    """
+    path = path or paths.linear()
+    mean, std = jnp.asarray(mean), jnp.asarray(std)
+
+    def law(x, t):
+        alpha, beta, d_alpha, d_beta = paths.coefficients(path, x, t)
+        return beta, d_beta, alpha**2 + beta**2 * std**2, 2 * (alpha * d_alpha + beta * d_beta * std**2)
+
+    def velocity(x, t, cond=None):
+        beta, d_beta, var, d_var = law(x, t)
+        return d_beta * mean + d_var / (2 * var) * (x - beta * mean)
+
+    def score(x, t):
+        beta, _, var, _ = law(x, t)
+        return -(x - beta * mean) / var
+
+    def log_density(x, t):
+        beta, _, var, _ = law(x, t)
+        terms = -0.5 * ((x - beta * mean) ** 2 / var + jnp.log(2 * jnp.pi * var))
+        return terms.reshape(x.shape[0], -1).sum(1)
+
+    def flow_map(x, s, t, cond=None, key=None):
+        (beta_s, _, var_s, _), (beta_t, _, var_t, _) = law(x, s), law(x, t)
+        return beta_t * mean + jnp.sqrt(var_t / var_s) * (x - beta_s * mean)
+
+    def sample(key, n):
+        return mean + std * jax.random.normal(key, (n, *jnp.broadcast_shapes(mean.shape, std.shape)))
+
+    return Oracle(sample, velocity, score, log_density, flow_map)
+
+
+def mixture(
+    means: Float[Array, "k d"],
+    std: Float[Array, " k"] | float,
+    weights: Float[Array, " k"] | None = None,
+    *,
+    path: paths.Path | None = None,
+) -> Oracle:
+    """Data ``sum_k w_k N(m_k, s_k^2 I)``: with ``C_k = alpha^2 + beta^2 s_k^2`` and responsibilities ``r_k(x)``,
+
+    ``v = sum_k r_k [beta' m_k + C_k'/(2 C_k) (x - beta m_k)]``, ``score = -sum_k r_k (x - beta m_k) / C_k``.
+    ``std: [K]`` or a scalar; ``std = 0`` gives a finite data set, whose fields are infinite at ``t = 1``.
+    """
+    path = path or paths.linear()
+    means = jnp.asarray(means)
+    k, d = means.shape
+    std = jnp.broadcast_to(jnp.asarray(std, means.dtype), (k,))
+    weights = jnp.full((k,), 1 / k, means.dtype) if weights is None else jnp.asarray(weights)
+    log_w = jnp.log(weights / weights.sum())
+
+    def law(x, t):
+        """Offsets ``x - beta m_k: [B, K, d]``, log joint ``[B, K]``, variances ``[B, K]`` and derivatives."""
+        t = over_batch(t, x)[:, None]
+        (alpha, beta), (d_alpha, d_beta) = jax.jvp(path.coefficients, (t,), (jnp.ones_like(t),))
+        var, d_var = alpha**2 + beta**2 * std**2, 2 * (alpha * d_alpha + beta * d_beta * std**2)
+        offset = x[:, None, :] - beta[..., None] * means
+        log_joint = log_w - 0.5 * ((offset**2).sum(-1) / var + d * jnp.log(2 * jnp.pi * var))
+        return offset, log_joint, var, d_var, d_beta
+
+    def velocity(x, t, cond=None):
+        offset, log_joint, var, d_var, d_beta = law(x, t)
+        r = jax.nn.softmax(log_joint, -1)[..., None]
+        return (r * (d_beta[..., None] * means + (d_var / (2 * var))[..., None] * offset)).sum(1)
+
+    def score(x, t):
+        offset, log_joint, var, _, _ = law(x, t)
+        return -(jax.nn.softmax(log_joint, -1)[..., None] * offset / var[..., None]).sum(1)
+
+    def log_density(x, t):
+        return jax.nn.logsumexp(law(x, t)[1], -1)
+
+    def sample(key, n):
+        k_mode, k_noise = jax.random.split(key)
+        mode = jax.random.choice(k_mode, k, (n,), p=weights / weights.sum())
+        return means[mode] + std[mode][:, None] * jax.random.normal(k_noise, (n, d))
+
+    return Oracle(sample, velocity, score, log_density)
+
+
+def finite(points: Float[Array, "k d"], *, path: paths.Path | None = None) -> Oracle:
+    """Data uniform on ``points``: what a network that memorises its training set would learn.
+
+    ``v = beta' E[x1|x] + alpha' E[x0|x]``, a softmax over the points; every sample ends on a point.
+    """
+    return mixture(points, 0.0, path=path)
+
+
+def average_velocity(oracle: Oracle):
+    """The oracle as a ``Net`` without parameters: ``u = (X_{s,t}(x) - x) / (t - s)``, and ``v(x, s)`` where s = t.
+
+    Needs a closed-form flow map. Differentiable in ``t`` and ``s`` on the diagonal too: the quotient is replaced by
+    the average of the velocity at both ends along the map where ``|t - s|`` is too small to divide by.
+    """
+    if oracle.flow_map is None:
+        raise ValueError("this oracle has no closed-form flow map; use oracles.gaussian")
+
+    def net(params, x, s, t, cond=None, key=None):
+        s, t = over_batch(s, x), over_batch(t, x)
+        near = jnp.abs(t - s) < 1e-4
+        t_far = jnp.where(near, s + 0.5, t)
+        far = (oracle.flow_map(x, s, t_far) - x) / expand(t_far - s, x)
+        middle = (oracle.velocity(x, s) + oracle.velocity(oracle.flow_map(x, s, t), t)) / 2
+        return jnp.where(expand(near, x), middle, far)
+
+    return net

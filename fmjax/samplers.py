@@ -1,0 +1,115 @@
+"""Sampling: a scan that interleaves corrections with steps, and what it costs.
+
+A step is anything with the signature of a flow map: an RK4 step of a velocity, a diffrax solve or a learned jump.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fmjax import times
+from fmjax.types import Cond, Corrector, FlowMapFn, as_keys, fold_in, over_batch
+
+
+class Cost(NamedTuple):
+    """What a sample costs: ``nfe`` in all, ``corrections`` taken, ``c_nfe`` of them, ``depth`` in sequence."""
+
+    nfe: int
+    corrections: int
+    c_nfe: int
+    depth: int
+
+
+def cost(n: int, at: Iterable[int] = (), *, step_nfe: int = 1, corrector_nfe: int = 1, parallel: bool = False) -> Cost:
+    """``NFE = m N + w |S|`` for ``n = N`` steps of ``m`` evaluations and corrections of ``w`` at the steps ``S = at``.
+
+    In parallel only the correction after the last step adds to the depth.
+
+    >>> cost(10, (0, 5, 10), step_nfe=4)
+    Cost(nfe=43, corrections=3, c_nfe=3, depth=43)
+    """
+    at = check_at(at, n)
+    c_nfe = corrector_nfe * len(at)
+    serial = corrector_nfe * (n in at) if parallel else c_nfe
+    return Cost(step_nfe * n + c_nfe, len(at), c_nfe, step_nfe * n + serial)
+
+
+def check_at(at: Iterable[int], n: int) -> tuple[int, ...]:
+    """The corrected steps, sorted, each once; ``ValueError`` for one outside ``0 .. n``."""
+    at = tuple(sorted(set(int(i) for i in at)))
+    outside = [i for i in at if not 0 <= i <= n]
+    if outside:
+        raise ValueError(f"at={outside[0]} is not a step: with {n} solver steps corrections are possible at 0 .. {n}")
+    return at
+
+
+def sample(
+    step: FlowMapFn,
+    x0: Float[Array, "b ..."],
+    ts,
+    *,
+    key=None,
+    cond: Cond = None,
+    corrector: Corrector | None = None,
+    at: Iterable[int] | None = None,
+    parallel: bool = False,
+    trajectory: bool = False,
+) -> Float[Array, "..."]:
+    """Carries ``x0`` along the grid ``ts: [N + 1]``, correcting before step ``n`` for each ``n`` in ``at`` (``N``: after
+    the last one).
+
+    ``x <- corrector(x, t_n)`` where ``n in at``, then ``x <- step(x, t_n, t_{n+1})``. A falling grid inverts. With
+    ``parallel=True`` both see the same input, ``x_{n+1} = step(x~, t_n, t_{n+1}) + alpha h(x~, t_n)``, so they can run
+    side by side. Skipped corrections cost nothing. Returns ``x: [B, ...]``, or with ``trajectory=True`` all
+    ``[N + 1, B, ...]`` states (after their corrections). ``key`` is one key, or one per example; step ``n`` and
+    correction ``n`` of an example have keys of their own. Raises ``ValueError`` for a grid that does not rise or fall
+    strictly, for ``at`` outside ``0 .. N``, for a corrector without ``at`` or without a key.
+    """
+    ts = times.check_grid(ts)
+    n = len(ts) - 1
+    if corrector is not None and at is None:
+        raise ValueError(f"say where to correct: at=(0, {n}), or at=range({n + 1}) for every step")
+    at = check_at(at or (), n)
+    if at and corrector is None:
+        raise ValueError(f"at={at} asks for corrections, but no corrector was given")
+    if corrector is not None and key is None:
+        raise ValueError("a corrector draws noise and needs a key: sample(..., key=jax.random.key(seed))")
+    keys = None if key is None else as_keys(key, x0.shape[0])
+    sub = lambda i: None if keys is None else fold_in(keys, i)
+    before = np.isin(np.arange(n), at)
+
+    def correct(x, i, t):
+        fixed, info = corrector(sub(2 * i), x, over_batch(t, x), cond)
+        if not parallel:
+            return fixed, jnp.zeros_like(x)
+        if "noised" not in info:
+            raise ValueError("parallel=True needs a corrector with info['noised'], such as marginal_matching")
+        return info["noised"], fixed - info["noised"]
+
+    def skip(x, i, t):
+        return x, jnp.zeros_like(x)
+
+    def body(x, now):
+        i, fix, s, t = now
+        if before.all():
+            x, push = correct(x, i, s)
+        elif before.any():
+            x, push = jax.lax.cond(fix, correct, skip, x, i, s)  # a skipped correction is not computed
+        else:
+            push = None
+        moved = step(x, over_batch(s, x), over_batch(t, x), cond, sub(2 * i + 1))
+        if parallel and push is not None:
+            return moved + push, x + push if trajectory else None
+        return moved, x if trajectory else None
+
+    grid = jnp.asarray(ts)
+    x, xs = jax.lax.scan(body, x0, (jnp.arange(n), jnp.asarray(before), grid[:-1], grid[1:]))
+    if n in at:
+        x = sum(correct(x, n, grid[-1]))
+    return jnp.concatenate([xs, x[None]]) if trajectory else x

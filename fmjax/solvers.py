@@ -1,0 +1,252 @@
+"""From a velocity to a step, and the one place that knows diffrax.
+
+A step has the signature of a flow map, ``step(x, s, t, cond, key) -> x``, so that a sampler cannot tell it from a
+learned jump. Explicit Runge-Kutta steps are written here from their tableau; ``integrate`` runs a whole solve through
+diffrax, forward or backward in time, on a fixed grid or adaptively.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fmjax import times
+from fmjax.types import Cond, FlowMapFn, VelocityFn, expand, over_batch
+
+
+class Tableau(NamedTuple):
+    """An explicit Runge-Kutta method: ``k_i = v(x + h sum_j a_ij k_j, t + c_i h)``, ``x + h sum_i b_i k_i``."""
+
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
+
+
+EULER = Tableau(((),), (1,), (0,))
+MIDPOINT = Tableau(((), (1 / 2,)), (0, 1), (0, 1 / 2))
+HEUN = Tableau(((), (1,)), (1 / 2, 1 / 2), (0, 1))
+RK4 = Tableau(((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0, 1 / 2, 1 / 2, 1))
+RK38 = Tableau(((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8), (0, 1 / 3, 2 / 3, 1))
+TABLEAUS = {"euler": EULER, "midpoint": MIDPOINT, "heun": HEUN, "rk4": RK4, "rk38": RK38}
+
+
+def tableau(name: str) -> Tableau:
+    """The tableau of a fixed-step method by name; ``ValueError`` with the nearest name otherwise."""
+    if name in TABLEAUS:
+        return TABLEAUS[name]
+    near = difflib.get_close_matches(name, TABLEAUS, 1)
+    raise ValueError(
+        f"no fixed-step solver {name!r}{f'; did you mean {near[0]!r}?' if near else ''} (there are {', '.join(TABLEAUS)})"
+    )
+
+
+def nfe(solver: str) -> int:
+    """Network evaluations of one step: the number of stages."""
+    return len(tableau(solver).b)
+
+
+def runge_kutta(velocity: VelocityFn, method: Tableau) -> FlowMapFn:
+    """One explicit Runge-Kutta step from ``s`` to ``t`` (either direction); times ``[B]`` or scalars.
+
+    The stages are a loop, so that the network is compiled once whatever their number.
+    """
+    stages = len(method.b)
+    lower = np.zeros((stages, stages))
+    for i, row in enumerate(method.a):
+        lower[i, : len(row)] = row
+
+    def step(x, s, t, cond=None, key=None):
+        s, h = over_batch(s, x), over_batch(t, x) - over_batch(s, x)
+        wide_h = expand(h, x).astype(x.dtype)
+        if stages == 1:
+            return x + wide_h * velocity(x, s, cond)
+
+        def stage(ks, row):
+            i, a, c = row
+            at = x + wide_h * jnp.tensordot(a, ks, 1)
+            return ks.at[i].set(velocity(at, s + c * h, cond)), None
+
+        rows = (jnp.arange(stages), jnp.asarray(lower, x.dtype), jnp.asarray(method.c, s.dtype))
+        # zeros_like of x, not zeros: inside shard_map the carry must vary over devices as x does
+        ks, _ = jax.lax.scan(stage, jnp.stack([jnp.zeros_like(x)] * stages), rows)
+        return x + wide_h * jnp.tensordot(jnp.asarray(method.b, x.dtype), ks, 1)
+
+    return step
+
+
+def euler(velocity: VelocityFn) -> FlowMapFn:
+    """``x + (t - s) v(x, s)``: order 1, 1 evaluation."""
+    return runge_kutta(velocity, EULER)
+
+
+def midpoint(velocity: VelocityFn) -> FlowMapFn:
+    """``x + h v(x + h/2 v(x, s), s + h/2)``: order 2, 2 evaluations."""
+    return runge_kutta(velocity, MIDPOINT)
+
+
+def heun(velocity: VelocityFn) -> FlowMapFn:
+    """The explicit trapezoidal rule: order 2, 2 evaluations."""
+    return runge_kutta(velocity, HEUN)
+
+
+def rk4(velocity: VelocityFn) -> FlowMapFn:
+    """The classical Runge-Kutta method: order 4, 4 evaluations."""
+    return runge_kutta(velocity, RK4)
+
+
+def rk38(velocity: VelocityFn) -> FlowMapFn:
+    """Kutta's 3/8 rule: order 4, 4 evaluations. It is what torchdiffeq calls ``rk4``."""
+    return runge_kutta(velocity, RK38)
+
+
+STEPS: dict[str, Callable[[VelocityFn], FlowMapFn]] = {
+    "euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "rk38": rk38
+}  # fmt: skip
+
+
+def inverse(step: FlowMapFn, *, iterations: int = 20) -> FlowMapFn:
+    """The exact inverse of a step by fixed point: ``x <- x + (y - step(x))`` from the reverse step of ``y``.
+
+    ``inverse(step)(y, s, t)`` finds ``x`` with ``step(x, t, s) = y``. Converges where ``step - id`` is a contraction
+    (small enough steps); costs ``iterations + 1`` steps.
+    """
+
+    def back(y, s, t, cond=None, key=None):
+        improve = lambda _, x: x + (y - step(x, t, s, cond, key))
+        return jax.lax.fori_loop(0, iterations, improve, step(y, s, t, cond, key))
+
+    return back
+
+
+def _erk(name: str):
+    """A diffrax solver from one of the tableaus; built on demand, since importing diffrax costs half a second."""
+    import diffrax
+
+    native = {"euler": diffrax.Euler, "midpoint": diffrax.Midpoint, "heun": diffrax.Heun}
+    if name in native:
+        return native[name]()
+    method = tableau(name)
+    butcher = diffrax.ButcherTableau(
+        a_lower=tuple(np.asarray(row, np.float64) for row in method.a[1:]),
+        b_sol=np.asarray(method.b, np.float64),
+        b_error=np.zeros(len(method.b)),
+        c=np.asarray(method.c[1:], np.float64),
+    )
+
+    class Solver(diffrax.AbstractERK):
+        tableau = butcher
+        interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
+
+        def order(self, terms):
+            return 4
+
+    Solver.__name__ = name
+    return Solver()
+
+
+def _solver(solver):
+    """A name of this module, a name of diffrax's (``"Tsit5"``), or a diffrax solver itself."""
+    import diffrax
+
+    if isinstance(solver, diffrax.AbstractSolver):
+        return solver
+    if solver in TABLEAUS:
+        return _erk(solver)
+    found = getattr(diffrax, solver, None)
+    if isinstance(found, type) and issubclass(found, diffrax.AbstractSolver):
+        return found()
+    names = [*TABLEAUS, "Tsit5", "Dopri5", "Dopri8", "Bosh3", "Ralston"]
+    near = difflib.get_close_matches(solver, names, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"no solver {solver!r}{hint} (ours: {', '.join(TABLEAUS)}; or any diffrax solver by name)")
+
+
+def _max_rms(y):
+    """The largest root-mean-square over the batch: the hardest example sets the step, not the average one."""
+    return jnp.max(jnp.sqrt(jnp.mean(jnp.square(y), axis=tuple(range(1, y.ndim)))))
+
+
+def integrate(
+    velocity: VelocityFn,
+    x: Float[Array, "b ..."],
+    ts,
+    *,
+    solver="rk4",
+    cond: Cond = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_steps: int = 4096,
+) -> tuple[Float[Array, "n b ..."], Any]:
+    """Solves ``dx/dt = v(x, t)`` through diffrax and saves ``x`` at every time of ``ts`` (rising or falling).
+
+    Without tolerances each interval of ``ts`` is one step (``StepTo``). With ``rtol`` and ``atol`` steps are adaptive,
+    the error being the largest over the batch (a mean would dilute the hardest example). Returns ``(xs, result)``,
+    ``xs: [len(ts), B, ...]`` and a ``diffrax.RESULTS``; nothing is raised inside jit, where a host callback would force
+    collectives and defeat the compilation cache: give both to ``check`` outside it.
+    Raises ``ValueError`` for a bad grid or solver.
+    """
+    import diffrax
+
+    ts = times.check_grid(ts)
+    if (rtol is None) != (atol is None):
+        raise ValueError(f"give both rtol and atol or neither, got rtol={rtol}, atol={atol}")
+    field = lambda t, y, c: velocity(y, over_batch(t, y), c)
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    grid = jnp.asarray(ts, dtype)
+    if rtol is None:
+        controller, dt0, max_steps = diffrax.StepTo(ts=grid), None, len(ts)
+    else:
+        controller, dt0 = diffrax.PIDController(rtol=rtol, atol=atol, norm=_max_rms), None
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        _solver(solver),
+        t0=grid[0],
+        t1=grid[-1],
+        dt0=dt0,
+        y0=x,
+        args=cond,
+        saveat=diffrax.SaveAt(ts=grid),
+        stepsize_controller=controller,
+        max_steps=max_steps,
+        throw=False,
+    )
+    return solution.ys, solution.result
+
+
+def check(xs: Array, result, *, what: str = "the solve") -> Array:
+    """Turns a failed solve into an error, outside jit: diffrax's result, then finiteness, which it does not check.
+
+    Returns ``xs``. Raises ``RuntimeError`` with diffrax's reason, or naming the first time index that is not finite.
+    """
+    import diffrax
+
+    if result != diffrax.RESULTS.successful:
+        raise RuntimeError(f"{what} failed: {diffrax.RESULTS[result]} (loosen rtol/atol or raise max_steps)")
+    finite = np.asarray(jnp.isfinite(xs).reshape(xs.shape[0], -1).all(1))
+    if not finite.all():
+        raise RuntimeError(f"{what} left finite numbers at time index {int(np.argmin(finite))} of {len(finite) - 1}")
+    return xs
+
+
+def from_diffrax(velocity: VelocityFn, *, solver="Tsit5", rtol: float = 1e-5, atol: float = 1e-5) -> FlowMapFn:
+    """A step that solves from ``s`` to ``t`` adaptively with any diffrax solver; ``s`` and ``t`` are scalars."""
+
+    def step(x, s, t, cond=None, key=None):
+        import diffrax
+
+        controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=_max_rms)
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, c: velocity(y, over_batch(t, y), c)),
+            _solver(solver), t0=jnp.min(s), t1=jnp.min(t), dt0=None, y0=x, args=cond,
+            stepsize_controller=controller, throw=False,
+        )  # fmt: skip
+        failed = solution.result != diffrax.RESULTS.successful
+        return jnp.where(failed, jnp.nan, solution.ys[-1])
+
+    return step

@@ -1,0 +1,142 @@
+"""The vocabulary of the library: networks, velocities, flow maps, losses, and how randomness is handed out.
+
+Conventions, stated once:
+
+* Time runs from ``t = 0`` (source, ``x0``, noise) to ``t = 1`` (data, ``x1``); a jump goes from ``s`` to ``t``.
+* ``x: [B, ...]``, times ``[B]`` float32; images are ``[B, H, W, C]`` in [-1, 1].
+* ``Net(params, x, s, t)`` is the average velocity from ``s`` to ``t``; its diagonal ``s = t`` is the velocity, and
+  ``X_{s,t}(x) = x + (t - s) Net(x, s, t)`` is the flow map.
+* Positional arguments are arrays (traced); keyword-only arguments are static.
+* Randomness belongs to the example: inside the library ``key`` is an array ``[B]`` of typed keys, one per example,
+  folded from the run's key, the step and the example's global index. A draw is then the same whatever the batch size,
+  the mesh or the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+Params = Any
+Cond = Any
+Aux = dict[str, Array]
+
+
+class Net(Protocol):
+    """An unbound network: the average velocity from ``s`` to ``t``. Dropout is on exactly when a key is given."""
+
+    def __call__(self, params: Params, x: Array, s: Array, t: Array, cond: Cond = None, key=None) -> Array: ...
+
+
+class VelocityFn(Protocol):
+    """A bound velocity ``v(x, t)``: all that solvers, likelihood and guidance see."""
+
+    def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array: ...
+
+
+class FlowMapFn(Protocol):
+    """A bound flow map ``X_{s,t}(x)``, learned or made from a velocity by one solver step."""
+
+    def __call__(self, x: Array, s: Array, t: Array, cond: Cond = None, key=None) -> Array: ...
+
+
+class DirectionFn(Protocol):
+    """Where a corrector pushes ``x`` at time ``t``, in displacement units."""
+
+    def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array: ...
+
+
+class Corrector(Protocol):
+    """One correction of ``x`` at time ``t``; the second value informs and is not state."""
+
+    def __call__(self, key, x: Array, t: Array, cond: Cond = None) -> tuple[Array, Aux]: ...
+
+
+class Batch(NamedTuple):
+    """Examples ``[B, ...]``. ``x0=None``: the loss draws ``N(0, I)``. ``t`` is set where the data carry a time."""
+
+    x1: Array
+    x0: Array | None = None
+    cond: Cond = None
+    t: Array | None = None
+
+
+class LossFn(Protocol):
+    """A loss with its target (the teacher: self, EMA or frozen) as an argument; ``key: [B]``.
+
+    Returns ``(scalar, aux)``; ``aux["per_example"]: [B]`` beside the times drawn, so that anyone can mask, bin by time
+    or reweight. ``aux`` holds arrays ``[B]`` only. A boolean ``aux["is_NAME"]`` says which examples the term ``NAME`` of
+    the loss applies to; a float ``aux["NAME"]`` is a term of every example (times are ``s`` and ``t``).
+    """
+
+    def __call__(self, params: Params, target: Params, batch: Batch, key) -> tuple[Array, Aux]: ...
+
+
+class Method(NamedTuple):
+    """A training objective and what its parameters can be used as (compare ``optax.GradientTransformation``)."""
+
+    loss: LossFn
+    velocity: Callable[[Params], VelocityFn] | None = None
+    flow_map: Callable[[Params], FlowMapFn] | None = None
+    direction: Callable[[Params], DirectionFn] | None = None
+
+
+def is_key(key) -> bool:
+    """Whether ``key`` is a typed PRNG key (or an array of them)."""
+    return isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def example_keys(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
+    """One key per example: ``key`` folded with the example's global index.
+
+    >>> import jax, jax.numpy as jnp
+    >>> k = example_keys(jax.random.key(0), jnp.arange(8))
+    >>> bool((k[3:5] == example_keys(jax.random.key(0), jnp.array([3, 4]))).all())
+    True
+    """
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+def as_keys(key, batch: int):
+    """The door for users: a single key becomes ``[batch]`` example keys, an array ``[batch]`` of keys passes through.
+
+    Raises ``TypeError`` for anything but a typed key (``jax.random.key``) and ``ValueError`` for a wrong length.
+    """
+    if not is_key(key):
+        raise TypeError(f"key must be a typed PRNG key from jax.random.key(seed), got {type(key).__name__}")
+    if key.ndim == 0:
+        return example_keys(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(f"key has shape {key.shape}; give one key, or one per example: shape ({batch},)")
+    return key
+
+
+def split(key: Key[Array, " b"], n: int) -> tuple[Key[Array, " b"], ...]:
+    """``n`` independent keys per example, each ``[B]``."""
+    keys = jax.vmap(lambda k: jax.random.split(k, n))(key)
+    return tuple(keys[:, i] for i in range(n))
+
+
+def fold_in(key: Key[Array, " b"], data) -> Key[Array, " b"]:
+    """Every example's key folded with one integer (a step's number)."""
+    return jax.vmap(jax.random.fold_in, (0, None))(key, data)
+
+
+def normal(key: Key[Array, " b"], shape: tuple[int, ...], dtype=jnp.float32) -> Float[Array, "b ..."]:
+    """Standard normal noise ``[B, *shape]``, example by example; ``shape`` is that of one example."""
+    return jax.vmap(lambda k: jax.random.normal(k, shape, dtype))(key)
+
+
+def expand(t: Array, x: Array) -> Array:
+    """``t: [B]`` (or a scalar) with trailing axes of one, to multiply ``x: [B, ...]``."""
+    return jnp.reshape(t, jnp.shape(t) + (1,) * (x.ndim - jnp.ndim(t)))
+
+
+def over_batch(t, x: Array) -> Float[Array, " b"]:
+    """A scalar time as ``[B]``; an array ``[B]`` passes through. Times stay float32 (float64 when ``x`` is)."""
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    return jnp.broadcast_to(jnp.asarray(t, dtype), (x.shape[0],))

@@ -1,0 +1,185 @@
+"""The input pipeline: epochs, resume, processes, couplings, and the thread that runs ahead."""
+
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from fmjax import couplings
+from fmjax.data import arrays
+
+N, B = 23, 6  # 23 is prime: batches straddle epochs
+
+
+def data(n=N, shape=(4, 6, 1), seed=0):
+    x = np.random.default_rng(seed).uniform(-1, 1, (n, *shape)).astype(np.float32)
+    return x, np.arange(n, dtype=np.int32)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("batch_size", [1, 6, 22, 23])
+def test_each_example_is_seen_exactly_once_an_epoch(batch_size):
+    x, y = data()
+    f = arrays.batches(x, y, batch_size=batch_size, seed=0)
+    seen = np.concatenate([f(step).cond for step in range(3 * N)])
+    epochs = seen[: len(seen) // N * N].reshape(-1, N)
+    assert (np.sort(epochs, 1) == np.arange(N)).all()
+    assert not (epochs[0] == epochs[1]).all()
+
+
+def test_examples_keep_their_label_and_value():
+    x, y = data()
+    f = arrays.batches(x, {"id": y}, batch_size=B, seed=0)
+    for step in range(10):
+        batch = f(step)
+        assert (batch.x1 == x[batch.cond["id"]]).all() and batch.x0 is None and batch.t is None
+
+
+def test_first_places_are_uniform_over_epochs():
+    """Any example is first in an epoch equally often: 4,600 epochs, 4.5 binomial standard errors."""
+    x, y = data(shape=(1,))
+    f = arrays.batches(x, y, batch_size=N, seed=0)
+    counts = np.bincount([f(step).cond[0] for step in range(200 * N)], minlength=N)
+    assert np.abs(counts - 200).max() < 4.5 * np.sqrt(200 * (1 - 1 / N))
+
+
+@pytest.mark.parametrize("couple", [None, couplings.minibatch_ot(replacement=True)])
+def test_any_step_is_bit_equal_whatever_was_asked_before(couple):
+    x, y = data()
+    make = lambda: arrays.batches(x, y, batch_size=B, seed=3, couple=couple, flip=True)
+    straight = make()
+    run = [straight(step) for step in range(40)]
+    for first in (39, 0, 17):
+        assert_equal(make()(first), run[first])
+    assert_equal(list(arrays.prefetch(make(), 11, 40)), run[11:])
+
+
+@pytest.mark.parametrize("couple", [None, couplings.independent(), couplings.minibatch_ot()])
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_slices_of_the_processes_are_the_global_batch(couple, processes):
+    x, y = data()
+    make = lambda i, p: arrays.batches(
+        x, y, batch_size=B, seed=0, couple=couple, flip=True, process_index=i, process_count=p
+    )
+    for step in (0, 3, 8):
+        parts = [make(i, processes)(step) for i in range(processes)]
+        assert_equal(jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts), make(0, 1)(step))
+
+
+def test_seeds_and_steps_draw_different_batches_and_noise():
+    x, y = data()
+    couple = couplings.independent()
+    a, b = (arrays.batches(x, y, batch_size=B, seed=seed, couple=couple) for seed in (0, 1))
+    assert not (a(0).x0 == b(0).x0).any() and not (a(0).x0 == a(1).x0).any()
+    assert not (a(0).cond == b(0).cond).all()
+
+
+def test_source_noise_is_standard_normal():
+    stats = pytest.importorskip("scipy.stats")
+    x, _ = data()
+    f = arrays.batches(x, batch_size=B, seed=0, couple=couplings.independent())
+    noise = np.concatenate([f(step).x0.ravel() for step in range(200)])
+    assert f(0).x0.dtype == np.float32 and f(0).cond is None
+    assert stats.kstest(noise, "norm").pvalue > 1e-4
+
+
+def test_optimal_transport_lowers_the_cost_of_the_same_noise_and_data():
+    x, y = data()
+    free, ot = (
+        arrays.batches(x, y, batch_size=B, seed=0, couple=c)(0)
+        for c in (couplings.independent(), couplings.minibatch_ot())
+    )
+    assert_equal((ot.x1, ot.cond), (free.x1, free.cond))
+    assert sorted(map(bytes, ot.x0)) == sorted(map(bytes, free.x0))
+    assert ((ot.x0 - ot.x1) ** 2).sum() < ((free.x0 - free.x1) ** 2).sum()
+
+
+def test_flip_mirrors_half_of_the_images_left_to_right():
+    x, y = data()
+    f = arrays.batches(x, y, batch_size=N, seed=0, flip=True)
+    mirrored = 0
+    for step in range(100):
+        batch = f(step)
+        kept = (batch.x1 == x[batch.cond]).all((1, 2, 3))
+        assert (kept | (batch.x1 == x[batch.cond][:, :, ::-1]).all((1, 2, 3))).all()
+        mirrored += (~kept).sum()
+    assert abs(mirrored - 50 * N) < 4.5 * np.sqrt(25 * N)
+    assert_equal(x, data()[0])  # the data themselves are untouched
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_size": N + 1}, "batch_size=24 must be in 1..23"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"process_count": 4}, "batch_size=6 is not divisible by 4 processes; use 4"),
+        ({"process_count": 2, "process_index": 2}, "process_index=2"),
+        ({"x": np.zeros((N, 2), np.uint8)}, "uint8.*127.5"),
+        ({"x": np.zeros((N, 2), np.float32), "flip": True}, "flip=True"),
+        ({"y": np.zeros(N - 1)}, "y has leaves"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_batch(change, message):
+    x, y = data()
+    kwargs = {"x": x, "y": y, "batch_size": B, "seed": 0} | change
+    with pytest.raises(ValueError, match=message):
+        arrays.batches(kwargs.pop("x"), kwargs.pop("y"), **kwargs)
+
+
+def test_a_negative_step_is_refused():
+    with pytest.raises(ValueError, match="step=-1"):
+        arrays.batches(data()[0], batch_size=B, seed=0)(-1)
+
+
+def threads():
+    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 50])
+def test_prefetch_is_map_in_order(depth):
+    assert list(arrays.prefetch(lambda step: step**2, 3, 20, depth=depth)) == [step**2 for step in range(3, 20)]
+    assert list(arrays.prefetch(lambda step: step, 5, 5, depth=depth)) == []
+    assert not threads()
+
+
+def test_prefetch_runs_ahead_by_depth_and_no_further():
+    """While the consumer holds value 0, the thread works on 1..depth; it never starts depth + 1."""
+    called, reached = [], threading.Event()
+
+    def f(step):
+        called.append(step)
+        if step == 3:
+            reached.set()
+        return step
+
+    values = arrays.prefetch(f, 0, 100, depth=3)
+    assert next(values) == 0
+    assert reached.wait(10)
+    time.sleep(0.05)
+    assert called == [0, 1, 2, 3]
+    values.close()
+    assert not threads()
+
+
+def test_prefetch_raises_where_the_value_was_due_and_ends():
+    def f(step):
+        if step == 4:
+            raise KeyError("step four")
+        return step
+
+    values = arrays.prefetch(f, 0, 100, depth=3)
+    assert [next(values) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(KeyError, match="step four"):
+        next(values)
+    assert not threads()
+
+
+def test_prefetch_refuses_no_depth_at_the_call():
+    with pytest.raises(ValueError, match="depth=0"):
+        arrays.prefetch(lambda step: step, 0, 1, depth=0)
