@@ -29,12 +29,12 @@ def marginal_matching(
     alpha: float | Callable[[Array], Array],
     beta: float | Callable[[Array], Array] = 0.0,
 ) -> Corrector:
-    """Marginal matching, one step: ``x~ = x + beta z``, ``x' = x~ + alpha h(x~, t)`` (OpenReview kRjLBXWn1T, Alg. 1).
+    """Marginal matching: ``x~ = x + beta z``, then ``x' = x~ + alpha h(x~, t)`` (OpenReview kRjLBXWn1T, Algorithm 1).
 
     ``direction`` is ``h`` in displacement units (for a score corrector ``h = sigma^2 S``, so that ``alpha = 1`` is
-    Tweedie's step, ``alpha = 1/2`` the W2-matched one, and ``beta = sigma, alpha = 1/2`` a Langevin step that leaves the
-    backward marginal fixed). ``alpha`` and ``beta`` are numbers or functions of the time ``[B]``. ``beta = 0`` draws no
-    noise at all. Raises ``ValueError`` for a negative ``beta``.
+    Tweedie's step, ``alpha = 1/2`` the W2-matched one, and ``beta = sigma, alpha = 1/2`` a Langevin step that leaves
+    the backward marginal fixed). ``alpha`` and ``beta`` are numbers or functions of the time ``[B]``. ``beta = 0`` draws
+    no noise at all. Raises ``ValueError`` for a negative ``beta``.
     """
     if not callable(beta) and beta < 0:
         raise ValueError(f"beta is a standard deviation and cannot be negative, got {beta}")
@@ -76,6 +76,6 @@ def langevin(score: DirectionFn, *, step: float | Callable[[Array], Array], step
 
 
 def score_of(velocity: VelocityFn, *, path: paths.Path | None = None) -> DirectionFn:
-    """The score of the law at ``t``, from the velocity itself (``paths.score``): no second network. Not at ``t = 1``."""
+    """The score of the law at ``t < 1`` from the velocity itself (``paths.score``): no second network."""
     path = path or paths.linear()
     return lambda x, t, cond=None: paths.score(path, x, velocity(x, t, cond), t)

@@ -16,7 +16,7 @@ from fmjax.types import expand, over_batch
 
 
 class Path(NamedTuple):
-    """An interpolant: ``coefficients(t) -> (alpha_t, beta_t)``, with ``alpha_0 = beta_1 = 1``, ``alpha_1 = beta_0 = 0``."""
+    """An interpolant: ``coefficients(t) -> (alpha_t, beta_t)``, ``(1, 0)`` at ``t = 0`` and ``(0, 1)`` at ``t = 1``."""
 
     coefficients: Callable[[Array], tuple[Array, Array]]
 

@@ -42,7 +42,7 @@ def cost(n: int, at: Iterable[int] = (), *, step_nfe: int = 1, corrector_nfe: in
 
 def check_at(at: Iterable[int], n: int) -> tuple[int, ...]:
     """The corrected steps, sorted, each once; ``ValueError`` for one outside ``0 .. n``."""
-    at = tuple(sorted(set(int(i) for i in at)))
+    at = tuple(sorted({int(i) for i in at}))
     outside = [i for i in at if not 0 <= i <= n]
     if outside:
         raise ValueError(f"at={outside[0]} is not a step: with {n} solver steps corrections are possible at 0 .. {n}")
@@ -60,11 +60,11 @@ def sample(
     at: Iterable[int] | None = None,
     parallel: bool = False,
     trajectory: bool = False,
-) -> Float[Array, "..."]:
-    """Carries ``x0`` along the grid ``ts: [N + 1]``, correcting before step ``n`` for each ``n`` in ``at`` (``N``: after
-    the last one).
+) -> Float[Array, ...]:
+    """Carries ``x0`` along the grid ``ts: [N + 1]``, correcting before step ``n`` for each ``n`` in ``at``.
 
-    ``x <- corrector(x, t_n)`` where ``n in at``, then ``x <- step(x, t_n, t_{n+1})``. A falling grid inverts. With
+    ``x <- corrector(x, t_n)`` where ``n in at``, then ``x <- step(x, t_n, t_{n+1})``; ``n = N`` corrects the end. A
+    falling grid inverts. With
     ``parallel=True`` both see the same input, ``x_{n+1} = step(x~, t_n, t_{n+1}) + alpha h(x~, t_n)``, so they can run
     side by side. Skipped corrections cost nothing. Returns ``x: [B, ...]``, or with ``trajectory=True`` all
     ``[N + 1, B, ...]`` states (after their corrections). ``key`` is one key, or one per example; step ``n`` and

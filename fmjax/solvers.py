@@ -41,9 +41,8 @@ def tableau(name: str) -> Tableau:
     if name in TABLEAUS:
         return TABLEAUS[name]
     near = difflib.get_close_matches(name, TABLEAUS, 1)
-    raise ValueError(
-        f"no fixed-step solver {name!r}{f'; did you mean {near[0]!r}?' if near else ''} (there are {', '.join(TABLEAUS)})"
-    )
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"no fixed-step solver {name!r}{hint} (there are {', '.join(TABLEAUS)})")
 
 
 def nfe(solver: str) -> int:

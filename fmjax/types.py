@@ -15,7 +15,7 @@ Conventions, stated once:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,30 +26,35 @@ Cond = Any
 Aux = dict[str, Array]
 
 
+@runtime_checkable
 class Net(Protocol):
     """An unbound network: the average velocity from ``s`` to ``t``. Dropout is on exactly when a key is given."""
 
     def __call__(self, params: Params, x: Array, s: Array, t: Array, cond: Cond = None, key=None) -> Array: ...
 
 
+@runtime_checkable
 class VelocityFn(Protocol):
     """A bound velocity ``v(x, t)``: all that solvers, likelihood and guidance see."""
 
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array: ...
 
 
+@runtime_checkable
 class FlowMapFn(Protocol):
     """A bound flow map ``X_{s,t}(x)``, learned or made from a velocity by one solver step."""
 
     def __call__(self, x: Array, s: Array, t: Array, cond: Cond = None, key=None) -> Array: ...
 
 
+@runtime_checkable
 class DirectionFn(Protocol):
     """Where a corrector pushes ``x`` at time ``t``, in displacement units."""
 
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array: ...
 
 
+@runtime_checkable
 class Corrector(Protocol):
     """One correction of ``x`` at time ``t``; the second value informs and is not state."""
 
@@ -65,12 +70,13 @@ class Batch(NamedTuple):
     t: Array | None = None
 
 
+@runtime_checkable
 class LossFn(Protocol):
     """A loss with its target (the teacher: self, EMA or frozen) as an argument; ``key: [B]``.
 
     Returns ``(scalar, aux)``; ``aux["per_example"]: [B]`` beside the times drawn, so that anyone can mask, bin by time
-    or reweight. ``aux`` holds arrays ``[B]`` only. A boolean ``aux["is_NAME"]`` says which examples the term ``NAME`` of
-    the loss applies to; a float ``aux["NAME"]`` is a term of every example (times are ``s`` and ``t``).
+    or reweight. ``aux`` holds arrays ``[B]`` only. A boolean ``aux["is_NAME"]`` says which examples the term ``NAME``
+    of the loss applies to; a float ``aux["NAME"]`` is a term of every example (times are ``s`` and ``t``).
     """
 
     def __call__(self, params: Params, target: Params, batch: Batch, key) -> tuple[Array, Aux]: ...

@@ -124,6 +124,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main(_):
+    """Runs the suite and prints its table."""
     load = os.getloadavg()[0]
     rows = SUITES[FLAGS.suite](FLAGS.repeats)
     machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, {jax.default_backend()}, load before {load:.2f}"

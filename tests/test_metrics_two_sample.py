@@ -88,7 +88,7 @@ def test_energy_distance_of_two_gaussians():
     m, s1, s2 = 0.7, 1.0, 1.5
     closed = 2 * absolute(m, s1**2 + s2**2) - absolute(0, 2 * s1**2) - absolute(0, 2 * s2**2)
     rng = np.random.default_rng(8)
-    draw = lambda: (s1 * rng.standard_normal((50, 1)), m + s2 * rng.standard_normal((40, 1)))  # noqa: E731
+    draw = lambda: (s1 * rng.standard_normal((50, 1)), m + s2 * rng.standard_normal((40, 1)))
     mean, se = two_sample.mean_se([two_sample.energy_distance(*draw()) for _ in range(1000)])
     assert se < 0.03 * closed and abs(mean - closed) < 4 * se
 

@@ -58,8 +58,8 @@ def test_velocity_is_the_conditional_expectation(law, key):
 
 def test_mixture_of_one_is_the_gaussian(x64, key):
     x, t = jax.random.normal(key, (9, 2)), jnp.linspace(0, 1, 9)
-    one = oracles.mixture(MEANS[:1], 0.7)
-    ref = oracles.gaussian(MEANS[0], jnp.full((2,), 0.7))
+    one = oracles.mixture(MEANS[:1].astype(jnp.float64), 0.7)
+    ref = oracles.gaussian(MEANS[0].astype(jnp.float64), jnp.full((2,), 0.7))
     for name in ("velocity", "score", "log_density"):
         np.testing.assert_allclose(getattr(one, name)(x, t), getattr(ref, name)(x, t), atol=1e-12)
 
@@ -87,7 +87,7 @@ def test_finite_data_set_ends_on_its_points(x64, key):
 
 
 def test_average_velocity_is_smooth_through_the_diagonal(x64, key):
-    """On the diagonal it is v, and its derivative in t is half the acceleration: u = v + (t-s) (v_t + v.grad v)/2 + ..."""
+    """On the diagonal it is v, and its derivative in t is half the acceleration: u = v + (t-s) (v_t + v.grad v)/2"""
     oracle = laws(paths.linear())["gaussian"]
     net = oracles.average_velocity(oracle)
     x, s = jax.random.normal(key, (4, 2)), jnp.array([0.1, 0.4, 0.6, 0.8])

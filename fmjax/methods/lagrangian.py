@@ -19,7 +19,7 @@ def lagrangian(
     ``|d/dt X_{s,t}(I_s) - sg[u(sg X_{s,t}(I_s), t, t)]|^2`` (arXiv 2505.18825, eq. 12 and Algorithm 1, ``convex`` stop
     gradient), the gradient passing through the time derivative. The teacher ``u`` has the parameters ``target``
     (self, EMA or frozen). No example pays for a term it does not use. Dropout acts on the diagonal only.
-    ``aux``: ``s``, ``t``, and which term an example has. Raises ``ValueError`` where the share of the batch is not whole.
+    ``aux``: ``s``, ``t``, and which term an example has. Raises ``ValueError`` where a share of the batch is not whole.
     """
     path = path or paths.linear()
 
