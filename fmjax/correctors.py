@@ -33,8 +33,8 @@ def marginal_matching(
 
     ``direction`` is ``h`` in displacement units (for a score corrector ``h = sigma^2 S``, so that ``alpha = 1`` is
     Tweedie's step, ``alpha = 1/2`` the W2-matched one, and ``beta = sigma, alpha = 1/2`` a Langevin step that leaves
-    the backward marginal fixed). ``alpha`` and ``beta`` are numbers or functions of the time ``[B]``. ``beta = 0`` draws
-    no noise at all. Raises ``ValueError`` for a negative ``beta``.
+    the backward marginal fixed). ``alpha`` and ``beta`` are numbers or functions of the time ``[B]``. ``beta = 0``
+    draws no noise at all. Raises ``ValueError`` for a negative ``beta``.
     """
     if not callable(beta) and beta < 0:
         raise ValueError(f"beta is a standard deviation and cannot be negative, got {beta}")

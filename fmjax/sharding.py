@@ -23,8 +23,8 @@ SMALLEST_SPLIT = 2**14  # entries; gathering smaller arrays costs more than keep
 def start() -> None:
     """Prepares a launched process, before its first computation: compilation cache, and the other processes.
 
-    With ``FMJAX_DISTRIBUTED=1`` it joins them through ``jax.distributed``, which finds them on Cloud TPU, GKE, Slurm and
-    Open MPI; elsewhere ``FMJAX_COORDINATOR`` (``host:port``), ``FMJAX_PROCESSES`` and ``FMJAX_PROCESS`` say who is who.
+    With ``FMJAX_DISTRIBUTED=1`` it joins them through ``jax.distributed``, which finds them on Cloud TPU, GKE, Slurm
+    and Open MPI; elsewhere ``FMJAX_COORDINATOR`` (``host:port``), ``FMJAX_PROCESSES`` and ``FMJAX_PROCESS`` say who is who.
     Compiled programs are kept in ``JAX_COMPILATION_CACHE_DIR``, by default ``~/.cache/fmjax/xla``.
     """
     if not jax.config.jax_compilation_cache_dir:
@@ -48,7 +48,8 @@ def start() -> None:
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of one axis ``"data"`` over the given devices, by default all of all processes."""
-    return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))  # Mesh gives Auto axes, as Linen needs
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.array(devices), (AXIS,))  # Mesh gives Auto axes, as Linen needs
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:

@@ -1,8 +1,8 @@
 """One training step for all methods: loss on the local shard, one mean over devices, optimiser, EMA.
 
-    state = train.init(params, tx, mesh=mesh)
-    step = train.make_step(method.loss, tx, mesh=mesh, ema=0.999)
-    state, metrics = step(state, batch, key)
+state = train.init(params, tx, mesh=mesh)
+step = train.make_step(method.loss, tx, mesh=mesh, ema=0.999)
+state, metrics = step(state, batch, key)
 """
 
 from __future__ import annotations
@@ -130,7 +130,5 @@ def _layout(state: State, tx: optax.GradientTransformation, mesh: Mesh, fsdp: bo
     """A ``NamedSharding`` for every array of a state; optimiser moments lie as their parameters do."""
     params = jax.tree.map(lambda s: NamedSharding(mesh, s), sharding.specs(state.params, mesh, fsdp=fsdp))
     whole = sharding.replicated(mesh)
-    moments = optax.tree_map_params(
-        tx, lambda _, s: s, state.opt_state, params, transform_non_params=lambda _: whole
-    )
+    moments = optax.tree_map_params(tx, lambda _, s: s, state.opt_state, params, transform_non_params=lambda _: whole)
     return State(whole, params, moments, params)
