@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fmjax import couplings, paths
+from fmjax.data import arrays
 from fmjax.nets import adapters
 from fmjax.types import FlowMapFn, Method, Net, VelocityFn
 
@@ -109,6 +110,11 @@ def method(spec: Spec, net: Net, *, path: paths.Path | None = None) -> Method:
     return from_spec("methods", spec, net, takes=("net",), **({} if path is None else {"path": path}))
 
 
+def data(spec: Spec) -> arrays.Splits:
+    """A data set in memory: ``"digits"``, ``{"name": "digits", "held_out": 0.1}``."""
+    return from_spec("data", spec, takes=())
+
+
 def coupling(spec: Spec) -> couplings.Coupling:
     """A coupling: ``"independent"``, ``{"name": "minibatch_ot", "replacement": True}``."""
     return from_spec("couplings", spec, takes=())
@@ -144,7 +150,7 @@ def optimiser(
     wrong = {
         f"learning_rate={learning_rate} must be positive": learning_rate > 0,
         f"steps={steps} must be at least 1": steps >= 1,
-        f"warmup={warmup} must lie in 0 .. steps={steps}": 0 <= warmup <= steps,
+        f"warmup={warmup} cannot be negative": warmup >= 0,
         f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}{nearest(schedule, SCHEDULES)}": schedule
         in SCHEDULES,
         f"clip={clip} must be positive, or None for no clipping": clip is None or clip > 0,
@@ -191,6 +197,19 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if isinstance(error, (flags.Error, OSError)) or line.startswith(NO_FIELD):
             sys.exit(f"error: {line}")
         raise  # the config file itself failed: its traceback says where
+
+
+def in_one_line(function: Callable, *args: Any) -> None:
+    """Calls ``function``; what it raises about its input or the state of the disk ends the process with one line."""
+    import sys
+
+    from absl import logging
+
+    try:
+        function(*args)
+    except (ValueError, RuntimeError, OSError) as error:
+        logging.debug("raised by", exc_info=True)
+        sys.exit(f"error: {error} (--verbosity=1 shows where)")
 
 
 def explain_flag_error(error: Exception, config: Any = None) -> str:

@@ -175,8 +175,7 @@ def _required(function):
         ({"learning_rate": float("nan")}, "learning_rate=nan must be positive"),
         ({"learning_rate": float("inf")}, "must be finite"),
         ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"warmup": 11}, r"warmup=11 must lie in 0 .. steps=10"),
-        ({"warmup": -1}, "warmup=-1 must lie in"),
+        ({"warmup": -1}, "warmup=-1 cannot be negative"),
         ({"schedule": "cosin"}, "schedule='cosin' must be one of constant, cosine; did you mean 'cosine'"),
         ({"clip": 0.0}, "clip=0.0 must be positive, or None"),
         ({"beta2": 1.0}, "beta2=1.0 must lie strictly between 0 and 1"),
@@ -236,6 +235,7 @@ def test_the_schedule_holds_at_its_ends():
     assert rate(0, schedule="constant") == rate(99, schedule="constant") == 2.0
     assert rate(0, schedule="cosine") == 2.0 and rate(10, schedule="cosine") == rate(50, schedule="cosine") == 0.0
     assert rate(9, warmup=10, schedule="cosine") == 2.0
+    assert rate(4, warmup=100, schedule="cosine") == pytest.approx(0.1)  # a smoke run ends in its warm-up
 
 
 CONFIG = """

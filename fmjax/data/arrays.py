@@ -6,7 +6,7 @@ import collections
 import concurrent.futures
 import functools
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,19 @@ from fmjax.types import Batch, Cond
 T = TypeVar("T")
 
 _EPOCH, _FLIP, _PAIR = range(3)
+
+
+class Splits(NamedTuple):
+    """A data set in memory: images ``x: [n, H, W, C]`` float32 in [-1, 1] with labels ``y: [n]``, train and held out.
+
+    ``levels`` is the number of grey levels that a pixel can have (8-bit images: 256).
+    """
+
+    train_x: np.ndarray
+    train_y: np.ndarray
+    test_x: np.ndarray
+    test_y: np.ndarray
+    levels: int = 256
 
 
 def batches(

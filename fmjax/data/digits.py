@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-
-class Splits(NamedTuple):
-    """``x: [n, 8, 8, 1]`` float32 in [-1, 1], ``y: [n]`` int32 labels 0..9; train and held out."""
-
-    train_x: np.ndarray
-    train_y: np.ndarray
-    test_x: np.ndarray
-    test_y: np.ndarray
+from fmjax.data.arrays import Splits
 
 
-def load(*, held_out: float = 0.2, seed: int = 0) -> Splits:
+def digits(*, held_out: float = 0.2, seed: int = 0) -> Splits:
     """The 1,797 digits, split at random with equal class shares; ``x = pixel / 8 - 1`` of the 17 grey levels 0..16.
 
     The file is ordered by writer, so its last rows are another distribution than its first; a random split makes the
@@ -37,4 +28,4 @@ def load(*, held_out: float = 0.2, seed: int = 0) -> Splits:
     missing = sorted(set(range(10)) - (set(train_y.tolist()) & set(test_y.tolist())))
     if missing:
         raise ValueError(f"held_out={held_out} leaves digits {missing} out of one side; choose it nearer to 0.2")
-    return Splits(train_x, train_y, test_x, test_y)
+    return Splits(train_x, train_y, test_x, test_y, levels=17)

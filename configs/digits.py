@@ -1,0 +1,42 @@
+"""Handwritten digits, 8x8, offline: a flow by OT-CFM, its marginals, a score corrector and a two-time flow map.
+
+    python -m launch.pipeline --config=configs/digits.py --workdir=workdir/digits   # the whole road
+    python -m launch.train --config=configs/digits.py --workdir=workdir/flow        # the flow alone
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """All fields of the experiment; any can be changed by ``--config.FIELD=VALUE``."""
+    c = ConfigDict()
+    c.seed = 0
+    c.data = {"name": "digits", "held_out": 0.2}
+    c.flip = False
+    c.path = "linear"
+    c.fsdp = False
+    c.log_every, c.save_every, c.sample_every, c.keep = 25, 250, 500, 2
+
+    # the flow
+    c.net = {"name": "unet", "channels": 16, "multipliers": (1, 2)}
+    c.method = "flow_matching"
+    c.coupling = "minibatch_ot"
+    c.batch_size, c.steps, c.target = 128, 1200, "self"
+    c.learning_rate, c.warmup, c.schedule = 2e-3, 100, "cosine"
+    c.clip, c.beta2, c.weight_decay, c.ema = 1.0, 0.99, 0.0, 0.995
+    same = ("coupling", "batch_size", "target", "warmup", "schedule", "clip", "beta2", "weight_decay", "ema")
+    train = {name: c[name] for name in same}
+
+    # its marginals on the solver's grid: backward ones of the training data, as many forward ones as seeds x samples
+    c.solver, c.solver_steps, c.backward_map = "rk4", 8, "reverse"
+
+    # the score corrector, trained on the backward marginals
+    c.corrector = {**train, "method": {"name": "score_corrector", "sigma": 0.2}, "steps": 500, "learning_rate": 2e-3}
+    c.corrector.net = {"name": "unet", "channels": 16, "multipliers": (1, 2)}
+
+    # the flow map, from the flow's averaged parameters
+    c.flow_map = {**train, "method": {"name": "lagrangian", "diagonal": 0.75}, "steps": 500, "learning_rate": 1e-3}
+
+    # what is drawn and compared
+    c.sampling = {"seeds": 4, "samples": 400, "euler": (4, 8, 16, 32), "rk4": (2, 4, 8), "flow_map": (1, 2, 4)}
+    return c.lock()

@@ -1,0 +1,320 @@
+"""A training run: assembled from a config, then trained step by step, resumable after a kill at any moment.
+
+    plan = run.assemble(cfg)                  # every name and shape is checked here, before anything is compiled
+    state = run.train(plan, "workdir/flow")   # metrics.jsonl, tensorboard/, checkpoints/ under that folder
+
+``fit(cfg, workdir)`` is both, in a workdir that remembers its config. Below ``assemble`` nothing receives a config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from fmjax import build, checkpoint, samplers, sharding, solvers, times, workdir
+from fmjax import train as training
+from fmjax.data import arrays
+from fmjax.nets.adapters import Model
+from fmjax.types import Batch, Method, Params, as_keys, example_keys, normal
+
+NEEDS = {"flow": "velocity", "corrector": "direction", "flow_map": "flow_map"}  # what a stage's method must give
+FREE = ("log_every", "save_every", "sample_every", "keep")  # no number of a run depends on them: a resume may change them
+FETCH = 32  # steps between two looks at the metrics: NaN is found soon, and few steps are in flight
+TERMINATED = 143  # exit status after SIGTERM, as a shell has it
+
+Hook = Callable[[int, training.State], Any]
+
+
+class Diverged(RuntimeError):
+    """A loss, one of its terms or a gradient is not finite."""
+
+
+class Plan(NamedTuple):
+    """A training run, ready to start: a method over a model, an optimiser, and batches as a function of the step.
+
+    ``shape`` is that of one example, ``rate(n)`` the learning rate of step ``n``.
+    """
+
+    name: str
+    model: Model
+    method: Method
+    tx: optax.GradientTransformation
+    rate: Callable[[int], Any]
+    batch: Callable[[int], Batch]
+    shape: tuple[int, ...]
+    batch_size: int
+    steps: int
+    seed: int
+    ema: float
+    target: str
+    fsdp: bool
+    log_every: int
+    save_every: int
+    keep: int
+    mesh: Mesh
+
+
+def fit(cfg, path: str | Path) -> training.State:
+    """Trains the flow of a config in the workdir ``path`` and returns its last state; resumes what is there.
+
+    Raises as ``assemble``, ``workdir.open_workdir`` and ``train`` do, the first two before anything is written.
+    """
+    plan = assemble(cfg)
+    path = workdir.open_workdir(path, cfg.to_dict(), free=FREE)
+    return train(plan, path, hooks=[pictures(plan, path, every=cfg.sample_every)])
+
+
+def assemble(
+    cfg, stage: str = "flow", *, data: arrays.Splits | None = None, batch: Callable[[int], Batch] | None = None
+) -> Plan:
+    """The plan of one stage of a config: ``"flow"`` reads the config's own fields, the others those of ``cfg.STAGE``.
+
+    ``data`` saves loading the data set again; ``batch`` replaces the stage's batches (a corrector trains on
+    marginals). All names, options, numbers and shapes are checked, the loss being traced on one device's share of a
+    batch. Raises ``ValueError`` of one sentence, before anything is compiled.
+    """
+    part = cfg if stage == "flow" else cfg[stage]
+    mesh = sharding.make_mesh()
+    for name, value in [("steps", part.steps), *((name, cfg[name]) for name in ("log_every", "save_every", "keep"))]:
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    sharding.check_batch(part.batch_size, mesh)
+    model = build.net(cfg.net if stage == "flow_map" else part.net)  # a flow map starts from the flow's parameters
+    method = build.method(part.method, model.net, path=build.path(cfg.path))
+    if getattr(method, NEEDS[stage]) is None:
+        raise ValueError(f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {part.method!r} does not")
+    schedule = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
+    tx = build.optimiser(
+        learning_rate=part.learning_rate, clip=part.clip, beta2=part.beta2, weight_decay=part.weight_decay, **schedule
+    )
+    couple = None if part.coupling == "independent" else build.coupling(part.coupling)
+    if batch is None:
+        data = build.data(cfg.data) if data is None else data
+        batch = arrays.batches(
+            data.train_x, batch_size=part.batch_size, seed=cfg.seed, couple=couple, flip=cfg.flip,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+    plan = Plan(
+        stage, model, method, tx, functools.partial(build.learning_rate_at, peak=part.learning_rate, **schedule), batch,
+        batch(0).x1.shape[1:], part.batch_size, part.steps, cfg.seed, part.ema, part.target, cfg.fsdp, cfg.log_every,
+        cfg.save_every, cfg.keep, mesh,
+    )  # fmt: skip
+    _step(plan)
+    _trace(plan)
+    return plan
+
+
+def initial(plan: Plan) -> Params:
+    """The parameters before the first step, drawn from the plan's seed."""
+    return plan.model.init(jax.random.fold_in(jax.random.key(plan.seed), 0), jnp.zeros((1, *plan.shape)))
+
+
+def train(
+    plan: Plan,
+    directory: str | Path,
+    *,
+    params: Params | None = None,
+    teacher: Params | None = None,
+    hooks: Sequence[Hook] = (),
+) -> training.State:
+    """Trains to ``plan.steps`` in ``directory``, from its newest good checkpoint or from ``params`` (default drawn).
+
+    Every ``log_every`` steps a record goes to ``metrics.jsonl`` and TensorBoard: the step, the means since the last
+    record of the loss, its terms and the gradient norm, the learning rate, and the steps and examples a second. Then
+    ``hook(step, state)`` is called for each hook. Every ``save_every`` steps and at the end a checkpoint is written. A
+    resumed run gives the numbers of an uninterrupted one, bit for bit (speeds apart). SIGTERM saves and exits with
+    status 143.
+
+    Raises ``Diverged`` where a number is not finite, naming step and term: nothing is saved after that step.
+    Raises ``CheckpointError`` and ``ValueError`` as ``checkpoint.restore`` does.
+    """
+    directory = Path(directory)
+    checkpoints = directory / "checkpoints"
+    state = training.init(initial(plan) if params is None else params, plan.tx, mesh=plan.mesh, fsdp=plan.fsdp)
+    start, window = None, _Window()
+    if checkpoint.latest_step(checkpoints) is not None:
+        start, state, metadata = checkpoint.restore(checkpoints, state, fallback=True)
+        window = _Window(**metadata["window"])
+        if start >= plan.steps:
+            return state
+    first = start or 0
+    step = _step(plan)
+    key = jax.random.fold_in(jax.random.key(plan.seed), 1)
+    pending: list[tuple[int, dict]] = []
+
+    def fetch():
+        fetched = jax.device_get(pending)
+        for n, metrics in fetched:
+            _check_finite(n, metrics, plan.name, checkpoints)
+        window.add([metrics for _, metrics in fetched])
+        pending.clear()
+
+    with (
+        checkpoint.writer(checkpoints, keep=plan.keep, after=start) as manager,
+        _recorder(directory, first) as record,
+        _sigterm() as stop,
+        contextlib.closing(arrays.prefetch(plan.batch, first, plan.steps)) as batches,
+        bar(plan.name, plan.steps, first) as progress,
+    ):
+        for n, batch in enumerate(batches, first + 1):
+            state, metrics = step(state, batch, key, teacher)
+            pending.append((n, metrics))
+            log, last, stopping = n % plan.log_every == 0, n == plan.steps, stop(n)
+            save = n % plan.save_every == 0 or last or stopping
+            if len(pending) == FETCH or log or save:
+                fetch()
+            progress.update()
+            if log or last:
+                means, speed = window.close()
+                progress.set_postfix(loss=f"{means['loss']:.4f}")
+                rates = {"learning_rate": float(plan.rate(n - 1)), "steps_per_s": speed}
+                record({"step": n, **means, **rates, "examples_per_s": speed * plan.batch_size})
+                for hook in hooks:
+                    hook(n, state)
+            if save:
+                checkpoint.save(manager, n, state, metadata={"stage": plan.name, "window": window.saved()})
+            if stopping and not last:
+                break
+        else:
+            return state
+    print(f"{plan.name}: SIGTERM after step {n}; saved in {checkpoints}, run again to resume", file=sys.stderr)
+    sys.exit(TERMINATED)
+
+
+def pictures(plan: Plan, directory: str | Path, *, every: int, count: int = 36, steps: int = 16) -> Hook:
+    """A hook that writes ``samples/step-N.png`` every ``every`` records' steps: Euler samples of the averaged flow.
+
+    Nothing for ``every = 0`` and for examples that are not images ``[H, W, C]``.
+    """
+    from fmjax import figures
+
+    folder = Path(directory) / "samples"
+    keys = as_keys(jax.random.fold_in(jax.random.key(plan.seed), 2), count)
+
+    @jax.jit
+    def draw(params):
+        step = solvers.euler(plan.method.velocity(params))
+        return samplers.sample(step, normal(keys, plan.shape), times.uniform_grid(steps))
+
+    def hook(n: int, state: training.State) -> None:
+        if every and n % every == 0 and len(plan.shape) == 3:
+            images = draw(state.ema)
+            if jax.process_index() == 0:
+                folder.mkdir(exist_ok=True)
+                figures.save_png(folder / f"step-{n:07d}.png", jax.device_get(images))
+
+    return hook
+
+
+def bar(name: str, total: int, start: int = 0, unit: str = "step"):
+    """A progress bar on stderr; on one process only, and with few lines where stderr is a file."""
+    from tqdm import tqdm
+
+    calm = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total, initial=start, desc=name, unit=unit, dynamic_ncols=True, mininterval=calm,
+        disable=jax.process_index() != 0,
+    )  # fmt: skip
+
+
+def _step(plan: Plan):
+    return training.make_step(
+        plan.method.loss, plan.tx, mesh=plan.mesh, ema=plan.ema, target=plan.target, fsdp=plan.fsdp
+    )
+
+
+def _trace(plan: Plan) -> None:
+    """Traces model and loss on one device's rows: what they refuse, they refuse now."""
+    rows = plan.batch_size // plan.mesh.size
+    params = jax.eval_shape(lambda: initial(plan))
+    share = lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype)
+    keys = jax.eval_shape(lambda: example_keys(jax.random.key(0), jnp.arange(rows)))
+    jax.eval_shape(plan.method.loss, params, params, jax.tree.map(share, plan.batch(0)), keys)
+
+
+def _check_finite(n: int, metrics: dict, name: str, checkpoints: Path) -> None:
+    bad = [term for term, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        good = checkpoint.latest_step(checkpoints)
+        kept = f"the last good checkpoint is step {good} in {checkpoints}" if good else "there is no checkpoint yet"
+        values = ", ".join(f"{term} is {float(metrics[term])}" for term in bad)
+        raise Diverged(f"{name} diverged at step {n}: {values}; {kept}; lower learning_rate or set clip")
+
+
+class _Window:
+    """The running means since the last record, and how fast the steps went."""
+
+    def __init__(self, sums: dict[str, float] | None = None, count: int = 0):
+        self.sums, self.count = dict(sums or {}), count
+        self.since, self.timed = None, 0
+
+    def add(self, steps: list[dict]) -> None:
+        for metrics in steps:
+            for name, value in metrics.items():
+                self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        self.count += len(steps)
+        if self.since is None:
+            self.since = time.perf_counter()  # after the first fetch: compilation is no part of the speed
+        else:
+            self.timed += len(steps)
+
+    def close(self) -> tuple[dict[str, float], float]:
+        now = time.perf_counter()
+        speed = self.timed / (now - self.since) if self.timed else 0.0
+        means = {name: total / self.count for name, total in self.sums.items()}
+        self.sums, self.count, self.since, self.timed = {}, 0, now, 0
+        return means, speed
+
+    def saved(self) -> dict:
+        return {"sums": self.sums, "count": self.count}
+
+
+@contextlib.contextmanager
+def _recorder(directory: Path, start: int) -> Iterator[Callable[[dict], None]]:
+    """Appends records to ``metrics.jsonl`` and TensorBoard, both cut back to ``start`` first; on one process only."""
+    if jax.process_index() != 0:
+        yield lambda record: None
+        return
+    from tensorboardX import SummaryWriter
+
+    workdir.truncate_jsonl(directory / "metrics.jsonl", start)
+    with SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None) as board:
+
+        def write(record: dict) -> None:
+            workdir.append_jsonl(directory / "metrics.jsonl", record)
+            for name, value in record.items():
+                if name != "step":
+                    board.add_scalar(name, value, record["step"])
+
+        yield write
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[int], bool]]:
+    """``stop(step)``: whether SIGTERM has come. Several processes agree on the step through ``jax.distributed``."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    came = []
+    try:
+        former = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    except ValueError:  # not the main thread, which alone may set handlers: then the caller's own applies
+        yield lambda step: False
+        return
+    try:
+        yield lambda step: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,23 @@
+"""Trains the flow of a config: ``python -m launch.train --config=configs/digits.py --workdir=W [--config.steps=10]``.
+
+The workdir gets config.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and samples/; run it again to
+resume. ``FMJAX_DISTRIBUTED=1`` joins the processes of a TPU pod or a GPU cluster.
+"""
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from fmjax import build, run, sharding
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+
+
+def main(_):
+    """Trains."""
+    sharding.start()
+    build.in_one_line(run.fit, CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=build.parse_flags)
