@@ -200,11 +200,16 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def in_one_line(function: Callable, *args: Any) -> None:
-    """Calls ``function``; what it raises about its input or the state of the disk ends the process with one line."""
+    """Calls ``function``; what it raises about its input or the state of the disk ends the process with one line.
+
+    Libraries log warnings only, unless ``--verbosity`` says otherwise.
+    """
     import sys
 
-    from absl import logging
+    from absl import flags, logging
 
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)
     try:
         function(*args)
     except (ValueError, RuntimeError, OSError) as error:

@@ -6,7 +6,6 @@ split along one of its axes, gathered where it is used and its gradient scattere
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ def start() -> None:
     and Open MPI; elsewhere ``FMJAX_COORDINATOR`` (``host:port``), ``FMJAX_PROCESSES`` and ``FMJAX_PROCESS`` say who is who.
     Compiled programs are kept in ``JAX_COMPILATION_CACHE_DIR``, by default ``~/.cache/fmjax/xla``.
     """
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it tells of every backend that is not there
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmjax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -15,7 +15,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", require
 
 def main(_):
     """Trains."""
-    sharding.start()
+    build.in_one_line(sharding.start)
     build.in_one_line(run.fit, CONFIG.value, WORKDIR.value)
 
 
