@@ -1,7 +1,7 @@
 """Handwritten digits, 8x8, offline: a flow by OT-CFM, its marginals, a score corrector and a two-time flow map.
 
-    python -m launch.pipeline --config=configs/digits.py --workdir=workdir/digits   # the whole road
-    python -m launch.train --config=configs/digits.py --workdir=workdir/flow        # the flow alone
+python -m launch.pipeline --config=configs/digits.py --workdir=workdir/digits   # the whole road
+python -m launch.train --config=configs/digits.py --workdir=workdir/flow        # the flow alone
 """
 
 from ml_collections import ConfigDict
@@ -39,4 +39,11 @@ def get_config() -> ConfigDict:
 
     # what is drawn and compared
     c.sampling = {"seeds": 4, "samples": 400, "euler": (4, 8, 16, 32), "rk4": (2, 4, 8), "flow_map": (1, 2, 4)}
+    c.corrections = {
+        "end": {"solver": "rk4", "steps": 8, "at": (8,), "alpha": 0.5, "beta": 0.0},
+        "three": {"solver": "rk4", "steps": 8, "at": (0, 4, 8), "alpha": 0.25, "beta": 0.0},
+        "all": {"solver": "rk4", "steps": 8, "at": tuple(range(9)), "alpha": 0.1, "beta": 0.0},
+        "map_end": {"solver": "flow_map", "steps": 4, "at": (4,), "alpha": 0.5, "beta": 0.0},
+        "map_three": {"solver": "flow_map", "steps": 4, "at": (0, 2, 4), "alpha": 0.25, "beta": 0.0},
+    }
     return c.lock()

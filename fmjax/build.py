@@ -208,7 +208,7 @@ def in_one_line(function: Callable, *args: Any) -> None:
 
     from absl import flags, logging
 
-    if flags.FLAGS["verbosity"].using_default_value:
+    if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
         function(*args)

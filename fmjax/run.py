@@ -31,7 +31,12 @@ from fmjax.nets.adapters import Model
 from fmjax.types import Batch, Method, Params, as_keys, example_keys, normal
 
 NEEDS = {"flow": "velocity", "corrector": "direction", "flow_map": "flow_map"}  # what a stage's method must give
-FREE = ("log_every", "save_every", "sample_every", "keep")  # no number of a run depends on them: a resume may change them
+FREE = (
+    "log_every",
+    "save_every",
+    "sample_every",
+    "keep",
+)  # no number of a run depends on them: a resume may change them
 FETCH = 32  # steps between two looks at the metrics: NaN is found soon, and few steps are in flight
 TERMINATED = 143  # exit status after SIGTERM, as a shell has it
 
@@ -95,7 +100,9 @@ def assemble(
     model = build.net(cfg.net if stage == "flow_map" else part.net)  # a flow map starts from the flow's parameters
     method = build.method(part.method, model.net, path=build.path(cfg.path))
     if getattr(method, NEEDS[stage]) is None:
-        raise ValueError(f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {part.method!r} does not")
+        raise ValueError(
+            f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {part.method!r} does not"
+        )
     schedule = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
     tx = build.optimiser(
         learning_rate=part.learning_rate, clip=part.clip, beta2=part.beta2, weight_decay=part.weight_decay, **schedule

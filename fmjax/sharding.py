@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from fmjax import workdir
 
 AXIS = "data"
 SMALLEST_SPLIT = 2**14  # entries; gathering smaller arrays costs more than keeping them
@@ -24,12 +25,12 @@ def start() -> None:
     """Prepares a launched process, before its first computation: compilation cache, and the other processes.
 
     With ``FMJAX_DISTRIBUTED=1`` it joins them through ``jax.distributed``, which finds them on Cloud TPU, GKE, Slurm
-    and Open MPI; elsewhere ``FMJAX_COORDINATOR`` (``host:port``), ``FMJAX_PROCESSES`` and ``FMJAX_PROCESS`` say who is who.
+    and Open MPI; elsewhere ``FMJAX_COORDINATOR`` (``host:port``), ``FMJAX_PROCESSES`` and ``FMJAX_PROCESS`` say who is
+    who.
     Compiled programs are kept in ``JAX_COMPILATION_CACHE_DIR``, by default ``~/.cache/fmjax/xla``.
     """
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmjax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(workdir.cache() / "xla"))
     distributed = os.environ.get("FMJAX_DISTRIBUTED", "0")
     if distributed not in ("0", "1", ""):
         raise ValueError(f"FMJAX_DISTRIBUTED={distributed!r} must be 0 or 1")

@@ -63,6 +63,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def cache() -> Path:
+    """Where what can be made again is kept between runs: ``$XDG_CACHE_HOME/fmjax``, by default ``~/.cache/fmjax``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmjax"
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Writes a file whole or not at all: a temporary neighbour, flushed to disk, then renamed over it."""
     path = Path(path)

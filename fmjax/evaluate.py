@@ -1,0 +1,168 @@
+"""Ways to sample one flow, drawn from the same noise and compared with held-out data.
+
+A ``Setting`` names a sampler; ``draw`` runs it for every seed; ``compare`` turns samples into rows and verdicts of a
+report. Positions of the corrections are steps of the setting's own grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fmjax import build, correctors, report, samplers, solvers, times, workdir
+from fmjax.metrics.two_sample import mean_se
+from fmjax.report import Row, Verdict
+from fmjax.types import Method, Params, as_keys, fold_in, normal
+
+FLOW_MAP = "flow_map"  # the solver of settings that jump with the learned map
+Metric = Callable[[np.ndarray], float]
+
+
+class Setting(NamedTuple):
+    """A sampler: ``steps`` of ``solver`` (or of the flow map), corrected at the steps ``at`` with ``alpha``, ``beta``.
+
+    ``baseline`` names the setting without corrections that it is judged against.
+    """
+
+    name: str
+    family: str
+    solver: str
+    steps: int
+    at: tuple[int, ...] = ()
+    alpha: float = 0.0
+    beta: float = 0.0
+    baseline: str | None = None
+
+    def cost(self) -> samplers.Cost:
+        """NFE and corrections; a flow map evaluates its network once a step, a score corrector once a correction."""
+        stages = 1 if self.solver == FLOW_MAP else solvers.nfe(self.solver)
+        return samplers.cost(self.steps, self.at, step_nfe=stages)
+
+
+class Models(NamedTuple):
+    """The methods of a flow, its map and its corrector, and their parameters under the same names."""
+
+    flow: Method
+    flow_map: Method
+    corrector: Method
+    params: dict[str, Params]
+    shape: tuple[int, ...]
+
+
+def settings(plain: dict[str, Sequence[int]], corrected: dict[str, dict[str, Any]]) -> list[Setting]:
+    """The settings of a config: ``plain`` maps solvers to numbers of steps, ``corrected`` names to their options.
+
+    Raises ``ValueError`` for an unknown solver (with the nearest), steps that are not positive, ``at`` outside
+    ``0 .. steps``, and a corrected setting whose plain one is not among ``plain``.
+    """
+    words = lambda solver, n: f"{title(solver)}, {n} step{'s' if n > 1 else ''}"
+    found = []
+    for solver, counts in plain.items():
+        solver == FLOW_MAP or solvers.tableau(solver)
+        for n in counts:
+            times.uniform_grid(n)
+            found.append(Setting(words(solver, n), title(solver), solver, n))
+    names = [s.name for s in found]
+    for key, c in corrected.items():
+        solver, n, at = c["solver"], c["steps"], samplers.check_at(c["at"], c["steps"])
+        base = words(solver, n)
+        if base not in names:
+            known = ", ".join(names)
+            raise ValueError(f"correction {key!r} needs its plain sampler {base!r} to be drawn too; there are {known}")
+        where = "at every step" if len(at) == n + 1 else f"at {', '.join(map(str, at))}"
+        family = f"{title(solver)} + corrections"
+        correctors.marginal_matching(lambda x, t, cond=None: x, alpha=c["alpha"], beta=c["beta"])  # checks beta
+        found.append(Setting(f"{base}, corrected {where}", family, solver, n, at, c["alpha"], c["beta"], base))
+    if len({s.name for s in found}) < len(found):
+        raise ValueError(f"two samplers are the same: {sorted(s.name for s in found)}; drop one")
+    return found
+
+
+def title(solver: str) -> str:
+    """The family of a solver, as the report has it."""
+    return {FLOW_MAP: "flow map"}.get(solver, solver)
+
+
+def sampler(setting: Setting, models: Models, *, trajectory: bool = False) -> Callable[..., jax.Array]:
+    """``draw(params, keys)``, jitted: samples ``[B, ...]`` (or all states) from example keys ``[B]``.
+
+    The noise depends on the keys alone, so that settings compare example by example.
+    """
+
+    @jax.jit
+    def draw(params: dict[str, Params], keys):
+        x0 = normal(fold_in(keys, 0), models.shape)
+        if setting.solver == FLOW_MAP:
+            step = models.flow_map.flow_map(params["flow_map"])
+        else:
+            step = build.step(setting.solver)(models.flow.velocity(params["flow"]))
+        fix = None
+        if setting.at:
+            direction = models.corrector.direction(params["corrector"])
+            fix = correctors.marginal_matching(direction, alpha=setting.alpha, beta=setting.beta)
+        grid = times.uniform_grid(setting.steps)
+        return samplers.sample(
+            step, x0, grid, key=fold_in(keys, 1), corrector=fix, at=setting.at, trajectory=trajectory
+        )
+
+    return draw
+
+
+def draw(
+    setting: Setting, models: Models, *, seeds: int, samples: int, seed: int, directory: Path, identity: str
+) -> np.ndarray:
+    """Samples ``[seeds, samples, ...]`` of a setting, read from ``directory`` where it holds those of ``identity``.
+
+    ``identity`` names what the numbers depend on beside the setting: the parameters' digests.
+    """
+    told = f"{setting} {seeds} {samples} {seed} {identity}"
+    slug = "".join(c if c.isalnum() else "-" for c in setting.name)
+    file = directory / f"{slug}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.npy"
+    if file.exists():
+        return np.load(file, allow_pickle=False)
+    run = sampler(setting, models)
+    x = np.stack([np.asarray(run(models.params, keys_of(seed, i, samples))) for i in range(seeds)])
+    buffer = io.BytesIO()
+    np.save(buffer, x, allow_pickle=False)
+    directory.mkdir(exist_ok=True)
+    workdir.write_bytes(file, buffer.getvalue())
+    return x
+
+
+def keys_of(seed: int, i: int, samples: int):
+    """The example keys of the ``i``-th seed's samples, apart from those of training."""
+    return as_keys(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), i), samples)
+
+
+def compare(
+    drawn: dict[Setting, np.ndarray], metrics: dict[str, Metric], data: np.ndarray
+) -> tuple[list[Row], list[Verdict]]:
+    """Rows (mean and standard error over seeds) of all settings and of ``data``, and a verdict for each correction.
+
+    ``drawn[setting]`` and ``data`` (training data, the floor) are ``[seeds, samples, ...]``.
+    """
+    each = {s.name: _distances(x, metrics) for s, x in drawn.items()}
+    rows = [
+        Row(s.name, s.family, s.cost().nfe, s.cost().corrections, {m: mean_se(v) for m, v in each[s.name].items()})
+        for s in drawn
+    ]
+    floor = {m: mean_se(v) for m, v in _distances(data, metrics).items()}
+    rows.append(Row("training data", report.REFERENCE, 0, 0, floor))
+    verdicts = [
+        report.verdict(s.name, s.baseline, m, each[s.name][m], each[s.baseline][m])
+        for s in drawn
+        for m in metrics
+        if s.baseline
+    ]
+    return rows, verdicts
+
+
+def _distances(x: np.ndarray, metrics: dict[str, Metric]) -> dict[str, list[float]]:
+    finite = np.isfinite(x).reshape(len(x), -1).all(1)
+    return {m: [f(a) if ok else float("inf") for a, ok in zip(x, finite, strict=True)] for m, f in metrics.items()}

@@ -1,0 +1,276 @@
+"""The whole road, resumable: flow, marginals, corrector, flow map, samples, comparison and report.
+
+Everything is checked before the first step of the first stage. A stage that is complete is read, not run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fmjax import build, checkpoint, evaluate, marginals, report, run, times, workdir
+from fmjax.data import arrays
+from fmjax.evaluate import Models, Setting
+from fmjax.metrics import features, frechet, two_sample
+from fmjax.types import Batch
+
+SHOWN = 36  # images in a grid of samples
+ROWS = 8  # trajectories shown
+NOTES = [
+    "NFE counts network evaluations a sample: an RK4 step costs 4, a step of the flow map 1, a correction 1.",
+    "All samplers of a seed start from the same noise, so a correction is judged by paired differences.",
+    "FD-small is a Frechet distance in 32 features of a small classifier trained here on the training digits. "
+    "It is not FID and compares with nothing but itself at the same sample count.",
+    "A distance means something beside its floor: that of as many training images to the same held-out images.",
+    "Backward marginals q_n start at the training images and follow the flow back in time; forward marginals p_n start "
+    "at noise. For a perfect flow both are one law.",
+]
+
+
+class Setup(NamedTuple):
+    """All that the stages need, checked."""
+
+    data: arrays.Splits
+    flow: run.Plan
+    corrector: run.Plan
+    flow_map: run.Plan
+    settings: list[Setting]
+    ts: np.ndarray
+
+
+def setup(cfg) -> Setup:
+    """Assembles and checks every stage of a config; raises ``ValueError`` of one sentence."""
+    data = build.data(cfg.data)
+    ts = times.uniform_grid(cfg.solver_steps)
+    size = cfg.corrector.batch_size
+    marginal = Batch(x1=np.resize(data.train_x, (size, *data.train_x.shape[1:])), t=np.resize(ts, size))
+    s = cfg.sampling
+    if s.seeds < 1 or not 2 <= s.samples <= len(data.train_x):
+        raise ValueError(
+            f"sampling.seeds={s.seeds} must be 1 or more, sampling.samples={s.samples} in 2..{len(data.train_x)} "
+            "(each seed is compared with as many training images)"
+        )
+    plain = {solver: s[solver] for solver in ("euler", "rk4", evaluate.FLOW_MAP)}
+    return Setup(
+        data,
+        run.assemble(cfg, "flow", data=data),
+        run.assemble(cfg, "corrector", batch=lambda step: marginal),
+        run.assemble(cfg, "flow_map", data=data),
+        evaluate.settings(plain, cfg.corrections),
+        ts,
+    )
+
+
+def main(cfg, path: str | Path) -> None:
+    """Runs what is left of the road of a config in the workdir ``path``; prints a line a stage.
+
+    Raises as ``run.fit`` and ``marginals.build`` do; ``ValueError`` on several processes: start one.
+    """
+    if jax.process_count() > 1:
+        raise ValueError("the pipeline runs in one process (on all its devices); train on several with launch.train")
+    ready = setup(cfg)
+    path = workdir.open_workdir(path, cfg.to_dict(), free=run.FREE)
+    page = path / "report.html"
+    if page.exists() and (path / "metrics.json").exists():
+        print(f"the run in {path} is complete: open {page}")
+        return
+    began = time.perf_counter()
+
+    with _stage(1, "flow") as tell:
+        plan = ready.flow
+        hooks = [run.pictures(plan, path / "flow", every=cfg.sample_every)]
+        flow = run.train(plan, path / "flow", hooks=hooks).ema
+        tell(f"{plan.steps} steps of {plan.batch_size}, {_last_loss(path / 'flow')}")
+
+    with _stage(2, "marginals") as tell:
+        forward, backward = _marginals(cfg, ready, path / "marginals", flow)
+        round_trip = marginals.round_trip(
+            plan.method.velocity, flow, ready.data.train_x[:256], ready.ts, solver=cfg.solver
+        )
+        counts = f"{len(forward.x)} forward, {len(backward.x)} backward"
+        tell(f"{counts} on {len(ready.ts)} times, round trip {round_trip:.1e}")
+
+    with _stage(3, "corrector") as tell:
+        draws = marginals.batches(backward, batch_size=cfg.corrector.batch_size, seed=cfg.seed)
+        plan = ready.corrector._replace(batch=draws)
+        corrector = run.train(plan, path / "corrector", teacher=_teacher(plan, flow)).ema
+        tell(f"{plan.steps} steps of {plan.batch_size}, {_last_loss(path / 'corrector')}")
+
+    with _stage(4, "flow map") as tell:
+        plan = ready.flow_map
+        flow_map = run.train(plan, path / "flow_map", params=flow, teacher=_teacher(plan, flow)).ema
+        tell(f"{plan.steps} steps of {plan.batch_size}, {_last_loss(path / 'flow_map')}")
+
+    with _stage(5, "samples") as tell:
+        params = {"flow": flow, "corrector": corrector, "flow_map": flow_map}
+        models = Models(
+            ready.flow.method, ready.flow_map.method, ready.corrector.method, params, ready.data.train_x.shape[1:]
+        )
+        drawn = _draw(cfg, ready.settings, models, path / "samples")
+        tell(f"{len(drawn)} samplers x {cfg.sampling.seeds} seeds x {cfg.sampling.samples}")
+
+    with _stage(6, "comparison") as tell:
+        found = _compare(cfg, ready.data, drawn, forward, backward)
+        found["round_trip"] = round_trip
+        workdir.write_json(path / "metrics.json", _as_json(found) | {"environment": workdir.environment()})
+        seconds = time.perf_counter() - began
+        report.write(page, _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds))
+        tell(report.count_line(found["verdicts"]))
+    for sentence in _summary(found):
+        print(f"      {sentence}")
+    print(f"done in {seconds:.0f} s: open {page}")
+
+
+@contextlib.contextmanager
+def _stage(i: int, name: str) -> Iterator[Any]:
+    told, start = [], time.perf_counter()
+    yield told.append
+    print(f"[{i}/6] {name}: {told[0]} ({time.perf_counter() - start:.1f} s)", flush=True)
+
+
+def _teacher(plan: run.Plan, flow):
+    return flow if plan.target == "frozen" else None
+
+
+def _last_loss(directory: Path) -> str:
+    return f"loss {workdir.read_jsonl(directory / 'metrics.jsonl')[-1]['loss']:.4f}"
+
+
+def _marginals(cfg, ready: Setup, directory: Path, flow):
+    """The forward and backward sets of the flow, built or read."""
+    plan, x = ready.flow, ready.data.train_x
+    common = {
+        "flow": checkpoint.digest(flow),
+        "solver": cfg.solver,
+        "mesh": plan.mesh,
+        "batch": 512 // plan.mesh.size * plan.mesh.size,
+    }
+    starts = {
+        "forward": {"count": cfg.sampling.seeds * cfg.sampling.samples, "shape": x.shape[1:], "seed": cfg.seed},
+        "backward": {"data": np.concatenate([x, x[:, :, ::-1]]) if cfg.flip else x, "backward_map": cfg.backward_map},
+    }
+    sets = []
+    for direction, start in starts.items():
+        total = start["count"] if direction == "forward" else len(start["data"])
+        with run.bar(f"{direction} marginals", total, unit="example") as progress:
+            tick = lambda done, total, progress=progress: progress.update(done - progress.n)
+            folder = directory / direction
+            marginals.build(
+                plan.method.velocity,
+                flow,
+                ready.ts,
+                directory=folder,
+                direction=direction,
+                progress=tick,
+                **common,
+                **start,
+            )
+        sets.append(marginals.read(folder, expect={"flow": common["flow"], "ts": ready.ts}))
+    return sets
+
+
+def _draw(cfg, settings: list[Setting], models: Models, directory: Path) -> dict[Setting, np.ndarray]:
+    s, identity = cfg.sampling, checkpoint.digest(models.params)
+    drawn = {}
+    with run.bar("samples", len(settings), unit="sampler") as progress:
+        for setting in settings:
+            drawn[setting] = evaluate.draw(
+                setting, models, seeds=s.seeds, samples=s.samples, seed=cfg.seed, directory=directory, identity=identity
+            )
+            progress.update()
+    return drawn
+
+
+def _compare(cfg, data: arrays.Splits, drawn, forward, backward) -> dict[str, Any]:
+    """Distances of all samples to the held-out images, and of p_n to q_n along the grid."""
+    s, held_out = cfg.sampling, data.test_x
+    net = features.small_classifier(
+        data.train_x, data.train_y, cache_dir=workdir.cache() / "features", levels=data.levels
+    )
+    reference = net.features(features.quantise(held_out, data.levels))
+    metrics = {
+        "FD-small": lambda x: frechet.frechet(net.features(features.quantise(x, data.levels)), reference),
+        "sliced W2": lambda x: two_sample.sliced_w2(x, held_out),
+        "energy distance": lambda x: two_sample.energy_distance(x, held_out),
+    }
+    rng = np.random.default_rng(cfg.seed)
+    floor = np.stack([data.train_x[rng.permutation(len(data.train_x))[: s.samples]] for _ in range(s.seeds)])
+    rows, verdicts = evaluate.compare(drawn, metrics, floor)
+
+    p = forward.x.reshape(s.seeds, s.samples, *forward.x.shape[1:])
+    rest = lambda i, n: np.delete(p[:, :, n], i, 0).reshape(-1, *p.shape[3:])
+    pairs = {"p_n and q_n": lambda i, n: backward.x[:, n]} | (
+        {"floor: p_n and more of p_n": rest} if s.seeds > 1 else {}
+    )
+    gaps = {}
+    for name, other in pairs.items():
+        each = [[two_sample.sliced_w2(p[i, :, n], other(i, n)) for i in range(s.seeds)] for n in range(len(forward.ts))]
+        mean, se = zip(*map(two_sample.mean_se, each), strict=True)
+        gaps[name] = (forward.ts, np.array(mean), np.nan_to_num(np.array(se)))
+    return {
+        "rows": rows, "verdicts": verdicts, "gaps": gaps, "straightness": marginals.straightness_defect(backward),
+        "accuracy": features.accuracy(net, held_out, data.test_y), "features": net.weights,
+    }  # fmt: skip
+
+
+def _as_json(found: dict[str, Any]) -> dict[str, Any]:
+    gaps = {name: dict(zip(("t", "distance", "se"), gap, strict=True)) for name, gap in found["gaps"].items()}
+    named = {name: [x._asdict() for x in found[name]] for name in ("rows", "verdicts")}
+    return found | named | {"gaps": gaps}
+
+
+def _summary(found: dict[str, Any]) -> list[str]:
+    """What a reader should know first: the best sampler of each distance beside its floor, and what corrections did."""
+    rows, sentences = found["rows"], []
+    floor = next(row for row in rows if row.family == report.REFERENCE)
+    for metric, (mean, se) in floor.distances.items():
+        best = report.best_row(rows, metric)
+        if best:
+            told = report.plus_minus(*best.distances[metric])
+            sentences.append(
+                f"{metric}: least for {best.name} at {best.nfe} NFE, {told} (floor {report.plus_minus(mean, se)})."
+            )
+    sentences.append(report.count_line(found["verdicts"]))
+    for row in rows:
+        words = [f"{report.verdict_words(v)} ({v.verdict})" for v in found["verdicts"] if v.name == row.name]
+        if words:
+            sentences.append(f"{row.name}: {'; '.join(words)}.")
+    return sentences
+
+
+def _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds) -> report.Contents:
+    data, keys = ready.data, evaluate.keys_of(cfg.seed, 0, ROWS)
+    grids = {"held-out images": data.test_x[:SHOWN]} | {s.name: x[0, :SHOWN] for s, x in drawn.items()}
+    jumps = max((s for s in drawn if s.solver == evaluate.FLOW_MAP and not s.at), key=lambda s: s.steps)
+    trajectories = {
+        "forward: from noise along the flow": forward.x[:ROWS].swapaxes(0, 1),
+        "backward: from training images along the flow (noise at the left)": backward.x[:ROWS].swapaxes(0, 1),
+        jumps.name: np.asarray(evaluate.sampler(jumps, models, trajectory=True)(models.params, keys)),
+    }
+    curves = {}
+    for stage in ("flow", "corrector", "flow_map"):
+        records = workdir.read_jsonl(path / stage / "metrics.jsonl")
+        curves[stage.replace("_", " ")] = tuple(np.array([r[name] for r in records]) for name in ("step", "loss"))
+    sizes = {name: sum(a.size for a in jax.tree.leaves(p)) for name, p in models.params.items()}
+    facts = {
+        "data": f"{len(data.train_x)} training, {len(data.test_x)} held-out images",
+        "samples": f"{cfg.sampling.seeds} seeds of {cfg.sampling.samples}",
+        "parameters": ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
+        "round trip": f"{found['round_trip']:.2e} (rms norm over an example, {cfg.solver}, {cfg.solver_steps} steps)",
+        "straightness defect": ", ".join(f"{x:.3g}" for x in found["straightness"]) + " along the grid",
+        "classifier of FD-small": f"held-out accuracy {found['accuracy']:.3f}, weights {found['features'][:12]}",
+        "time of this process": f"{seconds:.0f} s",
+        "environment": json.dumps(workdir.environment(), indent=1),
+        "config": json.dumps(cfg.to_dict(), indent=1, default=list),
+    }
+    return report.Contents(
+        f"fmjax: {cfg.data.name}", _summary(found), found["rows"], found["verdicts"], grids, trajectories, curves,
+        found["gaps"], facts, NOTES,
+    )  # fmt: skip

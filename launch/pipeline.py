@@ -1,0 +1,23 @@
+"""The whole road of a config: ``python -m launch.pipeline --config=configs/digits.py --workdir=W``.
+
+Flow, marginals, corrector, flow map, samples, comparison: metrics.json and report.html in the workdir. Run it again to
+resume.
+"""
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from fmjax import build, pipeline, sharding
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+
+
+def main(_):
+    """Runs the pipeline."""
+    build.in_one_line(sharding.start)
+    build.in_one_line(pipeline.main, CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=build.parse_flags)
