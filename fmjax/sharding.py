@@ -24,7 +24,8 @@ def start() -> None:
     """Prepares a launched process, before its first computation: compilation cache, and the other processes.
 
     With ``FMJAX_DISTRIBUTED=1`` it joins them through ``jax.distributed``, which finds them on Cloud TPU, GKE, Slurm
-    and Open MPI; elsewhere ``FMJAX_COORDINATOR`` (``host:port``), ``FMJAX_PROCESSES`` and ``FMJAX_PROCESS`` say who is who.
+    and Open MPI; elsewhere ``FMJAX_COORDINATOR`` (``host:port``), ``FMJAX_PROCESSES`` and ``FMJAX_PROCESS`` say who is
+    who.
     Compiled programs are kept in ``JAX_COMPILATION_CACHE_DIR``, by default ``~/.cache/fmjax/xla``.
     """
     if not jax.config.jax_compilation_cache_dir:
