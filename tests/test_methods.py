@@ -1,0 +1,398 @@
+"""The battery: every method file is found here and held to what all methods promise (DESIGN, section 7).
+
+A new method is covered by its file and one entry of ``CASES``, which says what its closed form is on Gaussian data.
+"""
+
+import functools
+import importlib
+import inspect
+import itertools
+import pkgutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fmjax import checkpoint, methods, oracles, paths, sharding, train
+from fmjax.types import Batch, Method, Net, example_keys, expand, over_batch
+
+HELPERS = {"common"}
+MEAN, STD, SIGMA = np.array([0.75, -0.5], np.float32), np.array([0.5, 1.5], np.float32), 0.6
+Z = 4.5  # two-sided, 7e-6 a test: some 200 z-tests under fixed seeds
+FLOOR = 1e-6  # float64: the oracle's u is a quotient for |t - s| > 1e-4 and a trapezium, off by 1e-8 u'', below
+KEYS = jax.random.key(11)
+
+
+def discover() -> list[str]:
+    return sorted({m.name for m in pkgutil.iter_modules(methods.__path__)} - HELPERS)
+
+
+def factory(name: str) -> Callable[..., Method]:
+    """The factory of a method file: the function of the file's own name, whose one positional argument is ``net``."""
+    found = getattr(importlib.import_module(f"fmjax.methods.{name}"), name, None)
+    assert inspect.isfunction(found), f"fmjax/methods/{name}.py has no factory {name}(net, *, ...)"
+    positional = inspect.getfullargspec(inspect.unwrap(found)).args
+    assert positional == ["net"], f"{name} takes {positional} by position; a factory takes net, the rest by keyword"
+    return found
+
+
+class Case(NamedTuple):
+    """What the battery has to know of a method.
+
+    ``make(net)``; ``batch(key, n)`` draws data; ``solution`` is the closed-form net, its params ignored; ``uses`` maps
+    each view of ``Method`` to its closed form; ``standard(x, s)`` is N(0, I), independent of ``s``, where the net is
+    asked at the right places (``x`` of the law of its source time ``s``); ``teacher``: the loss depends on its target.
+    """
+
+    make: Callable[[Net], Method]
+    batch: Callable[[Any, int], Batch]
+    solution: Net
+    uses: dict[str, Callable]
+    standard: Callable[[Any, Any], Any]
+    teacher: bool = False
+
+
+def moments(path, x, t, extra=0.0):
+    """Mean and variance of ``I_t`` for the Gaussian data, plus ``extra`` variance."""
+    alpha, beta, *_ = paths.coefficients(path, x, t)
+    return beta * MEAN, alpha**2 + (beta * STD) ** 2 + extra
+
+
+def standardise(x, mean, var):
+    return (x - mean) / jnp.sqrt(var)
+
+
+def flow_case(path, name: str, *uses: str, teacher: bool = False, **options) -> Case:
+    """A method whose closed form is the average velocity of Gaussian data along a path."""
+    oracle = oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD), path=path)
+    return Case(
+        make=lambda net: factory(name)(net, path=path, **options),
+        batch=lambda key, n: Batch(oracle.sample(key, n)),
+        solution=oracles.average_velocity(oracle),
+        uses={use: getattr(oracle, use) for use in uses},
+        standard=lambda x, s: standardise(x, *moments(path, x, s)),
+        teacher=teacher,
+    )
+
+
+def score_case(path) -> Case:
+    """Marginals of the Gaussian's own flow at times ``t``, noised by sigma: N(beta m, C_t + sigma^2)."""
+    noised = lambda x, t: moments(path, x, t, SIGMA**2)
+
+    def batch(key, n):
+        k_t, k_0, k_1 = jax.random.split(key, 3)
+        t = jax.random.randint(k_t, (n,), 0, 5) / 4.0
+        x0, x1 = jax.random.normal(k_0, (n, 2)), MEAN + STD * jax.random.normal(k_1, (n, 2))
+        return Batch(paths.with_velocity(path, x0, x1, t)[0], t=t)
+
+    def score(x, t):
+        mean, var = noised(x, t)
+        return -(x - mean) / var
+
+    return Case(
+        make=lambda net: factory("score_corrector")(net, sigma=SIGMA),
+        batch=batch,
+        solution=lambda params, x, s, t, cond=None, key=None: -SIGMA * score(x, s),
+        uses={"direction": lambda x, t: SIGMA**2 * score(x, t)},
+        standard=lambda x, s: standardise(x, *noised(x, s)),
+    )
+
+
+# One entry a method: a function of the path that gives its ``Case``.
+CASES = {
+    "flow_matching": lambda path: flow_case(path, "flow_matching", "velocity"),
+    "lagrangian": lambda path: flow_case(path, "lagrangian", "velocity", "flow_map", teacher=True),
+    "score_corrector": score_case,
+}
+
+
+def case_of(name: str, path=None) -> Case:
+    if name not in CASES:
+        pytest.fail(
+            f"the battery does not know {name}: add CASES[{name!r}] to tests/test_methods.py, a Case of its path"
+        )
+    return CASES[name](path or paths.linear())
+
+
+every_method = pytest.mark.parametrize("name", discover())
+both_paths = pytest.mark.parametrize("path", [paths.linear, paths.trigonometric])
+
+# Directions to be wrong in, functions of (x, s, t). The second group vanishes where s = t.
+ANYWHERE = {
+    "1": lambda x, s, t: jnp.ones_like(x),
+    "x": lambda x, s, t: x,
+    "x[::-1]": lambda x, s, t: x[:, ::-1],
+    "sin 2x": lambda x, s, t: jnp.sin(2 * x),
+    "s x": lambda x, s, t: s * x,
+    "t x": lambda x, s, t: t * x,
+}
+OFF_DIAGONAL = {
+    "t-s": lambda x, s, t: (t - s) * jnp.ones_like(x),
+    "(t-s) x": lambda x, s, t: (t - s) * x,
+    "(t-s) s sin 2x": lambda x, s, t: (t - s) * s * jnp.sin(2 * x),
+}
+BASIS = ANYWHERE | OFF_DIAGONAL
+
+
+def around(solution: Net) -> Net:
+    """The solution plus ``sum_k params[k] phi_k(x, s, t)``: exact at ``params = 0``."""
+
+    def net(params, x, s, t, cond=None, key=None):
+        s, t = over_batch(s, x), over_batch(t, x)
+        phi = jnp.stack([f(x, expand(s, x), expand(t, x)) for f in BASIS.values()])
+        return solution(None, x, s, t) + jnp.tensordot(params, phi, 1)
+
+    return net
+
+
+def mean_gradients(case: Case, params, groups=4096, rows=8):
+    """The expected gradient at each of ``params``, ``[P, K]``, and its standard error, from independent batches."""
+    loss = case.make(around(case.solution)).loss
+
+    @jax.jit
+    def moments(key):
+        flat = case.batch(key, groups * rows)
+        batches = jax.tree.map(lambda a: a.reshape(groups, rows, *a.shape[1:]), flat)
+        keys = example_keys(KEYS, jnp.arange(groups * rows)).reshape(groups, rows)
+
+        def at(params):  # target and student alike
+            one = lambda batch, key: jax.grad(loss, has_aux=True)(params, params, batch, key)[0]
+            g = jax.vmap(one)(batches, keys)
+            return g.mean(0), g.std(0, ddof=1) / groups**0.5
+
+        return jax.lax.map(at, params)
+
+    return map(np.asarray, moments(jax.random.key(5)))
+
+
+@every_method
+@both_paths
+def test_the_closed_form_is_a_stationary_point_and_descent_returns_to_it(name, path, x64):
+    """E grad = 0 at the solution; a step away along phi_k, the gradient points back, by more than chance."""
+    case, names = case_of(name, path()), list(BASIS)
+    away = 0.2 * jnp.eye(len(names))
+    mean, error = mean_gradients(case, jnp.concatenate([jnp.zeros_like(away[:1]), away]))
+    off = np.array([phi in OFF_DIAGONAL for phi in names]) & ("flow_map" not in case.uses)
+    assert not mean[:, off].any(), f"{name} has no flow map but asks the net off the diagonal"
+    z = mean[0] / (error[0] + FLOOR / Z)
+    assert (np.abs(z) < Z).all(), f"not stationary: z = {dict(zip(names, z, strict=True))}"
+    back, chance = np.diag(mean[1:])[~off], Z * np.diag(error[1:])[~off] + FLOOR
+    stuck = [phi for phi, no in zip(np.array(names)[~off], back <= chance, strict=True) if no]
+    assert not stuck, f"descent does not return along {stuck}: {back} against {chance}"
+
+
+@every_method
+@both_paths
+def test_the_net_is_asked_at_points_of_the_law_of_their_source_time(name, path):
+    """At the solution every (x, s) has x ~ p_s and s <= t: first and second moments, alone and against s."""
+    case = case_of(name, path())
+    seen = []
+
+    def net(params, x, s, t, cond=None, key=None):
+        jax.debug.callback(lambda *a: seen.append(a), case.standard(x, over_batch(s, x)), s, t)
+        return case.solution(None, x, s, t)
+
+    n = 20_000
+    loss = jax.jit(lambda key: case.make(net).loss(None, None, case.batch(key, n), example_keys(KEYS, jnp.arange(n))))
+    jax.block_until_ready(loss(jax.random.key(6)))
+    jax.effects_barrier()
+    assert seen
+    for r, s, t in seen:
+        assert (s <= t).all()
+        for power in (r, r**2 - 1, r[:, :1] * r[:, 1:]):
+            for moment in (power, power * (s[:, None] - 0.5)):
+                z = moment.mean(0) / (moment.std(0) / len(r) ** 0.5)
+                assert np.abs(z).max() < Z, f"x is not of the law at s: z = {z}"
+
+
+@every_method
+@both_paths
+def test_every_use_of_the_solution_is_the_closed_form(name, path, x64):
+    case = case_of(name, path())
+    method = case.make(case.solution)
+    offered = {use for use in ("velocity", "flow_map", "direction") if getattr(method, use) is not None}
+    assert offered == set(case.uses), f"{name} offers {offered}, its case states {set(case.uses)}"
+    x, s, t = jax.random.normal(KEYS, (6, 2)), jnp.linspace(0, 0.7, 6), jnp.linspace(0.2, 1, 6)
+    for use, exact in case.uses.items():
+        for times in ((s, t), (0.25, 0.75)):
+            at = times if use == "flow_map" else times[1:]
+            np.testing.assert_allclose(getattr(method, use)(None)(x, *at), exact(x, *at), rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def quick_compile():
+    """Half the compile time, where a step is compiled often and run twice."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def mlp(params, x, s, t, cond=None, key=None):
+    s, t = expand(over_batch(s, x), x), expand(over_batch(t, x), x)
+    return jnp.tanh(jnp.concatenate([x, s, t], -1) @ params["in"] + params["bias"]) @ params["out"]
+
+
+def mlp_params(seed=0, width=16):
+    rng = np.random.default_rng(seed)
+    shapes = {"in": (4, width), "bias": (width,), "out": (width, 2)}
+    return {name: jnp.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+
+
+@functools.cache
+def setting(name: str):
+    """A method over the small net, its loss compiled, a batch of 32 and keys."""
+    case = case_of(name)
+    method = case.make(mlp)
+    return method, jax.jit(method.loss), case.batch(jax.random.key(7), 32), example_keys(KEYS, jnp.arange(32))
+
+
+@every_method
+def test_a_jump_of_no_length_is_the_identity_to_the_bit(name):
+    if (method := case_of(name).make(mlp)).flow_map is None:
+        return
+    x, t = 3 * jax.random.normal(KEYS, (64, 2)), jnp.linspace(0, 1, 64)
+    flow_map = method.flow_map(mlp_params())
+    for f, at in itertools.product((flow_map, jax.jit(flow_map)), (t, 0.0, 0.3, 1.0)):
+        assert np.asarray(f(x, at, at)).tobytes() == np.asarray(x).tobytes()
+    assert (np.asarray(flow_map(x, t * 0.5, t)) != np.asarray(x))[1:].all()
+
+
+@every_method
+def test_the_loss_is_the_mean_of_per_example_losses_and_the_rest_of_aux_is_per_example(name):
+    _, loss, batch, keys = setting(name)
+    value, aux = loss(mlp_params(), mlp_params(1), batch, keys)
+    np.testing.assert_allclose(value, np.mean(aux["per_example"]), rtol=1e-6)
+    assert all(a.shape == (32,) and (a.dtype == bool) == k.startswith("is_") for k, a in aux.items())
+
+
+@every_method
+def test_the_loss_is_determined_by_its_keys_and_no_example_sees_another(name):
+    _, loss, batch, keys = setting(name)
+    each = lambda batch, keys: np.asarray(loss(mlp_params(), mlp_params(1), batch, keys)[1]["per_example"])
+    first, others = each(batch, keys), example_keys(jax.random.key(12), jnp.arange(32))
+    assert (each(batch, keys) == first).all() and (each(batch, others) != first).all()
+    for i in (0, 1, 13):
+        rekeyed = each(batch, keys.at[i].set(others[i]))
+        changed = each(batch._replace(x1=batch.x1.at[i].add(0.1)), keys)
+        assert (np.flatnonzero(rekeyed != first) == [i]).all() and (np.flatnonzero(changed != first) == [i]).all()
+
+
+@every_method
+def test_an_examples_loss_does_not_depend_on_its_place_nor_on_the_size_of_the_batch(name):
+    """Rows may be dealt to terms by their place: places are permuted within each term, halves are whole units."""
+    _, loss, batch, keys = setting(name)
+    take = lambda index: (jax.tree.map(lambda a: a[index], batch), keys[index])
+    each = lambda index: loss(mlp_params(), mlp_params(1), *take(index))[1]
+    aux = each(np.arange(32))
+    term = sum(2**i * a.astype(int) for i, (k, a) in enumerate(aux.items()) if k.startswith("is_")) + np.zeros(32)
+    shuffled, order = np.random.default_rng(0).permutation(32), np.arange(32)
+    order[np.argsort(term, kind="stable")] = shuffled[np.argsort(term[shuffled], kind="stable")]
+    for index in (order, np.arange(16), np.arange(16, 32)):
+        np.testing.assert_allclose(each(index)["per_example"], aux["per_example"][index], rtol=1e-5)
+
+
+@every_method
+def test_no_key_is_used_twice(name):
+    """JAX's own checker of consumed keys; eager, since under jit it refuses disjoint rows of one key array."""
+    method, _, batch, keys = setting(name)
+    with jax.debug_key_reuse(True):
+        method.loss(mlp_params(), mlp_params(1), batch, jax.random.clone(keys))
+
+
+@every_method
+def test_the_teacher_is_an_argument_and_gets_no_gradient(name):
+    method, compiled, batch, keys = setting(name)
+    loss = lambda params, target: compiled(params, target, batch, keys)[0]
+    to_params, to_target = jax.grad(loss, (0, 1))(mlp_params(), mlp_params(1))
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(to_params))
+    assert not any(np.any(g) for g in jax.tree.leaves(to_target))
+    changes = bool(loss(mlp_params(), mlp_params(1)) != loss(mlp_params(), mlp_params(2)))
+    assert changes == case_of(name).teacher, f"{name}: its case says teacher={case_of(name).teacher}"
+    captured = jax.make_jaxpr(method.loss)(mlp_params(), mlp_params(1), batch, keys).consts
+    assert all(np.size(c) <= 32 for c in captured), "arrays are captured by the loss: make them arguments"
+
+
+@every_method
+@pytest.mark.usefixtures("quick_compile")
+def test_the_step_traces_once_whatever_the_batch_the_key_and_the_teacher(name):
+    method, _, batch, _ = setting(name)
+    traces = []
+
+    def loss(*args):
+        traces.append(1)
+        return method.loss(*args)
+
+    mesh, tx = sharding.make_mesh(jax.devices()[:2]), optax.adam(1e-2)
+    step = train.make_step(loss, tx, mesh=mesh, target="frozen")
+    state = train.init(mlp_params(), tx, mesh=mesh)
+    losses = []
+    for i in range(3):
+        moved, teacher = batch._replace(x1=batch.x1 + i), jax.tree.map(lambda a, i=i: a + i, mlp_params(1))
+        state, metrics = step(state, moved, jax.random.key(i), teacher)
+        losses.append(float(metrics["loss"]))
+    assert len(traces) == 1 and len(set(losses)) == 3
+
+
+@every_method
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(name, tmp_path):
+    case, mesh, tx = case_of(name), sharding.make_mesh(jax.devices()[:2]), optax.adam(1e-2)
+    fresh = lambda seed: train.init(mlp_params(seed), tx, mesh=mesh)
+
+    def run(step, state, first, last):
+        told = []
+        for i in range(first, last):
+            state, metrics = step(state, case.batch(jax.random.fold_in(jax.random.key(8), i), 16), KEYS)
+            told.append(jax.tree.map(np.asarray, metrics))
+        return state, told
+
+    make = lambda: train.make_step(case.make(mlp).loss, tx, mesh=mesh, target="ema")
+    whole, told = run(step := make(), fresh(0), 0, 4)
+    halfway, _ = run(step, fresh(0), 0, 2)
+    with checkpoint.writer(tmp_path) as manager:
+        checkpoint.save(manager, 2, halfway)
+    _, restored, _ = checkpoint.restore(tmp_path, fresh(1))
+    resumed, told_later = run(make(), restored, 2, 4)
+    assert jax.tree.structure(whole) == jax.tree.structure(resumed) and int(resumed.step) == 4
+    for a, b in zip(jax.tree.leaves((whole, told[2:])), jax.tree.leaves((resumed, told_later)), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@every_method
+@pytest.mark.usefixtures("quick_compile")
+def test_loss_gradient_and_parameters_do_not_depend_on_the_devices(name, monkeypatch):
+    """Two SGD steps, parameters whole or split over the devices, against ``jax.grad`` of the whole batch."""
+    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 16)
+    method, _, batch, _ = setting(name)
+    rate, teacher, expected, told = 0.1, mlp_params(1), mlp_params(), []
+    for n in range(2):
+        keys = example_keys(jax.random.fold_in(KEYS, n), jnp.arange(32))
+        (value, _), grads = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(expected, teacher, batch, keys)
+        expected = jax.tree.map(lambda p, g: p - rate * g, expected, grads)
+        told.append((value, optax.tree.norm(grads)))
+    for fsdp, counts in ((False, (1, 2, 4, 8)), (True, (2, 8))):
+        for count in counts:
+            mesh, tx = sharding.make_mesh(jax.devices()[:count]), optax.sgd(rate)
+            state = train.init(mlp_params(), tx, mesh=mesh, fsdp=fsdp)
+            step = train.make_step(method.loss, tx, mesh=mesh, target="frozen", fsdp=fsdp)
+            for value in told:
+                state, metrics = step(state, batch, KEYS, teacher)
+                np.testing.assert_allclose([metrics["loss"], metrics["grad_norm"]], value, rtol=1e-5)
+            assert fsdp == any(sharding.AXIS in a.sharding.spec for a in state.params.values())
+            for leaf, want in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(leaf, want, rtol=1e-5, atol=1e-6)
+
+
+def test_every_method_file_has_a_factory_and_an_entry_and_no_entry_is_left_over():
+    for name in discover():
+        factory(name)
+        case_of(name)
+    assert set(CASES) == set(discover()) >= {"flow_matching", "lagrangian", "score_corrector"}
+
+
+def test_a_method_without_an_entry_fails_with_what_to_add():
+    with pytest.raises(pytest.fail.Exception, match=r"does not know mean_flow: add CASES\['mean_flow'\]"):
+        case_of("mean_flow")
