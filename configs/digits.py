@@ -15,13 +15,13 @@ def get_config() -> ConfigDict:
     c.flip = False
     c.path = "linear"
     c.fsdp = False
-    c.log_every, c.save_every, c.sample_every, c.keep = 25, 250, 500, 2
+    c.log_every, c.save_every, c.sample_every, c.keep = 25, 500, 1000, 2
 
     # the flow
-    c.net = {"name": "unet", "channels": 16, "multipliers": (1, 2)}
+    c.net = {"name": "mlp", "width": 256, "depth": 4}
     c.method = "flow_matching"
     c.coupling = "minibatch_ot"
-    c.batch_size, c.steps, c.target = 128, 1200, "self"
+    c.batch_size, c.steps, c.target = 128, 3000, "self"
     c.learning_rate, c.warmup, c.schedule = 2e-3, 100, "cosine"
     c.clip, c.beta2, c.weight_decay, c.ema = 1.0, 0.99, 0.0, 0.995
     same = ("coupling", "batch_size", "target", "warmup", "schedule", "clip", "beta2", "weight_decay", "ema")
@@ -31,11 +31,11 @@ def get_config() -> ConfigDict:
     c.solver, c.solver_steps, c.backward_map = "rk4", 8, "reverse"
 
     # the score corrector, trained on the backward marginals
-    c.corrector = {**train, "method": {"name": "score_corrector", "sigma": 0.2}, "steps": 500, "learning_rate": 2e-3}
-    c.corrector.net = {"name": "unet", "channels": 16, "multipliers": (1, 2)}
+    c.corrector = {**train, "method": {"name": "score_corrector", "sigma": 0.2}, "steps": 1500, "learning_rate": 2e-3}
+    c.corrector.net = {"name": "mlp", "width": 256, "depth": 4}
 
     # the flow map, from the flow's averaged parameters
-    c.flow_map = {**train, "method": {"name": "lagrangian", "diagonal": 0.75}, "steps": 500, "learning_rate": 1e-3}
+    c.flow_map = {**train, "method": {"name": "lagrangian", "diagonal": 0.75}, "steps": 1500, "learning_rate": 1e-3}
 
     # what is drawn and compared
     c.sampling = {"seeds": 4, "samples": 400, "euler": (4, 8, 16, 32), "rk4": (2, 4, 8), "flow_map": (1, 2, 4)}

@@ -25,7 +25,10 @@ def from_linen(module) -> Model:
 
     def init(key, x, cond=None):
         t = over_batch(0.0, x)
-        return jax.jit(lambda k: module.init({"params": k}, x, t, t, cond)["params"])(key)
+        # One program of all initialisers, run once: on a CPU, optimising it takes three times as long as it saves.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        draw = jax.jit(lambda k: module.init({"params": k}, x, t, t, cond)["params"], compiler_options=options)
+        return draw(key)
 
     def net(params, x, s, t, cond=None, key=None):
         s, t = over_batch(s, x), over_batch(t, x)
