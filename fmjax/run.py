@@ -100,9 +100,8 @@ def assemble(
     model = build.net(cfg.net if stage == "flow_map" else part.net)  # a flow map starts from the flow's parameters
     method = build.method(part.method, model.net, path=build.path(cfg.path))
     if getattr(method, NEEDS[stage]) is None:
-        raise ValueError(
-            f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {part.method!r} does not"
-        )
+        name = part.method if isinstance(part.method, str) else part.method["name"]
+        raise ValueError(f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {name!r} does not")
     schedule = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
     tx = build.optimiser(
         learning_rate=part.learning_rate, clip=part.clip, beta2=part.beta2, weight_decay=part.weight_decay, **schedule
@@ -165,7 +164,7 @@ def train(
     def fetch():
         fetched = jax.device_get(pending)
         for n, metrics in fetched:
-            _check_finite(n, metrics, plan.name, checkpoints)
+            _check_finite(n, metrics, plan.name, manager, checkpoints)
         window.add([metrics for _, metrics in fetched])
         pending.clear()
 
@@ -246,15 +245,16 @@ def _step(plan: Plan):
 def _trace(plan: Plan) -> None:
     """Traces model and loss on one device's rows: what they refuse, they refuse now."""
     rows = plan.batch_size // plan.mesh.size
-    params = jax.eval_shape(lambda: initial(plan))
+    params = jax.eval_shape(plan.model.init, jax.random.key(0), jnp.zeros((1, *plan.shape)))
     share = lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype)
     keys = jax.eval_shape(lambda: example_keys(jax.random.key(0), jnp.arange(rows)))
     jax.eval_shape(plan.method.loss, params, params, jax.tree.map(share, plan.batch(0)), keys)
 
 
-def _check_finite(n: int, metrics: dict, name: str, checkpoints: Path) -> None:
+def _check_finite(n: int, metrics: dict, name: str, manager, checkpoints: Path) -> None:
     bad = [term for term, value in metrics.items() if not math.isfinite(value)]
     if bad:
+        manager.wait_until_finished()
         good = checkpoint.latest_step(checkpoints)
         kept = f"the last good checkpoint is step {good} in {checkpoints}" if good else "there is no checkpoint yet"
         values = ", ".join(f"{term} is {float(metrics[term])}" for term in bad)

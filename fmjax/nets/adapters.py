@@ -25,10 +25,12 @@ def from_linen(module) -> Model:
 
     def init(key, x, cond=None):
         t = over_batch(0.0, x)
-        # One program of all initialisers, run once: on a CPU, optimising it takes three times as long as it saves.
+        draw = lambda k: module.init({"params": k}, x, t, t, cond)["params"]
+        if isinstance(key, jax.core.Tracer):
+            return draw(key)
+        # A large program that runs once: on a CPU, optimising it costs several times what it saves.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        draw = jax.jit(lambda k: module.init({"params": k}, x, t, t, cond)["params"], compiler_options=options)
-        return draw(key)
+        return jax.jit(draw, compiler_options=options)(key)
 
     def net(params, x, s, t, cond=None, key=None):
         s, t = over_batch(s, x), over_batch(t, x)

@@ -1,0 +1,187 @@
+"""Training runs: what is refused before work, what is recorded, and that an interruption changes no number."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmjax import checkpoint, run, sharding, workdir
+from fmjax.types import Batch
+
+digits = pytest.importorskip("configs.digits")
+SPEEDS = ("steps_per_s", "examples_per_s")
+
+
+def config(**changes):
+    """The digits' config, small; dotted names change fields."""
+    c = digits.get_config()
+    small = {"net.width": 16, "net.depth": 1, "batch_size": 32, "steps": 12, "warmup": 2, "log_every": 5}
+    small |= {"save_every": 4, "sample_every": 0, "ema": 0.9, "flow_map.batch_size": 32, "corrector.batch_size": 32}
+    for name, value in (small | changes).items():
+        *parents, last = name.split(".")
+        node = c
+        for parent in parents:
+            node = node[parent]
+        with node.unlocked(), node.ignore_type():
+            node[last] = value
+    return c
+
+
+def small(**changes):
+    """A flow's plan on one device: what is tested of it does not depend on the mesh, and one compiles faster."""
+    return run.assemble(config(**changes))._replace(mesh=sharding.make_mesh(jax.devices()[:1]))
+
+
+def records(path):
+    return [{k: v for k, v in r.items() if k not in SPEEDS} for r in workdir.read_jsonl(path / "metrics.jsonl")]
+
+
+def same(a, b):
+    return all((np.asarray(x) == np.asarray(y)).all() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("flow", {"method": "flow_machting"}, "did you mean 'flow_matching'"),
+        ("flow", {"net": {"name": "mlp", "widht": 3}}, "no option 'widht'; did you mean 'width'"),
+        ("flow", {"path": "liner"}, "did you mean 'linear'"),
+        ("flow", {"coupling": "minibatch"}, "did you mean 'minibatch_ot'"),
+        ("flow", {"data": "digit"}, "did you mean 'digits'"),
+        ("flow", {"batch_size": 30}, "batch_size=30 is not divisible by 8 devices; use 24 or 32"),
+        ("flow", {"batch_size": 100_000}, r"batch_size=100000 must be in 1..1437"),
+        ("flow", {"steps": 0}, "steps=0 must be at least 1"),
+        ("flow", {"log_every": 0}, "log_every=0 must be at least 1"),
+        ("flow", {"ema": 1.0}, "ema=1.0 is the decay"),
+        ("flow", {"target": "emma"}, "target='emma' is not one of self, ema, frozen"),
+        ("flow", {"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
+        ("flow", {"method": {"name": "score_corrector", "sigma": 0.1}}, "must give a velocity"),
+        ("flow_map", {"flow_map.method": "flow_matching"}, "must give a flow_map"),
+        ("flow_map", {"flow_map.batch_size": 16}, "batch of 2 per device cannot be split at 0.75; use a multiple of 4"),
+        ("corrector", {}, "its batches need their times"),
+        ("corrector", {"corrector.method": {"name": "score_corrector", "sigma": 0.0}}, "sigma .* must be positive"),
+    ],
+)
+def test_a_bad_config_is_refused_in_one_sentence_before_anything_is_compiled(stage, changes, message, tmp_path):
+    with jax.log_compiles(False), pytest.raises(ValueError, match=message) as caught:
+        run.assemble(config(**changes), stage)
+    assert "\n" not in str(caught.value)
+    if stage == "flow":
+        with pytest.raises(ValueError, match=message):
+            run.fit(config(**changes), tmp_path / "w")
+        assert not (tmp_path / "w").exists()
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(tmp_path):
+    run.fit(config(steps=2), tmp_path)
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(workdir.WorkdirError, match="learning_rate is 0.002 there, 0.1 here"):
+        run.fit(config(steps=2, learning_rate=0.1), tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+    run.fit(config(steps=2, log_every=1), tmp_path)  # no number depends on it
+
+
+def test_an_unwritable_workdir_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(workdir.WorkdirError, match="cannot be written"):
+        run.fit(config(), tmp_path / "file" / "w")
+
+
+class Interrupt(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [5, 10])
+def test_an_interrupted_run_resumes_to_the_same_bits(at, tmp_path):
+    """Killed at a record that is later than the last checkpoint: parameters, averages, moments and records agree."""
+    plan = small()
+    whole = run.train(plan, tmp_path / "whole")
+
+    def kill(n, state):
+        if n == at:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        run.train(plan, tmp_path / "parts", hooks=[kill])
+    assert checkpoint.latest_step(tmp_path / "parts" / "checkpoints") < at
+    assert same(whole, run.train(plan, tmp_path / "parts"))
+    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+    assert [r["step"] for r in records(tmp_path / "parts")] == [5, 10, 12]
+    assert same(whole, run.train(plan, tmp_path / "parts")), "a complete run is read, not trained on"
+
+
+def test_a_record_holds_the_means_since_the_last_one_and_the_rates(tmp_path):
+    plan = small(steps=6)
+    run.train(plan._replace(log_every=1), tmp_path / "each")
+    run.train(plan._replace(log_every=3), tmp_path / "third")
+    each, third = records(tmp_path / "each"), records(tmp_path / "third")
+    assert [r["step"] for r in third] == [3, 6]
+    for name in ("loss", "grad_norm"):
+        for i, r in enumerate(third):
+            assert r[name] == pytest.approx(np.mean([e[name] for e in each[3 * i : 3 * i + 3]]), rel=1e-12)
+    assert each[0]["learning_rate"] == pytest.approx(plan.rate(0)) and each[1]["learning_rate"] == pytest.approx(2e-3)
+    last = workdir.read_jsonl(tmp_path / "third" / "metrics.jsonl")[-1]
+    assert last["examples_per_s"] == pytest.approx(last["steps_per_s"] * 32) and last["steps_per_s"] > 0
+    assert list((tmp_path / "third" / "tensorboard").glob("events*"))
+
+
+def test_nan_stops_the_run_names_step_and_term_and_keeps_the_last_good_checkpoint(tmp_path):
+    plan = small(steps=40)
+    good = plan.batch
+
+    def poisoned(step):  # the tenth step's batch holds one NaN
+        b = good(step)
+        return b._replace(x1=b.x1 + (np.nan if step == 9 else 0.0) * (np.arange(len(b.x1)) == 3)[:, None, None, None])
+
+    with pytest.raises(run.Diverged, match=r"flow diverged at step 10: .*loss is nan.*step 8 in .*learning_rate"):
+        run.train(plan._replace(batch=poisoned), tmp_path)
+    assert checkpoint.latest_step(tmp_path / "checkpoints") == 8
+    assert [r["step"] for r in records(tmp_path)] == [5]
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(checkpoint.restore(tmp_path / "checkpoints")[1]["params"]))
+    run.train(plan._replace(steps=12), tmp_path)
+    assert checkpoint.latest_step(tmp_path / "checkpoints") == 12
+
+
+def test_a_term_alone_is_named(tmp_path):
+    def loss(params, target, batch, key):
+        per = (batch.x1.reshape(len(batch.x1), -1) * params["w"]).sum(1)
+        return per.mean(), {"per_example": per, "penalty": jnp.full(len(per), jnp.inf)}
+
+    plan = small(steps=2)
+    plan = plan._replace(method=plan.method._replace(loss=loss))
+    with pytest.raises(run.Diverged, match="step 1: penalty is inf; there is no checkpoint yet"):
+        run.train(plan, tmp_path, params={"w": jnp.ones(())})
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_the_numbers_stay(tmp_path):
+    plan = small()
+    whole = run.train(plan, tmp_path)
+    folder = tmp_path / "checkpoints" / "12"
+    (folder / "metadata" / "metadata").write_text("{")
+    with pytest.warns(UserWarning, match="12 is damaged.*falling back to step 8"):
+        assert same(whole, run.train(plan, tmp_path))
+
+
+def test_pictures_are_written_while_training(tmp_path):
+    from PIL import Image
+
+    run.fit(config(steps=4, sample_every=2, log_every=2), tmp_path)
+    files = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    assert files == ["step-0000002.png", "step-0000004.png"]
+    with Image.open(tmp_path / "samples" / files[0]) as image:
+        assert image.size == (6 * 50 + 2, 6 * 50 + 2)  # 36 digits, each pixel a square of 6, with gaps of 2
+
+
+def test_corrector_batches_can_be_given(tmp_path):
+    plan = run.assemble(
+        config(), "corrector", batch=lambda step: Batch(np.ones((32, 8, 8, 1), np.float32), t=np.ones(32, np.float32))
+    )
+    assert plan.shape == (8, 8, 1) and plan.steps == digits.get_config().corrector.steps
+
+
+def test_every_field_of_the_workdir_s_config_is_plain_json(tmp_path):
+    run.fit(config(steps=1), tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["net"] == {"name": "mlp", "width": 16, "depth": 1} and stored["sampling"]["euler"] == [4, 8, 16, 32]
