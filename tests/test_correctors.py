@@ -195,7 +195,7 @@ def scaled(eps, s=0.5):
 
 @pytest.mark.parametrize("eps", [0.2, -0.2])
 def test_a_scaling_error_shows_in_the_marginals_and_a_score_step_mends_only_dispersion(eps, x64, key):
-    """G1: the std of ``p_t`` is ``sqrt(V_t) e^{eps t}``, of ``q_t`` ``sqrt(V_t) e^{-eps (1 - t)}``; a step at the end."""
+    """G1: std of ``p_t`` is ``sqrt(V_t) e^{eps t}``, of ``q_t`` ``sqrt(V_t) e^{-eps (1 - t)}``; one step after."""
     s, sigma = 0.5, 0.3
     ts = times.uniform_grid(50)
     std = np.sqrt((1 - ts) ** 2 + ts**2 * s**2)
