@@ -171,6 +171,17 @@ def _max_rms(y):
     return jnp.max(jnp.sqrt(jnp.mean(jnp.square(y), axis=tuple(range(1, y.ndim)))))
 
 
+def _between(velocity: VelocityFn, x, s, t, cond, solver, rtol: float, atol: float, max_steps: int):
+    """An adaptive solve from ``s`` to ``t``, a diffrax solution; it has no callback, as ``SaveAt(ts=...)`` would."""
+    import diffrax
+
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, c: velocity(y, over_batch(t, y), c)),
+        _solver(solver), t0=s, t1=t, dt0=None, y0=x, args=cond, max_steps=max_steps, throw=False,
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=_max_rms),
+    )  # fmt: skip
+
+
 def integrate(
     velocity: VelocityFn,
     x: Float[Array, "b ..."],
@@ -185,36 +196,44 @@ def integrate(
     """Solves ``dx/dt = v(x, t)`` through diffrax and saves ``x`` at every time of ``ts`` (rising or falling).
 
     Without tolerances each interval of ``ts`` is one step (``StepTo``). With ``rtol`` and ``atol`` steps are adaptive,
-    the error being the largest over the batch (a mean would dilute the hardest example). Returns ``(xs, result)``,
-    ``xs: [len(ts), B, ...]`` and a ``diffrax.RESULTS``; nothing is raised inside jit, where a host callback would force
-    collectives and defeat the compilation cache: give both to ``check`` outside it.
-    Raises ``ValueError`` for a bad grid or solver.
+    at most ``max_steps`` an interval, the error being the largest over the batch (a mean would dilute the hardest
+    example). Returns ``(xs, result)``, ``xs: [len(ts), B, ...]`` and a ``diffrax.RESULTS``; nothing is raised inside
+    jit, where a host callback would force collectives and defeat the compilation cache: give both to ``check`` outside
+    it. Raises ``ValueError`` for a bad grid or solver.
     """
     import diffrax
 
     ts = times.check_grid(ts)
     if (rtol is None) != (atol is None):
         raise ValueError(f"give both rtol and atol or neither, got rtol={rtol}, atol={atol}")
-    field = lambda t, y, c: velocity(y, over_batch(t, y), c)
-    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    grid = jnp.asarray(ts, dtype)
-    if rtol is None:
-        controller, dt0, max_steps = diffrax.StepTo(ts=grid), None, len(ts)
-    else:
-        controller, dt0 = diffrax.PIDController(rtol=rtol, atol=atol, norm=_max_rms), None
+    grid = jnp.asarray(ts, jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    if rtol is not None:
+
+        def interval(carry, now):
+            y, worst = carry
+            solution = _between(velocity, y, *now, cond, solver, rtol, atol, max_steps)
+            result = diffrax.RESULTS.where(worst == diffrax.RESULTS.successful, solution.result, worst)
+            return (solution.ys[-1], result), solution.ys[-1]
+
+        first, rest = (grid[0], grid[1]), (grid[1:-1], grid[2:])
+        solution = _between(velocity, x, *first, cond, solver, rtol, atol, max_steps)
+        (_, result), xs = jax.lax.scan(interval, (solution.ys[-1], solution.result), rest)
+        return jnp.concatenate([x[None], solution.ys, xs]), result
+
+    class Grid(diffrax.StepTo):
+        """``StepTo`` without its checks, which put callbacks into the program; ``check_grid`` has made them."""
+
+        def wrap(self, direction):
+            return type(self)(ts=self.ts * direction)
+
+        def init(self, *args):
+            return self.ts[1], 2
+
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(field),
-        _solver(solver),
-        t0=grid[0],
-        t1=grid[-1],
-        dt0=dt0,
-        y0=x,
-        args=cond,
-        saveat=diffrax.SaveAt(ts=grid),
-        stepsize_controller=controller,
-        max_steps=max_steps,
-        throw=False,
-    )
+        diffrax.ODETerm(lambda t, y, c: velocity(y, over_batch(t, y), c)),
+        _solver(solver), t0=grid[0], t1=grid[-1], dt0=None, y0=x, args=cond, max_steps=len(ts) - 1, throw=False,
+        saveat=diffrax.SaveAt(t0=True, steps=True), stepsize_controller=Grid(ts=grid),
+    )  # fmt: skip
     return solution.ys, solution.result
 
 
@@ -239,13 +258,7 @@ def from_diffrax(velocity: VelocityFn, *, solver="Tsit5", rtol: float = 1e-5, at
     def step(x, s, t, cond=None, key=None):
         import diffrax
 
-        controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=_max_rms)
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, c: velocity(y, over_batch(t, y), c)),
-            _solver(solver), t0=jnp.min(s), t1=jnp.min(t), dt0=None, y0=x, args=cond,
-            stepsize_controller=controller, throw=False,
-        )  # fmt: skip
-        failed = solution.result != diffrax.RESULTS.successful
-        return jnp.where(failed, jnp.nan, solution.ys[-1])
+        solution = _between(velocity, x, jnp.min(s), jnp.min(t), cond, solver, rtol, atol, 4096)
+        return jnp.where(solution.result == diffrax.RESULTS.successful, solution.ys[-1], jnp.nan)
 
     return step

@@ -1,4 +1,4 @@
-"""Embedding of two times, float32 whatever the compute type, smooth in both so that jvp in time stays tame."""
+"""Embedding of two times, at least float32 whatever the compute type, smooth in both so that jvp in time stays tame."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def sinusoid(t: Float[Array, " b"], dim: int, *, max_frequency: float = 16.0) ->
     Times stay in [0, 1]: multiplying them by 1000, as diffusion networks do, makes the time derivative explode.
     """
     w = jnp.exp(jnp.linspace(0.0, jnp.log(max_frequency), dim // 2))
-    angle = t.astype(jnp.float32)[:, None] * w
+    angle = t.astype(jnp.promote_types(t.dtype, jnp.float32))[:, None] * w
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], 1)
 
 

@@ -1,0 +1,184 @@
+"""What every network must satisfy: derivatives in time, a second time that starts at zero, rows apart."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmjax.nets import adapters, embedding, mlp, unet
+from fmjax.types import as_keys
+
+CLASSES = 3
+CASES = {
+    "mlp": (mlp.MLP, {"width": 16, "depth": 2}, (5,)),
+    "unet": (unet.UNet, {"channels": 4, "multipliers": (1, 2), "heads": 1}, (4, 4, 2)),
+}
+SMOOTH = {
+    "mlp": {},
+    "unet": {"middle": False, "blocks": 0},
+}  # jax's attention takes its softmax in float32: see test_nets_unet
+pytestmark = pytest.mark.parametrize("name", CASES)
+
+
+@functools.cache
+def initial(name):
+    """The parameters that a network starts from: float32, whatever its options."""
+    module, sizes, shape = CASES[name]
+    model = adapters.from_linen(module(**sizes, classes=CLASSES))
+    with jax.enable_x64(False):
+        return jax.tree.map(np.asarray, model.init(jax.random.key(0), jnp.zeros((3, *shape)), jnp.zeros(3, "int32")))
+
+
+@functools.cache
+def make(name, *, jump=False, dtype="float32", **options):
+    """A jitted network, parameters moved away from their first values (but the jump's), and a batch of arguments."""
+    module, sizes, shape = CASES[name]
+    model = adapters.from_linen(module(**(sizes | options), classes=CLASSES, dtype=dtype))
+    kind, rng = "float64" if dtype == "float64" else "float32", np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((3, *shape)), kind)
+    s, t = jnp.linspace(0.1, 0.5, 3, dtype=kind), jnp.linspace(0.9, 0.6, 3, dtype=kind)
+    args = (x, s, t, jnp.array([0, 2, 1]))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, args[3])
+
+    def moved(path, a):
+        noise = 0.3 * rng.standard_normal(a.shape)
+        return jnp.asarray(a if "jump" in jax.tree_util.keystr(path) and not jump else a + noise, kind)
+
+    first = initial(name)
+    if jax.tree.map(np.shape, first) != jax.tree.map(np.shape, shapes):  # a smaller network, as SMOOTH asks for
+        first = jax.tree.map(lambda a: np.zeros(a.shape), shapes)
+    return jax.jit(model.net), jax.tree_util.tree_map_with_path(moved, first), args
+
+
+def far(a, b, gap=0.01):
+    """Whether every row of one differs from that of the other."""
+    return (np.abs(a - b).reshape(len(a), -1).max(1) > gap).all()
+
+
+def randomised(params, kind, jump):
+    """Adds noise to every parameter, so that nothing vanishes by initialisation; the jump's only if asked for."""
+    flat, tree = jax.tree.flatten_with_path(params)
+    keys = jax.random.split(jax.random.key(2), len(flat))
+    kept = lambda path: "jump" in jax.tree_util.keystr(path) and not jump
+    noisy = lambda key, a: a.astype(kind) + 0.3 * jax.random.normal(key, a.shape, kind)
+    leaves = [a.astype(kind) if kept(path) else noisy(k, a) for k, (path, a) in zip(keys, flat, strict=True)]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def test_the_second_time_starts_at_zero_whatever_the_other_weights(name):
+    """So at initialisation ``X_{s,t}`` is one Euler step; with a trained jump only the diagonal stays what it was."""
+    net, params, (x, s, t, cond) = make(name)
+    velocity = net(params, x, s, s, cond)
+    assert far(velocity, 0 * x) and far(velocity, net(params, x, t, t, cond))
+    np.testing.assert_array_equal(net(params, x, s, t, cond), velocity)
+    _, trained, _ = make(name, jump=True)
+    np.testing.assert_array_equal(net(trained, x, s, s, cond), velocity)
+    assert far(net(trained, x, s, t, cond), velocity)
+    assert far(net(trained, x, s, t, cond), net(trained, x, t, s, cond))
+
+
+def test_training_on_the_diagonal_leaves_the_jump_alone_and_off_it_does_not(name):
+    net, params, (x, s, t, cond) = make(name)
+    grad = jax.jit(jax.grad(lambda p, t: jnp.sum(net(p, x, s, t, cond) ** 2)))
+    on, off = (grad(params, t)["TwoTimes_0"]["jump"]["kernel"] for t in (s, t))
+    assert (on == 0).all() and (off != 0).any()
+
+
+def test_it_starts_at_zero_and_keeps_the_shape_and_type_of_x(name):
+    net, params, (x, s, t, cond) = make(name)
+    out = net(initial(name), x, s, t, cond)
+    assert out.shape == x.shape and out.dtype == x.dtype and (out == 0).all()
+    assert far(net(params, x, s, t, cond), out)
+
+
+def test_derivatives_in_time_match_finite_differences(name, x64):
+    net, params, (x, s, t, cond) = make(name, jump=True, dtype="float64", **SMOOTH[name])
+    f = jax.jit(lambda s, t: net(params, x, s, t, cond))
+    h = 1e-5  # the error of a central difference is h^2 / 6 of a third derivative below 16^3
+    one = jnp.ones_like(t)
+    for tangent, up, down in [((0 * one, one), (s, t + h), (s, t - h)), ((one, 0 * one), (s + h, t), (s - h, t))]:
+        _, got = jax.jvp(f, (s, t), tangent)
+        np.testing.assert_allclose(got, (f(*up) - f(*down)) / (2 * h), atol=1e-6 * np.abs(got).max(), rtol=1e-5)
+        assert np.abs(got).max() > 0.1
+
+
+def test_the_gradient_of_a_derivative_in_time_matches_finite_differences(name, x64):
+    """What every flow-map loss takes: a gradient in the parameters through ``jax.jvp`` in ``t`` and ``x``."""
+    net, params, (x, s, t, cond) = make(name, jump=True, dtype="float64", **SMOOTH[name])
+
+    @jax.jit
+    def loss(p):
+        _, dy = jax.jvp(lambda x, t: net(p, x, s, t, cond), (x, t), (jnp.cos(x), jnp.ones_like(t)))
+        return jnp.mean(dy**2)
+
+    towards = jax.tree.map(lambda a: jnp.sin(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), params)
+    got = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.jit(jax.grad(loss))(params), towards)))
+    h = 1e-6
+    move = lambda h: jax.tree.map(lambda a, b: a + h * b, params, towards)
+    assert float(got) == pytest.approx(float((loss(move(h)) - loss(move(-h))) / (2 * h)), rel=1e-5)
+
+
+def test_no_row_of_a_batch_depends_on_another(name):
+    net, params, (x, s, t, cond) = make(name, jump=True)
+    whole = net(params, x, s, t, cond)
+    other = (x.at[1].set(7.0), s.at[1].set(0.0), t.at[1].set(1.0), cond.at[1].set(3))
+    changed = net(params, *other)
+    np.testing.assert_allclose(changed[jnp.array([0, 2])], whole[jnp.array([0, 2])], rtol=1e-5, atol=1e-5)
+    assert np.abs(changed[1] - whole[1]).max() > 0.1
+    back = [a[::-1] for a in (x, s, t, cond)]
+    np.testing.assert_allclose(net(params, *back)[::-1], whole, rtol=1e-5, atol=1e-5)
+
+
+def test_every_class_and_the_null_class_have_an_embedding_of_their_own(name):
+    net, params, (x, s, t, _) = make(name)
+    outs = lambda params: [net(params, x, s, t, jnp.full((3,), label)) for label in range(CLASSES + 1)]
+    plain = outs(params)
+    assert all(far(plain[i], plain[j]) for i in range(4) for j in range(i))
+    table = params["Embed_0"]["embedding"]
+    swapped = outs(params | {"Embed_0": {"embedding": table[jnp.array([1, 0, 3, 2])]}})
+    np.testing.assert_array_equal(swapped, [plain[i] for i in (1, 0, 3, 2)])
+
+
+def test_dropout_is_on_exactly_when_a_key_is_given(name):
+    args = make(name)[2]
+    keys = as_keys(jax.random.key(3), 3)
+    net, params, _ = make(name, dropout=0.5)
+    plain = net(params, *args)
+    np.testing.assert_array_equal(plain, make(name)[0](params, *args))
+    first = net(params, *args, keys)
+    np.testing.assert_array_equal(first, net(params, *args, keys))
+    assert np.abs(first - plain).max() > 0.01
+    assert np.abs(net(params, *args, as_keys(jax.random.key(4), 3)) - first).max() > 0.01
+    np.testing.assert_array_equal(make(name)[0](params, *args, keys), plain)
+
+
+def test_what_is_dropped_is_the_inside_of_a_residual_block(name):
+    """With everything dropped the network is the one whose last weights in each block are zero."""
+    net, params, args = make(name, dropout=1.0)
+    last = {"mlp": lambda path: "down_" in path, "unet": lambda path: "second" in path}[name]
+    zero = lambda path, a: 0 * a if last(jax.tree_util.keystr(path)) and a.ndim > 1 else a
+    gone = net(jax.tree_util.tree_map_with_path(zero, params), *args)
+    assert far(gone, net(params, *args))
+    np.testing.assert_allclose(net(params, *args, as_keys(jax.random.key(3), 3)), gone, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_of_the_computation_alone(name):
+    """Parameters and the embedding of the times stay float32, the result is near that of float32 and not the same."""
+    _, params, args = make(name)
+    module, sizes, _ = CASES[name]
+    module = module(**sizes, classes=CLASSES, dtype="bfloat16")
+    fresh = jax.eval_shape(adapters.from_linen(module).init, jax.random.key(0), args[0], args[3])
+    assert {a.dtype for a in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
+    only = lambda m, method: isinstance(m, embedding.TwoTimes)
+    see = lambda *args: module.apply({"params": params}, *args, capture_intermediates=only, mutable="intermediates")
+    half, seen = jax.jit(see)(*args)
+    full = make(name)[0](params, *args)
+    assert half.dtype == jnp.float32
+    error = float(jnp.linalg.norm(half - full) / jnp.linalg.norm(full))
+    assert 1e-5 < error < 2.0**-8 * 8  # a rounding of 2^-9 in each of some dozens of operations, added in squares
+    (e,) = seen["intermediates"]["TwoTimes_0"]["__call__"]
+    want = embedding.TwoTimes(e.shape[1]).apply({"params": params["TwoTimes_0"]}, args[1], args[2])
+    assert e.dtype == jnp.float32
+    np.testing.assert_allclose(e, want, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,43 @@
+"""The embedding of two times against its formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmjax.nets import embedding
+
+
+def phi(t, n=64, top=16.0):
+    angle = np.asarray(t)[:, None] * top ** (np.arange(n // 2) / (n // 2 - 1))
+    return np.concatenate([np.cos(angle), np.sin(angle)], 1)
+
+
+def test_sinusoids_are_log_spaced_up_to_the_stated_frequency(x64):
+    t = jnp.array([0.0, 0.3, 1.0])
+    np.testing.assert_allclose(embedding.sinusoid(t, 64), phi(t), atol=1e-13)
+    np.testing.assert_allclose(embedding.sinusoid(t, 8, max_frequency=100.0), phi(t, 8, 100.0), atol=1e-12)
+    _, speed = jax.jvp(lambda t: embedding.sinusoid(t, 64), (jnp.linspace(0, 1, 200),), (jnp.ones(200),))
+    assert 15.9 < np.abs(speed).max() <= 16  # the time derivative does not explode
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_times_are_embedded_in_float32_at_least(dtype):
+    t = jnp.array([0.0, 0.25, 0.75], dtype)  # exact in every type
+    got = embedding.sinusoid(t, 64)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, phi([0.0, 0.25, 0.75]), atol=2e-6)
+
+
+def test_two_times_are_a_source_and_a_jump_that_vanishes_at_zero(x64, key):
+    """``mix(silu(source(phi(s)) + W (phi(t - s) - phi(0))))`` with random weights, in float64."""
+    module = embedding.TwoTimes(12)
+    s, t = jnp.array([0.1, 0.5, 0.9, 0.4]), jnp.array([0.7, 0.5, 0.95, 0.0])
+    params = module.init(key, s, t)["params"]
+    assert (params["jump"]["kernel"] == 0).all() and set(params) == {"source", "jump", "mix"}
+    params = jax.tree.map(lambda a: jax.random.normal(jax.random.key(a.size), a.shape, jnp.float64), params)
+    p = jax.tree.map(np.asarray, params)
+    e = phi(s) @ p["source"]["kernel"] + p["source"]["bias"] + (phi(t - s) - phi(0 * s)) @ p["jump"]["kernel"]
+    want = e / (1 + np.exp(-e)) @ p["mix"]["kernel"] + p["mix"]["bias"]
+    np.testing.assert_allclose(module.apply({"params": params}, s, t), want, atol=1e-12)
+    assert sum(a.size for a in jax.tree.leaves(params)) == (64 * 12 + 12) + 64 * 12 + (12 * 12 + 12)

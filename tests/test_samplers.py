@@ -1,0 +1,238 @@
+"""The interleaved scan against plain loops, its keys, what it evaluates and what it costs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fmjax import correctors, oracles, samplers, sharding, solvers, times
+from fmjax.types import as_keys, expand, fold_in, normal
+
+TS = [0.0, 0.5, 0.75, 1.0]
+
+
+def double(x, s, t, cond=None, key=None):
+    """A step that does not commute with the correction below and shows both its times."""
+    return 2 * x + expand(s + 10 * t, x)
+
+
+def add_time(key, x, t, cond=None):
+    return x + expand(100 + t, x), {}
+
+
+def loop(x, ts, at):
+    states = []
+    for n, t in enumerate(ts):
+        x = x + 100 + t if n in at else x
+        states.append(x)
+        x = 2 * x + t + 10 * ts[n + 1] if n + 1 < len(ts) else x
+    return np.stack(states)
+
+
+@pytest.fixture
+def flow():
+    oracle = oracles.mixture(jnp.array([[1.5, 0.0], [-1.0, 1.0], [0.0, -2.0]]), 0.5)
+    return oracle.velocity, lambda x, t, cond=None: 0.04 * oracle.score(x, t)
+
+
+@pytest.mark.parametrize("at", [(), (0,), (3,), (1, 2), (0, 3), (0, 1, 2), (3, 1, 0, 2), range(4), [1, 1]])
+@pytest.mark.parametrize("ts", [TS, TS[::-1]])
+def test_it_corrects_before_a_step_and_the_end_last(at, ts, key):
+    """Equals the plain loop, whose trajectory holds every state after its correction and ends with the sample."""
+    x = jnp.array([[1.0, 2.0], [3.0, -1.0]])
+    options = {"key": key, "corrector": add_time, "at": at}
+    xs = samplers.sample(double, x, ts, trajectory=True, **options)
+    np.testing.assert_array_equal(xs, loop(np.asarray(x), ts, tuple(at)))
+    np.testing.assert_array_equal(samplers.sample(double, x, ts, **options), xs[-1])
+
+
+def test_bad_requests_are_refused_before_any_work(key):
+    def never(*args):
+        raise AssertionError("evaluated")
+
+    x = jnp.zeros((2, 1))
+    run = lambda ts=TS, **options: samplers.sample(never, x, ts, **options)
+    for at, first in [((0, 4), 4), ((-1,), -1), ((7, 5), 5)]:
+        with pytest.raises(ValueError, match=f"at={first} is not a step: with 3 solver steps .* at 0 .. 3"):
+            run(corrector=never, key=key, at=at)
+    with pytest.raises(ValueError, match=r"needs a key: sample\(..., key=jax.random.key\(seed\)\)"):
+        run(corrector=never, at=(0,))
+    with pytest.raises(ValueError, match=r"say where to correct: at=\(0, 3\), or at=range\(4\)"):
+        run(corrector=never, key=key)
+    with pytest.raises(ValueError, match=r"at=\(0, 3\) asks for corrections, but no corrector was given"):
+        run(key=key, at=(3, 0))
+    with pytest.raises(ValueError, match="strictly"):
+        run(ts=[0.0, 0.0])
+    with pytest.raises(TypeError, match="typed PRNG key"):
+        run(key=0)
+    with pytest.raises(ValueError, match=r"parallel=True needs a corrector with info\['noised'\]"):
+        samplers.sample(double, x, TS, key=key, corrector=add_time, at=(0,), parallel=True)
+
+
+def test_a_correction_of_no_size_and_one_nowhere_leave_the_plain_sample_to_the_bit(flow, key):
+    velocity, direction = flow
+    step, ts = solvers.rk4(velocity), times.uniform_grid(6)
+    x = jax.random.normal(key, (8, 2))
+    plain = samplers.sample(step, x, ts)
+    nothing = correctors.marginal_matching(direction, alpha=0.0, beta=0.0)
+    something = correctors.marginal_matching(direction, alpha=0.5, beta=0.2)
+    for parallel in (False, True):
+        run = lambda fix, at: samplers.sample(step, x, ts, key=key, corrector=fix, at=at, parallel=parallel)  # noqa: B023
+        for at in ((0, 3, 6), range(7)):
+            np.testing.assert_array_equal(run(nothing, at), plain)
+        np.testing.assert_array_equal(run(something, ()), plain)
+        assert (run(something, (3,)) != plain).all()
+
+
+@pytest.mark.parametrize("at", [(), (0,), (2, 4), range(5)])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_what_is_evaluated_is_what_cost_says(at, parallel, key):
+    """Counted on the host while the compiled program runs: a skipped correction is not computed."""
+    counts = {"step": 0, "correction": 0}
+
+    def counted(name):
+        def f(x, t, cond=None):
+            jax.debug.callback(lambda: counts.update({name: counts[name] + 1}))
+            return -x
+
+        return f
+
+    step = solvers.midpoint(counted("step"))
+    fix = correctors.marginal_matching(counted("correction"), alpha=0.1, beta=0.1)
+    options = {"key": key, "corrector": fix, "at": at, "parallel": parallel}
+    jax.block_until_ready(
+        jax.jit(lambda x: samplers.sample(step, x, times.uniform_grid(4), **options))(jnp.ones((2, 1)))
+    )
+    jax.effects_barrier()
+    cost = samplers.cost(4, at, step_nfe=solvers.nfe("midpoint"), parallel=parallel)
+    assert (counts["step"] + counts["correction"], counts["correction"]) == (cost.nfe, cost.c_nfe)
+
+
+@pytest.mark.parametrize(
+    ("n", "at", "w", "nfe", "c_nfe"),
+    [
+        (10, (10,), 1, 41, 1), (10, (0, 5, 10), 1, 43, 3), (10, range(11), 1, 51, 11),
+        (10, (10,), 2, 42, 2), (10, (0, 5, 10), 2, 46, 6), (10, (0, 2, 5, 8, 10), 2, 50, 10),
+        (10, range(11), 2, 62, 22),
+        (50, (50,), 1, 201, 1), (50, (0, 25, 50), 1, 203, 3), (50, range(0, 51, 5), 1, 211, 11),
+        (50, (50,), 2, 202, 2), (50, (0, 25, 50), 2, 206, 6), (50, (0, 10, 25, 40, 50), 2, 210, 10),
+        (50, range(0, 51, 5), 2, 222, 22), (5, range(6), 1, 26, 6), (5, (0, 5), 1, 22, 2),
+    ],
+)  # fmt: skip
+def test_costs_are_the_published_ones(n, at, w, nfe, c_nfe):
+    """Marginal matching on CIFAR-10 and ImageNet-64 (OpenReview kRjLBXWn1T): score w = 1, classifier w = 2, RK4."""
+    k = len(set(at))
+    options = {"step_nfe": 4, "corrector_nfe": w}
+    assert samplers.cost(n, at, **options) == (nfe, k, c_nfe, nfe)
+    assert samplers.cost(n, at, parallel=True, **options) == (nfe, k, c_nfe, 4 * n + w)  # all of them correct the end
+    assert samplers.cost(n, set(at) - {n}, parallel=True, **options).depth == 4 * n
+
+
+@pytest.mark.parametrize(
+    ("n", "nfe"),
+    [(10, 40), (11, 44), (12, 48), (13, 52), (14, 56), (15, 60), (20, 80), (40, 160), (50, 200), (100, 400), (8, 32)],
+)
+def test_costs_without_correction_are_the_published_ones(n, nfe):
+    assert samplers.cost(n, step_nfe=solvers.nfe("rk4")) == (nfe, 0, 0, nfe)
+    with pytest.raises(ValueError, match=f"at={n + 1} is not a step"):
+        samplers.cost(n, (n + 1,))
+
+
+def test_a_falling_grid_inverts(x64, key):
+    """Exactly for an exact flow map and for the inverse step; corrections aside."""
+    oracle = oracles.gaussian(jnp.array([1.0, -2.0]), jnp.array([0.3, 2.0]))
+    x, ts = jax.random.normal(key, (5, 2), jnp.float64), [0.0, 0.3, 0.35, 1.0]
+    np.testing.assert_allclose(
+        samplers.sample(oracle.flow_map, x, ts), oracle.flow_map(x, 0.0, 1.0), rtol=1e-6, atol=1e-6
+    )
+    there = samplers.sample(oracle.flow_map, x, ts, trajectory=True)
+    back = samplers.sample(oracle.flow_map, there[-1], ts[::-1], trajectory=True)
+    np.testing.assert_allclose(back[::-1], there, atol=1e-12)
+    step, ts = solvers.rk4(oracle.velocity), times.uniform_grid(20)
+    there = samplers.sample(step, x, ts)
+    assert np.abs(samplers.sample(step, there, ts[::-1]) - x).max() > 1e-9
+    back = samplers.sample(solvers.inverse(step, iterations=60), there, ts[::-1])
+    np.testing.assert_allclose(back, x, atol=1e-12)
+
+
+def test_the_parallel_sampler_is_the_fused_update_for_euler(flow, x64, key):
+    """``x' = x~ + h v(x~, t) + alpha h(x~, t)`` with ``x~ = x + beta z``, the end corrected in sequence."""
+    velocity, direction = flow
+    keys, ts = as_keys(key, 4), [0.0, 0.25, 0.5, 0.75]
+    x = start = jax.random.normal(key, (4, 2), jnp.float64)
+    want = []
+    for n, t in enumerate(ts):
+        noised = x + 0.2 * normal(fold_in(keys, 2 * n), (2,), jnp.float64) if n != 1 else x
+        push = 0.5 * direction(noised, t) if n != 1 else 0
+        want.append(noised + push)
+        x = noised + push + 0.25 * velocity(noised, t)
+    fix = correctors.marginal_matching(direction, alpha=0.5, beta=0.2)
+    options = {"key": key, "corrector": fix, "at": (0, 2, 3), "parallel": True}
+    got = samplers.sample(solvers.euler(velocity), start, ts, trajectory=True, **options)
+    np.testing.assert_allclose(got, np.stack(want), rtol=1e-13)
+    np.testing.assert_array_equal(samplers.sample(solvers.euler(velocity), start, ts, **options), got[-1])
+
+
+def test_parallel_and_serial_agree_up_to_the_step(flow, x64, key):
+    """Halving the step halves their difference; corrected at the end alone they are the same."""
+    velocity, direction = flow
+    x = jax.random.normal(key, (32, 2), jnp.float64)
+    fix = correctors.marginal_matching(direction, alpha=0.5)
+    step = solvers.rk4(velocity)
+
+    def gap(n, at):
+        run = lambda parallel: samplers.sample(
+            step, x, times.uniform_grid(n), key=key, corrector=fix, at=at, parallel=parallel
+        )
+        return float(jnp.abs(run(True) - run(False)).mean())
+
+    gaps = [gap(n, (0, n // 2, n)) for n in (32, 64, 128)]
+    ratios = np.array(gaps[1:]) / np.array(gaps[:-1])
+    assert (np.abs(ratios - 0.5) < 0.02).all()  # the next term of the expansion, of relative size 1/N
+    assert gap(8, (8,)) == 0
+
+
+def tape(x, key):
+    """Shifts a draw of ``key`` into the state, so that the final state holds the draws in their order."""
+    return jnp.concatenate([x[:, 1:], normal(key, (1,))], 1)
+
+
+def test_every_step_and_correction_of_every_example_has_a_key_of_its_own(key):
+    step = lambda x, s, t, cond=None, key=None: tape(x, key)
+    fix = lambda key, x, t, cond=None: (tape(x, key), {})
+    n, b = 3, 6
+    draws = samplers.sample(step, jnp.zeros((b, 2 * n + 1)), times.uniform_grid(n), key=key, corrector=fix, at=range(4))
+    assert (draws != 0).all() and len(np.unique(draws)) == b * (2 * n + 1)
+    sparse = samplers.sample(step, jnp.zeros((b, n + 1)), times.uniform_grid(n), key=key, corrector=fix, at=(2,))
+    np.testing.assert_array_equal(sparse, draws[:, [1, 3, 4, 5]])  # a correction left out shifts no other draw
+    other = samplers.sample(step, jnp.zeros((b, n)), times.uniform_grid(n), key=jax.random.key(1))
+    assert not np.isin(other, draws).any()
+
+
+def test_sample_17_is_the_same_whatever_the_batch_and_the_devices(flow, key):
+    velocity, direction = flow
+    fix = correctors.marginal_matching(direction, alpha=0.5, beta=0.3)
+    step, ts = solvers.rk4(velocity), times.uniform_grid(4)
+    x = normal(as_keys(jax.random.key(9), 32), (2,))
+    run = lambda x, key: samplers.sample(step, x, ts, key=key, corrector=fix, at=(0, 2, 4))
+    whole = jax.jit(run)(x, key)
+    close = lambda got: np.testing.assert_allclose(got, whole[17], rtol=2e-6, atol=2e-6)  # of another program
+    close(jax.jit(run)(x[:18], key)[17])
+    close(jax.jit(run)(x[17:18], as_keys(key, 32)[17:18])[0])
+    mesh = sharding.make_mesh()
+    spread = jax.device_put(x, NamedSharding(mesh, P("data")))
+    assert len(spread.sharding.device_set) == 8
+    close(jax.jit(run)(spread, key)[17])
+    local = jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    close(jax.jit(local)(x, as_keys(key, 32))[17])
+    assert (np.abs(jax.jit(run)(x, jax.random.key(1))[17] - whole[17]) > 1e-3).all()
+
+
+def test_the_condition_reaches_step_and_correction(key):
+    label = jnp.array([1.0, -2.0])
+    step = lambda x, s, t, cond=None, key=None: x + expand(cond["a"], x)
+    fix = lambda key, x, t, cond=None: (x + 10 * expand(cond["a"], x), {})
+    x = samplers.sample(step, jnp.zeros((2, 1)), TS, key=key, cond={"a": label}, corrector=fix, at=(1, 3))
+    np.testing.assert_array_equal(x, 23 * label[:, None])
