@@ -110,28 +110,29 @@ def distances(metric: str, rows: Sequence[Row], alt: str) -> Picture:
 
     def draw(axes, theme):
         for family, members in itertools.groupby(rows, key=lambda row: row.family):
-            for_x = [(r.nfe, *r.distances[metric], r.name) for r in members]
-            nfe, mean, se, names = zip(*for_x, strict=True)
+            nfe, mean, se, names = zip(*((r.nfe, *r.distances[metric], r.name) for r in members), strict=True)
             if family == REFERENCE:
                 for level, error, name in zip(mean, np.nan_to_num(se), names, strict=True):
                     axes.axhline(level, color=theme.muted, linestyle=":", linewidth=1.4, label=_plain(name))
                     axes.axhspan(level - error, level + error, color=theme.muted, alpha=0.18, linewidth=0)
                 continue
+            paint = theme.colours[colour[family]]
+            # No line joins corrected samplers: they differ in steps and in corrections, so it would mean nothing.
             corrected = family != base(family)
-            style = {"linestyle": "--", "marker": "s", "markerfacecolor": "none"} if corrected else {"marker": "o"}
-            style |= {"color": theme.colours[colour[family]], "capsize": 2.5, "markersize": 5, "linewidth": 1.6}
-            axes.errorbar(nfe, mean, se, label=_plain(family), **style)
+            style = {"linestyle": "", "marker": "s", "markerfacecolor": "none"} if corrected else {"marker": "o"}
+            axes.errorbar(nfe, mean, se, color=paint, linestyle="", capsize=2.5, linewidth=1.2)
+            axes.plot(nfe, mean, color=paint, label=_plain(family), markersize=5, linewidth=1.6, **style)
         axes.set_xscale("log")
         _value_scale(axes, [row.distances[metric][0] for row in rows])
         ticks: list[int] = []
         for nfe in sorted({row.nfe for row in rows if row.family != REFERENCE}):
-            if not ticks or nfe >= 1.25 * ticks[-1]:  # labels nearer than that touch each other
+            if not ticks or nfe >= 1.35 * ticks[-1]:  # labels nearer than that touch each other
                 ticks.append(nfe)
         axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
         axes.minorticks_off()
-        axes.set(xlabel="NFE (network evaluations a sample, log axis)", ylabel=_plain(metric))
+        axes.set(xlabel="NFE (network evaluations a sample)", ylabel=_plain(metric))
 
-    return _chart(draw, metric, alt)
+    return _chart(draw, metric, alt, size=(4.6, 3.7))
 
 
 def curve(name: str, step, loss) -> Picture:
@@ -155,7 +156,7 @@ def curve(name: str, step, loss) -> Picture:
             f"Chart of the training loss of {name}, log axis: from {smooth[0]:.3g} at step {step[0]:g} "
             f"to {smooth[-1]:.3g} at step {step[-1]:g}, smoothed."
         )
-    return _chart(draw, name, alt, size=(4.8, 2.9), remark=remark)
+    return _chart(draw, name, alt, size=(4.6, 2.9), remark=remark)
 
 
 def gaps(lines: dict[str, Sequence]) -> Picture:
@@ -173,8 +174,8 @@ def gaps(lines: dict[str, Sequence]) -> Picture:
     ends = "; ".join(
         f"{name} from {d[0]:.3g} at t = {t[0]:g} to {d[-1]:.3g} at t = {t[-1]:g}" for name, (t, d, _) in lines.items()
     )
-    caption = "Distance between the forward marginal p_n and the backward marginal q_n along the solver's grid"
-    return _chart(draw, caption, f"Chart of the distance between p_n and q_n against time: {ends}.", size=(8, 3.8))
+    caption = "How far the forward marginals p_n are from the backward marginals q_n"
+    return _chart(draw, caption, f"Chart of the distance between p_n and q_n against time: {ends}.", size=(6.4, 3.6))
 
 
 def samples(caption: str, x: np.ndarray, clouds: Sequence[np.ndarray]) -> Picture:
@@ -203,8 +204,8 @@ def trajectory(caption: str, x: np.ndarray) -> Picture:
     if x.ndim == 5:
         keep = np.unique(np.linspace(0, times - 1, min(times, COLUMNS)).round().astype(int))
         alt = f"{n} trajectories, one a row, at {len(keep)} times from left to right: {caption}."
-        shown = f"{len(keep)} of {times} times" if len(keep) < times else f"{times} times"
-        remark = f"One example a row, {shown} from left to right, the first and the last among them."
+        thinned = f"; {len(keep)} of {times} times" if len(keep) < times else ""
+        remark = f"One example a row, time from left to right{thinned}."
         return _sheet(x[keep].swapaxes(0, 1).reshape(-1, *x.shape[2:]), len(keep), caption, alt, remark)
 
     def draw(axes, theme):
@@ -218,11 +219,10 @@ def trajectory(caption: str, x: np.ndarray) -> Picture:
 
 
 def moving_mean(y: np.ndarray, half: int) -> np.ndarray:
-    """The mean of the values up to ``half`` places away; at the ends of as many as there are on the shorter side."""
-    n = len(y)
-    total = np.concatenate([[0.0], np.cumsum(y)])
-    h = np.minimum(half, np.minimum(np.arange(n), np.arange(n)[::-1]))  # symmetric: no lag, and a straight line stays
-    return (total[np.arange(n) + h + 1] - total[np.arange(n) - h]) / (2 * h + 1)
+    """The mean of the values up to ``half`` places away, at the ends of as many as there are."""
+    i, total = np.arange(len(y)), np.concatenate([[0.0], np.cumsum(y)])
+    low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(y))
+    return (total[high] - total[low]) / (high - low)
 
 
 def check_images(name: str, x: np.ndarray, *, ndim: int) -> None:
@@ -249,8 +249,8 @@ def _check_finite(name: str, x: np.ndarray) -> None:
         raise ValueError(f"{name} has {bad} of {x.size} values that are not finite; leave out what diverged")
 
 
-def _chart(draw: Callable, caption: str, alt: str, *, size=(6.4, 3.6), remark: str = "") -> Picture:
-    """``draw(axes, theme)`` on a transparent figure, once a scheme; 100 pixels of the page to the inch."""
+def _chart(draw: Callable, caption: str, alt: str, *, size, remark: str = "") -> Picture:
+    """``draw(axes, theme)`` on a transparent figure, once a scheme; ``size`` in inches of 100 pixels of the page."""
     from matplotlib.figure import Figure
 
     pngs = []
@@ -267,12 +267,12 @@ def _chart(draw: Callable, caption: str, alt: str, *, size=(6.4, 3.6), remark: s
             label.set(color=theme.ink, fontsize=10)
         handles, labels = axes.get_legend_handles_labels()
         if handles:
-            style = {"frameon": False, "fontsize": 9, "labelcolor": theme.ink, "ncols": 3 if len(handles) > 2 else 2}
+            style = {"frameon": False, "fontsize": 9, "labelcolor": theme.ink, "ncols": 2}
             figure.legend(handles, labels, loc="outside upper left", **style)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=200, facecolor="none", metadata={"Software": None})
         pngs.append(base64.b64encode(buffer.getvalue()).decode())
-    return Picture(caption, alt, int(size[0] * 100), int(size[1] * 100), *pngs, remark)
+    return Picture(caption, alt, round(size[0] * 100), round(size[1] * 100), *pngs, remark)
 
 
 def _value_scale(axes, values, *, log: bool = False) -> None:

@@ -158,7 +158,7 @@ def best_row(rows: Iterable[Row], metric: str) -> Row | None:
     return min(rows, key=lambda row: row.distances[metric][0], default=None)
 
 
-def verdict(name: str, baseline: str, metric: str, with_: Sequence[float], without: Sequence[float]) -> Verdict:
+def verdict(name: str, baseline: str, metric: str, with_, without) -> Verdict:
     """Judges a correction by paired distances, one a seed: ``with_[i]`` and ``without[i]`` share noise and data.
 
     ``difference`` is the mean of ``d_i = with_[i] - without[i]`` over ``k`` seeds and ``se`` its standard error. The

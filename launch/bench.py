@@ -1,32 +1,77 @@
-"""Measurements: ``python -m launch.bench --suite=couplings [--repeats=15] [--out=FILE.json]``.
+"""Measurements: ``python -m launch.bench --suite=sampler [--repeats=15] [--out=FILE.json]``.
 
 A suite is a function ``name(repeats) -> list[dict]``, one row each; the repeats of what is compared are interleaved, so
 that a busy moment of the machine falls on all alike, and medians are reported.
 """
 
+import functools
 import json
 import os
+import pkgutil
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import app, flags
 
+from fmjax import correctors, marginals, samplers, sharding, solvers, times, train
+from fmjax.methods import common
+from fmjax.methods.flow_matching import flow_matching
+from fmjax.methods.lagrangian import lagrangian
+from fmjax.methods.score_corrector import score_corrector
+from fmjax.nets.adapters import from_linen
+from fmjax.nets.mlp import MLP
+from fmjax.nets.unet import UNet
+from fmjax.types import Batch, Net, Params
 
-def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median wall time in ms of each function over interleaved repeats, after one call to compile and warm up."""
-    times = {name: [] for name in functions}
+
+class Spent(NamedTuple):
+    """Wall time and processor time of all threads, in ms; the latter tells what is due to others on the machine."""
+
+    ms: float
+    cpu_ms: float
+
+    def over(self, other: "Spent", times: float = 1) -> dict[str, float]:
+        """Columns ``ratio`` and ``cpu_ratio``: this against ``times`` of the other."""
+        return {"ratio": self.ms / (times * other.ms), "cpu_ratio": self.cpu_ms / (times * other.cpu_ms)}
+
+
+def now() -> Spent:
+    """Both clocks."""
+    return Spent(1e3 * time.perf_counter(), 1e3 * time.process_time())
+
+
+def since(start: Spent) -> Spent:
+    """What was spent since ``start``."""
+    return Spent(*(b - a for a, b in zip(start, now(), strict=True)))
+
+
+def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, Spent]:
+    """Medians of each function over interleaved repeats, after one call to compile and warm up.
+
+    A function that returns ``Spent`` has measured itself.
+    """
+    taken = {name: [] for name in functions}
     for repeat in range(-1, repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
+            start = now()
+            result = function()
+            if not isinstance(result, Spent):
+                jax.block_until_ready(result)
+                result = since(start)
             if repeat >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+                taken[name].append(result)
+    return {name: Spent(*map(statistics.median, zip(*values, strict=True))) for name, values in taken.items()}
 
 
 def image_like(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -48,7 +93,6 @@ def couplings(repeats: int) -> list[dict]:
     Sources are N(0, I); targets are the 8x8 digits (d = 64) or 1/f random fields (d = 3072). ``gain`` is the share of
     the exact gain over random pairing that is realised, ``(random - cost) / (random - exact)``.
     """
-    import optax
     import ot
     from sklearn.datasets import load_digits
 
@@ -93,18 +137,225 @@ def couplings(repeats: int) -> list[dict]:
                 "POT emd, host": lambda x0=x0, x1=x1, u=uniform: ot.emd(u, u, c.squared_cost(x0, x1)),
             }
             functions |= {name: lambda f=f, y0=y0, y1=y1: f(y0, y1) for name, f in on_device.items()}
-            ms = interleaved(functions, repeats)
+            spent = interleaved(functions, repeats)
             cost = c.squared_cost(x0.astype(np.float64), x1.astype(np.float64))
             plans = {name: np.asarray(f(), np.float64) for name, f in functions.items()}
             paid = {name: float((plan * cost).sum() / plan.sum()) for name, plan in plans.items()}
             exact, random = paid["scipy assignment, host"], float(cost.mean())
             for name in functions:
                 excess, gain = paid[name] / exact - 1, (random - paid[name]) / (random - exact)
-                rows.append({"d": d, "B": b, "method": name, "ms": ms[name], "excess_%": 100 * excess, "gain": gain})
+                rows.append(
+                    {"d": d, "B": b, "method": name, "ms": spent[name].ms, "excess_%": 100 * excess, "gain": gain}
+                )
     return rows
 
 
-SUITES = {"couplings": couplings}
+class Case(NamedTuple):
+    """A network to measure with: at least 5 ms a call on two cores, its parameters, and one batch on the device."""
+
+    net: Net
+    params: Params
+    x: jax.Array
+
+
+def networks() -> dict[str, Case]:
+    """An MLP on vectors ``[128, 64]`` and a U-Net on images ``[16, 16, 16, 1]``."""
+    modules = {"MLP": MLP(width=512, depth=3), "U-Net": UNet(channels=32, multipliers=(1, 2))}
+    shapes = {"MLP": (128, 64), "U-Net": (16, 16, 16, 1)}
+    cases = {}
+    for i, (name, module) in enumerate(modules.items()):
+        x, model = jax.random.normal(jax.random.key(i), shapes[name]), from_linen(module)
+        cases[name] = Case(model.net, model.init(jax.random.key(2), x), x)
+    return cases
+
+
+CALLS = 8  # bare calls timed as one: a single one is mostly noise on a shared machine
+
+
+def bare(case: Case) -> Callable[[], None]:
+    """``CALLS`` calls of the jitted network alone, each waited for."""
+    call = jax.jit(lambda params, x, t: case.net(params, x, t, t))
+    t = jnp.full(len(case.x), 0.5)
+    return lambda: [jax.block_until_ready(call(case.params, case.x, t)) for _ in range(CALLS)]
+
+
+def sampler(repeats: int) -> list[dict]:
+    """Sampling against ``NFE`` calls of the bare network; the corrector has a network of its own, of the same size.
+
+    Goal: a ratio of at most 1.05. ``temp_MB`` is what the compiled sampler needs beside its arguments and results.
+    """
+    rows = []
+    for name, case in networks().items():
+        velocity, jump = common.diagonal(case.net), common.jump(case.net)
+        score = lambda q, case=case: score_corrector(case.net, sigma=0.1).direction(q)
+        fix = lambda q, score=score: {
+            "corrector": correctors.marginal_matching(score(q), alpha=0.5, beta=0.1),
+            "at": (0, 2, 4),
+            "key": jax.random.key(0),
+        }
+        ways = {
+            "Euler, 8 steps": (8, 1, lambda p, q, v=velocity: (solvers.euler(v(p)), {})),
+            "RK4, 4 steps": (4, 4, lambda p, q, v=velocity: (solvers.rk4(v(p)), {})),
+            "RK4, 4 steps, 3 corrections": (4, 4, lambda p, q, v=velocity, fix=fix: (solvers.rk4(v(p)), fix(q))),
+            "flow map, 4 steps": (4, 1, lambda p, q, m=jump: (m(p), {})),
+        }
+        other = jax.tree.map(jnp.copy, case.params)
+        functions, cost, memory = {"network": bare(case)}, {}, {}
+        for way, (n, stages, make) in ways.items():
+
+            def run(p, q, x, n=n, make=make):
+                step, how = make(p, q)
+                return samplers.sample(step, x, times.uniform_grid(n), **how)
+
+            compiled = jax.jit(run).lower(case.params, other, case.x).compile()
+            functions[way] = lambda f=compiled, case=case, other=other: f(case.params, other, case.x)
+            cost[way] = samplers.cost(n, (0, 2, 4) if "corr" in way else (), step_nfe=stages).nfe
+            memory[way] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        spent = interleaved(functions, repeats)
+        call = spent["network"]
+        for way, nfe in cost.items():
+            row = {"network": name, "call_ms": call.ms / CALLS, "sampler": way, "NFE": nfe, "ms": spent[way].ms}
+            rows.append(row | spent[way].over(call, nfe / CALLS) | {"goal": 1.05, "temp_MB": memory[way]})
+    return rows
+
+
+def train_step(repeats: int) -> list[dict]:
+    """A training step on one device against ``value_and_grad`` of the least loss, the optimiser and donation.
+
+    The step has more to do: a key per example, the average of the parameters, the norm of the gradient. Goal: 1.05. The
+    Lagrangian step is compared with the flow-matching one as well.
+    """
+    mesh, tx, key, rows = sharding.make_mesh(jax.devices()[:1]), optax.adam(1e-3), jax.random.key(0), []
+    for name, case in networks().items():
+
+        def least(p, x1, key, net=case.net):
+            k_t, k_x = jax.random.split(key)
+            t, x0 = jax.random.uniform(k_t, (len(x1),)), jax.random.normal(k_x, x1.shape)
+            e = t.reshape(-1, *[1] * (x1.ndim - 1))
+            return jnp.mean((net(p, (1 - e) * x0 + e * x1, t, t) - (x1 - x0)) ** 2)
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def update(p, o, i, x1, key, least=least):
+            value, grads = jax.value_and_grad(least)(p, x1, jax.random.fold_in(key, i))
+            updates, o = tx.update(grads, o, p)
+            return optax.apply_updates(p, updates), o, i + 1, value
+
+        held = [jax.tree.map(jnp.copy, case.params), tx.init(case.params), jnp.int32(0)]
+
+        def plain(held=held, update=update, case=case):
+            *held[:], value = update(*held, case.x, key)
+            return value
+
+        batch, functions = sharding.place_batch(Batch(x1=case.x), mesh), {"bare": plain}
+        for method in (flow_matching, lagrangian):
+            state = [train.init(case.params, tx, mesh=mesh)]
+            step = train.make_step(method(case.net).loss, tx, mesh=mesh)
+
+            def run(state=state, step=step, batch=batch):
+                state[0], metrics = step(state[0], batch, key)
+                return metrics
+
+            functions[method.__name__] = run
+        spent = interleaved(functions, repeats)
+        for way in ("flow_matching", "lagrangian"):
+            row = {"network": name, "method": way, "bare_ms": spent["bare"].ms, "ms": spent[way].ms}
+            row |= spent[way].over(spent["bare"]) | {"goal": 1.05 if way == "flow_matching" else "-"}
+            rows.append(row | {"to flow matching": spent[way].cpu_ms / spent["flow_matching"].cpu_ms})
+    return rows
+
+
+def marginal_sets(repeats: int) -> list[dict]:
+    """Building marginals, to the files written and synced, against ``NFE`` calls of the bare network a batch.
+
+    The clock starts after the first batch, which waits for the compiler (``first_s``). Goal: 1.10.
+    """
+    n, batches, rows = 4, 5, []
+    for name, case in networks().items():
+        velocity, size, first = common.diagonal(case.net), len(case.x), {}
+
+        def build(direction, case=case, velocity=velocity, size=size, first=first):
+            marks, start = [], now()
+            count, shape = batches * size, case.x.shape[1:]
+            given = (
+                {"count": count, "shape": shape} if direction == "forward" else {"data": np.zeros((count, *shape), "f")}
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                marginals.build(
+                    velocity, case.params, times.uniform_grid(n), directory=folder, direction=direction, flow="bench",
+                    batch=size, shard_size=count, progress=lambda *_: marks.append(now()), **given,
+                )  # fmt: skip
+                spent = since(marks[1])
+            first[direction] = (marks[1].ms - start.ms) / 1e3
+            return spent
+
+        measured = {"network": bare(case)}
+        measured |= {d: functools.partial(build, d) for d in ("forward", "backward")}
+        spent = interleaved(measured, repeats)
+        call = spent["network"]
+        for direction in ("forward", "backward"):
+            nfe = 4 * n * (batches - 1)
+            row = {"network": name, "call_ms": call.ms / CALLS, "direction": direction, "calls": nfe}
+            row |= {"ms": spent[direction].ms} | spent[direction].over(call, nfe / CALLS)
+            rows.append(row | {"goal": 1.10, "first_s": first[direction]})
+    return rows
+
+
+def imports(repeats: int) -> list[dict]:
+    """Import time in fresh processes: every module of fmjax but ``report``, ``metrics`` and ``data``. Goal: 1.3."""
+    import fmjax
+
+    found = (m.name for m in pkgutil.walk_packages(fmjax.__path__, "fmjax."))
+    ours = [m for m in found if not m.startswith(("fmjax.report", "fmjax.figures", "fmjax.metrics", "fmjax.data"))]
+    wanted = {"jax, flax, optax, diffrax": ["jax", "flax", "optax", "diffrax"], "fmjax": ["fmjax", *ours]}
+
+    def run(modules):
+        clocks = "(time.perf_counter(), time.process_time())"
+        code = f"import time; a = {clocks}; import {', '.join(modules)}; b = {clocks}; print(b[0] - a[0], b[1] - a[1])"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        return Spent(*(1e3 * float(s) for s in out.split()))
+
+    spent = interleaved({name: functools.partial(run, modules) for name, modules in wanted.items()}, repeats)
+    first = next(iter(spent.values()))
+    return [{"modules": name, "ms": t.ms} | t.over(first) | {"goal": 1.3} for name, t in spent.items()]
+
+
+def start(repeats: int) -> list[dict]:
+    """From the start of a process to its first training step on the digits, the compilation cache cold and warm."""
+    times_s = {"cold": [], "warm": []}
+    memory = dict.fromkeys(times_s, 0.0)
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+            for cache in times_s:
+                log = Path(folder, cache, "metrics.jsonl")
+                command = [
+                    sys.executable,
+                    "-m",
+                    "launch.train",
+                    "--config=configs/digits.py",
+                    f"--workdir={log.parent}",
+                ]
+                began = time.perf_counter()
+                process = subprocess.Popen([*command, "--config.steps=1"], env=environment, stderr=subprocess.DEVNULL)
+                while not (log.exists() and log.read_text().endswith("\n")):
+                    if process.poll() is not None:
+                        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode} before its first step")
+                    time.sleep(0.01)
+                times_s[cache].append(time.perf_counter() - began)
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+                memory[cache] = max(memory[cache], usage.ru_maxrss / 2**10)
+    return [{"cache": c, "s": statistics.median(times_s[c]), "peak_MB": memory[c]} for c in times_s]
+
+
+SUITES = {
+    "couplings": couplings,
+    "sampler": sampler,
+    "train": train_step,
+    "marginals": marginal_sets,
+    "imports": imports,
+    "start": start,
+}
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("suite", "couplings", sorted(SUITES), "What to measure.")
