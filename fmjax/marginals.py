@@ -203,7 +203,7 @@ def round_trip(
     where it is not finite.
     """
     ts = _check_rising(ts)
-    _check_how("backward", solver, backward_map)
+    check_how("backward", solver, backward_map)
 
     @jax.jit
     def run(params, x):
@@ -243,7 +243,7 @@ def _specify(ts, direction, flow, data, count, shape, seed, solver, backward_map
         )
     if dtype not in ("float32", "float16"):
         raise ValueError(f"dtype={dtype!r} is not one of 'float32', 'float16'")
-    _check_how(direction, solver, backward_map)
+    check_how(direction, solver, backward_map)
     if direction == "forward":
         if data is not None or count is None or shape is None:
             raise ValueError("direction='forward' starts from noise: give count=, shape= (of one example), and no data")
@@ -278,7 +278,8 @@ def _check_rising(ts) -> np.ndarray:
     return ts
 
 
-def _check_how(direction: str, solver: str, backward_map: str) -> None:
+def check_how(direction: str, solver: str, backward_map: str) -> None:
+    """Raises ``ValueError`` (``TypeError`` for a solver that is no name) for what ``build`` would refuse of these."""
     for name, value, allowed in (
         ("direction", direction, ("forward", "backward")),
         ("backward_map", backward_map, ("reverse", "inverse")),
@@ -289,6 +290,7 @@ def _check_how(direction: str, solver: str, backward_map: str) -> None:
         raise TypeError(f"the manifest names the solver, so give it by name ('rk4', 'Tsit5'), not {solver!r}")
     if direction == "backward" and backward_map == "inverse":
         solvers.tableau(solver)  # only these steps can be inverted
+    solvers.diffrax_solver(solver)
 
 
 def _check_mesh(mesh: Mesh, batch: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fmjax import build, checkpoint, evaluate, marginals, report, run, times, workdir
@@ -49,6 +50,7 @@ def setup(cfg) -> Setup:
     """Assembles and checks every stage of a config; raises ``ValueError`` of one sentence."""
     data = build.data(cfg.data)
     ts = times.uniform_grid(cfg.solver_steps)
+    marginals.check_how("backward", cfg.solver, cfg.backward_map)
     size = cfg.corrector.batch_size
     marginal = Batch(x1=np.resize(data.train_x, (size, *data.train_x.shape[1:])), t=np.resize(ts, size))
     s = cfg.sampling
@@ -63,7 +65,7 @@ def setup(cfg) -> Setup:
         run.assemble(cfg, "flow", data=data),
         run.assemble(cfg, "corrector", batch=lambda step: marginal),
         run.assemble(cfg, "flow_map", data=data),
-        evaluate.settings(plain, cfg.corrections),
+        evaluate.settings(plain, cfg.corrections.to_dict()),
         ts,
     )
 
@@ -91,9 +93,8 @@ def main(cfg, path: str | Path) -> None:
 
     with _stage(2, "marginals") as tell:
         forward, backward = _marginals(cfg, ready, path / "marginals", flow)
-        round_trip = marginals.round_trip(
-            plan.method.velocity, flow, ready.data.train_x[:256], ready.ts, solver=cfg.solver
-        )
+        start, how = jnp.asarray(ready.data.train_x[:256]), {"solver": cfg.solver, "backward_map": cfg.backward_map}
+        round_trip = marginals.round_trip(plan.method.velocity, flow, start, ready.ts, **how)
         counts = f"{len(forward.x)} forward, {len(backward.x)} backward"
         tell(f"{counts} on {len(ready.ts)} times, round trip {round_trip:.1e}")
 

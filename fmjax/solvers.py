@@ -149,7 +149,7 @@ def _erk(name: str):
     return Solver()
 
 
-def _solver(solver):
+def diffrax_solver(solver):
     """A name of this module, a name of diffrax's (``"Tsit5"``), or a diffrax solver itself."""
     import diffrax
 
@@ -177,7 +177,7 @@ def _between(velocity: VelocityFn, x, s, t, cond, solver, rtol: float, atol: flo
 
     return diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, c: velocity(y, over_batch(t, y), c)),
-        _solver(solver), t0=s, t1=t, dt0=None, y0=x, args=cond, max_steps=max_steps, throw=False,
+        diffrax_solver(solver), t0=s, t1=t, dt0=None, y0=x, args=cond, max_steps=max_steps, throw=False,
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=_max_rms),
     )  # fmt: skip
 
@@ -231,7 +231,7 @@ def integrate(
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, c: velocity(y, over_batch(t, y), c)),
-        _solver(solver), t0=grid[0], t1=grid[-1], dt0=None, y0=x, args=cond, max_steps=len(ts) - 1, throw=False,
+        diffrax_solver(solver), t0=grid[0], t1=grid[-1], dt0=None, y0=x, args=cond, max_steps=len(ts) - 1, throw=False,
         saveat=diffrax.SaveAt(t0=True, steps=True), stepsize_controller=Grid(ts=grid),
     )  # fmt: skip
     return solution.ys, solution.result

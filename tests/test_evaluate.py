@@ -1,0 +1,121 @@
+"""Settings of a config, paired sampling, and the table of distances, on a Gaussian whose flow is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmjax import evaluate, oracles, report
+from fmjax.evaluate import Models, Setting
+from fmjax.types import Method
+
+MEAN, STD, SIGMA = 1.5, 0.5, 0.4
+PLAIN = {"euler": (4,), "rk4": (2, 8), "flow_map": (1, 2)}
+END = {"solver": "rk4", "steps": 2, "at": (2,), "alpha": 0.5, "beta": 0.1}
+
+
+@pytest.fixture
+def models():
+    """The exact flow and map of a Gaussian, and the exact score of its noised end; all scaled by their params."""
+    oracle = oracles.gaussian(jnp.full(3, MEAN), jnp.full(3, STD))
+    push = lambda p: lambda x, t, cond=None: p * SIGMA**2 * (MEAN - x) / (STD**2 + SIGMA**2)
+    return Models(
+        Method(loss=None, velocity=lambda p: lambda x, t, cond=None: p * oracle.velocity(x, t, cond)),
+        Method(loss=None, flow_map=lambda p: lambda x, s, t, cond=None, key=None: p * oracle.flow_map(x, s, t)),
+        Method(loss=None, direction=push),
+        {"flow": jnp.ones(()), "flow_map": jnp.ones(()), "corrector": jnp.ones(())},
+        (3,),
+    )
+
+
+def test_settings_have_names_costs_and_baselines():
+    found = {s.name: s for s in evaluate.settings(PLAIN, {"end": END, "all": END | {"at": (0, 1, 2)}})}
+    assert list(found) == [
+        "euler, 4 steps", "rk4, 2 steps", "rk4, 8 steps", "flow map, 1 step", "flow map, 2 steps",
+        "rk4, 2 steps, corrected at 2", "rk4, 2 steps, corrected at every step",
+    ]  # fmt: skip
+    assert [s.cost().nfe for s in found.values()] == [4, 8, 32, 1, 2, 9, 11]
+    assert [s.cost().corrections for s in found.values()] == [0, 0, 0, 0, 0, 1, 3]
+    assert [s.baseline for s in found.values()] == [None] * 5 + ["rk4, 2 steps"] * 2
+    assert {s.family for s in found.values()} == {"euler", "rk4", "flow map", "rk4 + corrections"}
+
+
+@pytest.mark.parametrize(
+    ("plain", "corrected", "message"),
+    [
+        ({"rk5": (2,)}, {}, "no fixed-step solver 'rk5'; did you mean 'rk4'"),
+        ({"rk4": (0,)}, {}, "at least one step"),
+        (PLAIN, {"x": END | {"at": (3,)}}, r"at=3 is not a step: .* 0 .. 2"),
+        (PLAIN, {"x": END | {"steps": 4}}, "correction 'x' needs its plain sampler 'rk4, 4 steps'"),
+        (PLAIN, {"x": END | {"beta": -1.0}}, "beta is a standard deviation"),
+        (PLAIN, {"x": END, "y": END}, "two samplers are the same"),
+    ],
+)
+def test_bad_settings_are_refused(plain, corrected, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.settings(plain, corrected)
+
+
+def test_samplers_share_their_noise_and_find_the_law(models):
+    """The exact map carries each example's noise to its own end; so does RK4 with many steps, and Euler nearly so."""
+    keys = evaluate.keys_of(0, 0, 4096)
+    run = lambda solver, n: np.asarray(evaluate.sampler(Setting("", "", solver, n), models)(models.params, keys))
+    exact = run("flow_map", 1)
+    np.testing.assert_allclose(run("flow_map", 4), exact, atol=2e-6)
+    np.testing.assert_allclose(run("rk4", 16), exact, atol=1e-4)
+    assert 1e-4 < np.abs(run("euler", 64) - exact).max() < 0.1
+    assert (np.abs(exact.mean(0) - MEAN) < 4 * STD / 64).all()
+    assert (np.abs(exact.std(0) - STD) < 4 * STD / np.sqrt(2 * 4096)).all()
+    path = np.asarray(evaluate.sampler(Setting("", "", "rk4", 4), models, trajectory=True)(models.params, keys))
+    assert path.shape == (5, 4096, 3) and (path[-1] == run("rk4", 4)).all()
+
+
+def test_a_correction_pulls_as_its_formula_says(models):
+    """One deterministic push at the end: x + alpha sigma^2 (m - x) / (b^2 + sigma^2)."""
+    keys = evaluate.keys_of(0, 0, 64)
+    run = lambda **kw: np.asarray(evaluate.sampler(Setting("", "", "rk4", 2, **kw), models)(models.params, keys))
+    plain, corrected = run(), run(at=(2,), alpha=0.5)
+    np.testing.assert_allclose(corrected, plain + 0.5 * SIGMA**2 * (MEAN - plain) / (STD**2 + SIGMA**2), atol=1e-6)
+
+
+def test_samples_are_kept_and_drawn_anew_for_other_parameters(models, tmp_path):
+    setting = Setting("rk4, 2 steps", "rk4", "rk4", 2)
+    draw = lambda models, identity: evaluate.draw(
+        setting, models, seeds=2, samples=5, seed=0, directory=tmp_path / "s", identity=identity
+    )
+    first = draw(models, "a")
+    again = evaluate.sampler(setting, models)
+    for i in range(2):
+        np.testing.assert_array_equal(first[i], again(models.params, evaluate.keys_of(0, i, 5)))
+    other = models._replace(params=models.params | {"flow": jnp.zeros(())})
+    assert (draw(other, "a") == first).all(), "read from its file"
+    assert not (draw(other, "b") == first).all() and len(list((tmp_path / "s").iterdir())) == 2
+
+
+def test_rows_and_verdicts_are_those_of_the_distances(models):
+    s, base = (Setting(n, "rk4", "rk4", 2, at=a, baseline=b) for n, a, b in (("fix", (2,), "base"), ("base", (), None)))
+    x = np.random.default_rng(0).normal(size=(6, 10, 3))
+    drawn = {base: x + 1.0, s: x + 0.2}
+    metrics = {"mean": lambda a: float(abs(a.mean())), "far": lambda a: float(a.max() ** 2)}
+    rows, verdicts = evaluate.compare(drawn, metrics, x)
+    assert [(r.name, r.nfe, r.corrections) for r in rows] == [("base", 8, 0), ("fix", 9, 1), ("training data", 0, 0)]
+    each = np.abs((x + 1.0).mean((1, 2)))
+    assert rows[0].distances["mean"] == pytest.approx((each.mean(), each.std(ddof=1) / np.sqrt(6)))
+    assert [(v.name, v.baseline, v.metric) for v in verdicts] == [("fix", "base", "mean"), ("fix", "base", "far")]
+    gaps = np.abs((x + 0.2).mean((1, 2))) - each
+    assert verdicts[0].difference == pytest.approx(gaps.mean()) and verdicts[0].verdict == "helps"
+
+
+def test_a_sampler_that_diverged_is_infinitely_far_and_the_page_can_still_be_made(models):
+    base = Setting("base", "rk4", "rk4", 2)
+    x = np.zeros((2, 4, 3))
+    x[1, 0] = np.nan
+    rows, _ = evaluate.compare({base: x}, {"mean": lambda a: float(a.mean())}, np.zeros((2, 4, 3)))
+    assert rows[0].distances["mean"][0] == np.inf
+    assert report.best_row(rows, "mean") is None
+
+
+def test_keys_of_seeds_are_apart():
+    a, b, c = (jax.random.key_data(evaluate.keys_of(*k, 3)) for k in ((0, 0), (0, 1), (1, 0)))
+    assert (a == jax.random.key_data(evaluate.keys_of(0, 0, 5))[:3]).all()
+    assert len({tuple(k) for k in np.concatenate([a, b, c]).tolist()}) == 9
