@@ -9,8 +9,9 @@ from ml_collections import config_flags
 
 from fmjax import build, run, sharding
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment.", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+flags.mark_flag_as_required("config")
 
 
 def main(_):
