@@ -61,8 +61,7 @@ def centred(path, x, t, extra=0.0):
     return x - beta * MEAN, alpha**2 + (beta * STD) ** 2 + extra
 
 
-def standardise(offset, var):
-    return offset / jnp.sqrt(var)
+standardise = lambda offset, var: offset / jnp.sqrt(var)
 
 
 def flow_case(path, name: str, *uses: str, teacher: bool = False, **options) -> Case:
