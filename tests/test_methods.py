@@ -18,9 +18,8 @@ import optax
 import pytest
 
 from fmjax import checkpoint, methods, oracles, paths, sharding, train
-from fmjax.types import Batch, Method, Net, example_keys, expand, over_batch
+from fmjax.types import Batch, Method, Net, example_keys, expand, normal, over_batch
 
-HELPERS = {"common"}
 MEAN, STD, SIGMA = np.array([0.75, -0.5], np.float32), np.array([0.5, 1.5], np.float32), 0.6
 Z = 4.5  # two-sided, 7e-6 a test: some 200 z-tests under fixed seeds
 FLOOR = 1e-6  # float64: the oracle's u is a quotient for |t - s| > 1e-4 and a trapezium, off by 1e-8 u'', below
@@ -28,7 +27,7 @@ KEYS = jax.random.key(11)
 
 
 def discover() -> list[str]:
-    return sorted({m.name for m in pkgutil.iter_modules(methods.__path__)} - HELPERS)
+    return sorted({m.name for m in pkgutil.iter_modules(methods.__path__)} - {"common"})
 
 
 def factory(name: str) -> Callable[..., Method]:
@@ -56,14 +55,13 @@ class Case(NamedTuple):
     teacher: bool = False
 
 
-def moments(path, x, t, extra=0.0):
-    """Mean and variance of ``I_t`` for the Gaussian data, plus ``extra`` variance."""
+def centred(path, x, t, extra=0.0):
+    """``x - E[I_t]`` for the Gaussian data, and the variance of ``I_t`` plus ``extra``."""
     alpha, beta, *_ = paths.coefficients(path, x, t)
-    return beta * MEAN, alpha**2 + (beta * STD) ** 2 + extra
+    return x - beta * MEAN, alpha**2 + (beta * STD) ** 2 + extra
 
 
-def standardise(x, mean, var):
-    return (x - mean) / jnp.sqrt(var)
+standardise = lambda offset, var: offset / jnp.sqrt(var)
 
 
 def flow_case(path, name: str, *uses: str, teacher: bool = False, **options) -> Case:
@@ -74,14 +72,14 @@ def flow_case(path, name: str, *uses: str, teacher: bool = False, **options) -> 
         batch=lambda key, n: Batch(oracle.sample(key, n)),
         solution=oracles.average_velocity(oracle),
         uses={use: getattr(oracle, use) for use in uses},
-        standard=lambda x, s: standardise(x, *moments(path, x, s)),
+        standard=lambda x, s: standardise(*centred(path, x, s)),
         teacher=teacher,
     )
 
 
 def score_case(path) -> Case:
     """Marginals of the Gaussian's own flow at times ``t``, noised by sigma: N(beta m, C_t + sigma^2)."""
-    noised = lambda x, t: moments(path, x, t, SIGMA**2)
+    noised = lambda x, t: centred(path, x, t, SIGMA**2)
 
     def batch(key, n):
         k_t, k_0, k_1 = jax.random.split(key, 3)
@@ -90,15 +88,15 @@ def score_case(path) -> Case:
         return Batch(paths.with_velocity(path, x0, x1, t)[0], t=t)
 
     def score(x, t):
-        mean, var = noised(x, t)
-        return -(x - mean) / var
+        offset, var = noised(x, t)
+        return -offset / var
 
     return Case(
         make=lambda net: factory("score_corrector")(net, sigma=SIGMA),
         batch=batch,
         solution=lambda params, x, s, t, cond=None, key=None: -SIGMA * score(x, s),
         uses={"direction": lambda x, t: SIGMA**2 * score(x, t)},
-        standard=lambda x, s: standardise(x, *noised(x, s)),
+        standard=lambda x, s: standardise(*noised(x, s)),
     )
 
 
@@ -124,7 +122,8 @@ both_paths = pytest.mark.parametrize("path", [paths.linear, paths.trigonometric]
 # Directions to be wrong in, functions of (x, s, t). The second group vanishes where s = t.
 ANYWHERE = {
     "1": lambda x, s, t: jnp.ones_like(x),
-    "x": lambda x, s, t: x,
+    "x0": lambda x, s, t: x * np.array([1, 0]),  # a coordinate each: what is wrong in both may cancel in their sum
+    "x1": lambda x, s, t: x * np.array([0, 1]),
     "x[::-1]": lambda x, s, t: x[:, ::-1],
     "sin 2x": lambda x, s, t: jnp.sin(2 * x),
     "s x": lambda x, s, t: s * x,
@@ -224,8 +223,7 @@ def test_every_use_of_the_solution_is_the_closed_form(name, path, x64):
 
 
 @pytest.fixture
-def quick_compile():
-    """Half the compile time, where a step is compiled often and run twice."""
+def quick_compile():  # half the time where a step is compiled often and run twice
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -297,10 +295,14 @@ def test_an_examples_loss_does_not_depend_on_its_place_nor_on_the_size_of_the_ba
 
 @every_method
 def test_no_key_is_used_twice(name):
-    """JAX's own checker of consumed keys; eager, since under jit it refuses disjoint rows of one key array."""
-    method, _, batch, keys = setting(name)
+    """JAX's own checker of consumed keys, with a net that draws; eager: under jit it refuses rows of one array."""
+    _, _, batch, keys = setting(name)
+
+    def net(params, x, s, t, cond=None, key=None):
+        return mlp(params, x, s, t) + (0 if key is None else normal(key, x.shape[1:]))
+
     with jax.debug_key_reuse(True):
-        method.loss(mlp_params(), mlp_params(1), batch, jax.random.clone(keys))
+        case_of(name).make(net).loss(mlp_params(), mlp_params(1), batch, jax.random.clone(keys))
 
 
 @every_method
@@ -317,7 +319,6 @@ def test_the_teacher_is_an_argument_and_gets_no_gradient(name):
 
 
 @every_method
-@pytest.mark.usefixtures("quick_compile")
 def test_the_step_traces_once_whatever_the_batch_the_key_and_the_teacher(name):
     method, _, batch, _ = setting(name)
     traces = []
