@@ -164,6 +164,16 @@ def test_what_is_dropped_is_the_inside_of_a_residual_block(name):
     np.testing.assert_allclose(net(params, *args, as_keys(jax.random.key(3), 3)), gone, rtol=1e-5, atol=1e-5)
 
 
+def products(jaxpr):
+    """The operand types of every matrix product and convolution of a program, calls included."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield {str(v.aval.dtype) for v in eqn.invars}
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "jaxpr")):
+            if hasattr(inner, "jaxpr"):
+                yield from products(inner.jaxpr)
+
+
 def test_half_precision_is_of_the_computation_alone(name):
     """Parameters and the embedding of the times stay float32, the result is near that of float32 and not the same."""
     _, params, args = make(name)
@@ -174,6 +184,9 @@ def test_half_precision_is_of_the_computation_alone(name):
     only = lambda m, method: isinstance(m, embedding.TwoTimes)
     see = lambda *args: module.apply({"params": params}, *args, capture_intermediates=only, mutable="intermediates")
     half, seen = jax.jit(see)(*args)
+    kinds = list(products(jax.make_jaxpr(see)(*args).jaxpr))
+    assert len(kinds) > 9 and kinds.count({"float32"}) == 4  # source, jump and mix of the times; the output
+    assert kinds.count({"bfloat16"}) == len(kinds) - 4
     full = make(name)[0](params, *args)
     assert half.dtype == jnp.float32
     error = float(jnp.linalg.norm(half - full) / jnp.linalg.norm(full))
