@@ -238,8 +238,8 @@ def _check_verdict(v: Verdict, rows: dict[str, Row]) -> None:
         raise ValueError(f"verdict {v.verdict!r} of {v.name!r} must be one of {', '.join(VERDICTS)}")
     for name in (v.name, v.baseline):
         if name not in rows:
-            near = difflib.get_close_matches(name, rows, 1, 0)
-            raise ValueError(f"a verdict names {name!r}, which is not in rows" + f"; nearest: {near[0]!r}" * len(near))
+            near = "".join(f"; nearest: {row!r}" for row in difflib.get_close_matches(name, rows, 1, 0))
+            raise ValueError(f"a verdict names {name!r}, which is not in rows{near}")
         if v.metric not in rows[name].distances:
             known = ", ".join(rows[name].distances)
             raise ValueError(f"a verdict on {v.metric!r} needs it in row {name!r}, which has {known or 'none'}")
