@@ -1,0 +1,24 @@
+"""Few-step flow models in JAX: flow matching, flow maps and marginal correction.
+
+The public names are those of ``__all__``: modules, imported at first use. ``fmjax.samplers.sample`` and
+``from fmjax import samplers`` both work.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "checkpoint", "correctors", "couplings", "data", "evaluate", "marginals", "methods", "metrics", "nets", "oracles",
+    "paths", "pipeline", "report", "run", "samplers", "sharding", "solvers", "times", "train", "types", "workdir",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name in __all__:
+        return importlib.import_module(f"fmjax.{name}")
+    raise AttributeError(f"module 'fmjax' has no attribute {name!r}; its public names are {', '.join(__all__)}")
+
+
+def __dir__():
+    return [*globals(), *__all__]
