@@ -215,10 +215,9 @@ def integrate(
             result = diffrax.RESULTS.where(worst == diffrax.RESULTS.successful, solution.result, worst)
             return (solution.ys[-1], result), solution.ys[-1]
 
-        first, rest = (grid[0], grid[1]), (grid[1:-1], grid[2:])
-        solution = _between(velocity, x, *first, cond, solver, rtol, atol, max_steps)
-        (_, result), xs = jax.lax.scan(interval, (solution.ys[-1], solution.result), rest)
-        return jnp.concatenate([x[None], solution.ys, xs]), result
+        start = (x, diffrax.RESULTS.successful)
+        (_, result), xs = jax.lax.scan(interval, start, (grid[:-1], grid[1:]))
+        return jnp.concatenate([x[None], xs]), result
 
     class Grid(diffrax.StepTo):
         """``StepTo`` without its checks, which put callbacks into the program; ``check_grid`` has made them."""

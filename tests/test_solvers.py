@@ -141,7 +141,7 @@ def test_the_hand_written_scan_agrees_with_diffrax(name, ts, x64):
     np.testing.assert_allclose(solvers.check(xs, result), by_hand, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ORDER)
+@pytest.mark.parametrize("name", ["heun", "rk4"])
 def test_in_float32_they_agree_to_its_rounding(name):
     """A rounding of 2^-24 in each of 40 evaluations, times the size of the states (2) and their stretch (below 10)."""
     x = jnp.linspace(-1, 1, 6).reshape(3, 2)
@@ -182,8 +182,8 @@ def test_the_hardest_example_sets_the_step(x64):
     """Among 63 examples that do not move it is solved as if alone: the error is not diluted by a mean."""
     velocity = lambda x, t, cond=None: 8 * expand(jnp.cos(10 * t), x) * x
     hard, crowd = jnp.ones((1, 2)), jnp.zeros((64, 2)).at[5].set(1.0)
-    alone, _ = solvers.integrate(velocity, hard, [0.0, 0.5, 1.0], solver="Tsit5", rtol=1e-3, atol=1e-3)
-    among, _ = solvers.integrate(velocity, crowd, [0.0, 0.5, 1.0], solver="Tsit5", rtol=1e-3, atol=1e-3)
+    alone, _ = solvers.integrate(velocity, hard, [0.0, 1.0], solver="Tsit5", rtol=1e-3, atol=1e-3)
+    among, _ = solvers.integrate(velocity, crowd, [0.0, 1.0], solver="Tsit5", rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(among[:, 5], alone[:, 0], rtol=1e-12)
     step = solvers.from_diffrax(velocity, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(step(crowd, 0.0, 1.0)[5], step(hard, 0.0, 1.0)[0], rtol=1e-12)
@@ -233,6 +233,10 @@ def test_a_solve_that_runs_out_of_steps_says_so(key):
     options = {"solver": "Tsit5", "rtol": 1e-6, "atol": 1e-6}
     with pytest.raises(RuntimeError, match="the solve failed: .*maximum number of solver steps.* or raise max_steps"):
         solvers.check(*solvers.integrate(field, x, [0.0, 1.0], max_steps=2, **options))
+    for late in (False, True):  # in whichever interval it happens
+        fast = lambda x, t, cond=None: x * jnp.where((expand(t, x) > 0.5) == late, 20 * jnp.cos(40 * t[0]), 0)  # noqa: B023
+        with pytest.raises(RuntimeError, match="maximum number of solver steps"):
+            solvers.check(*solvers.integrate(fast, x, [0.0, 0.5, 1.0], max_steps=9, **options))
     enough = solvers.integrate(field, x, [0.0, 1.0], **options)
     assert solvers.check(*enough) is enough[0]
     # a step has no result code: it turns to NaN, which the caller sees
