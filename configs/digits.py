@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     c.net = {"name": "mlp", "width": 256, "depth": 4}
     c.method = "flow_matching"
     c.coupling = "minibatch_ot"
-    c.batch_size, c.steps, c.target = 128, 3000, "self"
+    c.batch_size, c.steps, c.target = 128, 4500, "self"
     c.learning_rate, c.warmup, c.schedule = 2e-3, 100, "cosine"
     c.clip, c.beta2, c.weight_decay, c.ema = 1.0, 0.99, 0.0, 0.995
     same = ("coupling", "batch_size", "target", "warmup", "schedule", "clip", "beta2", "weight_decay", "ema")
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     c.corrector.net = {"name": "mlp", "width": 256, "depth": 4}
 
     # the flow map, from the flow's averaged parameters
-    c.flow_map = {**train, "method": {"name": "lagrangian", "diagonal": 0.75}, "steps": 1500, "learning_rate": 1e-3}
+    c.flow_map = {**train, "method": {"name": "lagrangian", "diagonal": 0.75}, "steps": 2000, "learning_rate": 1e-3}
 
     # what is drawn and compared
     c.sampling = {"seeds": 4, "samples": 400, "euler": (4, 8, 16, 32), "rk4": (2, 4, 8), "flow_map": (1, 2, 4)}

@@ -69,7 +69,8 @@ def settings(plain: dict[str, Sequence[int]], corrected: dict[str, dict[str, Any
             times.uniform_grid(n)
             found.append(Setting(words(solver, n), title(solver), solver, n))
     names = [s.name for s in found]
-    for key, c in corrected.items():
+    fewest_first = lambda item: (item[1]["solver"], len(item[1]["at"]), tuple(item[1]["at"]))
+    for key, c in sorted(corrected.items(), key=fewest_first):
         solver, n, at = c["solver"], c["steps"], samplers.check_at(c["at"], c["steps"])
         base = words(solver, n)
         if base not in names:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fmjax.report import Row
 
 REFERENCE = "data"  # the family of rows that are no sampler: training data against held-out data
-TILE = 48  # pixels: the least side of an image in a grid
+TILE = 40  # pixels: the least side of an image in a grid
 GAP = 2
 COLUMNS = 16  # times shown of a trajectory
 
@@ -63,7 +63,7 @@ DARK = Theme(
 def grid(images, *, columns: int | None = None) -> np.ndarray:
     """Images ``[n, H, W, C]`` in [-1, 1] as one contact sheet, uint8 ``[H', W', 3]``, row by row.
 
-    ``floor(127.5 x + 128)`` clipped to 0..255; each pixel becomes a square of ``k = ceil(48 / min(H, W))`` pixels, with
+    ``floor(127.5 x + 128)`` clipped to 0..255; each pixel becomes a square of ``k = ceil(40 / min(H, W))`` pixels, with
     2 grey pixels around each image. ``columns`` defaults to a divisor of ``n`` near its root, so that rows are full.
     Raises ``ValueError`` for another shape, values that are not finite, and ``columns < 1``.
     """

@@ -1,7 +1,8 @@
-"""Measurements: ``python -m launch.bench --suite=sampler [--repeats=15] [--out=FILE.json]``.
+"""Measurements: ``python -m launch.bench --suite=sampler [--repeats=15] [--into=README.md]``.
 
 A suite is a function ``name(repeats) -> list[dict]``, one row each; the repeats of what is compared are interleaved, so
-that a busy moment of the machine falls on all alike, and medians are reported.
+that a busy moment of the machine falls on all alike, and medians are reported. ``--into`` puts the table between the
+lines ``<!-- SUITE -->`` and ``<!-- end -->`` of a file.
 """
 
 import functools
@@ -24,7 +25,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from fmjax import correctors, marginals, samplers, sharding, solvers, times, train
+from fmjax import correctors, marginals, report, samplers, sharding, solvers, times, train
 from fmjax.methods import common
 from fmjax.methods.flow_matching import flow_matching
 from fmjax.methods.lagrangian import lagrangian
@@ -352,19 +353,23 @@ def start(repeats: int) -> list[dict]:
     return [{"cache": c, "s": statistics.median(times_s[c]), "peak_MB": memory[c]} for c in times_s]
 
 
-SUITES = {
-    "couplings": couplings,
-    "sampler": sampler,
-    "train": train_step,
-    "marginals": marginal_sets,
-    "imports": imports,
-    "start": start,
-}
+def digits(repeats: int) -> list[dict]:
+    """The table of ``launch.pipeline`` on the digits: mean and standard error over seeds, against held-out digits."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "launch.pipeline", "--config=configs/digits.py", f"--workdir={folder}/w"]
+        subprocess.run(command, check=True)
+        found = json.loads(Path(folder, "w", "metrics.json").read_text())
+    told = lambda row: {metric: report.plus_minus(*d) for metric, d in row["distances"].items()}
+    rows = report.in_order(report.Row(**row) for row in found["rows"])
+    return [{"sampler": r.name, "NFE": r.nfe, "corrections": r.corrections} | told(r._asdict()) for r in rows]
+
+
+SUITES = {f.__name__: f for f in (couplings, sampler, train_step, marginal_sets, imports, start, digits)}
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("suite", "couplings", sorted(SUITES), "What to measure.")
+flags.DEFINE_enum("suite", None, sorted(SUITES), "What to measure.", required=True)
 flags.DEFINE_integer("repeats", 15, "Interleaved repeats per measurement.", lower_bound=1)
-flags.DEFINE_string("out", None, "Also write the rows as JSON to this file.")
+flags.DEFINE_string("into", None, "Also put the table into this file, between its marks.")
 
 
 def markdown(rows: list[dict]) -> str:
@@ -380,16 +385,18 @@ def markdown(rows: list[dict]) -> str:
 
 def main(_):
     """Runs the suite and prints its table."""
+    name, before, after = FLAGS.suite, f"<!-- {FLAGS.suite} -->\n", "<!-- end -->"
+    text = Path(FLAGS.into).read_text() if FLAGS.into else before + after
+    if before not in text:
+        raise SystemExit(f"error: {FLAGS.into} has no line {before.strip()}")
     load = os.getloadavg()[0]
-    rows = SUITES[FLAGS.suite](FLAGS.repeats)
-    machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, {jax.default_backend()}, load before {load:.2f}"
-    print(f"{FLAGS.suite}: medians of {FLAGS.repeats} interleaved repeats; {machine}; jax {jax.__version__}\n")
-    print(markdown(rows))
-    if FLAGS.out:
-        with open(FLAGS.out, "w") as file:
-            json.dump(
-                {"suite": FLAGS.suite, "repeats": FLAGS.repeats, "machine": machine, "rows": rows}, file, indent=1
-            )
+    table = markdown(SUITES[name](FLAGS.repeats))
+    machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, {jax.default_backend()}, load before {load:.1f}"
+    how = f"`python -m launch.bench --suite={name} --repeats={FLAGS.repeats}`; {machine}; jax {jax.__version__}"
+    print(f"{how}\n\n{table}")
+    if FLAGS.into:
+        head, rest = text.split(before, 1)
+        Path(FLAGS.into).write_text(f"{head}{before}\n{how}\n\n{table}\n\n{after}{rest.split(after, 1)[1]}")
 
 
 if __name__ == "__main__":

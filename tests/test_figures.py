@@ -28,14 +28,14 @@ def rows(*values: tuple[str, int, float, float]) -> list[report.Row]:
 def test_a_grid_holds_each_pixel_as_its_formula_says():
     x = np.array([-1.0, -0.5, 0.0, 0.999, 1.0, 1.7, -3.0, 1 / 255], np.float32).reshape(2, 2, 2, 1)
     sheet = figures.grid(x, columns=2)
-    assert sheet.shape == (48 + 4, 2 * 48 + 6, 3) and sheet.dtype == np.uint8
+    assert sheet.shape == (40 + 4, 2 * 40 + 6, 3) and sheet.dtype == np.uint8
     want = [0, 64, 128, 255, 255, 255, 0, 128]  # floor(127.5 x + 128), clipped
     for i, value in enumerate(want):
         image, row, column = i // 4, i % 4 // 2, i % 2
-        top, left = 2 + 24 * row, 2 + 50 * image + 24 * column
-        assert (sheet[top : top + 24, left : left + 24] == value).all()
+        top, left = 2 + 20 * row, 2 + 42 * image + 20 * column
+        assert (sheet[top : top + 20, left : left + 20] == value).all()
     between = np.ones(sheet.shape[:2], bool)
-    between[2:50, 2:50] = between[2:50, 52:100] = False
+    between[2:42, 2:42] = between[2:42, 44:84] = False
     assert (sheet[between] == 128).all()
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def start(module, *arguments):
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(["src", *sys.path]), "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", module, "--config=configs/digits.py", *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

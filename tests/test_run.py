@@ -171,7 +171,7 @@ def test_pictures_are_written_while_training(tmp_path):
     files = sorted(p.name for p in (tmp_path / "samples").iterdir())
     assert files == ["step-0000002.png", "step-0000004.png"]
     with Image.open(tmp_path / "samples" / files[0]) as image:
-        assert image.size == (6 * 50 + 2, 6 * 50 + 2)  # 36 digits, each pixel a square of 6, with gaps of 2
+        assert image.size == (6 * 42 + 2, 6 * 42 + 2)  # 36 digits, each pixel a square of 5, with gaps of 2
 
 
 def test_corrector_batches_can_be_given(tmp_path):
