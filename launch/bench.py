@@ -279,13 +279,11 @@ def marginal_sets(repeats: int) -> list[dict]:
         def build(direction, case=case, velocity=velocity, size=size, first=first):
             marks, start = [], now()
             count, shape = batches * size, case.x.shape[1:]
-            given = (
-                {"count": count, "shape": shape} if direction == "forward" else {"data": np.zeros((count, *shape), "f")}
-            )
+            given = {"forward": {"count": count, "shape": shape}, "backward": {"data": np.zeros((count, *shape), "f")}}
             with tempfile.TemporaryDirectory() as folder:
                 marginals.build(
                     velocity, case.params, times.uniform_grid(n), directory=folder, direction=direction, flow="bench",
-                    batch=size, shard_size=count, progress=lambda *_: marks.append(now()), **given,
+                    batch=size, shard_size=count, progress=lambda *_: marks.append(now()), **given[direction],
                 )  # fmt: skip
                 spent = since(marks[1])
             first[direction] = (marks[1].ms - start.ms) / 1e3
@@ -359,9 +357,9 @@ def digits(repeats: int) -> list[dict]:
         command = [sys.executable, "-m", "launch.pipeline", "--config=configs/digits.py", f"--workdir={folder}/w"]
         subprocess.run(command, check=True)
         found = json.loads(Path(folder, "w", "metrics.json").read_text())
-    told = lambda row: {metric: report.plus_minus(*d) for metric, d in row["distances"].items()}
+    told = lambda row: {metric: report.plus_minus(*d) for metric, d in row.distances.items()}
     rows = report.in_order(report.Row(**row) for row in found["rows"])
-    return [{"sampler": r.name, "NFE": r.nfe, "corrections": r.corrections} | told(r._asdict()) for r in rows]
+    return [{"sampler": r.name, "NFE": r.nfe, "corrections": r.corrections} | told(r) for r in rows]
 
 
 SUITES = {f.__name__: f for f in (couplings, sampler, train_step, marginal_sets, imports, start, digits)}
@@ -389,9 +387,10 @@ def main(_):
     text = Path(FLAGS.into).read_text() if FLAGS.into else before + after
     if before not in text:
         raise SystemExit(f"error: {FLAGS.into} has no line {before.strip()}")
-    load = os.getloadavg()[0]
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} CPU cores, {jax.default_backend()}, load {os.getloadavg()[0]:.1f}"
+    )
     table = markdown(SUITES[name](FLAGS.repeats))
-    machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, {jax.default_backend()}, load before {load:.1f}"
     how = f"`python -m launch.bench --suite={name} --repeats={FLAGS.repeats}`; {machine}; jax {jax.__version__}"
     print(f"{how}\n\n{table}")
     if FLAGS.into:

@@ -149,15 +149,15 @@ def test_a_trajectory_has_an_example_a_row_and_time_to_the_right():
     p = figures.trajectory("path", x)
     sheet = decode(p.light)
     want = np.floor(127.5 * x[:, :, 0, 0, 0] + 128).clip(0, 255)
-    got = [[sheet[10 + 50 * i, 10 + 50 * t, 0] for i in range(2)] for t in range(3)]
+    got = [[sheet[10 + 42 * i, 10 + 42 * t, 0] for i in range(2)] for t in range(3)]
     np.testing.assert_array_equal(got, want)
-    assert (p.width, p.height) == (3 * 50 + 2, 2 * 50 + 2) and "of" not in p.remark
+    assert (p.width, p.height) == (3 * 42 + 2, 2 * 42 + 2) and "of" not in p.remark
 
 
 def test_a_long_trajectory_is_thinned_and_keeps_both_ends():
     x = np.broadcast_to(np.linspace(-1, 1, 101).reshape(-1, 1, 1, 1, 1), (101, 1, 8, 8, 1))
     p = figures.trajectory("path", x)
-    shades = decode(p.light)[10, 10::50, 0]
+    shades = decode(p.light)[10, 10::42, 0]
     assert len(shades) == 16 and shades[0] == 0 and shades[-1] == 255 and (np.diff(shades.astype(int)) > 0).all()
     assert p.remark.endswith("16 of 101 times.")
 
