@@ -12,19 +12,30 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from fmjax.workdir import write_bytes
 
-if TYPE_CHECKING:
-    from fmjax.report import Row
-
 REFERENCE = "data"  # the family of rows that are no sampler: training data against held-out data
 TILE = 40  # pixels: the least side of an image in a grid
 GAP = 2
 COLUMNS = 16  # times shown of a trajectory
+
+
+class Row(NamedTuple):
+    """One sampler setting: ``distances`` maps a metric to (mean, standard error over seeds; nan for one seed).
+
+    ``family`` is one of ``report.FAMILIES``, or another; rows of ``"data"`` (training data against held-out data) are the
+    reference: they have no NFE (0) and are not candidates for the best value.
+    """
+
+    name: str
+    family: str
+    nfe: int
+    corrections: int
+    distances: dict[str, tuple[float, float]]
 
 
 class Picture(NamedTuple):

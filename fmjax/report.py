@@ -17,25 +17,11 @@ from typing import NamedTuple
 import numpy as np
 
 from fmjax import figures
-from fmjax.figures import REFERENCE
+from fmjax.figures import REFERENCE, Row
 from fmjax.workdir import write_bytes
 
 FAMILIES = ("euler", "rk4", "rk4 + corrections", "flow map", "flow map + corrections")  # others follow, "data" is last
 VERDICTS = ("helps", "no difference seen", "harms")
-
-
-class Row(NamedTuple):
-    """One sampler setting: ``distances`` maps a metric to (mean, standard error over seeds; nan for one seed).
-
-    ``family`` is one of ``FAMILIES``, or another; rows of ``"data"`` (training data against held-out data) are the
-    reference: they have no NFE (0) and are not candidates for the best value.
-    """
-
-    name: str
-    family: str
-    nfe: int
-    corrections: int
-    distances: dict[str, tuple[float, float]]
 
 
 class Verdict(NamedTuple):

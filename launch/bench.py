@@ -387,9 +387,7 @@ def main(_):
     text = Path(FLAGS.into).read_text() if FLAGS.into else before + after
     if before not in text:
         raise SystemExit(f"error: {FLAGS.into} has no line {before.strip()}")
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} CPU cores, {jax.default_backend()}, load {os.getloadavg()[0]:.1f}"
-    )
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}, load {os.getloadavg()[0]:.1f}"
     table = markdown(SUITES[name](FLAGS.repeats))
     how = f"`python -m launch.bench --suite={name} --repeats={FLAGS.repeats}`; {machine}; jax {jax.__version__}"
     print(f"{how}\n\n{table}")
