@@ -27,8 +27,8 @@ COLUMNS = 16  # times shown of a trajectory
 class Row(NamedTuple):
     """One sampler setting: ``distances`` maps a metric to (mean, standard error over seeds; nan for one seed).
 
-    ``family`` is one of ``report.FAMILIES``, or another; rows of ``"data"`` (training data against held-out data) are the
-    reference: they have no NFE (0) and are not candidates for the best value.
+    ``family`` is one of ``report.FAMILIES``, or another; rows of ``"data"`` (training data against held-out data) are
+    the reference: they have no NFE (0) and are not candidates for the best value.
     """
 
     name: str

@@ -102,6 +102,8 @@ def assemble(
     if getattr(method, NEEDS[stage]) is None:
         name = part.method if isinstance(part.method, str) else part.method["name"]
         raise ValueError(f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {name!r} does not")
+    if stage == "flow" and part.target == "frozen":
+        raise ValueError("target='frozen' needs a teacher, and the flow has none; use 'self' or 'ema'")
     schedule = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
     tx = build.optimiser(
         learning_rate=part.learning_rate, clip=part.clip, beta2=part.beta2, weight_decay=part.weight_decay, **schedule

@@ -56,6 +56,7 @@ def same(a, b):
         ("flow", {"log_every": 0}, "log_every=0 must be at least 1"),
         ("flow", {"ema": 1.0}, "ema=1.0 is the decay"),
         ("flow", {"target": "emma"}, "target='emma' is not one of self, ema, frozen"),
+        ("flow", {"target": "frozen"}, "target='frozen' needs a teacher"),
         ("flow", {"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
         ("flow", {"method": {"name": "score_corrector", "sigma": 0.1}}, "must give a velocity"),
         ("flow_map", {"flow_map.method": "flow_matching"}, "must give a flow_map"),
