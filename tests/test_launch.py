@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def start(module, *arguments):
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+def start(module, *arguments, **environment):
+    env = os.environ | environment | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", module, "--config=configs/digits.py", *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -120,3 +121,29 @@ def test_quickstart_explains_itself_before_it_installs(tmp_path):
         ["bash", str(ROOT / "launch" / "quickstart.sh"), "--help"], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0 and "A second run resumes" in done.stdout and not done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_at_sigterm_and_resume_to_the_same_bits(tmp_path):
+    """jax.distributed on loopback: SIGTERM to one process makes both save one step; records agree with a whole run."""
+
+    def pair(path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        where = {"FMJAX_DISTRIBUTED": "1", "FMJAX_COORDINATOR": f"127.0.0.1:{port}", "FMJAX_PROCESSES": "2"}
+        arguments = ("launch.train", f"--workdir={path}", "--config.steps=120", *SMALL)
+        return [start(*arguments, **where, FMJAX_PROCESS=str(i)) for i in range(2)]
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert [finish(p)[0] for p in pair(whole)] == [0, 0]
+    first = pair(parts)
+    log = parts / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 5, first[0])
+    first[1].send_signal(signal.SIGTERM)
+    ended = [finish(p) for p in first]
+    assert [status for status, *_ in ended] == [143, 143], ended[0][2][-2000:]
+    at = checkpoint.latest_step(parts / "checkpoints")
+    assert at < 120 and all(f"SIGTERM after step {at}; saved" in err for *_, err in ended)
+    assert [finish(p)[0] for p in pair(parts)] == [0, 0]
+    assert numbers(parts) == numbers(whole)
