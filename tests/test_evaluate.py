@@ -78,6 +78,14 @@ def test_a_correction_pulls_as_its_formula_says(models):
     np.testing.assert_allclose(corrected, plain + 0.5 * SIGMA**2 * (MEAN - plain) / (STD**2 + SIGMA**2), atol=1e-6)
 
 
+def test_the_noise_of_a_correction_is_not_that_of_the_start(models):
+    """x0 + z has variance 2 in each coordinate; were z the noise of the start, it would be 4."""
+    keys = evaluate.keys_of(0, 0, 4096)
+    still = models._replace(params=models.params | {"flow": jnp.zeros(())})
+    x = evaluate.sampler(Setting("", "", "euler", 1, at=(0,), alpha=0.0, beta=1.0), still)(still.params, keys)
+    assert (np.abs(np.asarray(x).var(0) - 2) < 5 * 2 * np.sqrt(2 / 4096)).all()
+
+
 def test_samples_are_kept_and_drawn_anew_for_other_parameters(models, tmp_path):
     setting = Setting("rk4, 2 steps", "rk4", "rk4", 2)
     draw = lambda models, identity: evaluate.draw(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_run import config
 
-from fmjax import build, marginals, pipeline, run, workdir
+from fmjax import build, checkpoint, marginals, pipeline, run, workdir
 
 TINY = {
     "batch_size": 16, "flow_map.batch_size": 32, "corrector.batch_size": 16, "steps": 4, "corrector.steps": 4,
@@ -50,6 +50,19 @@ def test_every_stage_leaves_its_work(finished, tiny):
     assert forward.x.shape == (128, 3, 8, 8, 1) and backward.x.shape == (1437, 3, 8, 8, 1)
     np.testing.assert_array_equal(backward.x[:, -1], build.data(tiny.data).train_x)
     assert forward.manifest.flow == backward.manifest.flow and forward.manifest.solver == "rk4"
+
+
+def test_corrector_and_flow_map_are_trained_from_what_came_before(finished, tiny, tmp_path):
+    """The corrector on the flow's backward marginals, the flow map from the flow's average: the same bits by hand."""
+    ready = pipeline.setup(tiny)
+    digest = lambda path: checkpoint.restore(path / "checkpoints", part="ema")[2]["digest"]["ema"]
+    backward = marginals.read(finished / "marginals" / "backward")
+    draws = marginals.batches(backward, batch_size=16, seed=tiny.seed)
+    run.train(ready.corrector._replace(batch=draws), tmp_path / "corrector")
+    _, flow, _ = checkpoint.restore(finished / "flow" / "checkpoints", part="ema")
+    run.train(ready.flow_map, tmp_path / "flow_map", params=flow)
+    for stage in ("corrector", "flow_map"):
+        assert digest(tmp_path / stage) == digest(finished / stage)
 
 
 def test_the_numbers_are_there_with_errors_floor_and_verdicts(finished):
