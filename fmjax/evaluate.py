@@ -27,7 +27,7 @@ Metric = Callable[[np.ndarray], float]
 class Setting(NamedTuple):
     """A sampler: ``steps`` of ``solver`` (or of the flow map), corrected at the steps ``at`` with ``alpha``, ``beta``.
 
-    ``baseline`` names the setting without corrections that it is judged against.
+    ``alpha = 0`` is the noise of a correction alone. ``baseline`` names the setting that it is judged against.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     def cost(self) -> samplers.Cost:
         """NFE and corrections; a flow map evaluates its network once a step, a score corrector once a correction."""
         stages = 1 if self.solver == FLOW_MAP else solvers.nfe(self.solver)
-        return samplers.cost(self.steps, self.at, step_nfe=stages)
+        return samplers.cost(self.steps, self.at if self.alpha else (), step_nfe=stages)
 
 
 class Models(NamedTuple):
@@ -57,6 +57,10 @@ class Models(NamedTuple):
 
 def settings(plain: dict[str, Sequence[int]], corrected: dict[str, dict[str, Any]]) -> list[Setting]:
     """The settings of a config: ``plain`` maps solvers to numbers of steps, ``corrected`` names to their options.
+
+    A correction that adds noise comes with a control, the same noise without the push, and is judged against it: noise
+    alone can help a flow that is too narrow, and the corrector shall have no credit for that. The control, and a
+    correction without noise, are judged against the plain sampler.
 
     Raises ``ValueError`` for an unknown solver (with the nearest), steps that are not positive, ``at`` outside
     ``0 .. steps``, and a corrected setting whose plain one is not among ``plain``.
@@ -77,11 +81,20 @@ def settings(plain: dict[str, Sequence[int]], corrected: dict[str, dict[str, Any
             known = ", ".join(names)
             raise ValueError(f"correction {key!r} needs its plain sampler {base!r} to be drawn too; there are {known}")
         where = "at every step" if len(at) == n + 1 else f"at {', '.join(map(str, at))}"
-        family = f"{title(solver)} + corrections"
         correctors.marginal_matching(lambda x, t, cond=None: x, alpha=c["alpha"], beta=c["beta"])  # checks beta
-        found.append(Setting(f"{base}, corrected {where}", family, solver, n, at, c["alpha"], c["beta"], base))
-    if len({s.name for s in found}) < len(found):
-        raise ValueError(f"two samplers are the same: {sorted(s.name for s in found)}; drop one")
+        if not (c["alpha"] and at):
+            raise ValueError(f"correction {key!r} corrects nothing: give steps in 'at' and alpha other than 0")
+        push = Setting(
+            f"{base}, corrected {where}", f"{title(solver)} + corrections", solver, n, at, c["alpha"], c["beta"], base
+        )
+        if c["beta"]:
+            noise = push._replace(name=f"{base}, noise {c['beta']:g} {where}", alpha=0.0, baseline=base)
+            push = push._replace(baseline=noise.name)
+            found.append(noise)
+        found.append(push)
+    repeated = sorted({s.name for s in found if [other.name for other in found].count(s.name) > 1})
+    if repeated:
+        raise ValueError(f"two samplers are both {repeated[0]!r}; drop one")
     return found
 
 

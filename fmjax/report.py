@@ -172,7 +172,8 @@ def count_line(verdicts: Sequence[Verdict]) -> str:
     """How often corrections help, harm and do nothing, in one sentence."""
     helps, nothing, harms = (sum(v.verdict == kind for v in verdicts) or "none" for kind in VERDICTS)
     many = f"{len(verdicts)} comparisons" if len(verdicts) != 1 else "1 comparison"
-    return f"Of {many}, corrections help in {helps}, harm in {harms}, and no difference is seen in {nothing}."
+    told = f"corrections or their noise help in {helps}, harm in {harms}"
+    return f"Of {many}, {told}, and no difference is seen in {nothing}."
 
 
 def verdict_words(v: Verdict) -> str:

@@ -29,14 +29,18 @@ def models():
 
 
 def test_settings_have_names_costs_and_baselines():
-    found = {s.name: s for s in evaluate.settings(PLAIN, {"end": END, "all": END | {"at": (0, 1, 2)}})}
+    found = {s.name: s for s in evaluate.settings(PLAIN, {"end": END | {"beta": 0.0}, "all": END | {"at": (0, 1, 2)}})}
     assert list(found) == [
         "euler, 4 steps", "rk4, 2 steps", "rk4, 8 steps", "flow map, 1 step", "flow map, 2 steps",
-        "rk4, 2 steps, corrected at 2", "rk4, 2 steps, corrected at every step",
+        "rk4, 2 steps, corrected at 2", "rk4, 2 steps, noise 0.1 at every step",
+        "rk4, 2 steps, corrected at every step",
     ]  # fmt: skip
-    assert [s.cost().nfe for s in found.values()] == [4, 8, 32, 1, 2, 9, 11]
-    assert [s.cost().corrections for s in found.values()] == [0, 0, 0, 0, 0, 1, 3]
-    assert [s.baseline for s in found.values()] == [None] * 5 + ["rk4, 2 steps"] * 2
+    assert [s.cost().nfe for s in found.values()] == [4, 8, 32, 1, 2, 9, 8, 11]
+    assert [s.cost().corrections for s in found.values()] == [0, 0, 0, 0, 0, 1, 0, 3]
+    control = "rk4, 2 steps, noise 0.1 at every step"
+    assert [s.baseline for s in found.values()] == [None] * 5 + ["rk4, 2 steps"] * 2 + [control]
+    push, noise = found["rk4, 2 steps, corrected at every step"], found[control]
+    assert (noise.alpha, noise.beta, noise.at) == (0.0, push.beta, push.at)
     assert {s.family for s in found.values()} == {"euler", "rk4", "flow map", "rk4 + corrections"}
 
 
@@ -48,7 +52,8 @@ def test_settings_have_names_costs_and_baselines():
         (PLAIN, {"x": END | {"at": (3,)}}, r"at=3 is not a step: .* 0 .. 2"),
         (PLAIN, {"x": END | {"steps": 4}}, "correction 'x' needs its plain sampler 'rk4, 4 steps'"),
         (PLAIN, {"x": END | {"beta": -1.0}}, "beta is a standard deviation"),
-        (PLAIN, {"x": END, "y": END}, "two samplers are the same"),
+        (PLAIN, {"x": END | {"alpha": 0.0}}, "correction 'x' corrects nothing"),
+        (PLAIN, {"x": END, "y": END}, "two samplers are both"),
     ],
 )
 def test_bad_settings_are_refused(plain, corrected, message):
@@ -101,7 +106,10 @@ def test_samples_are_kept_and_drawn_anew_for_other_parameters(models, tmp_path):
 
 
 def test_rows_and_verdicts_are_those_of_the_distances(models):
-    s, base = (Setting(n, "rk4", "rk4", 2, at=a, baseline=b) for n, a, b in (("fix", (2,), "base"), ("base", (), None)))
+    s, base = (
+        Setting(n, "rk4", "rk4", 2, at=a, alpha=0.5, baseline=b)
+        for n, a, b in (("fix", (2,), "base"), ("base", (), None))
+    )
     x = np.random.default_rng(0).normal(size=(6, 10, 3))
     drawn = {base: x + 1.0, s: x + 0.2}
     metrics = {"mean": lambda a: float(abs(a.mean())), "far": lambda a: float(a.max() ** 2)}

@@ -70,7 +70,7 @@ def test_the_numbers_are_there_with_errors_floor_and_verdicts(finished):
     rows = {r["name"]: r for r in found["rows"]}
     assert {n: r["nfe"] for n, r in rows.items()} == {
         "euler, 2 steps": 2, "rk4, 2 steps": 8, "flow map, 1 step": 1, "flow map, 2 steps": 2,
-        "rk4, 2 steps, corrected at 2": 9, "training data": 0,
+        "rk4, 2 steps, noise 0.1 at 2": 8, "rk4, 2 steps, corrected at 2": 9, "training data": 0,
     }  # fmt: skip
     floor = rows["training data"]["distances"]
     for name, row in rows.items():

@@ -183,7 +183,7 @@ def test_verdicts_stand_in_groups_and_those_of_one_comparison_together():
     more = contents(**PLAIN)
     more = more._replace(verdicts=[*more.verdicts, Verdict("rk4 corrected", "rk4 long", "W2", 0.05, 0.01, "harms")])
     text = Page(report.render(more)).text.replace("\u00a0", " ")
-    assert "Of 4 comparisons, corrections help in 2, harm in 1, and no difference is seen in 1." in text
+    assert "Of 4 comparisons, corrections or their noise help in 2, harm in 1, and no difference is seen in 1." in text
     helps, nothing, harms = (
         text.index(words) for words in ("▼ Helps in 2", "= No difference seen in 1", "▲ Harms in 1")
     )
@@ -200,9 +200,14 @@ def test_verdicts_stand_in_groups_and_those_of_one_comparison_together():
 
 def test_the_count_line_reads_as_a_sentence():
     none = report.count_line([])
-    assert none == "Of 0 comparisons, corrections help in none, harm in none, and no difference is seen in none."
+    assert (
+        none
+        == "Of 0 comparisons, corrections or their noise help in none, harm in none, and no difference is seen in none."
+    )
     one = report.count_line(contents().verdicts[:1])
-    assert one == "Of 1 comparison, corrections help in 1, harm in none, and no difference is seen in none."
+    assert (
+        one == "Of 1 comparison, corrections or their noise help in 1, harm in none, and no difference is seen in none."
+    )
 
 
 def test_an_empty_part_is_left_out():
