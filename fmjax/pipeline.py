@@ -215,8 +215,13 @@ def _compare(cfg, data: arrays.Splits, drawn, forward, backward) -> dict[str, An
         each = [[two_sample.sliced_w2(p[i, :, n], other(i, n)) for i in range(s.seeds)] for n in range(len(forward.ts))]
         mean, se = zip(*map(two_sample.mean_se, each), strict=True)
         gaps[name] = (forward.ts, np.array(mean), np.nan_to_num(np.array(se)))
+    spread = lambda x: float(x.reshape(len(x), -1).var(0).sum())
+    variance = {"held-out images": spread(held_out)} | {
+        s.name: spread(x.reshape(-1, *x.shape[2:])) for s, x in drawn.items()
+    }
     return {
-        "rows": rows, "verdicts": verdicts, "gaps": gaps, "straightness": marginals.straightness_defect(backward),
+        "rows": rows, "verdicts": verdicts, "gaps": gaps, "variance": variance,
+        "straightness": marginals.straightness_defect(backward),
         "accuracy": features.accuracy(net, held_out, data.test_y), "features": net.weights,
     }  # fmt: skip
 
@@ -266,6 +271,7 @@ def _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds
         "parameters": ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
         "round trip": f"{found['round_trip']:.2e} (rms norm over an example, {cfg.solver}, {cfg.solver_steps} steps)",
         "straightness defect": ", ".join(f"{x:.3g}" for x in found["straightness"]) + " along the grid",
+        "summed variance of the pixels": "; ".join(f"{name}: {x:.3g}" for name, x in found["variance"].items()),
         "classifier of FD-small": f"held-out accuracy {found['accuracy']:.3f}, weights {found['features'][:12]}",
         "time of this process": f"{seconds:.0f} s",
         "environment": json.dumps(workdir.environment(), indent=1),

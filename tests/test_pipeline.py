@@ -81,6 +81,9 @@ def test_the_numbers_are_there_with_errors_floor_and_verdicts(finished):
     gap, floor = found["gaps"]["p_n and q_n"], found["gaps"]["floor: p_n and more of p_n"]
     assert gap["t"] == [0.0, 0.5, 1.0]
     assert gap["distance"][-1] > 2 * floor["distance"][-1], "an untrained flow does not end at the data"
+    held_out = build.data("digits").test_x
+    assert found["variance"]["held-out images"] == pytest.approx(held_out.var(0).sum(), rel=1e-5)
+    assert found["variance"].keys() == rows.keys() - {"training data"} | {"held-out images"}
     assert found["accuracy"] > 0.9 and found["straightness"][0] == found["straightness"][-1] == 0.0
 
 
