@@ -169,7 +169,9 @@ def change(velocity: VelocityFn, old: Path, new: Path) -> VelocityFn:
     ``v_new(x, t) = c'/c x + c s' v_old(x / c, s)``,
 
     computed as ``alpha' e + beta' d`` from the noise and data predictions of ``old`` at ``(x / c, s)``: the same
-    number, and finite wherever both velocities are. ``x0`` may have any law, the same on both paths.
+    number, and finite wherever both velocities are. ``x0`` may have any law, the same on both paths. ``vp`` is infinite
+    at ``t = 1``: from it or to it end at ``t = 1 - 1e-3``, since the time on ``vp`` of a linear ``1 - 1e-5`` is 1 in
+    float32 already and the velocity there ``nan``.
 
     Where ``old`` never had the signal-to-noise ratio of ``new`` at ``t`` the velocity is an extrapolation: ``old`` is
     asked at its end; before its start the data prediction is held, beyond its end the noise prediction. So a network

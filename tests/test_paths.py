@@ -247,6 +247,25 @@ def test_matched_times_and_scales_are_those_of_equal_ratios_and_round_trip(old, 
         np.testing.assert_allclose(inverse * c, 1, rtol=1e-9)
 
 
+@pytest.mark.parametrize("path", [ALL["linear"], ALL["vp"], ALL["target_conditional"]])
+def test_the_change_of_a_path_to_itself_keeps_its_ends_to_the_bit(path):
+    ends = jnp.array([0.0, 1.0])
+    s, c = paths.match_snr(path, path, ends)
+    np.testing.assert_array_equal(s, ends)
+    np.testing.assert_array_equal(c, 1.0)
+
+
+@pytest.mark.parametrize(("old", "new"), [("vp", "linear"), ("linear", "vp")])
+def test_a_change_from_or_to_vp_holds_in_float32_until_the_stated_end_and_has_no_value_at_one(old, new, key):
+    x = jax.random.normal(key, (3, 2))
+    t = jnp.array([0.5, 1 - 1e-3, 1.0])
+    got = paths.change(law("mixture", ALL[old]).velocity, ALL[old], ALL[new])(x, t)
+    want = law("mixture", ALL[new]).velocity(x, t)
+    # the time on vp of a linear 1 - 1e-3 is 1 - 1e-5, whose last bit, 6e-8, is 3e-3 of alpha = 1e-3
+    np.testing.assert_allclose(got[:2], want[:2], rtol=1e-4, atol=1e-4)
+    assert not np.isfinite(got[2]).any()
+
+
 INVERSES = {  # time on the path at noise level sigma = alpha / beta, in closed form
     "linear": lambda sigma: 1 / (1 + sigma),
     "trigonometric": lambda sigma: 2 / np.pi * jnp.arctan(1 / sigma),
