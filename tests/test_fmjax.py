@@ -25,11 +25,11 @@ HEAVY = (
 # what each room may import of fmjax, beside itself; packages stand for all their files
 BELOW = {
     "types": set(),
-    **dict.fromkeys(("paths", "times", "couplings", "oracles"), {"types", "paths", "times"}),
+    **dict.fromkeys(("paths", "times", "couplings", "oracles", "guidance"), {"types", "paths", "times"}),
     "methods": {"types", "paths", "times", "methods"},
     "nets": {"types", "nets"},
     "solvers": {"types", "paths", "times"},
-    **dict.fromkeys(("samplers", "correctors"), {"types", "paths", "times", "solvers"}),
+    **dict.fromkeys(("samplers", "correctors", "likelihood"), {"types", "paths", "times", "solvers"}),
 }
 
 

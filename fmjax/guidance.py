@@ -1,0 +1,122 @@
+"""Guidance: from velocities to a velocity that goes past the conditional one. ``VelocityFn -> VelocityFn``.
+
+One meaning of the scale everywhere: ``v = v_base + w (v_goal - v_base)``, so that ``w = 1`` is no guidance, and returns
+the very function it was given. A scale is a number or a function of the times ``[B]``, such as ``interval``.
+
+Any other scale costs two evaluations where there was one: count NFE twice. The guided velocity is that of no model
+law: classifier-free guidance does not sample the tilted law ``p(x|null)^{1-w} p(x|c)^w`` at ``t = 1`` (two Gaussians of
+variances ``V0, Vc`` end at ``V0^{1-w} Vc^w``, the tilt has ``1 / ((1-w)/V0 + w/Vc)``); the two agree where the
+variances do. It is not the velocity of an unguided flow map either: guide the target such a map is trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from fmjax import paths
+from fmjax.types import Cond, VelocityFn, expand, over_batch
+
+Scale = float | Callable[[Array], Array]
+
+
+def _check_scale(scale: Scale) -> None:
+    if not callable(scale) and not math.isfinite(scale):
+        raise ValueError(f"a guidance scale is a finite number or a function of time, got {scale}; 1 is no guidance")
+
+
+def _guide(goal: VelocityFn, base: VelocityFn, scale: Scale) -> VelocityFn:
+    """``v_base + w(t) (v_goal - v_base)``; where ``w(t) = 1`` for the whole batch only ``goal`` is evaluated."""
+
+    def towards(w, x, t, cond):
+        v, v_base = goal(x, t, cond), base(x, t, cond)
+        return v, v_base + w * (v - v_base)
+
+    if not callable(scale):
+        return lambda x, t, cond=None: towards(scale, x, t, cond)[1]
+
+    def velocity(x, t, cond=None):
+        w = expand(scale(over_batch(t, x)), x).astype(x.dtype)
+
+        def guided():
+            v, pushed = towards(w, x, t, cond)
+            return jnp.where(w == 1, v, pushed)  # not rounded: an example outside the interval is unguided to the bit
+
+        return jax.lax.cond(jnp.any(w != 1), guided, lambda: goal(x, t, cond))
+
+    return velocity
+
+
+def classifier_free(velocity: VelocityFn, *, null: Cond, scale: Scale | None = None, weight=None) -> VelocityFn:
+    """Classifier-free guidance, ``v(x, t, null) + scale (v(x, t, cond) - v(x, t, null))``.
+
+    ``null`` is what the network was trained on in the place of a dropped condition: a value that broadcasts against
+    ``cond`` leaf by leaf (for ``nets`` with labels the label ``classes``), or ``None``. Give ``scale`` (1: none) or the
+    paper's ``weight``, ``v_cond + weight (v_cond - v_null)`` (0: none), which is ``scale - 1``. ``scale = 1`` returns
+    ``velocity`` itself; another number doubles the evaluations; ``scale=interval(...)`` does so inside the interval.
+    Sources: arXiv 2207.12598 (in weights), 2311.13443 (for flows).
+
+    Raises ``ValueError`` for both or neither of ``scale`` and ``weight``, for a number that is not finite, and, when
+    called, for ``cond=None``. ``TypeError`` for a ``weight`` that is a function.
+    """
+    if (scale is None) == (weight is None):
+        raise ValueError(f"give scale (1: none) or weight = scale - 1 (0: none), not both: {scale=}, {weight=}")
+    if callable(weight):
+        raise TypeError("weight is a number; a schedule, such as interval(...), is given as scale = 1 + weight")
+    scale = 1 + weight if scale is None else scale
+    _check_scale(scale)
+    if not callable(scale) and scale == 1:
+        return velocity
+
+    def base(x, t, cond):
+        if cond is None:
+            raise ValueError("classifier-free guidance needs a condition, got cond=None; use the velocity without it")
+        fill = lambda n, c: jnp.broadcast_to(jnp.asarray(n, jnp.asarray(c).dtype), jnp.shape(c))
+        return velocity(x, t, None if null is None else jax.tree.map(fill, null, cond))
+
+    return _guide(velocity, base, scale)
+
+
+def autoguidance(strong: VelocityFn, weak: VelocityFn, *, scale: Scale) -> VelocityFn:
+    """Autoguidance: ``v_weak + scale (v_strong - v_weak)``, both with the same condition, or none (arXiv 2406.02507).
+
+    ``weak`` is a smaller or less trained model of the same law. ``scale = 1`` returns ``strong`` itself; another scale
+    costs an evaluation of each. Raises ``ValueError`` for a scale that is not finite.
+    """
+    _check_scale(scale)
+    return strong if not callable(scale) and scale == 1 else _guide(strong, weak, scale)
+
+
+def interval(
+    scale: float, *, low: float = -math.inf, high: float = math.inf, path: paths.Path | None = None
+) -> Callable[[Array], Array]:
+    """A scale that guides only where ``low <= log SNR(t) <= high``, and is 1 elsewhere (arXiv 2404.07724).
+
+    ``log SNR = 2 log(beta_t / alpha_t)`` of ``path`` (linear by default; it must be the velocity's own) runs from
+    ``-inf`` at the noise to ``+inf`` at the data. Given so, and not in times, an interval survives a change of path; a
+    noise level ``sigma = alpha / beta`` is ``-2 log(sigma)``. A solver evaluates both velocities only when a time of
+    the batch lies inside; outside the result is that of no guidance to the bit. Put the ends of the interval on the
+    solver's grid: a step across an end sees a jump and loses its order there.
+
+    >>> import jax.numpy as jnp
+    >>> interval(3.0, low=0.0)(jnp.array([0.0, 0.4, 0.6, 1.0])).tolist()
+    [1.0, 1.0, 3.0, 3.0]
+
+    Raises ``ValueError`` for an empty interval or a scale that is not finite.
+    """
+    _check_scale(scale)
+    if not low < high:
+        raise ValueError(f"an interval of log SNR needs low < high, got low={low}, high={high}")
+    path = path or paths.linear()
+
+    def at(t):
+        alpha, beta = path.coefficients(t)
+        # squares: cos(pi / 2) is a little below zero in float32, and its logarithm no number
+        log_snr = jnp.log(jnp.square(beta)) - jnp.log(jnp.square(alpha))
+        return jnp.where((low <= log_snr) & (log_snr <= high), scale, jnp.ones_like(t))
+
+    return at
