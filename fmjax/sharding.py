@@ -108,8 +108,6 @@ def gather(tree: Any, spec: Any) -> Any:
 
 def scatter_mean(tree: Any, spec: Any) -> Any:
     """Inside ``shard_map``: the mean over devices of local arrays, laid out as ``gather`` found them."""
-    if jax.lax.axis_size(AXIS) == 1:
-        return tree  # XLA keeps an all-reduce of one device on a CPU: a copy of all gradients
     mean = lambda a, s: (
         jax.lax.psum_scatter(a, AXIS, scatter_dimension=s.index(AXIS), tiled=True) / jax.lax.axis_size(AXIS)
         if AXIS in s

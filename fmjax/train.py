@@ -82,7 +82,9 @@ def make_step(
             rows = jax.tree.leaves(batch)[0].shape[0]
             keys = example_keys(key, jax.lax.axis_index(AXIS) * rows + jnp.arange(rows))
             (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, teacher, batch, keys)
-            return sharding.scatter_mean(grads, layout), _means(value, aux)
+            if mesh.size > 1:  # on a CPU XLA keeps an all-reduce of one device: a copy of all gradients
+                grads = sharding.scatter_mean(grads, layout)
+            return grads, _means(value, aux)
 
         # check_vma=False: with it a loss could not start a scan from constants or call diffrax. `gather` and
         # `scatter_mean` are right either way, and out_specs are tested by comparing meshes.
