@@ -106,6 +106,15 @@ def test_the_defaults_are_those_of_the_sources(x64):
     np.testing.assert_allclose(alpha, 1 - (1 - 1e-4) * t, rtol=1e-15)
 
 
+@pytest.mark.parametrize("name", ["vp", "sub_vp"])
+def test_the_noise_level_keeps_its_relative_precision_in_float32_near_the_data(name):
+    tau = 2.0 ** -np.arange(4, 21, 4)  # 1 - tau is exact in float32
+    one_minus_square = -np.expm1(-(tau**2) * 19.9 / 2 - tau * 0.1)
+    want = np.sqrt(one_minus_square) if name == "vp" else one_minus_square
+    alpha, _ = ALL[name].coefficients(jnp.asarray(1 - tau, jnp.float32))
+    np.testing.assert_allclose(alpha, want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["vp", "sub_vp", "ve"])
 def test_coefficients_solve_the_moment_equations_of_their_sde(name, x64):
     # dx = f x d tau + g dW: mean' = f mean and variance' = 2 f variance + g^2, in tau = 1 - t
