@@ -124,7 +124,7 @@ def main(cfg, path: str | Path) -> None:
         seconds = time.perf_counter() - began
         report.write(page, _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds))
         tell(report.count_line(found["verdicts"]))
-    for sentence in _summary(found):
+    for sentence in [*_summary(found), *_verdicts(found)]:
         print(f"      {sentence}")
     print(f"done in {seconds:.0f} s: open {page}")
 
@@ -233,7 +233,7 @@ def _as_json(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(found: dict[str, Any]) -> list[str]:
-    """What a reader should know first: the best sampler of each distance beside its floor, and what corrections did."""
+    """What a reader should know first: the best sampler of each distance beside its floor, and how corrections did."""
     rows, sentences = found["rows"], []
     floor = next(row for row in rows if row.family == report.REFERENCE)
     for metric, (mean, se) in floor.distances.items():
@@ -243,8 +243,13 @@ def _summary(found: dict[str, Any]) -> list[str]:
             sentences.append(
                 f"{metric}: least for {best.name} at {best.nfe} NFE, {told} (floor {report.plus_minus(mean, se)})."
             )
-    sentences.append(report.count_line(found["verdicts"]))
-    for row in rows:
+    return [*sentences, report.count_line(found["verdicts"])]
+
+
+def _verdicts(found: dict[str, Any]) -> list[str]:
+    """What each correction did, a line each; the page has the same in a section of its own."""
+    sentences = []
+    for row in found["rows"]:
         words = [f"{report.verdict_words(v)} ({v.verdict})" for v in found["verdicts"] if v.name == row.name]
         if words:
             sentences.append(f"{row.name}: {'; '.join(words)}.")
