@@ -1,0 +1,17 @@
+"""Fashion-MNIST (arXiv 1708.07747): 60,000 + 10,000 articles of clothing, 28x28."""
+
+from __future__ import annotations
+
+from fmjax.data import images
+from fmjax.data.arrays import Splits
+from fmjax.data.mnist import ORIGINAL as MNIST
+
+ORIGINAL = MNIST._replace(name="fashion_mnist", registered="url_checksums/fashion_mnist.txt")
+
+
+def fashion_mnist(*, source_dir: str | None = None, data_dir: str | None = None, verify: bool = True) -> Splits:
+    """The articles ``[n, 28, 28, 1]`` with labels 0..9, the official test split held out; see ``images.sources``.
+
+    The labels: t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot.
+    """
+    return images.load(ORIGINAL, source_dir=source_dir, data_dir=data_dir, verify=verify)

@@ -1,0 +1,250 @@
+"""Image sets from their original files: bytes and labels against an independent reading, and all that can fail."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import os
+import struct
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import originals
+import pytest
+
+from fmjax.data import images
+from fmjax.data.fashion_mnist import ORIGINAL as FASHION
+from fmjax.data.fashion_mnist import fashion_mnist
+from fmjax.data.mnist import ORIGINAL as MNIST
+from fmjax.data.mnist import mnist
+
+IMAGES = "train-images-idx3-ubyte.gz"
+LABELS = "t10k-labels-idx1-ubyte.gz"
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A set of the MNIST format with a table of checksums: its ``Original``, its folder and what is in it."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    arrays = originals.idx(folder)
+    originals.checksums(folder, tmp_path / "checksums.tsv")
+    return MNIST._replace(name="small", registered=str(tmp_path / "checksums.tsv")), folder, arrays
+
+
+def assert_is(splits, arrays):
+    for x, y, (pixels, labels) in zip(splits[0:3:2], splits[1:4:2], arrays.values(), strict=True):
+        assert x.dtype == np.float32 and y.dtype == np.int32 and x.shape == (*pixels.shape, 1)
+        np.testing.assert_allclose(x[..., 0], pixels / 127.5 - 1, atol=1.2e-7)  # one rounding of a float32 below 2
+        assert (y == labels).all()
+
+
+@pytest.mark.parametrize(
+    ("load", "counts", "mean", "std"),
+    [
+        # counts of LeCun's test and training labels; mean and standard deviation as everybody normalises with
+        (mnist, [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949], 0.1307, 0.3081),
+        (fashion_mnist, [6000] * 10, 0.2860, 0.3530),
+    ],
+)
+def test_the_published_sets_are_read_byte_for_byte(load, counts, mean, std, tmp_path):
+    source = originals.SHARED / load.__name__
+    if not source.is_dir():
+        pytest.skip(f"needs the original files of {load.__name__} in ../shared/data")
+    splits = load(source_dir=str(source), data_dir=str(tmp_path))
+    assert splits.levels == 256 and len(splits.train_x) == 60_000 and len(splits.test_x) == 10_000
+    for x, y, split in [(*splits[0:2], "train"), (*splits[2:4], "t10k")]:
+        raw = gzip.open(source / f"{split}-images-idx3-ubyte.gz").read()
+        assert struct.unpack(">IIII", raw[:16]) == (2051, len(x), 28, 28)
+        assert np.rint((x + 1) * 127.5).astype(np.uint8).tobytes() == raw[16:]
+        assert y.astype(np.uint8).tobytes() == gzip.open(source / f"{split}-labels-idx1-ubyte.gz").read()[8:]
+    assert np.bincount(splits.train_y).tolist() == counts
+    assert (splits.train_x.mean() + 1) / 2 == pytest.approx(mean, abs=5e-5)
+    assert splits.train_x.std() / 2 == pytest.approx(std, abs=5e-5)
+    assert "tensorflow" not in sys.modules
+
+
+def test_prepared_records_are_read_without_their_source(small, tmp_path):
+    original, folder, arrays = small
+    assert_is(images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d")), arrays)
+    (folder / LABELS).unlink()
+    assert_is(images.load(original, source_dir="no such folder", data_dir=str(tmp_path / "d")), arrays)
+    assert_is(images.load(original, data_dir=str(tmp_path / "d")), arrays)
+    assert "tensorflow" not in sys.modules
+
+
+def test_files_of_the_format_are_read_without_verification_and_kept_apart(small, tmp_path):
+    _, folder, arrays = small
+    read = lambda: mnist(source_dir=str(folder), data_dir=str(tmp_path / "d"), verify=False)
+    assert_is(read(), arrays)
+    assert_is(read(), arrays)
+    other = originals.idx(folder, train=9)
+    assert_is(read(), other)  # changed files are other data
+    with pytest.raises(FileNotFoundError, match="gone"):
+        mnist(source_dir=str(tmp_path / "gone"), data_dir=str(tmp_path / "d"))
+
+
+def test_a_download_is_verified_kept_and_read_once(small, tmp_path):
+    original, folder, arrays = small
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        table = tmp_path / "checksums.tsv"
+        originals.checksums(folder, table, f"http://127.0.0.1:{server.server_port}")
+        assert_is(images.load(original, data_dir=str(tmp_path / "d")), arrays)
+        assert sorted(asked) == sorted(f"/{path.name}" for path in folder.iterdir())
+        assert_is(images.load(original, data_dir=str(tmp_path / "d")), arrays)
+        assert len(asked) == 4
+        good = table.read_text()
+        table.write_text(good.replace("\t" + good.split("\t")[2], "\t" + "0" * 64))
+        with pytest.raises(OSError, match="cannot download small .*0000.*give their folder as source_dir") as caught:
+            images.load(original, data_dir=str(tmp_path / "other"))
+        assert "\n" not in str(caught.value) and not list((tmp_path / "other").rglob("*.array_record*"))
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_no_network_is_one_sentence_with_the_files_to_fetch(small, tmp_path, monkeypatch):
+    from tensorflow_datasets.core.download import downloader
+
+    monkeypatch.setattr(downloader, "MAX_RETRIES", 0)  # 10 tries take 204 s
+    original, _, _ = small
+    originals.checksums(tmp_path / "source", tmp_path / "checksums.tsv", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(OSError, match=f"cannot download small.*127.0.0.1:9/{IMAGES}.*source_dir") as caught:
+        images.load(original, data_dir=str(tmp_path / "d"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_registered_files_of_all_sets_have_an_address_a_size_and_a_checksum():
+    for original in (MNIST, FASHION):
+        found = images.registered(original)
+        assert list(found) == [*original.train, *original.test]
+        for name, (url, info) in found.items():
+            assert url.endswith(name) and info.size > 1000 and len(bytes.fromhex(info.checksum)) == 32
+
+
+def test_a_file_of_another_checksum_is_refused_with_both(small, tmp_path):
+    original, folder, _ = small
+    _, info = images.registered(original)[LABELS]
+    data = bytearray((folder / LABELS).read_bytes())
+    data[5] ^= 1  # the time stamp in the header of a gzip file: its content is unchanged
+    (folder / LABELS).write_bytes(data)
+    found = hashlib.sha256(data).hexdigest()
+    message = rf"{LABELS} is not the published.* {found}, registered are {len(data)} bytes of {info.checksum}"
+    with pytest.raises(ValueError, match=message):
+        images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d"))
+    assert not list((tmp_path / "d").rglob("*.array_record*")) and not list((tmp_path / "d").rglob("incomplete*"))
+
+
+def test_a_missing_file_is_named_with_what_to_do(small, tmp_path):
+    original, folder, _ = small
+    (folder / LABELS).unlink()
+    with pytest.raises(FileNotFoundError, match=f"^{LABELS} of small not found in source_dir=.*as they were published"):
+        images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d"))
+
+
+def idx_of(values, magic):
+    return gzip.compress(struct.pack(">I", magic) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (IMAGES, lambda data: data[: len(data) // 2], "end-of-stream"),
+        (IMAGES, lambda data: data[:100] + bytes(50) + data[150:], "damaged"),
+        (IMAGES, lambda data: b"<html>not found</html>", "Not a gzipped file"),
+        (IMAGES, lambda data: gzip.compress(gzip.decompress(data)[:-1]), "no idx file of unsigned bytes with 3 axes"),
+        (IMAGES, lambda data: gzip.compress(b"abc"), "no idx file"),
+        (LABELS, lambda data: idx_of(np.zeros(6, np.uint8), 0x801), "7 images, but 6 labels"),
+        (LABELS, lambda data: idx_of(np.zeros(7, np.uint8), 0x803), "no idx file of unsigned bytes with 1 axes"),
+        (IMAGES, lambda data: idx_of(np.zeros((20, 8, 8), np.uint8), 0x803), r"image 0 has shape \(8, 8, 1\)"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_sentence_and_leaves_nothing(name, change, message, small, tmp_path):
+    _, folder, _ = small
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        mnist(source_dir=str(folder), data_dir=str(tmp_path / "d"), verify=False)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert not list((tmp_path / "d").rglob("*.array_record*")) and not list((tmp_path / "d").rglob("incomplete*"))
+
+
+KILLED = """
+import os, signal, sys
+from fmjax.data import images
+from fmjax.data.mnist import ORIGINAL
+
+def read(paths):
+    for i, example in enumerate(images.read_idx(paths)):
+        if i == 5 and "t10k" in paths[0].name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield example
+
+original = ORIGINAL._replace(name="small", registered=sys.argv[1], read=read)
+images.load(original, source_dir=sys.argv[2], data_dir=sys.argv[3])
+"""
+
+
+def test_a_killed_preparation_leaves_nothing_that_looks_complete_and_is_swept(small, tmp_path):
+    original, folder, arrays = small
+    command = [sys.executable, "-c", KILLED, original.registered, str(folder), str(tmp_path / "d")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True)
+    assert done.returncode == -9, done.stderr[-2000:]
+    assert list((tmp_path / "d").rglob("incomplete*")) and not (tmp_path / "d/fmjax_small/1.0.0").exists()
+    assert_is(images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d")), arrays)
+    assert not list((tmp_path / "d").rglob("incomplete*"))
+
+
+def test_a_second_process_waits_for_the_one_that_prepares(small, tmp_path):
+    import fcntl
+
+    original, folder, arrays = small
+    lock = tmp_path / "d/fmjax_small/.lock"
+    lock.parent.mkdir(parents=True)
+    found = []
+    load = lambda: found.append(images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d")))
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        thread = threading.Thread(target=load)
+        thread.start()
+        thread.join(1.0)
+        assert thread.is_alive() and os.listdir(lock.parent) == [".lock"]
+    thread.join(60)
+    assert_is(found[0], arrays)
+
+
+def test_torn_records_are_refused_with_their_folder(small, tmp_path):
+    original, folder, _ = small
+    images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d"))
+    (file,) = (tmp_path / "d").rglob("*-test.array_record*")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RuntimeError, match=r"the records in .*fmjax_small.* cannot be read .*remove this folder"):
+        images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"verify": False}, "verify=False needs source_dir"),
+        ({"data_dir": "gs://bucket/data"}, "data_dir=gs://bucket/data is a URL"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        mnist(**options)
+
+
+def test_a_data_dir_that_cannot_be_written_is_refused(small, tmp_path):
+    original, folder, _ = small
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write to .*file.*give data_dir"):
+        images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "file/d"))
