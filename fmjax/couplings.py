@@ -120,9 +120,8 @@ def minibatch_ot(
             warnings.warn(UNCONDITIONAL, stacklevel=2)
         cost = squared_cost(x0, x1)
         if condition_weight:
-            c = _leaves(
-                cond, jnp.floating, "condition_weight > 0 needs a floating leaf in cond; by_class=True is for labels"
-            )
+            needed = "condition_weight > 0 needs a floating leaf in cond; by_class=True is for labels"
+            c = leaves_of(cond, kind="floating", otherwise=needed)
             cost = cost + condition_weight * squared_cost(c, c, names=("cond", "cond"))
         groups = classes(cond) if by_class else [np.arange(len(x1))]
         if method == "sinkhorn":
@@ -145,10 +144,24 @@ def classes(cond: Cond) -> list[np.ndarray]:
 
     Raises ``ValueError`` where there is no such leaf.
     """
-    table = _leaves(cond, jnp.integer, "by_class=True needs an integer leaf in cond; condition_weight is for floats")
+    needed = "by_class=True needs an integer leaf in cond; condition_weight is for floats"
+    table = leaves_of(cond, kind="integer", otherwise=needed)
     _, member = np.unique(table, axis=0, return_inverse=True)
     member = member.reshape(-1)  # numpy 2.0 gives [B, 1]
     return [np.flatnonzero(member == c) for c in range(member.max() + 1)]
+
+
+def leaves_of(cond: Cond, *, kind: str, otherwise: str) -> np.ndarray:
+    """The ``"integer"`` (with booleans) or ``"floating"`` leaves of ``cond`` side by side: ``[B, k]``, of 64 bits.
+
+    Raises ``ValueError`` with the sentence ``otherwise`` where there is none.
+    """
+    kinds, dtype = ((jnp.floating,), np.float64) if kind == "floating" else ((jnp.integer, jnp.bool_), np.int64)
+    found = [np.asarray(leaf) for leaf in jax.tree.leaves(cond)]
+    wanted = [leaf for leaf in found if any(jnp.issubdtype(leaf.dtype, k) for k in kinds)]
+    if not wanted:
+        raise ValueError(f"{otherwise} (its leaves are {[str(leaf.dtype) for leaf in found]})")
+    return np.concatenate([leaf.reshape(len(leaf), -1).astype(dtype) for leaf in wanted], 1)
 
 
 def squared_cost(
@@ -228,16 +241,6 @@ def _within(groups: list[np.ndarray], cost: np.ndarray) -> np.ndarray:
     for group in groups:
         out[np.ix_(group, group)] = cost[np.ix_(group, group)]
     return out
-
-
-def _leaves(cond: Cond, kind, otherwise: str) -> np.ndarray:
-    """The leaves of a kind side by side, ``[B, k]``: integers with booleans, or floats in double precision."""
-    kinds, dtype = ((kind,), np.float64) if kind is jnp.floating else ((kind, jnp.bool_), np.int64)
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(cond)]
-    wanted = [leaf for leaf in leaves if any(jnp.issubdtype(leaf.dtype, k) for k in kinds)]
-    if not wanted:
-        raise ValueError(f"{otherwise} (its leaves are {[str(leaf.dtype) for leaf in leaves]})")
-    return np.concatenate([leaf.reshape(len(leaf), -1).astype(dtype) for leaf in wanted], 1)
 
 
 def _draw_pairs(rng, plan, x0, x1, cond):
