@@ -2,15 +2,19 @@
 
 A coupling rearranges a batch of sources ``x0`` and targets ``x1`` that were drawn independently; the condition (a
 label, a pytree of arrays ``[B, ...]``) belongs to ``x1`` and follows it. Both marginals are kept exactly (without
-replacement) or in law (with replacement), so flow matching stays valid whatever the coupling.
+replacement) or in law (with replacement), so flow matching stays valid whatever the coupling. The law of ``x0`` *given
+the condition* is another matter: see ``minibatch_ot``. Pairs given once and for all (reflow) need no coupling but
+``arrays.batches(x, source=x0)``.
 """
 
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -19,6 +23,12 @@ from fmjax.types import Cond
 Coupling = Callable[[np.random.Generator, np.ndarray, np.ndarray, Cond], tuple[np.ndarray, np.ndarray, Cond]]
 
 METHODS = ("exact", "sinkhorn")
+
+UNCONDITIONAL = (
+    "minibatch_ot is given a condition and does not look at it: x0 given the condition is then not N(0, I), which is "
+    "what a sampler starts from (arXiv 2503.10636). Set by_class=True for labels, condition_weight for continuous "
+    "conditions, or by_class=False if the model does not use the condition"
+)
 
 
 def independent() -> Coupling:
@@ -32,7 +42,13 @@ def independent() -> Coupling:
 
 
 def minibatch_ot(
-    *, method: str = "exact", replacement: bool = False, epsilon: float = 0.05, max_iterations: int = 2000
+    *,
+    method: str = "exact",
+    replacement: bool = False,
+    epsilon: float = 0.05,
+    max_iterations: int = 2000,
+    by_class: bool | None = None,
+    condition_weight: float = 0.0,
 ) -> Coupling:
     """Pairs a batch by optimal transport of the squared Euclidean distance (OT-CFM, arXiv 2302.00482, 2304.14772).
 
@@ -45,6 +61,21 @@ def minibatch_ot(
     * ``method="sinkhorn"``: entropic plan by ott-jax, ``epsilon`` in units of the standard deviation of the cost. (The
       mean is no scale for it: in high dimension all costs lie near their mean, and a fraction of it is larger than all
       that tells them apart.)
+
+    **Conditions.** A sampler draws ``x0 ~ N(0, I)`` whatever the condition. OT that does not look at it teaches another
+    law: targets of a class take the noise on their side of space, and a conditional model meets at sampling what it
+    never saw (arXiv 2503.10636; in one dimension and for two distant classes, each only sees one half of the Gaussian).
+    So a batch with a condition raises a ``UserWarning``, once a coupling, unless one of these is given:
+
+    * ``by_class=True``: an ``x0`` only goes to an ``x1`` of the class of the one it was drawn beside, that is where all
+      integer leaves of the condition are equal: OT within each class, and ``x0`` given the class stays N(0, I) exactly.
+      It gains what OT of ``B / classes`` examples gains. Floating leaves are not looked at.
+    * ``condition_weight=w > 0``, for floating leaves: ``w |c_i - c_j|^2`` is added to the cost, ``c_i`` being the
+      condition that ``x0_i`` was drawn beside. A compromise for conditions of which no two are equal: ``w = 0`` is
+      plain OT, ``w -> infinity`` the independent coupling, and the bias of ``x0`` given ``c`` falls in between. The
+      unit of ``w`` is squared data per squared condition; the paper takes a cosine distance and seeks the ``w`` that
+      leaves a wanted share of partners. Both options together: classes by the integer leaves, weight by the floating.
+    * ``by_class=False``: plain OT, knowingly. Right where the model does not use the condition.
 
     Cost of one batch in ms, in brackets the excess of the transport cost over exact and the share of the exact gain
     over random pairing (``python -m launch.bench --suite=couplings``: medians of 15 interleaved repeats on 2 CPU cores,
@@ -61,8 +92,9 @@ def minibatch_ot(
     Hence the default: exact assignment on the host is as fast as an approximation up to B = 512 and runs ahead of the
     step in the input pipeline's thread; ``optax.assignment`` inside the step is 4 to 8 times slower and is not offered.
 
-    Raises ``ValueError`` for an unknown method, sinkhorn without replacement, ``epsilon <= 0``, batches of unequal size
-    or shape, and examples that are not finite; ``RuntimeError`` where Sinkhorn has not converged.
+    Raises ``ValueError`` for an unknown method, sinkhorn without replacement, ``epsilon <= 0``, a negative weight,
+    batches of unequal size or shape, examples that are not finite, and a condition without the leaves asked for;
+    ``RuntimeError`` where Sinkhorn has not converged.
     """
     if method not in METHODS:
         near = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0.0)[0]
@@ -74,13 +106,30 @@ def minibatch_ot(
         )
     if not epsilon > 0 or max_iterations < 1:
         raise ValueError(f"epsilon={epsilon} and max_iterations={max_iterations} must be positive")
+    if not 0 <= condition_weight < np.inf:
+        raise ValueError(
+            f"condition_weight={condition_weight} must be 0 or more and finite; by_class=True is the infinite one"
+        )
+    conditional, warned = bool(by_class) or condition_weight > 0, False
 
     def couple(rng: np.random.Generator, x0: np.ndarray, x1: np.ndarray, cond: Cond = None):
+        nonlocal warned
         _check_batch(x0, x1, cond)
+        if cond is not None and by_class is None and not conditional and not warned:
+            warned = True
+            warnings.warn(UNCONDITIONAL, stacklevel=2)
         cost = squared_cost(x0, x1)
+        if condition_weight:
+            needed = "condition_weight > 0 needs a floating leaf in cond; by_class=True is for labels"
+            c = leaves_of(cond, kind="floating", otherwise=needed)
+            cost = cost + condition_weight * squared_cost(c, c, names=("cond", "cond"))
+        groups = classes(cond) if by_class else [np.arange(len(x1))]
         if method == "sinkhorn":
+            cost = _within(groups, cost)
             return _draw_pairs(rng, sinkhorn_plan(cost, epsilon=epsilon, max_iterations=max_iterations), x0, x1, cond)
-        source = assignment(cost)
+        source = np.empty(len(x1), int)
+        for group in groups:
+            source[group] = group[assignment(cost[np.ix_(group, group)])]
         if not replacement:
             return x0[source], x1, cond
         # The exact plan puts mass 1/B on each matched pair: a draw from it is a draw of the target's index.
@@ -90,7 +139,34 @@ def minibatch_ot(
     return couple
 
 
-def squared_cost(x0: Float[np.ndarray, "n ..."], x1: Float[np.ndarray, "m ..."]) -> Float[np.ndarray, "n m"]:
+def classes(cond: Cond) -> list[np.ndarray]:
+    """The rows of every class: where all integer (and boolean) leaves of ``cond``, ``[B, ...]``, are equal.
+
+    Raises ``ValueError`` where there is no such leaf.
+    """
+    needed = "by_class=True needs an integer leaf in cond; condition_weight is for floats"
+    table = leaves_of(cond, kind="integer", otherwise=needed)
+    _, member = np.unique(table, axis=0, return_inverse=True)
+    member = member.reshape(-1)  # numpy 2.0 gives [B, 1]
+    return [np.flatnonzero(member == c) for c in range(member.max() + 1)]
+
+
+def leaves_of(cond: Cond, *, kind: str, otherwise: str) -> np.ndarray:
+    """The ``"integer"`` (with booleans) or ``"floating"`` leaves of ``cond`` side by side: ``[B, k]``, of 64 bits.
+
+    Raises ``ValueError`` with the sentence ``otherwise`` where there is none.
+    """
+    kinds, dtype = ((jnp.floating,), np.float64) if kind == "floating" else ((jnp.integer, jnp.bool_), np.int64)
+    found = [np.asarray(leaf) for leaf in jax.tree.leaves(cond)]
+    wanted = [leaf for leaf in found if any(jnp.issubdtype(leaf.dtype, k) for k in kinds)]
+    if not wanted:
+        raise ValueError(f"{otherwise} (its leaves are {[str(leaf.dtype) for leaf in found]})")
+    return np.concatenate([leaf.reshape(len(leaf), -1).astype(dtype) for leaf in wanted], 1)
+
+
+def squared_cost(
+    x0: Float[np.ndarray, "n ..."], x1: Float[np.ndarray, "m ..."], *, names: tuple[str, str] = ("x0", "x1")
+) -> Float[np.ndarray, "n m"]:
     """The matrix ``|x0_i - x1_j|^2`` of flattened examples, in the examples' precision.
 
     Raises ``ValueError`` where an entry is not finite, naming the side and the example.
@@ -98,7 +174,7 @@ def squared_cost(x0: Float[np.ndarray, "n ..."], x1: Float[np.ndarray, "m ..."])
     a, b = x0.reshape(len(x0), -1), x1.reshape(len(x1), -1)
     cost = np.einsum("nd,nd->n", a, a)[:, None] + np.einsum("md,md->m", b, b)[None] - 2 * (a @ b.T)
     if not np.isfinite(cost).all():
-        side, x = ("x0", a) if not np.isfinite(a).all() else ("x1", b)
+        side, x = (names[0], a) if not np.isfinite(a).all() else (names[1], b)
         rows = np.flatnonzero(~np.isfinite(x).all(1))
         what = (
             f"{side} has NaN or infinity in {len(rows)} example(s), first at row {rows[0]}"
@@ -125,7 +201,9 @@ def sinkhorn_plan(
 ) -> Float[np.ndarray, "n m"]:
     """The entropic plan ``argmin_P <P, cost> - eps H(P)`` with uniform marginals; ``eps = epsilon * std(cost)``.
 
-    Log-domain Sinkhorn of ott-jax (arXiv 2201.12324) on a CPU device, normalised to sum one in float64.
+    A pair of infinite cost gets no mass and has no part in the standard deviation. Log-domain Sinkhorn of ott-jax
+    (arXiv 2201.12324) on a CPU device, normalised to sum one in float64.
+
     Raises ``RuntimeError`` when ``max_iterations`` pass without convergence.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -150,11 +228,19 @@ def sinkhorn(cost, *, eps, max_iterations: int = 2000):
 
 
 def _sinkhorn_plan(cost, *, epsilon, max_iterations):
-    out = sinkhorn(cost, eps=epsilon * cost.std(), max_iterations=max_iterations)
+    out = sinkhorn(cost, eps=epsilon * cost.std(where=jnp.isfinite(cost)), max_iterations=max_iterations)
     return out.matrix, out.converged
 
 
 _sinkhorn = jax.jit(_sinkhorn_plan, static_argnames=("epsilon", "max_iterations"))
+
+
+def _within(groups: list[np.ndarray], cost: np.ndarray) -> np.ndarray:
+    """The cost with infinity between rows and columns of different groups."""
+    out = np.full_like(cost, np.inf)
+    for group in groups:
+        out[np.ix_(group, group)] = cost[np.ix_(group, group)]
+    return out
 
 
 def _draw_pairs(rng, plan, x0, x1, cond):

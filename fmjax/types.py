@@ -62,12 +62,16 @@ class Corrector(Protocol):
 
 
 class Batch(NamedTuple):
-    """Examples ``[B, ...]``. ``x0=None``: the loss draws ``N(0, I)``. ``t`` is set where the data carry a time."""
+    """Examples ``[B, ...]``. ``x0=None``: the loss draws ``N(0, I)``. ``t`` is set where the data carry a time.
+
+    ``negative`` is the ``x1`` of another training example, independent of this one (contrastive losses).
+    """
 
     x1: Array
     x0: Array | None = None
     cond: Cond = None
     t: Array | None = None
+    negative: Array | None = None
 
 
 @runtime_checkable

@@ -1,6 +1,7 @@
 """Couplings against brute force, POT, and the laws of the plans they draw from."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -70,9 +71,11 @@ def test_permuting_the_batch_permutes_the_pairs():
     assert (z1 == x1[q]).all() and (z0 == y0[q]).all()
 
 
+@pytest.mark.parametrize("more", [{"by_class": False}, {"by_class": True}, {"condition_weight": 0.3}])
 @pytest.mark.parametrize("kwargs", [{}, {"replacement": True}, {"method": "sinkhorn", "replacement": True}])
-def test_the_condition_follows_its_target(kwargs):
+def test_the_condition_follows_its_target(kwargs, more):
     x0, x1 = batch(40)
+    kwargs = kwargs | more
     cond = {"label": np.arange(40), "more": (x1[:, :2] * 3,)}
     y0, y1, c = couplings.minibatch_ot(**kwargs)(np.random.default_rng(0), x0, x1, cond)
     assert (c["label"] == rows_of(y1, x1)).all() and (c["more"][0] == y1[:, :2] * 3).all()
@@ -147,9 +150,111 @@ def test_with_replacement_repeats_examples():
     assert all(partner[j] == i for i, j in zip(rows_of(y0, x0), rows_of(y1, x1), strict=True))
 
 
+def test_within_a_class_the_pairing_is_the_best_of_all_permutations_and_no_pair_crosses():
+    x0, x1 = batch(14)
+    cond = {"a": np.array([0, 1] * 7), "b": np.array([True] * 9 + [False] * 5), "c": x1[:, :1]}
+    y0, y1, _ = couplings.minibatch_ot(by_class=True)(np.random.default_rng(0), x0, x1, cond)
+    source = rows_of(y0, x0)
+    assert (y1 == x1).all() and sorted(source) == list(range(14))
+    groups = [np.flatnonzero((cond["a"] == a) & (cond["b"] == b)) for a in (0, 1) for b in (False, True)]
+    assert sorted(map(len, groups)) == [2, 3, 4, 5]
+    for rows in groups:
+        assert set(source[rows]) == set(rows)
+        best = min(paired_cost(x0[list(p)], x1[rows]) for p in itertools.permutations(rows))
+        assert paired_cost(y0[rows], x1[rows]) == pytest.approx(best, rel=1e-6)
+
+
+def test_one_class_is_no_class_and_each_its_own_is_the_independent_coupling():
+    x0, x1 = batch(40)
+    rng, couple = np.random.default_rng(0), couplings.minibatch_ot(by_class=True)
+    assert (couple(rng, x0, x1, np.full(40, 7))[0] == couplings.minibatch_ot()(rng, x0, x1)[0]).all()
+    assert (couple(rng, x0, x1, np.arange(40))[0] == x0).all()
+
+
+def test_the_condition_weight_adds_its_distance_to_the_cost():
+    """The permutation is the best of all for ``|x0_i - x1_j|^2 + w |c_i - c_j|^2``; w = 3 changes it, 1e9 ends it."""
+    x0, x1 = batch(7)
+    cond = {"c": np.random.default_rng(5).standard_normal((7, 2, 1)), "d": np.arange(7) / 7, "label": np.arange(7)}
+    flat = np.concatenate([cond["c"][..., 0], cond["d"][:, None]], 1)
+    best = {}
+    for weight in (0.0, 0.5, 1e9):
+        objective = lambda p, w=weight: paired_cost(x0[list(p)], x1) + w * paired_cost(flat[list(p)], flat)
+        best[weight] = min(itertools.permutations(range(7)), key=objective)
+        couple = couplings.minibatch_ot(condition_weight=weight, by_class=None if weight else False)
+        y0, y1, _ = couple(np.random.default_rng(0), x0, x1, cond)
+        assert (y1 == x1).all() and tuple(rows_of(y0, x0)) == best[weight]
+    assert len(set(best.values())) == 3 and best[1e9] == tuple(range(7))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "threshold"),
+    [({"by_class": False}, 0.0), ({"condition_weight": 1.0}, 0.5), ({"by_class": True}, np.inf)],
+)
+@pytest.mark.parametrize("replacement", [False, True])
+def test_the_source_given_the_condition_has_its_closed_form(kwargs, threshold, replacement):
+    """Pairs of one example of either class, x1 = -1 and 1, c = 0 and 1, in one dimension.
+
+    The sources a, b are swapped where ``D = a - b > h``, ``h = w |c - c'|^2 / 2``; so ``E[x0 | first class] =
+    -E[D; D > h] = -sqrt(2) phi(h / sqrt(2))``, which is ``-1 / sqrt(pi)`` for plain OT and 0 for OT by class; whatever
+    the coupling, ``x0^2`` has mean 1 over both classes, and by class in each.
+    """
+    n = 2000
+    rng, couple = np.random.default_rng(0), couplings.minibatch_ot(replacement=replacement, **kwargs)
+    x1, cond = np.array([[-1.0], [1.0]]), {"label": np.array([0, 1]), "c": np.array([0.0, 1.0])}
+    drawn = [couple(rng, rng.standard_normal((2, 1)), x1, cond) for _ in range(n)]
+    x0, label = np.concatenate([d[0] for d in drawn])[:, 0], np.concatenate([d[2]["label"] for d in drawn])
+    want = np.sqrt(2) * np.exp(-(threshold**2) / 4) / np.sqrt(2 * np.pi)
+    # Standard deviations are at most 1 and sqrt(2) for x0 and x0^2, and pairs may repeat within a batch: a factor
+    # sqrt(2) at most. 4.5 standard errors.
+    for y, sign in ((0, -1), (1, 1)):
+        mine = x0[label == y]
+        assert abs(mine.mean() - sign * want) < 4.5 * np.sqrt(2 / len(mine))
+        if kwargs.get("by_class"):
+            assert abs((mine**2).mean() - 1) < 4.5 * np.sqrt(4 / len(mine))
+    assert abs((x0**2).mean() - 1) < 4.5 * np.sqrt(4 / n)
+    assert want > 10 * np.sqrt(2 / n) or threshold == np.inf
+
+
+def test_sinkhorn_by_class_is_the_plan_of_each_class():
+    """No mass between classes; within one, uniform marginals and the Gibbs form, which only the entropic plan has."""
+    x0, x1 = batch(24)
+    label = np.arange(24) % 3
+    cost, groups = couplings.squared_cost(x0, x1), couplings.classes(label)
+    plan, same = couplings.sinkhorn_plan(couplings._within(groups, cost)), label[:, None] == label
+    assert (plan[~same] == 0).all()
+    for rows in groups:
+        block = np.ix_(rows, rows)
+        log_scaling = np.log(plan[block]) + cost[block] / (0.05 * cost[same].std())
+        centred = log_scaling - log_scaling.mean(0) - log_scaling.mean(1, keepdims=True) + log_scaling.mean()
+        assert np.abs(centred).max() < 1e-3
+        assert all(np.abs(plan[block].sum(axis) - 1 / 24).sum() < 2e-3 for axis in (0, 1))
+    couple = couplings.minibatch_ot(method="sinkhorn", replacement=True, by_class=True)
+    y0, y1, y = couple(np.random.default_rng(0), x0, x1, label)
+    assert (label[rows_of(y0, x0)] == y).all() and (label[rows_of(y1, x1)] == y).all()
+
+
+def test_a_condition_that_ot_does_not_look_at_is_warned_of_once():
+    x0, x1 = batch(8)
+    rng, label = np.random.default_rng(0), np.arange(8) % 2
+    couple = couplings.minibatch_ot()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        couple(rng, x0, x1)
+        for kwargs in ({"by_class": False}, {"by_class": True}, {"condition_weight": 1.0}):
+            couplings.minibatch_ot(**kwargs)(rng, x0, x1, {"label": label, "c": x0})
+        couplings.independent()(rng, x0, x1, label)
+    with pytest.warns(UserWarning, match="x0 given the condition is then not N"):
+        couple(rng, x0, x1, label)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        couple(rng, x0, x1, label)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
+        ({"condition_weight": -1.0}, "condition_weight=-1.0"),
+        ({"condition_weight": float("inf")}, "by_class=True is the infinite one"),
         ({"method": "sinkhron"}, "did you mean 'sinkhorn'"),
         ({"method": "exakt"}, "did you mean 'exact'"),
         ({"method": "sinkhorn"}, "replacement=True"),
@@ -172,6 +277,14 @@ def test_bad_batches_are_refused():
         couple(rng, x0[:4], x1)
     with pytest.raises(ValueError, match="B=8"):
         couple(rng, x0, x1, {"label": np.arange(7)})
+    with pytest.raises(ValueError, match=r"integer leaf in cond; condition_weight is for floats .*\['float32'\]"):
+        couplings.minibatch_ot(by_class=True)(rng, x0, x1, x0)
+    with pytest.raises(ValueError, match=r"integer leaf in cond; condition_weight is for floats .*\[\]"):
+        couplings.minibatch_ot(by_class=True)(rng, x0, x1)
+    with pytest.raises(ValueError, match=r"floating leaf in cond; by_class=True is for labels .*\['int64'\]"):
+        couplings.minibatch_ot(condition_weight=1.0)(rng, x0, x1, np.arange(8))
+    with pytest.raises(ValueError, match=r"cond has NaN or infinity in 8 example\(s\), first at row 0"):
+        couplings.minibatch_ot(condition_weight=1.0)(rng, x0, x1, np.full(8, np.nan))
 
 
 def test_sinkhorn_that_does_not_converge_says_so():

@@ -48,10 +48,11 @@ def test_first_places_are_uniform_over_epochs():
     assert np.abs(counts - 200).max() < 4.5 * np.sqrt(200 * (1 - 1 / N))
 
 
-@pytest.mark.parametrize("couple", [None, couplings.minibatch_ot(replacement=True)])
-def test_any_step_is_bit_equal_whatever_was_asked_before(couple):
+@pytest.mark.parametrize("negatives", arrays.NEGATIVES)
+@pytest.mark.parametrize("couple", [None, couplings.minibatch_ot(replacement=True, by_class=False)])
+def test_any_step_is_bit_equal_whatever_was_asked_before(couple, negatives):
     x, y = data()
-    make = lambda: arrays.batches(x, y, batch_size=B, seed=3, couple=couple, flip=True)
+    make = lambda: arrays.batches(x, y, batch_size=B, seed=3, couple=couple, negatives=negatives, flip=True)
     straight = make()
     run = [straight(step) for step in range(40)]
     for first in (39, 0, 17):
@@ -59,12 +60,23 @@ def test_any_step_is_bit_equal_whatever_was_asked_before(couple):
     assert_equal(list(arrays.prefetch(make(), 11, 40)), run[11:])
 
 
-@pytest.mark.parametrize("couple", [None, couplings.independent(), couplings.minibatch_ot()])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"couple": couplings.independent()},
+        {"couple": couplings.minibatch_ot(by_class=True)},
+        {"negatives": "any"},
+        {"negatives": "other_label", "couple": couplings.minibatch_ot(replacement=True, by_class=True)},
+        {"negatives": "any", "source": data(seed=1)[0]},
+    ],
+)
 @pytest.mark.parametrize("processes", [2, 3, 6])
-def test_slices_of_the_processes_are_the_global_batch(couple, processes):
+def test_slices_of_the_processes_are_the_global_batch(kwargs, processes):
     x, y = data()
+    y = {"id": y, "label": y % 3}
     make = lambda i, p: arrays.batches(
-        x, y, batch_size=B, seed=0, couple=couple, flip=True, process_index=i, process_count=p
+        x, y, batch_size=B, seed=0, flip=True, process_index=i, process_count=p, **kwargs
     )
     for step in (0, 3, 8):
         parts = [make(i, processes)(step) for i in range(processes)]
@@ -92,7 +104,7 @@ def test_optimal_transport_lowers_the_cost_of_the_same_noise_and_data():
     x, y = data()
     free, ot = (
         arrays.batches(x, y, batch_size=B, seed=0, couple=c)(0)
-        for c in (couplings.independent(), couplings.minibatch_ot())
+        for c in (couplings.independent(), couplings.minibatch_ot(by_class=False))
     )
     assert_equal((ot.x1, ot.cond), (free.x1, free.cond))
     assert sorted(map(bytes, ot.x0)) == sorted(map(bytes, free.x0))
@@ -112,6 +124,64 @@ def test_flip_mirrors_half_of_the_images_left_to_right():
     assert_equal(x, data()[0])  # the data themselves are untouched
 
 
+@pytest.mark.parametrize("couple", [None, couplings.minibatch_ot(replacement=True, by_class=False)])
+@pytest.mark.parametrize("negatives", ["any", "other_label"])
+def test_negatives_are_uniform_over_what_is_allowed_and_never_the_rows_own(negatives, couple):
+    """Counts of (own, negative) over 1500 batches are binomial given how often each was own, with a mean near 18.
+
+    There a Poisson variable exceeds its mean by 5.5 standard deviations once in 5e5: 1e-3 for all 529 counts.
+    """
+    x, y = np.arange(N, dtype=np.float32)[:, None], np.arange(N) % 3
+    f = arrays.batches(x, y, batch_size=B, seed=0, negatives=negatives, couple=couple)
+    counts = np.zeros((N, N))
+    for step in range(1500):
+        batch = f(step)
+        assert (batch.cond == batch.x1[:, 0] % 3).all()
+        np.add.at(counts, (batch.x1[:, 0].astype(int), batch.negative[:, 0].astype(int)), 1)
+    allowed = ~np.eye(N, dtype=bool) if negatives == "any" else y[:, None] != y
+    assert (counts[~allowed] == 0).all()
+    p = allowed / allowed.sum(1, keepdims=True)
+    mean = counts.sum(1, keepdims=True) * p
+    assert np.abs((counts - mean)[allowed] / np.sqrt(mean * (1 - p))[allowed]).max() < 5.5
+
+
+def test_negatives_leave_the_rest_of_the_batch_as_it_was():
+    x, y = data()
+    for kwargs in ({"flip": True}, {"couple": couplings.minibatch_ot(by_class=False), "flip": True}):
+        with_, without = (
+            arrays.batches(x, y, batch_size=B, seed=0, negatives=negatives, **kwargs)(5) for negatives in ("any", None)
+        )
+        assert without.negative is None
+        assert_equal(with_._replace(negative=None), without)
+
+
+def test_negatives_are_mirrored_half_the_time_and_never_the_mirrored_own():
+    x, y = data(n=2)
+    f = arrays.batches(x, y, batch_size=2, seed=0, negatives="any", flip=True)
+    mirrored = 0
+    for step in range(400):
+        batch = f(step)
+        other = x[1 - batch.cond]
+        kept = (batch.negative == other).all((1, 2, 3))
+        assert (kept | (batch.negative == other[:, :, ::-1]).all((1, 2, 3))).all()
+        mirrored += (~kept).sum()
+    assert abs(mirrored - 400) < 4.5 * np.sqrt(200)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_fixed_pairs_stay_together_in_the_order_of_the_epochs(flip):
+    x, y = data()
+    source = np.random.default_rng(1).standard_normal(x.shape, dtype=np.float32)
+    kwargs = {"batch_size": B, "seed": 0, "flip": flip}
+    f, plain = arrays.batches(x, y, source=source, **kwargs), arrays.batches(x, y, **kwargs)
+    for step in range(8):
+        batch = f(step)
+        assert_equal(batch._replace(x0=None), plain(step))
+        for x0, x1, i in zip(batch.x0, batch.x1, batch.cond, strict=True):
+            turn = (lambda a: a) if (x1 == x[i]).all() else (lambda a: a[:, ::-1])
+            assert (x1 == turn(x[i])).all() and (x0 == turn(source[i])).all()
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -123,6 +193,14 @@ def test_flip_mirrors_half_of_the_images_left_to_right():
         ({"x": np.zeros((N, 2), np.float32), "flip": True}, "flip=True"),
         ({"y": np.zeros(N - 1)}, "y has leaves"),
         ({"seed": -1}, "seed=-1"),
+        ({"source": np.zeros((N, 4, 6, 1), np.float32), "couple": couplings.independent()}, "give one of them"),
+        ({"source": np.zeros((N, 4, 6), np.float32)}, r"source is float32 \(23, 4, 6\); .*\(23, 4, 6, 1\) as x"),
+        ({"source": np.zeros((N, 4, 6, 1), int)}, "source is int64"),
+        ({"negatives": "other_lable"}, "did you mean 'other_label'"),
+        ({"negatives": "other_label", "y": np.zeros(N)}, r"needs an integer leaf in y, the label .*\['float64'\]"),
+        ({"negatives": "other_label", "y": None}, "needs an integer leaf in y"),
+        ({"negatives": "other_label", "y": np.ones(N, int)}, "needs two labels"),
+        ({"negatives": "any", "x": np.ones((N, 2), np.float32)}, "needs two different examples"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_batch(change, message):

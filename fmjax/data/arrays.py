@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import difflib
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
@@ -11,12 +12,15 @@ from typing import NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from fmjax import couplings
 from fmjax.couplings import Coupling
 from fmjax.types import Batch, Cond
 
 T = TypeVar("T")
 
-_EPOCH, _FLIP, _PAIR = range(3)
+NEGATIVES = (None, "any", "other_label")
+
+_EPOCH, _FLIP, _PAIR, _NEGATIVE = range(4)
 
 
 class Splits(NamedTuple):
@@ -39,6 +43,8 @@ def batches(
     batch_size: int,
     seed: int,
     couple: Coupling | None = None,
+    source: np.ndarray | None = None,
+    negatives: str | None = None,
     flip: bool = False,
     process_index: int = 0,
     process_count: int = 1,
@@ -51,15 +57,24 @@ def batches(
 
     * ``couple``: draws ``x0 ~ N(0, I)`` for the global batch and pairs it, before this process takes its rows: the
       numbers do not depend on ``process_count``. Without it ``Batch.x0`` is None.
-    * ``flip``: mirrors half of the images ``[n, H, W, C]`` left to right.
+    * ``source``: ``[n, ...]``, fixed pairs instead: ``Batch.x0`` is the source of the same row (reflow, arXiv
+      2209.03003: ``x`` the samples of a flow and ``source`` the noise they came from; an inverse model the other way).
+    * ``negatives``: ``Batch.negative`` is another example per row, for contrastive losses (arXiv 2506.05350): uniform
+      over the data set but for those equal to the row's ``x1`` (``"any"``) or those of its label, that is of equal
+      integer leaves of ``y`` (``"other_label"``).
+    * ``flip``: mirrors half of the images ``[n, H, W, C]`` left to right, a fixed pair as one, a negative for itself.
     * ``process_index``: rows ``[i B/P, (i + 1) B/P)`` of the global batch of size ``B`` are returned, ``P`` being
       ``process_count``.
 
     Raises ``ValueError`` for ``batch_size`` outside 1..n or not divisible by ``process_count``, ``x`` that is not
-    floating, ``y`` of another length, ``flip`` of anything but images, a negative seed or step.
+    floating, ``y`` of another length, ``flip`` of anything but images, a negative seed or step, a ``source`` of another
+    shape or beside ``couple``, negatives that do not exist.
     """
     n = len(x)
     _check(x, y, batch_size, seed, flip, process_index, process_count)
+    _check_pairs(x, couple, source)
+    label = _labels(y) if negatives == "other_label" else None
+    _check_negatives(x, negatives, label, flip)
     share = batch_size // process_count
     mine = slice(process_index * share, (process_index + 1) * share)
 
@@ -75,12 +90,26 @@ def batches(
         if len(rows) < batch_size:
             rows = np.concatenate([rows, order(epoch + 1)[: batch_size - len(rows)]])
         mirrored = np.random.default_rng([seed, _FLIP, step]).random(batch_size) < 0.5 if flip else None
-        if couple is None:  # no example needs another: gather this process's rows only
-            return Batch(x1=_take(x, rows[mine], mirrored[mine] if flip else None), cond=_rows(y, rows[mine]))
-        rng = np.random.default_rng([seed, _PAIR, step])
-        x1 = _take(x, rows, mirrored)
-        x0, x1, cond = couple(rng, _noise(rng, x1), x1, _rows(y, rows))
-        return Batch(x1=x1[mine], x0=x0[mine], cond=_rows(cond, mine))
+        if couple is None and negatives is None:  # no example needs another: gather this process's rows only
+            rows, mirrored = rows[mine], mirrored[mine] if flip else None
+        x0 = None if source is None else _take(source, rows, mirrored)
+        out = Batch(_take(x, rows, mirrored), x0, _rows(y, rows))
+        if couple is not None:
+            rng = np.random.default_rng([seed, _PAIR, step])
+            x0, x1, cond = couple(rng, _noise(rng, out.x1), out.x1, out.cond)
+            out = Batch(x1, x0, cond)
+        if negatives is not None:
+            out = out._replace(negative=negative(np.random.default_rng([seed, _NEGATIVE, step]), out))
+        return out if len(rows) == share else _rows(out, mine)
+
+    def negative(rng: np.random.Generator, out: Batch) -> np.ndarray:
+        def refused(rows):
+            return _equal(x[rows], out.x1, flip) if label is None else (label[rows] == _labels(out.cond)).all(1)
+
+        rows = rng.integers(n, size=batch_size)
+        while len(again := np.flatnonzero(refused(rows))):
+            rows[again] = rng.integers(n, size=len(again))
+        return _take(x, rows, rng.random(batch_size) < 0.5 if flip else None)
 
     return batch
 
@@ -125,6 +154,17 @@ def _noise(rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
     return rng.standard_normal(like.shape, dtype=np.float32).astype(like.dtype, copy=False)
 
 
+def _labels(y: Cond) -> np.ndarray:
+    needed = "negatives='other_label' needs an integer leaf in y, the label"
+    return couplings.leaves_of(y, kind="integer", otherwise=needed)
+
+
+def _equal(a: np.ndarray, b: np.ndarray, flip: bool) -> np.ndarray:
+    """Whether examples are equal, row by row; with ``flip`` up to mirroring."""
+    views = (a, a[:, :, ::-1]) if flip else (a,)
+    return np.any([(view == b).reshape(len(a), -1).all(1) for view in views], 0)
+
+
 def _check(x, y, batch_size, seed, flip, process_index, process_count) -> None:
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"x has dtype {x.dtype}; give floats, images as float32 in [-1, 1] (uint8: x / 127.5 - 1)")
@@ -145,3 +185,20 @@ def _check(x, y, batch_size, seed, flip, process_index, process_count) -> None:
         raise ValueError(f"flip=True mirrors images [n, H, W, C]; x has shape {x.shape}, so set flip=False")
     if seed < 0:
         raise ValueError(f"seed={seed} must be 0 or more")
+
+
+def _check_pairs(x, couple, source) -> None:
+    if source is not None and couple is not None:
+        raise ValueError("source gives the pairs and couple would make others: give one of them")
+    if source is not None and (source.shape != x.shape or not np.issubdtype(source.dtype, np.floating)):
+        raise ValueError(f"source is {source.dtype} {source.shape}; it must be floating, {x.shape} as x: row by row")
+
+
+def _check_negatives(x, negatives, label, flip) -> None:
+    if negatives not in NEGATIVES:
+        near = difflib.get_close_matches(str(negatives), NEGATIVES[1:], 1, 0.0)[0]
+        raise ValueError(f"there are no negatives {negatives!r}; did you mean {near!r}? (there are {NEGATIVES})")
+    if negatives == "any" and all(_equal(x[i : i + 1], x[:1], flip)[0] for i in range(len(x))):
+        raise ValueError("negatives='any' needs two different examples, and all are equal; set negatives=None")
+    if label is not None and (label == label[0]).all():
+        raise ValueError("negatives='other_label' needs two labels, and there is one; set negatives='any'")
