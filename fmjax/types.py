@@ -62,12 +62,16 @@ class Corrector(Protocol):
 
 
 class Batch(NamedTuple):
-    """Examples ``[B, ...]``. ``x0=None``: the loss draws ``N(0, I)``. ``t`` is set where the data carry a time."""
+    """Examples ``[B, ...]``. ``x0=None``: the loss draws ``N(0, I)``. ``t`` is set where the data carry a time.
+
+    ``negative`` is the ``x1`` of another training example, independent of this one (contrastive losses).
+    """
 
     x1: Array
     x0: Array | None = None
     cond: Cond = None
     t: Array | None = None
+    negative: Array | None = None
 
 
 @runtime_checkable
@@ -83,12 +87,16 @@ class LossFn(Protocol):
 
 
 class Method(NamedTuple):
-    """A training objective and what its parameters can be used as (compare ``optax.GradientTransformation``)."""
+    """A training objective and what its parameters can be used as (compare ``optax.GradientTransformation``).
+
+    ``score(params)(x, t, cond)`` is ``grad log p_t(x)``, what an SDE step needs beside the velocity.
+    """
 
     loss: LossFn
     velocity: Callable[[Params], VelocityFn] | None = None
     flow_map: Callable[[Params], FlowMapFn] | None = None
     direction: Callable[[Params], DirectionFn] | None = None
+    score: Callable[[Params], VelocityFn] | None = None
 
 
 def is_key(key) -> bool:
