@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     c.seed = 0
     c.data = {"name": "digits", "held_out": 0.2}
     c.flip = False
+    c.classes, c.label_dropout, c.guidance = 0, 0.0, 1.0  # 10, 0.1 and 2.0: a conditional flow, guided in its pictures
     c.path = "linear"
     c.fsdp = False
     c.log_every, c.save_every, c.sample_every, c.keep = 25, 500, 1000, 2

@@ -95,13 +95,19 @@ def from_spec(package: str, spec: Spec, *args: Any, takes: tuple[str, ...] | Non
     return call(function, {**options, **given}, *args)
 
 
-def net(spec: Spec) -> adapters.Model:
-    """A network: ``{"name": "unet", "channels": 64}`` is ``from_linen(UNet(channels=64))``."""
-    return adapters.from_linen(from_spec("nets", spec))
+def net(spec: Spec, *, classes: int = 0) -> adapters.Model:
+    """A network: ``{"name": "unet", "channels": 64}`` is ``from_linen(UNet(channels=64))``.
+
+    ``classes`` goes to the network's own; ``ValueError`` where it takes no labels.
+    """
+    name, _ = _open("nets", spec)
+    if classes and "classes" not in _options(resolve("nets", name)):
+        raise ValueError(f"classes={classes} needs a network that takes labels, which {name!r} does not")
+    return adapters.from_linen(from_spec("nets", spec, **({"classes": classes} if classes else {})))
 
 
 def path(spec: Spec) -> paths.Path:
-    """An interpolant: ``"linear"``, ``"trigonometric"``."""
+    """An interpolant by its factory's name in ``fmjax.paths``: ``"linear"``, ``{"name": "vp", "beta_max": 16.0}``."""
     return from_spec("paths", spec, takes=())
 
 

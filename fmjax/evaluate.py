@@ -1,27 +1,42 @@
 """Ways to sample one flow, drawn from the same noise and compared with held-out data.
 
-A ``Setting`` names a sampler; ``draw`` runs it for every seed; ``compare`` turns samples into rows and verdicts of a
-report. Positions of the corrections are steps of the setting's own grid.
+``main(cfg, workdir)`` evaluates the flow that ``run.fit`` trained there. A ``Setting`` names a sampler, ``draw`` runs
+it for every seed, ``compare`` turns samples into rows and verdicts of a report. Positions of the corrections are steps
+of the setting's own grid.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, correctors, report, samplers, solvers, times, workdir
+from fmjax import build, checkpoint, correctors, report, run, samplers, solvers, times, workdir
+from fmjax.data import arrays
+from fmjax.metrics import features, frechet, two_sample
 from fmjax.metrics.two_sample import mean_se
 from fmjax.report import Row, Verdict
 from fmjax.types import Method, Params, as_keys, fold_in, normal
 
 FLOW_MAP = "flow_map"  # the solver of settings that jump with the learned map
+SHOWN = 36  # examples in a grid of samples
+CHUNK = 512  # examples in flight: no sample depends on it
 Metric = Callable[[np.ndarray], float]
+
+
+NOTES = [
+    "NFE counts network evaluations a sample. All samplers of a seed start from the same noise.",
+    "FD-small is a Frechet distance in 32 features of a small classifier trained here on the training images. "
+    "It is not FID and compares with nothing but itself at the same sample count.",
+    "A distance means something beside its floor: that of as many training examples to the same held-out data.",
+]
 
 
 class Setting(NamedTuple):
@@ -46,13 +61,17 @@ class Setting(NamedTuple):
 
 
 class Models(NamedTuple):
-    """The methods of a flow, its map and its corrector, and their parameters under the same names."""
+    """The methods of a flow, its map and its corrector, and their parameters under the same names.
+
+    With ``classes`` the ``i``-th sample has the label ``i mod classes``.
+    """
 
     flow: Method
-    flow_map: Method
-    corrector: Method
+    flow_map: Method | None
+    corrector: Method | None
     params: dict[str, Params]
     shape: tuple[int, ...]
+    classes: int = 0
 
 
 def settings(plain: dict[str, Sequence[int]], corrected: dict[str, dict[str, Any]]) -> list[Setting]:
@@ -98,19 +117,88 @@ def settings(plain: dict[str, Sequence[int]], corrected: dict[str, dict[str, Any
     return found
 
 
+def check_sampling(s, data: arrays.Splits) -> None:
+    """``ValueError`` where ``s.seeds`` and ``s.samples`` cannot be compared with the data."""
+    if s.seeds < 1 or not 2 <= s.samples <= len(data.train_x):
+        raise ValueError(
+            f"sampling.seeds={s.seeds} must be 1 or more, sampling.samples={s.samples} in 2..{len(data.train_x)} "
+            "(each seed is compared with as many training examples)"
+        )
+
+
+def main(cfg, path: str | Path) -> None:
+    """Draws the plain samplers of ``cfg.sampling`` from the averaged flow in ``path`` and compares them with the data.
+
+    Writes ``evaluation.json`` (mean and standard error over seeds of every distance), ``report.html`` and the samples;
+    prints the rows. ``cfg.sampling`` and ``cfg.guidance`` may differ from the training's: with guidance NFE counts both
+    evaluations. Raises ``ValueError`` for settings that cannot be drawn, ``CheckpointError`` where no flow is.
+    """
+    data, s = build.data(cfg.data), cfg.sampling
+    check_sampling(s, data)
+    solve = {name: steps for name, steps in s.items() if name not in ("seeds", "samples", FLOW_MAP)}
+    found = settings(solve, {})
+    plan = run.assemble(cfg, data=data)
+    path = workdir.open_workdir(path, cfg.to_dict(), free=(*run.FREE, *run.SAMPLING))
+    step, flow, metadata = checkpoint.restore(path / "checkpoints", part="ema", fallback=True)
+    models = Models(plan.method, None, None, {"flow": flow}, plan.shape, plan.classes)
+    identity = f"{metadata['digest']['ema']} guidance {cfg.guidance}"
+    drawn = {}
+    with run.bar("samples", len(found), unit="sampler") as progress:
+        for setting in found:
+            drawn[setting] = draw(
+                setting, models, seeds=s.seeds, samples=s.samples, seed=cfg.seed, directory=path / "draws",
+                identity=identity,
+            )  # fmt: skip
+            progress.update()
+    metrics, net = distances(data)
+    rows, _ = compare(drawn, metrics, training_samples(data, seeds=s.seeds, samples=s.samples, seed=cfg.seed))
+    rows = [row._replace(nfe=row.nfe * (1 if cfg.guidance == 1 else 2)) for row in rows]
+    facts = {"step": str(step), "guidance": str(cfg.guidance), "samples": f"{s.seeds} seeds of {s.samples}"}
+    if net is not None:
+        accuracy = features.accuracy(net, data.test_x, data.test_y)
+        facts["classifier of FD-small"] = f"held-out accuracy {accuracy:.3f}, weights {net.weights[:12]}"
+    workdir.write_json(
+        path / "evaluation.json", {"rows": [r._asdict() for r in rows], **facts, "environment": workdir.environment()}
+    )
+    records = workdir.read_jsonl(path / "metrics.jsonl")
+    curve = tuple(np.array([r[name] for r in records]) for name in ("step", "loss"))
+    shown = {"held-out data": data.test_x[:SHOWN]} | {s.name: x[0, :SHOWN] for s, x in drawn.items()}
+    facts |= {"config": json.dumps(cfg.to_dict(), indent=1, default=list)}
+    title = f"fmjax: {cfg.data if isinstance(cfg.data, str) else cfg.data.name}"
+    grids = shown if len(plan.shape) == 3 or plan.shape == (2,) else {}
+    contents = report.Contents(title, best(rows), rows, [], grids, {}, {"flow": curve}, {}, facts, NOTES)
+    report.write(path / "report.html", contents)
+    for row in rows:
+        told = ", ".join(f"{metric} {report.plus_minus(*d)}" for metric, d in row.distances.items())
+        print(f"{row.name} ({row.nfe} NFE): {told}")
+    print(f"open {path / 'report.html'}")
+
+
+def best(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each distance: the sampler with the least, beside the floor."""
+    floor, sentences = next(row for row in rows if row.family == report.REFERENCE), []
+    for metric, (mean, se) in floor.distances.items():
+        least = report.best_row(rows, metric)
+        if least:
+            told = report.plus_minus(*least.distances[metric])
+            limit = report.plus_minus(mean, se)
+            sentences.append(f"{metric}: least for {least.name} at {least.nfe} NFE, {told} (floor {limit}).")
+    return sentences
+
+
 def title(solver: str) -> str:
     """The family of a solver, as the report has it."""
     return {FLOW_MAP: "flow map"}.get(solver, solver)
 
 
 def sampler(setting: Setting, models: Models, *, trajectory: bool = False) -> Callable[..., jax.Array]:
-    """``draw(params, keys)``, jitted: samples ``[B, ...]`` (or all states) from example keys ``[B]``.
+    """``draw(params, keys, cond=None)``, jitted: samples ``[B, ...]`` (or all states) from example keys ``[B]``.
 
     The noise depends on the keys alone, so that settings compare example by example.
     """
 
     @jax.jit
-    def draw(params: dict[str, Params], keys):
+    def draw(params: dict[str, Params], keys, cond=None):
         x0 = normal(fold_in(keys, 0), models.shape)
         if setting.solver == FLOW_MAP:
             step = models.flow_map.flow_map(params["flow_map"])
@@ -122,7 +210,7 @@ def sampler(setting: Setting, models: Models, *, trajectory: bool = False) -> Ca
             fix = correctors.marginal_matching(direction, alpha=setting.alpha, beta=setting.beta)
         grid = times.uniform_grid(setting.steps)
         return samplers.sample(
-            step, x0, grid, key=fold_in(keys, 1), corrector=fix, at=setting.at, trajectory=trajectory
+            step, x0, grid, key=fold_in(keys, 1), cond=cond, corrector=fix, at=setting.at, trajectory=trajectory
         )
 
     return draw
@@ -140,8 +228,15 @@ def draw(
     file = directory / f"{slug}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.npy"
     if file.exists():
         return np.load(file, allow_pickle=False)
-    run = sampler(setting, models)
-    x = np.stack([np.asarray(run(models.params, keys_of(seed, i, samples))) for i in range(seeds)])
+    sample = sampler(setting, models)
+    labels = jnp.arange(samples) % models.classes if models.classes else None
+
+    def of_seed(i: int) -> np.ndarray:
+        keys, parts = keys_of(seed, i, samples), range(0, samples, CHUNK)
+        cond = lambda a: None if labels is None else labels[a : a + CHUNK]
+        return np.concatenate([np.asarray(sample(models.params, keys[a : a + CHUNK], cond(a))) for a in parts])
+
+    x = np.stack([of_seed(i) for i in range(seeds)])
     buffer = io.BytesIO()
     np.save(buffer, x, allow_pickle=False)
     directory.mkdir(exist_ok=True)
@@ -152,6 +247,25 @@ def draw(
 def keys_of(seed: int, i: int, samples: int):
     """The example keys of the ``i``-th seed's samples, apart from those of training."""
     return as_keys(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), i), samples)
+
+
+def distances(data: arrays.Splits) -> tuple[dict[str, Metric], features.Features | None]:
+    """Distances of samples ``[n, ...]`` to the held-out data, and the classifier of FD-small (images only)."""
+    metrics, net = {}, None
+    if data.train_x.ndim == 4:
+        cache = workdir.cache() / "features"
+        net = features.small_classifier(data.train_x, data.train_y, cache_dir=cache, levels=data.levels)
+        reference = net.features(features.quantise(data.test_x, data.levels))
+        metrics["FD-small"] = lambda x: frechet.frechet(net.features(features.quantise(x, data.levels)), reference)
+    metrics["sliced W2"] = lambda x: two_sample.sliced_w2(x, data.test_x)
+    metrics["energy distance"] = lambda x: two_sample.energy_distance(x, data.test_x)
+    return metrics, net
+
+
+def training_samples(data: arrays.Splits, *, seeds: int, samples: int, seed: int) -> np.ndarray:
+    """Training data ``[seeds, samples, ...]``, for each seed drawn at random without replacement: the floor."""
+    rng = np.random.default_rng(seed)
+    return np.stack([data.train_x[rng.permutation(len(data.train_x))[:samples]] for _ in range(seeds)])
 
 
 def compare(

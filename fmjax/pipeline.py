@@ -19,17 +19,13 @@ import numpy as np
 from fmjax import build, checkpoint, evaluate, marginals, report, run, times, workdir
 from fmjax.data import arrays
 from fmjax.evaluate import Models, Setting
-from fmjax.metrics import features, frechet, two_sample
+from fmjax.metrics import features, two_sample
 from fmjax.types import Batch
 
-SHOWN = 36  # images in a grid of samples
 ROWS = 8  # trajectories shown
 NOTES = [
-    "NFE counts network evaluations a sample: an RK4 step costs 4, a step of the flow map 1, a correction 1.",
-    "All samplers of a seed start from the same noise, so a correction is judged by paired differences.",
-    "FD-small is a Frechet distance in 32 features of a small classifier trained here on the training digits. "
-    "It is not FID and compares with nothing but itself at the same sample count.",
-    "A distance means something beside its floor: that of as many training images to the same held-out images.",
+    *evaluate.NOTES,
+    "An RK4 step costs 4 NFE, a step of the flow map 1, a correction 1; a correction is judged by paired differences.",
     "Backward marginals q_n start at the training images and follow the flow back in time; forward marginals p_n start "
     "at noise. For a perfect flow both are one law.",
 ]
@@ -54,11 +50,9 @@ def setup(cfg) -> Setup:
     size = cfg.corrector.batch_size
     marginal = Batch(x1=np.resize(data.train_x, (size, *data.train_x.shape[1:])), t=np.resize(ts, size))
     s = cfg.sampling
-    if s.seeds < 1 or not 2 <= s.samples <= len(data.train_x):
-        raise ValueError(
-            f"sampling.seeds={s.seeds} must be 1 or more, sampling.samples={s.samples} in 2..{len(data.train_x)} "
-            "(each seed is compared with as many training images)"
-        )
+    evaluate.check_sampling(s, data)
+    if cfg.classes:
+        raise ValueError(f"classes={cfg.classes}: the pipeline has no labels; train and evaluate with launch.train")
     plain = {solver: s[solver] for solver in ("euler", "rk4", evaluate.FLOW_MAP)}
     return Setup(
         data,
@@ -192,17 +186,8 @@ def _draw(cfg, settings: list[Setting], models: Models, directory: Path) -> dict
 def _compare(cfg, data: arrays.Splits, drawn, forward, backward) -> dict[str, Any]:
     """Distances of all samples to the held-out images, and of p_n to q_n along the grid."""
     s, held_out = cfg.sampling, data.test_x
-    net = features.small_classifier(
-        data.train_x, data.train_y, cache_dir=workdir.cache() / "features", levels=data.levels
-    )
-    reference = net.features(features.quantise(held_out, data.levels))
-    metrics = {
-        "FD-small": lambda x: frechet.frechet(net.features(features.quantise(x, data.levels)), reference),
-        "sliced W2": lambda x: two_sample.sliced_w2(x, held_out),
-        "energy distance": lambda x: two_sample.energy_distance(x, held_out),
-    }
-    rng = np.random.default_rng(cfg.seed)
-    floor = np.stack([data.train_x[rng.permutation(len(data.train_x))[: s.samples]] for _ in range(s.seeds)])
+    metrics, net = evaluate.distances(data)
+    floor = evaluate.training_samples(data, seeds=s.seeds, samples=s.samples, seed=cfg.seed)
     rows, verdicts = evaluate.compare(drawn, metrics, floor)
 
     p = forward.x.reshape(s.seeds, s.samples, *forward.x.shape[1:])
@@ -234,16 +219,7 @@ def _as_json(found: dict[str, Any]) -> dict[str, Any]:
 
 def _summary(found: dict[str, Any]) -> list[str]:
     """What a reader should know first: the best sampler of each distance beside its floor, and how corrections did."""
-    rows, sentences = found["rows"], []
-    floor = next(row for row in rows if row.family == report.REFERENCE)
-    for metric, (mean, se) in floor.distances.items():
-        best = report.best_row(rows, metric)
-        if best:
-            told = report.plus_minus(*best.distances[metric])
-            sentences.append(
-                f"{metric}: least for {best.name} at {best.nfe} NFE, {told} (floor {report.plus_minus(mean, se)})."
-            )
-    return [*sentences, report.count_line(found["verdicts"])]
+    return [*evaluate.best(found["rows"]), report.count_line(found["verdicts"])]
 
 
 def _verdicts(found: dict[str, Any]) -> list[str]:
@@ -258,7 +234,8 @@ def _verdicts(found: dict[str, Any]) -> list[str]:
 
 def _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds) -> report.Contents:
     data, keys = ready.data, evaluate.keys_of(cfg.seed, 0, ROWS)
-    grids = {"held-out images": data.test_x[:SHOWN]} | {s.name: x[0, :SHOWN] for s, x in drawn.items()}
+    n = evaluate.SHOWN
+    grids = {"held-out images": data.test_x[:n]} | {s.name: x[0, :n] for s, x in drawn.items()}
     jumps = max((s for s in drawn if s.solver == evaluate.FLOW_MAP and not s.at), key=lambda s: s.steps)
     trajectories = {
         "forward: from noise along the flow": forward.x[:ROWS].swapaxes(0, 1),

@@ -24,7 +24,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from fmjax import build, checkpoint, samplers, sharding, solvers, times, workdir
+from fmjax import build, checkpoint, guidance, samplers, sharding, solvers, times, workdir
 from fmjax import train as training
 from fmjax.data import arrays
 from fmjax.nets.adapters import Model
@@ -37,6 +37,7 @@ FREE = (
     "sample_every",
     "keep",
 )  # no number of a run depends on them: a resume may change them
+SAMPLING = ("sampling", "guidance")  # no number of a flow's training depends on how it is sampled
 FETCH = 32  # steps between two looks at the metrics: NaN is found soon, and few steps are in flight
 TERMINATED = 143  # exit status after SIGTERM, as a shell has it
 
@@ -50,7 +51,8 @@ class Diverged(RuntimeError):
 class Plan(NamedTuple):
     """A training run, ready to start: a method over a model, an optimiser, and batches as a function of the step.
 
-    ``shape`` is that of one example, ``rate(n)`` the learning rate of step ``n``.
+    ``shape`` is that of one example, ``classes`` the number of labels (0: no conditions), ``rate(n)`` the learning rate
+    of step ``n``.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Plan(NamedTuple):
     rate: Callable[[int], Any]
     batch: Callable[[int], Batch]
     shape: tuple[int, ...]
+    classes: int
     batch_size: int
     steps: int
     seed: int
@@ -78,7 +81,7 @@ def fit(cfg, path: str | Path) -> training.State:
     Raises as ``assemble``, ``workdir.open_workdir`` and ``train`` do, the first two before anything is written.
     """
     plan = assemble(cfg)
-    path = workdir.open_workdir(path, cfg.to_dict(), free=FREE)
+    path = workdir.open_workdir(path, cfg.to_dict(), free=(*FREE, *SAMPLING))
     return train(plan, path, hooks=[pictures(plan, path, every=cfg.sample_every)])
 
 
@@ -97,8 +100,12 @@ def assemble(
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     sharding.check_batch(part.batch_size, mesh)
-    model = build.net(cfg.net if stage == "flow_map" else part.net)  # a flow map starts from the flow's parameters
-    method = build.method(part.method, model.net, path=build.path(cfg.path))
+    if batch is None and data is None:
+        data = build.data(cfg.data)
+    classes = cfg.classes if batch is None else 0
+    spec = cfg.net if stage == "flow_map" else part.net  # a flow map starts from the flow's parameters
+    model = build.net(spec, classes=classes) if classes else build.net(spec)
+    method = _conditional(build.method(part.method, model.net, path=build.path(cfg.path)), cfg, classes)
     if getattr(method, NEEDS[stage]) is None:
         name = part.method if isinstance(part.method, str) else part.method["name"]
         raise ValueError(f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {name!r} does not")
@@ -110,15 +117,14 @@ def assemble(
     )
     couple = None if part.coupling == "independent" else build.coupling(part.coupling)
     if batch is None:
-        data = build.data(cfg.data) if data is None else data
         batch = arrays.batches(
-            data.train_x, batch_size=part.batch_size, seed=cfg.seed, couple=couple, flip=cfg.flip,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            data.train_x, _labels(data.train_y, classes), batch_size=part.batch_size, seed=cfg.seed, couple=couple,
+            flip=cfg.flip, process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
     plan = Plan(
         stage, model, method, tx, functools.partial(build.learning_rate_at, peak=part.learning_rate, **schedule), batch,
-        batch(0).x1.shape[1:], part.batch_size, part.steps, cfg.seed, part.ema, part.target, cfg.fsdp, cfg.log_every,
-        cfg.save_every, cfg.keep, mesh,
+        batch(0).x1.shape[1:], classes, part.batch_size, part.steps, cfg.seed, part.ema, part.target, cfg.fsdp,
+        cfg.log_every, cfg.save_every, cfg.keep, mesh,
     )  # fmt: skip
     _step(plan)
     _trace(plan)
@@ -127,7 +133,7 @@ def assemble(
 
 def initial(plan: Plan) -> Params:
     """The parameters before the first step, drawn from the plan's seed."""
-    return plan.model.init(jax.random.fold_in(jax.random.key(plan.seed), 0), jnp.zeros((1, *plan.shape)))
+    return plan.model.init(jax.random.fold_in(jax.random.key(plan.seed), 0), *_example(plan))
 
 
 def train(
@@ -205,17 +211,19 @@ def train(
 def pictures(plan: Plan, directory: str | Path, *, every: int, count: int = 36, steps: int = 16) -> Hook:
     """A hook that writes ``samples/step-N.png`` every ``every`` records' steps: Euler samples of the averaged flow.
 
-    Nothing for ``every = 0`` and for examples that are not images ``[H, W, C]``.
+    Labels, where there are any, follow one another: 0, 1, ... Nothing for ``every = 0`` and for examples that are not
+    images ``[H, W, C]``.
     """
     from fmjax import figures
 
     folder = Path(directory) / "samples"
     keys = as_keys(jax.random.fold_in(jax.random.key(plan.seed), 2), count)
+    labels = jnp.arange(count) % plan.classes if plan.classes else None
 
     @jax.jit
     def draw(params):
         step = solvers.euler(plan.method.velocity(params))
-        return samplers.sample(step, normal(keys, plan.shape), times.uniform_grid(steps))
+        return samplers.sample(step, normal(keys, plan.shape), times.uniform_grid(steps), cond=labels)
 
     def hook(n: int, state: training.State) -> None:
         if every and n % every == 0 and len(plan.shape) == 3:
@@ -244,10 +252,39 @@ def _step(plan: Plan):
     )
 
 
+def _conditional(method: Method, cfg, classes: int) -> Method:
+    """The method with label dropout in its loss and guidance in its velocity, as the config has them."""
+    if not classes and (cfg.label_dropout or cfg.guidance != 1):
+        raise ValueError(
+            f"label_dropout={cfg.label_dropout} and guidance={cfg.guidance} need labels: set classes, or 0 and 1 here"
+        )
+    if cfg.guidance != 1 and not cfg.label_dropout:
+        raise ValueError(f"guidance={cfg.guidance} needs a network that knows the null label: set label_dropout=0.1")
+    method = guidance.label_dropout(method, rate=cfg.label_dropout, null=classes)
+    if cfg.guidance == 1 or method.velocity is None:
+        return method
+    guided = lambda params: guidance.classifier_free(method.velocity(params), null=classes, scale=cfg.guidance)
+    return method._replace(velocity=guided)
+
+
+def _labels(y, classes: int):
+    """The labels of a data set where a config asks for them, checked against its number of classes."""
+    if not classes:
+        return None
+    if not (0 <= y.min() and y.max() < classes):
+        raise ValueError(f"classes={classes} is too few: the data have labels {y.min()} .. {y.max()}")
+    return y
+
+
+def _example(plan: Plan) -> tuple[jax.Array, Any]:
+    """Zeros in the shape of one example and of its condition."""
+    return jnp.zeros((1, *plan.shape)), jnp.zeros(1, jnp.int32) if plan.classes else None
+
+
 def _trace(plan: Plan) -> None:
     """Traces model and loss on one device's rows: what they refuse, they refuse now."""
     rows = plan.batch_size // plan.mesh.size
-    params = jax.eval_shape(plan.model.init, jax.random.key(0), jnp.zeros((1, *plan.shape)))
+    params = jax.eval_shape(plan.model.init, jax.random.key(0), *_example(plan))
     share = lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype)
     keys = jax.eval_shape(lambda: example_keys(jax.random.key(0), jnp.arange(rows)))
     jax.eval_shape(plan.method.loss, params, params, jax.tree.map(share, plan.batch(0)), keys)

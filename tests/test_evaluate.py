@@ -1,13 +1,16 @@
 """Settings of a config, paired sampling, and the table of distances, on a Gaussian whose flow is known."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_run import config
 
-from fmjax import evaluate, oracles, report
+from fmjax import checkpoint, evaluate, oracles, report, run, samplers, solvers, times
 from fmjax.evaluate import Models, Setting
-from fmjax.types import Method
+from fmjax.types import Method, fold_in, normal
 
 MEAN, STD, SIGMA = 1.5, 0.5, 0.4
 PLAIN = {"euler": (4,), "rk4": (2, 8), "flow_map": (1, 2)}
@@ -135,3 +138,63 @@ def test_keys_of_seeds_are_apart():
     a, b, c = (jax.random.key_data(evaluate.keys_of(*k, 3)) for k in ((0, 0), (0, 1), (1, 0)))
     assert (a == jax.random.key_data(evaluate.keys_of(0, 0, 5))[:3]).all()
     assert len({tuple(k) for k in np.concatenate([a, b, c]).tolist()}) == 9
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A conditional flow on the digits, hardly trained, evaluated as launch.evaluate does it."""
+    path = tmp_path_factory.mktemp("flow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        cfg = config(classes=10, label_dropout=0.2, steps=3, **{"sampling.seeds": 2, "sampling.samples": 50})
+        cfg.sampling.update({"euler": (2,), "rk4": (1,)})
+        run.fit(cfg, path)
+        evaluate.main(cfg, path)
+        first = json.loads((path / "evaluation.json").read_text())
+        cfg.guidance = 2.0
+        evaluate.main(cfg, path)
+    return cfg, path, first, json.loads((path / "evaluation.json").read_text())
+
+
+def test_an_evaluation_tells_every_sampler_and_the_floor_with_errors(evaluated):
+    cfg, path, first, guided = evaluated
+    names = ["euler, 2 steps", "rk4, 1 step", "training data"]
+    assert [r["name"] for r in first["rows"]] == names
+    assert [r["nfe"] for r in first["rows"]] == [2, 4, 0] and [r["nfe"] for r in guided["rows"]] == [4, 8, 0]
+    for row in first["rows"]:
+        assert set(row["distances"]) == {"FD-small", "sliced W2", "energy distance"}
+        assert all(se > 0 for _, se in row["distances"].values())
+    assert first["rows"][0]["distances"] != guided["rows"][0]["distances"]
+    assert first["rows"][2] == guided["rows"][2]
+    assert "flow map" not in (path / "report.html").read_text()
+
+
+def test_an_evaluation_draws_each_label_in_turn_from_the_averaged_flow(evaluated):
+    cfg, path, *_ = evaluated
+    plan = run.assemble(cfg)
+    _, ema, _ = checkpoint.restore(path / "checkpoints", part="ema")
+    keys = evaluate.keys_of(cfg.seed, 1, 50)
+    step = solvers.euler(plan.method.velocity(ema))
+    x0 = normal(fold_in(keys, 0), plan.shape)
+    x = samplers.sample(step, x0, times.uniform_grid(2), cond=jnp.arange(50) % 10)
+    drawn = evaluate.draw(
+        Setting("euler, 2 steps", "euler", "euler", 2), Models(plan.method, None, None, {"flow": ema}, plan.shape, 10),
+        seeds=2, samples=50, seed=cfg.seed, directory=path / "again", identity="",
+    )  # fmt: skip
+    np.testing.assert_allclose(drawn[1], x, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_does_not_depend_on_the_chunk_it_is_drawn_in(models, tmp_path, monkeypatch):
+    setting = Setting("rk4, 2 steps", "rk4", "rk4", 2)
+    draw = lambda name: evaluate.draw(
+        setting, models, seeds=2, samples=10, seed=0, directory=tmp_path / name, identity=""
+    )
+    whole = draw("whole")
+    monkeypatch.setattr(evaluate, "CHUNK", 4)
+    np.testing.assert_allclose(draw("chunks"), whole, rtol=1e-6)
+    assert len(np.unique(whole)) == whole.size
+
+
+def test_an_evaluation_without_a_flow_says_so(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
+        evaluate.main(config(), tmp_path)

@@ -10,7 +10,7 @@ import pytest
 from fmjax import guidance, oracles, paths, solvers, times
 from fmjax.nets.adapters import from_linen
 from fmjax.nets.mlp import MLP
-from fmjax.types import expand, over_batch
+from fmjax.types import Batch, Method, example_keys, expand, over_batch
 
 NULL = 2
 
@@ -221,3 +221,44 @@ def test_bad_options_are_refused():
         guidance.interval(2.0, low=1.0, high=1.0)
     with pytest.raises(ValueError, match="needs a condition, got cond=None"):
         guidance.classifier_free(velocity, scale=2.0, null=NULL)(jnp.ones((2, 1)), 0.5)
+
+
+def dropped(rate, n, seed=0, null=NULL):
+    """A method whose loss tells the conditions it saw and the keys it got, under label dropout."""
+
+    def loss(params, target, batch, key):
+        seen = batch.cond["label"].astype(float)
+        return seen.mean(), {"per_example": seen, "words": batch.cond["words"], "key": jax.random.key_data(key)}
+
+    wrapped = guidance.label_dropout(Method(loss), rate=rate, null={"label": null, "words": 0.0})
+    cond = {"label": jnp.arange(n) % NULL, "words": jnp.ones((n, 3))}
+    keys = example_keys(jax.random.key(seed), jnp.arange(n))
+    return wrapped.loss(None, None, Batch(jnp.zeros((n, 1)), cond=cond), keys)[1], cond, keys
+
+
+def test_label_dropout_hides_the_whole_condition_of_its_share_of_the_examples_and_leaves_the_rest():
+    n, rate = 20_000, 0.3
+    aux, cond, keys = dropped(rate, n)
+    null = np.asarray(aux["is_unconditional"])
+    assert abs(null.mean() - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
+    np.testing.assert_array_equal(aux["per_example"], np.where(null, NULL, cond["label"]))
+    np.testing.assert_array_equal(aux["words"], np.where(null[:, None], 0.0, cond["words"]))
+    assert abs(np.corrcoef(null, np.asarray(cond["label"]))[0, 1]) < 4 / n**0.5
+    assert (aux["key"] != jax.random.key_data(keys)).any(1).all(), "the draw's key is used again by the loss"
+
+
+def test_label_dropout_belongs_to_the_example_and_changes_with_its_key():
+    whole, half, other = (np.asarray(dropped(0.5, *a)[0]["is_unconditional"]) for a in ((64,), (32,), (64, 1)))
+    np.testing.assert_array_equal(whole[:32], half)
+    assert (whole != other).any()
+
+
+def test_no_label_dropout_is_the_method_itself_and_a_bad_one_is_refused():
+    method = Method(lambda *a: (0.0, {}))
+    assert guidance.label_dropout(method, rate=0.0, null=NULL) is method
+    for rate in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"label_dropout={rate} is the share .* \[0, 1\)"):
+            guidance.label_dropout(method, rate=rate, null=NULL)
+    keys = example_keys(jax.random.key(0), jnp.arange(2))
+    with pytest.raises(ValueError, match="label dropout needs labels"):
+        guidance.label_dropout(method, rate=0.1, null=NULL).loss(None, None, Batch(jnp.zeros((2, 1))), keys)

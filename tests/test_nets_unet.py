@@ -17,7 +17,7 @@ def group_norm(x, p):
     b, h, w, c = x.shape
     y = x.reshape(b, h * w, groups(c), -1)
     mean, var = y.mean((1, 3), keepdims=True), y.var((1, 3), keepdims=True)
-    return ((y - mean) / np.sqrt(var + 1e-6)).reshape(x.shape) * p["scale"] + p["bias"]
+    return ((y - mean) / np.sqrt(var + 1e-5)).reshape(x.shape) * p["scale"] + p["bias"]
 
 
 def conv(x, p):
@@ -87,8 +87,8 @@ def count(height, colours, *, channels, multipliers, blocks, attention, middle, 
     block = lambda i, o: 2 * i + c3(i, o) + linear(width, 2 * o) + 2 * o + c3(o, o) + (linear(i, o) if i != o else 0)
     attend = lambda c: 2 * c + linear(c, 3 * c) + linear(c, c)
     total = linear(64, width) + 64 * width + linear(width, width) + ((classes + 1) * width if classes else 0)
-    total += c3(colours, channels)
-    now, kept = channels, [channels]
+    now = channels * multipliers[0]
+    total, kept = total + c3(colours, now), [now]
     for level, m in enumerate(multipliers):
         if level:
             total, height = total + c3(now, now), height // 2

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import checkpoint, run, sharding, workdir
+from fmjax import build, checkpoint, run, sharding, workdir
 from fmjax.types import Batch
 
 digits = pytest.importorskip("configs.digits")
@@ -57,6 +57,11 @@ def same(a, b):
         ("flow", {"ema": 1.0}, "ema=1.0 is the decay"),
         ("flow", {"target": "emma"}, "target='emma' is not one of self, ema, frozen"),
         ("flow", {"target": "frozen"}, "target='frozen' needs a teacher"),
+        ("flow", {"classes": 9}, r"classes=9 is too few: the data have labels 0 \.\. 9"),
+        ("flow", {"label_dropout": 0.1}, "label_dropout=0.1 and guidance=1.0 need labels: set classes"),
+        ("flow", {"guidance": 2.0, "classes": 10}, "guidance=2.0 needs a network that knows the null label"),
+        ("flow", {"classes": 10, "label_dropout": 1.0}, "label_dropout=1.0 is the share"),
+        ("flow", {"classes": 10, "net.classes": 10}, "is given 'classes' from a field of its own"),
         ("flow", {"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
         ("flow", {"method": {"name": "score_corrector", "sigma": 0.1}}, "must give a velocity"),
         ("flow_map", {"flow_map.method": "flow_matching"}, "must give a flow_map"),
@@ -186,3 +191,31 @@ def test_every_field_of_the_workdir_s_config_is_plain_json(tmp_path):
     run.fit(config(steps=1), tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["net"] == {"name": "mlp", "width": 16, "depth": 1} and stored["sampling"]["euler"] == [4, 8, 16, 32]
+
+
+def test_a_conditional_run_trains_on_its_labels_and_guides_its_velocity():
+    """The batch's labels are those of its images, dropout is told of, and guidance goes past the conditional field."""
+    changes = {"classes": 10, "label_dropout": 0.5, "steps": 3, "log_every": 3}
+    plan, plain = small(**changes), small()
+    data = build.data("digits")
+    batch = plan.batch(0)
+    index = [int(np.flatnonzero((data.train_x == x).all((1, 2, 3)))[0]) for x in batch.x1]
+    np.testing.assert_array_equal(batch.cond, data.train_y[index])
+    assert plain.batch(0).cond is None
+    params = run.initial(plan)
+    assert params["Embed_0"]["embedding"].shape[0] == 11 and "Embed_0" not in run.initial(plain)
+
+    rng = np.random.default_rng(0)  # the output layer starts at zero
+    params = jax.tree.map(lambda a: a + 0.1 * rng.standard_normal(a.shape, np.float32), params)
+    guided = small(**changes, guidance=3.0).method.velocity(params)
+    velocity = plan.method.velocity(params)
+    x, y = jnp.asarray(batch.x1), jnp.asarray(batch.cond)
+    labelled, null = velocity(x, 0.5, y), velocity(x, 0.5, jnp.full_like(y, 10))
+    np.testing.assert_allclose(guided(x, 0.5, y), null + 3 * (labelled - null), rtol=1e-4, atol=1e-5)
+    assert np.abs(labelled - null).max() > 0.01
+
+
+def test_a_conditional_run_records_the_loss_without_labels(tmp_path):
+    run.train(small(classes=10, label_dropout=0.5, steps=3, log_every=3), tmp_path)
+    record = records(tmp_path)[-1]
+    assert record["unconditional"] > 0.5, "the loss of an untrained flow is near E|x1 - x0|^2 per pixel"

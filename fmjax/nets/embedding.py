@@ -6,13 +6,26 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+SPECTRA = ("wide", "slow")
+
 
 def sinusoid(t: Float[Array, " b"], dim: int, *, max_frequency: float = 16.0) -> Float[Array, "b d"]:
     """``[cos(w t), sin(w t)]`` with ``dim / 2`` frequencies ``w``, log-spaced from ``1`` to ``max_frequency`` radians.
 
     Times stay in [0, 1]: multiplying them by 1000, as diffusion networks do, makes the time derivative explode.
     """
-    w = jnp.exp(jnp.linspace(0.0, jnp.log(max_frequency), dim // 2))
+    return _waves(t, jnp.exp(jnp.linspace(0.0, jnp.log(max_frequency), dim // 2)))
+
+
+def slow_sinusoid(t: Float[Array, " b"], dim: int, *, max_period: float = 1e4) -> Float[Array, "b d"]:
+    """``[cos(w t), sin(w t)]`` with ``w_i = max_period^(-i / (dim / 2))``: from 1 radian down (arXiv 2006.11239).
+
+    What torchcfm's U-Net sees: the sinusoids of DDPM at times in [0, 1], most of them nearly straight lines.
+    """
+    return _waves(t, jnp.exp(-jnp.log(max_period) * jnp.arange(dim // 2) / (dim // 2)))
+
+
+def _waves(t: Array, w: Array) -> Array:
     angle = t.astype(jnp.promote_types(t.dtype, jnp.float32))[:, None] * w
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], 1)
 
@@ -21,15 +34,22 @@ class TwoTimes(nn.Module):
     """``e(s) + W (phi(t - s) - phi(0))``: a plain embedding of ``s`` plus a zero-initialised one of the jump.
 
     It vanishes on the diagonal whatever ``W`` is, so a flow-matching checkpoint is a flow map whose jump is one Euler
-    step, and training on the diagonal leaves ``W`` alone.
+    step, and training on the diagonal leaves ``W`` alone. ``e`` sees ``frequencies`` numbers of ``sinusoid``
+    (``spectrum="wide"``) or ``slow_sinusoid`` (``"slow"``); the jump is always seen widely, 64 numbers of it.
     """
 
     features: int
     frequencies: int = 64
+    spectrum: str = "wide"
 
     @nn.compact
     def __call__(self, s: Float[Array, " b"], t: Float[Array, " b"]) -> Float[Array, "b d"]:
-        jump = sinusoid(t - s, self.frequencies) - sinusoid(jnp.zeros_like(t), self.frequencies)
-        e = nn.Dense(self.features, name="source")(sinusoid(s, self.frequencies))
+        if self.spectrum not in SPECTRA:
+            raise ValueError(
+                f"the spectrum of an embedding of times is one of {', '.join(SPECTRA)}, got {self.spectrum!r}"
+            )
+        source = {"wide": sinusoid, "slow": slow_sinusoid}[self.spectrum]
+        jump = sinusoid(t - s, 64) - sinusoid(jnp.zeros_like(t), 64)
+        e = nn.Dense(self.features, name="source")(source(s, self.frequencies))
         e += nn.Dense(self.features, name="jump", use_bias=False, kernel_init=nn.initializers.zeros)(jump)
         return nn.Dense(self.features, name="mix")(nn.silu(e))

@@ -14,13 +14,15 @@ from fmjax.nets.embedding import TwoTimes
 class MLP(nn.Module):
     """``depth`` residual blocks ``h + W2 gelu(W1 (norm(h) (1 + a) + b))`` with ``a, b`` from the two times.
 
-    ``classes > 0`` adds an embedding of integer labels ``cond: [B]`` (label ``classes`` is the null class). The output
-    layer starts at zero. ``dtype`` is the compute type; parameters and times are float32.
+    ``classes > 0`` adds an embedding of integer labels ``cond: [B]`` (label ``classes`` is the null class).
+    ``outputs > 1`` gives ``[B, ..., outputs C]`` for ``x: [B, ..., C]``, for methods that learn several fields at once.
+    The output layer starts at zero. ``dtype`` is the compute type; parameters and times are float32.
     """
 
     width: int = 256
     depth: int = 3
     classes: int = 0
+    outputs: int = 1
     dropout: float = 0.0
     dtype: str = "float32"
 
@@ -40,5 +42,6 @@ class MLP(nn.Module):
             r = nn.Dropout(self.dropout, deterministic=not train)(r)
             h += dense(self.width, name=f"down_{i}")(r)
         h = nn.LayerNorm(dtype=self.dtype)(h)
-        out = nn.Dense(math.prod(x.shape[1:]), kernel_init=nn.initializers.zeros, name="output")(h)
-        return out.reshape(x.shape).astype(x.dtype)
+        shape = (*x.shape[:-1], self.outputs * x.shape[-1])
+        out = nn.Dense(math.prod(shape[1:]), kernel_init=nn.initializers.zeros, name="output")(h)
+        return out.reshape(shape).astype(x.dtype)

@@ -1,0 +1,183 @@
+"""torchcfm's U-Net, and guided-diffusion's, whose copy it is: a state dict becomes parameters of ``UNet``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmjax.nets.adapters import from_linen
+from fmjax.nets.unet import UNet
+from fmjax.types import Params
+
+
+class _State:
+    """A state dict that knows what of it has been used; tensors leave it in the layout of Flax."""
+
+    def __init__(self, state: Mapping[str, Any]):
+        self.left = {name.removeprefix("module."): np.asarray(a) for name, a in state.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.left
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.left:
+            raise ValueError(f"not a state dict of torchcfm's U-Net: it has no {name!r} ({_some(self.left)})")
+        return self.left[name].shape
+
+    def take(self, name: str) -> np.ndarray:
+        self.shape(name)
+        return self.left.pop(name).astype(np.float32)
+
+    def norm(self, name: str) -> dict[str, np.ndarray]:
+        return {"scale": self.take(f"{name}.weight"), "bias": self.take(f"{name}.bias")}
+
+    def dense(self, name: str) -> dict[str, np.ndarray]:
+        """A linear layer or a convolution of one pixel: ``[out, in, 1 ...]`` to ``[in, out]``."""
+        w = self.take(f"{name}.weight")
+        return {"kernel": w.reshape(w.shape[:2]).T, "bias": self.take(f"{name}.bias")}
+
+    def conv(self, name: str) -> dict[str, np.ndarray]:
+        """``[out, in, height, width]`` to ``[height, width, in, out]``."""
+        return {"kernel": self.take(f"{name}.weight").transpose(2, 3, 1, 0), "bias": self.take(f"{name}.bias")}
+
+    def block(self, name: str, film: bool) -> Params:
+        p = {"GroupNorm_0": self.norm(f"{name}.in_layers.0"), "first": self.conv(f"{name}.in_layers.2")}
+        p["film" if film else "shift"] = self.dense(f"{name}.emb_layers.1")
+        p |= {"GroupNorm_1": self.norm(f"{name}.out_layers.0"), "second": self.conv(f"{name}.out_layers.3")}
+        return p | ({"skip": self.dense(f"{name}.skip_connection")} if f"{name}.skip_connection.weight" in self else {})
+
+    def attention(self, name: str, heads: int, by_head: bool) -> Params:
+        """What comes out of ``qkv`` goes from (head, 3, channel) to (3, head, channel) where it is ``by_head``."""
+        qkv = self.dense(f"{name}.qkv")
+        if by_head:
+            for key, a in qkv.items():
+                qkv[key] = a.reshape(*a.shape[:-1], heads, 3, -1).swapaxes(-3, -2).reshape(a.shape)
+        return {"GroupNorm_0": self.norm(f"{name}.norm"), "qkv": qkv, "out": self.dense(f"{name}.proj_out")}
+
+
+def _some(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing left"
+
+
+def unet(
+    state: Mapping[str, Any],
+    *,
+    size: int,
+    heads: int = 1,
+    head_channels: int = 0,
+    new_attention_order: bool = False,
+    null_class: bool = False,
+) -> tuple[Params, dict[str, Any]]:
+    """``(params, fields)`` such that ``UNet(**fields)`` with ``params`` on the diagonal is torchcfm's network.
+
+    ``state`` maps the names of a ``UNetModel``'s state dict to arrays (a prefix ``module.`` is dropped). What a state
+    dict does not tell must be given: ``size``, the height of the images, and torchcfm's ``num_heads`` (or
+    ``num_head_channels``) and ``use_new_attention_order``. The second time starts at zero. A table of labels has no
+    null class in torchcfm: it is added as a row of zeros, unless the last row was trained as one (``null_class``).
+
+    Raises ``ValueError`` for a name that is missing, left over or of a shape that the U-Net does not have.
+    """
+    state = _State(state)
+    fields = _fields(state, size, heads, head_channels, null_class)
+    net = UNet(**fields)
+    params = {"TwoTimes_0": {"source": state.dense("time_embed.0"), "mix": state.dense("time_embed.2")}}
+    params["TwoTimes_0"]["jump"] = {"kernel": np.zeros((64, 4 * net.channels), np.float32)}
+    if net.classes:
+        table = state.take("label_emb.weight")
+        null = np.zeros((0 if null_class else 1, table.shape[1]), np.float32)
+        params["Embed_0"] = {"embedding": np.concatenate([table, null])}
+
+    def put(name: str, theirs: str, width: int = 0) -> None:
+        """Block ``theirs.0`` and, where there is one, the attention after it."""
+        params[name] = state.block(f"{theirs}.0", net.film)
+        if f"{theirs}.1.qkv.weight" in state:
+            attend(name, f"{theirs}.1", width * channels)
+
+    def attend(name: str, theirs: str, width: int) -> None:
+        n = width // head_channels if head_channels else heads
+        params[f"{name}_attention"] = state.attention(theirs, n, not new_attention_order)
+
+    def join(name: str, theirs: str, conv: str) -> None:
+        made = state.block(theirs, net.film) if net.resample == "block" else state.conv(f"{theirs}.{conv}")
+        params[name] = made
+
+    channels, levels, at = net.channels, list(enumerate(net.multipliers)), 1
+    params["input"] = state.conv("input_blocks.0.0")
+    for level, m in levels:
+        if level:
+            join(f"down_{level}", f"input_blocks.{at}.0", "op")
+            at += 1
+        for i in range(net.blocks):
+            put(f"in_{level}_{i}", f"input_blocks.{at}", m)
+            at += 1
+    for i, j in ((0, 0), (1, 2)):
+        params[f"middle_{i}"] = state.block(f"middle_block.{j}", net.film)
+    attend("middle", "middle_block.1", net.multipliers[-1] * channels)
+    at = 0
+    for level, m in reversed(levels):
+        for i in range(net.blocks + 1):
+            last = f"output_blocks.{at}.{2 if f'output_blocks.{at}.1.qkv.weight' in state else 1}"
+            put(f"out_{level}_{i}", f"output_blocks.{at}", m)
+            at += 1
+        if level:
+            join(f"up_{level}", last, "conv")
+    params |= {"GroupNorm_0": state.norm("out.0"), "output": state.conv("out.2")}
+    if state.left:
+        raise ValueError(f"this is more than torchcfm's U-Net: {_some(state.left)} has no place in {net}")
+    _check(net, params, size)
+    return jax.tree.map(jnp.asarray, params), fields
+
+
+def _fields(state: _State, size: int, heads: int, head_channels: int, null_class: bool) -> dict[str, Any]:
+    """What a state dict tells of its network: all but the heads and the height of the images."""
+    channels = state.shape("time_embed.0.weight")[1]
+    colours = state.shape("input_blocks.0.0.weight")[1]
+    outputs = state.shape("out.2.weight")[0]
+    out = 0
+    while f"output_blocks.{out}.0.in_layers.2.weight" in state:
+        out += 1
+    has = lambda i, part: [f"output_blocks.{i}.{j}.{part}.weight" in state for j in (1, 2)]
+    convs, blocks = (sum(any(has(i, part)) for i in range(out)) for part in ("conv", "in_layers.2"))
+    levels = 1 + convs + blocks
+    if out == 0 or out % levels or out == levels or convs and blocks:
+        raise ValueError(
+            f"not torchcfm's U-Net with learned resampling: {convs + blocks} of its {out} output blocks double the size"
+        )
+    each = out // levels
+    width = lambda level: state.shape(f"output_blocks.{each * (levels - 1 - level)}.0.out_layers.3.weight")[0]
+    attends = [level for level in range(levels) if has(each * (levels - 1 - level), "qkv")[0]]
+    film, features = (state.shape(f"middle_block.0.{n}")[0] for n in ("emb_layers.1.bias", "out_layers.3.bias"))
+    for name, value, unit in (("a channel multiplier", width(0), channels), ("outputs", outputs, colours)):
+        if value % unit:
+            raise ValueError(f"{name} of this network is {value}/{unit}, and fmjax's U-Net has whole ones only")
+    classes = state.shape("label_emb.weight")[0] - null_class if "label_emb.weight" in state else 0
+    return {
+        "channels": channels,
+        "multipliers": tuple(width(level) // channels for level in range(levels)),
+        "blocks": each - 1,
+        "attention": tuple(size // 2**level for level in attends),
+        "heads": heads,
+        "head_channels": head_channels,
+        "film": film == 2 * features,
+        "per_group": 1,
+        "spectrum": "slow",
+        "resample": "block" if blocks else "conv",
+        "classes": classes,
+        "outputs": outputs // colours,
+    }
+
+
+def _check(net: UNet, params: Params, size: int) -> None:
+    x = jnp.zeros((1, size, size, params["input"]["kernel"].shape[2]))
+    cond = jnp.zeros(1, "int32") if net.classes else None
+    want = jax.eval_shape(from_linen(net).init, jax.random.key(0), x, cond)
+    flat = lambda tree: {jax.tree_util.keystr(k): a.shape for k, a in jax.tree_util.tree_leaves_with_path(tree)}
+    want, got = flat(want), flat(params)
+    for name in sorted(want | got):
+        if want.get(name) != got.get(name):
+            raise ValueError(f"{name} has shape {got.get(name)} here and {want.get(name)} in {net}")
