@@ -9,12 +9,16 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 
+import jax
 import numpy as np
 import originals
 import pytest
+from originals import assert_is
 
-from fmjax.data import images
+from fmjax import couplings
+from fmjax.data import arrays, images
 from fmjax.data.fashion_mnist import ORIGINAL as FASHION
 from fmjax.data.fashion_mnist import fashion_mnist
 from fmjax.data.mnist import ORIGINAL as MNIST
@@ -29,16 +33,9 @@ def small(tmp_path):
     """A set of the MNIST format with a table of checksums: its ``Original``, its folder and what is in it."""
     folder = tmp_path / "source"
     folder.mkdir()
-    arrays = originals.idx(folder)
+    written = originals.idx(folder)
     originals.checksums(folder, tmp_path / "checksums.tsv")
-    return MNIST._replace(name="small", registered=str(tmp_path / "checksums.tsv")), folder, arrays
-
-
-def assert_is(splits, arrays):
-    for x, y, (pixels, labels) in zip(splits[0:3:2], splits[1:4:2], arrays.values(), strict=True):
-        assert x.dtype == np.float32 and y.dtype == np.int32 and x.shape == (*pixels.shape, 1)
-        np.testing.assert_allclose(x[..., 0], pixels / 127.5 - 1, atol=1.2e-7)  # one rounding of a float32 below 2
-        assert (y == labels).all()
+    return MNIST._replace(name="small", registered=str(tmp_path / "checksums.tsv")), folder, written
 
 
 @pytest.mark.parametrize(
@@ -67,19 +64,19 @@ def test_the_published_sets_are_read_byte_for_byte(load, counts, mean, std, tmp_
 
 
 def test_prepared_records_are_read_without_their_source(small, tmp_path):
-    original, folder, arrays = small
-    assert_is(images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d")), arrays)
+    original, folder, written = small
+    assert_is(images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d")), written)
     (folder / LABELS).unlink()
-    assert_is(images.load(original, source_dir="no such folder", data_dir=str(tmp_path / "d")), arrays)
-    assert_is(images.load(original, data_dir=str(tmp_path / "d")), arrays)
+    assert_is(images.load(original, source_dir="no such folder", data_dir=str(tmp_path / "d")), written)
+    assert_is(images.load(original, data_dir=str(tmp_path / "d")), written)
     assert "tensorflow" not in sys.modules
 
 
 def test_files_of_the_format_are_read_without_verification_and_kept_apart(small, tmp_path):
-    _, folder, arrays = small
+    _, folder, written = small
     read = lambda: mnist(source_dir=str(folder), data_dir=str(tmp_path / "d"), verify=False)
-    assert_is(read(), arrays)
-    assert_is(read(), arrays)
+    assert_is(read(), written)
+    assert_is(read(), written)
     other = originals.idx(folder, train=9)
     assert_is(read(), other)  # changed files are other data
     with pytest.raises(FileNotFoundError, match="gone"):
@@ -87,7 +84,7 @@ def test_files_of_the_format_are_read_without_verification_and_kept_apart(small,
 
 
 def test_a_download_is_verified_kept_and_read_once(small, tmp_path):
-    original, folder, arrays = small
+    original, folder, written = small
     asked = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -99,9 +96,9 @@ def test_a_download_is_verified_kept_and_read_once(small, tmp_path):
     try:
         table = tmp_path / "checksums.tsv"
         originals.checksums(folder, table, f"http://127.0.0.1:{server.server_port}")
-        assert_is(images.load(original, data_dir=str(tmp_path / "d")), arrays)
+        assert_is(images.load(original, data_dir=str(tmp_path / "d")), written)
         assert sorted(asked) == sorted(f"/{path.name}" for path in folder.iterdir())
-        assert_is(images.load(original, data_dir=str(tmp_path / "d")), arrays)
+        assert_is(images.load(original, data_dir=str(tmp_path / "d")), written)
         assert len(asked) == 4
         good = table.read_text()
         table.write_text(good.replace("\t" + good.split("\t")[2], "\t" + "0" * 64))
@@ -127,7 +124,7 @@ def test_no_network_is_one_sentence_with_the_files_to_fetch(small, tmp_path, mon
 def test_the_registered_files_of_all_sets_have_an_address_a_size_and_a_checksum():
     for original in (MNIST, FASHION):
         found = images.registered(original)
-        assert list(found) == [*original.train, *original.test]
+        assert list(found) == [*original.train[0], *original.test[0]]
         for name, (url, info) in found.items():
             assert url.endswith(name) and info.size > 1000 and len(bytes.fromhex(info.checksum)) == 32
 
@@ -183,8 +180,8 @@ import os, signal, sys
 from fmjax.data import images
 from fmjax.data.mnist import ORIGINAL
 
-def read(paths):
-    for i, example in enumerate(images.read_idx(paths)):
+def read(paths, split):
+    for i, example in enumerate(images.read_idx(paths, split)):
         if i == 5 and "t10k" in paths[0].name:
             os.kill(os.getpid(), signal.SIGKILL)
         yield example
@@ -195,19 +192,19 @@ images.load(original, source_dir=sys.argv[2], data_dir=sys.argv[3])
 
 
 def test_a_killed_preparation_leaves_nothing_that_looks_complete_and_is_swept(small, tmp_path):
-    original, folder, arrays = small
+    original, folder, written = small
     command = [sys.executable, "-c", KILLED, original.registered, str(folder), str(tmp_path / "d")]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True)
     assert done.returncode == -9, done.stderr[-2000:]
     assert list((tmp_path / "d").rglob("incomplete*")) and not (tmp_path / "d/fmjax_small/1.0.0").exists()
-    assert_is(images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d")), arrays)
+    assert_is(images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d")), written)
     assert not list((tmp_path / "d").rglob("incomplete*"))
 
 
 def test_a_second_process_waits_for_the_one_that_prepares(small, tmp_path):
     import fcntl
 
-    original, folder, arrays = small
+    original, folder, written = small
     lock = tmp_path / "d/fmjax_small/.lock"
     lock.parent.mkdir(parents=True)
     found = []
@@ -219,7 +216,7 @@ def test_a_second_process_waits_for_the_one_that_prepares(small, tmp_path):
         thread.join(1.0)
         assert thread.is_alive() and os.listdir(lock.parent) == [".lock"]
     thread.join(60)
-    assert_is(found[0], arrays)
+    assert_is(found[0], written)
 
 
 def test_torn_records_are_refused_with_their_folder(small, tmp_path):
@@ -229,6 +226,57 @@ def test_torn_records_are_refused_with_their_folder(small, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(RuntimeError, match=r"the records in .*fmjax_small.* cannot be read .*remove this folder"):
         images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("couple", [None, couplings.minibatch_ot()])
+@pytest.mark.parametrize("process", [None, 0, 1])
+def test_batches_from_disk_are_those_from_memory(couple, process, small, tmp_path):
+    """Bit for bit, over two epochs, mirrored, with labels, for the global batch and for each of two processes."""
+    original, folder, _ = small
+    where = {"source_dir": str(folder), "data_dir": str(tmp_path / "d")}
+    memory, disk = (images.load(original, stream=stream, **where) for stream in (False, True))
+    assert isinstance(disk.train_x, images.Records) and isinstance(memory.train_x, np.ndarray)
+    share = {} if process is None else {"process_index": process, "process_count": 2}
+    a, b = (
+        arrays.batches(s.train_x, s.train_y, batch_size=6, seed=1, couple=couple, flip=True, **share)
+        for s in (memory, disk)
+    )
+    for step in (6, 3, 0, 1, 2):
+        jax.tree.map(np.testing.assert_array_equal, a(step), b(step))
+    assert (disk.test_x[:] == memory.test_x).all() and (disk.test_x[2:4] == memory.test_x[2:4]).all()
+    assert disk.test_x[np.array([], int)].shape == (0, 28, 28, 1)
+
+
+def test_images_on_disk_do_not_slip_into_memory(small, tmp_path):
+    original, folder, _ = small
+    x = images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d"), stream=True).train_x
+    with pytest.raises(TypeError, match="20 images on disk are read by rows.*stream=False"):
+        np.asarray(x)
+
+
+def test_preparing_holds_a_few_images_in_memory_not_all(small, tmp_path):
+    original, folder, _ = small
+    alive = []
+
+    def read(paths, split):
+        for i in range(200):
+            image = np.full((28, 28, 1), i, np.uint8)
+            alive.append(weakref.ref(image))
+            yield image, i
+            assert sum(r() is not None for r in alive) <= 3
+
+    original = original._replace(read=read)
+    x = images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d")).train_x
+    assert (np.rint((x[:, 0, 0, 0] + 1) * 127.5) == np.arange(200)).all()
+
+
+def test_the_records_are_a_source_for_grain(small, tmp_path):
+    """Whoever wants another pipeline has grain's own transformations."""
+    grain = pytest.importorskip("grain")
+    original, folder, written = small
+    x = images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d"), stream=True).train_x
+    epoch = list(grain.MapDataset.source(x.source).shuffle(seed=0))
+    assert sorted(r["image"].tobytes() for r in epoch) == sorted(image.tobytes() for image in written["train"][0])
 
 
 @pytest.mark.parametrize(

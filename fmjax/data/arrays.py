@@ -7,7 +7,7 @@ import concurrent.futures
 import difflib
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -23,21 +23,36 @@ NEGATIVES = (None, "any", "other_label")
 _EPOCH, _FLIP, _PAIR, _NEGATIVE = range(4)
 
 
-class Splits(NamedTuple):
-    """A data set in memory: images ``x: [n, H, W, C]`` float32 in [-1, 1] with labels ``y: [n]``, train and held out.
+@runtime_checkable
+class Rows(Protocol):
+    """What examples are taken from: an array ``[n, ...]``, or a file that reads rows when asked for them."""
 
-    ``levels`` is the number of grey levels that a pixel can have (8-bit images: 256).
+    shape: Any
+    dtype: Any
+    ndim: Any
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows, /) -> Any:
+        """The examples of the indices ``rows: [k]``, as an array ``[k, ...]`` of their own."""
+
+
+class Splits(NamedTuple):
+    """A data set: images ``x: [n, H, W, C]`` float32 in [-1, 1] with labels ``y: [n]``, train and held out.
+
+    The images are arrays, or stay on disk (``images.Records``). ``levels`` is the number of grey levels that a pixel
+    can have (8-bit images: 256).
     """
 
-    train_x: np.ndarray
+    train_x: Rows
     train_y: np.ndarray
-    test_x: np.ndarray
+    test_x: Rows
     test_y: np.ndarray
     levels: int = 256
 
 
 def batches(
-    x: np.ndarray,
+    x: Rows,
     y: Cond = None,
     *,
     batch_size: int,
@@ -139,7 +154,7 @@ def prefetch(f: Callable[[int], T], start: int, stop: int, *, depth: int = 2) ->
     return values()
 
 
-def _take(x: np.ndarray, rows: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:
+def _take(x: Rows, rows: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:
     out = x[rows]
     if mirrored is not None:
         out[mirrored] = out[mirrored, :, ::-1]

@@ -9,9 +9,11 @@ from fmjax.data.mnist import ORIGINAL as MNIST
 ORIGINAL = MNIST._replace(name="fashion_mnist", registered="url_checksums/fashion_mnist.txt")
 
 
-def fashion_mnist(*, source_dir: str | None = None, data_dir: str | None = None, verify: bool = True) -> Splits:
-    """The articles ``[n, 28, 28, 1]`` with labels 0..9, the official test split held out; see ``images.sources``.
+def fashion_mnist(
+    *, source_dir: str | None = None, data_dir: str | None = None, verify: bool = True, stream: bool = False
+) -> Splits:
+    """The articles ``[n, 28, 28, 1]`` with labels 0..9, the official test split held out; see ``images.load``.
 
     The labels: t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot.
     """
-    return images.load(ORIGINAL, source_dir=source_dir, data_dir=data_dir, verify=verify)
+    return images.load(ORIGINAL, source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream)

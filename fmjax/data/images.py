@@ -7,6 +7,7 @@ No TensorFlow is imported: the builder stores ``Tensor`` features and Python rea
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import os
@@ -24,7 +25,7 @@ import numpy as np
 from fmjax.data.arrays import Splits
 
 RECORDS = "1.0.0"  # the version of the records: a change of what they hold needs another
-DAMAGED = (EOFError, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, zlib.error, ValueError, KeyError)
+DAMAGED = (EOFError, OSError, tarfile.TarError, zipfile.BadZipFile, zlib.error, ValueError, KeyError)
 
 
 class Original(NamedTuple):
@@ -32,42 +33,71 @@ class Original(NamedTuple):
 
     * ``name``: its name here; ``registered``: the file of the ``tensorflow_datasets`` package that lists its files'
       addresses, sizes and SHA-256.
-    * ``train``, ``test``: the names of the files of each split, in the order in which they are read.
+    * ``train``, ``test``: the files of each split: one tuple of names for each ArrayRecord file that is made of them.
     * ``shape``: of one image ``[H, W, C]``, uint8.
-    * ``read``: a split's files to its ``(image, label)`` in order; the label is 0 where there are none.
+    * ``read``: ``(paths, split)`` of one such tuple to ``(image, label)`` in order; the label is 0 where there is none.
     """
 
     name: str
     registered: str
-    train: tuple[str, ...]
-    test: tuple[str, ...]
+    train: tuple[tuple[str, ...], ...]
+    test: tuple[tuple[str, ...], ...]
     shape: tuple[int, int, int]
-    read: Callable[[Sequence[Path]], Iterable[tuple[np.ndarray, int]]]
+    read: Callable[[Sequence[Path], str], Iterable[tuple[np.ndarray, int]]]
+
+    def files(self) -> list[str]:
+        """All files, each once."""
+        return list(dict.fromkeys(name for names in self.train + self.test for name in names))
+
+
+class Records:
+    """Images on disk as if they were an array ``[n, H, W, C]`` in [-1, 1]: ``x[rows]`` reads those rows, as float32.
+
+    ``arrays.batches`` takes it for an array. ``source`` is a TFDS data source (which grain takes too).
+    """
+
+    dtype, ndim = np.dtype(np.float32), 4
+
+    def __init__(self, source, shape: tuple[int, int, int]):
+        self.source, self.shape = source, (len(source), *shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows) -> np.ndarray:
+        """``rows``: a slice, or indices ``[k]``."""
+        rows = range(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows).tolist()
+        images = [record["image"] for record in self.source.__getitems__(rows)]
+        return scaled(np.stack(images)) if images else np.empty((0, *self.shape[1:]), np.float32)
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError(
+            f"{len(self)} images on disk are read by rows, x[rows]; for an array in memory set stream=False"
+        )
 
 
 def load(
-    original: Original, *, source_dir: str | None = None, data_dir: str | None = None, verify: bool = True
+    original: Original,
+    *,
+    source_dir: str | None = None,
+    data_dir: str | None = None,
+    verify: bool = True,
+    stream: bool = False,
 ) -> Splits:
-    """The image set in memory, float32 ``pixel / 127.5 - 1``; raises as ``sources`` does."""
-    train, test = sources(original, source_dir=source_dir, data_dir=data_dir, verify=verify)
-    return Splits(*_arrays(train, original.shape), *_arrays(test, original.shape))
+    """The training and the test images, ``x = pixel / 127.5 - 1`` in float32, in the published order.
 
+    The first call prepares records in ``data_dir`` (default: TFDS's own, ``$TFDS_DATA_DIR`` or
+    ``~/tensorflow_datasets``) from the original files, which are those of ``source_dir``, or downloaded where it is
+    None. Later calls read the records only. A preparation takes its name when it is complete, so a killed one leaves
+    nothing that could be mistaken for one; processes that share ``data_dir`` wait for the first.
 
-def sources(
-    original: Original, *, source_dir: str | None = None, data_dir: str | None = None, verify: bool = True
-) -> tuple[Any, Any]:
-    """The training and the test images as TFDS data sources of ``{"image": uint8, "label": int64}``, file order kept.
-
-    The first call prepares them in ``data_dir`` (default: TFDS's own, ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``)
-    from the original files, which are those of ``source_dir``, or downloaded where it is None. Later calls read the
-    records only. A preparation takes its name when it is complete, so a killed one leaves nothing that could be
-    mistaken for one; processes that share ``data_dir`` wait for the first.
-
-    ``verify``: the files must have the sizes and SHA-256 that TFDS registers. Without it any files of the same names
-    and format in ``source_dir`` will do; their records are kept apart, by the files' sizes and times of change.
+    * ``verify``: the files must have the sizes and SHA-256 that TFDS registers. Without it any files of the same names
+      and format in ``source_dir`` will do; their records are kept apart, by the files' sizes and times of change.
+    * ``stream``: the images stay on disk (``Records``) and are read batch by batch; otherwise they are arrays.
 
     Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for a file of another checksum or a damaged one,
-    ``OSError`` where nothing can be downloaded (TFDS tries for minutes) or written.
+    ``OSError`` where nothing can be downloaded (TFDS tries for minutes) or written, ``RuntimeError`` for records that
+    cannot be read.
     """
     if "://" in str(data_dir or ""):
         raise ValueError(f"data_dir={data_dir} is a URL; give a folder of a local or mounted file system")
@@ -83,13 +113,18 @@ def sources(
                 _prepare(builder)
         builder = _builder(original, name, source_dir, verify, data_dir)
     try:
-        train, test = (builder.as_data_source(split=split) for split in ("train", "test"))
-        train[len(train) - 1], test[len(test) - 1]
+        parts = []
+        for split in ("train", "test"):
+            x = Records(builder.as_data_source(split=split), original.shape)
+            y = np.load(Path(builder.data_path) / f"{split}-labels.npy")
+            if len(x[len(x) - 1 :]) != 1 or len(y) != len(x):
+                raise ValueError(f"{len(x)} images, {len(y)} labels")
+            parts += [x if stream else _in_memory(x), y]
     except Exception as error:  # what TFDS and ArrayRecord raise for torn and missing files has no common type
         raise RuntimeError(
             f"the records in {builder.data_path} cannot be read ({_line(error)}); remove this folder and start again"
         ) from error
-    return train, test
+    return Splits(*parts)
 
 
 def registered(original: Original) -> dict[str, tuple[str, Any]]:
@@ -99,15 +134,15 @@ def registered(original: Original) -> dict[str, tuple[str, Any]]:
 
     listed = checksums.load_url_infos(tfds.core.tfds_path() / original.registered)
     found = {info.filename: (url, info) for url, info in listed.items()}
-    return {name: found[name] for name in dict.fromkeys(original.train + original.test)}
+    return {name: found[name] for name in original.files()}
 
 
 def _builder(original: Original, name: str, source_dir: str | None, verify: bool, data_dir: str | None):
     """The TFDS builder of an image set; its class is made here, since importing TFDS costs half a second."""
     import tensorflow_datasets as tfds
 
-    class Images(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """Images and labels as they were published, in their order."""
+    class Images(tfds.core.ShardBasedBuilder, skip_registration=True):
+        """Images as they were published, in their order; the builder that shuffles needs TensorFlow above 1 GB."""
 
         VERSION = tfds.core.Version(RECORDS)
 
@@ -116,26 +151,38 @@ def _builder(original: Original, name: str, source_dir: str | None, verify: bool
             features = tfds.features.FeaturesDict({"image": image, "label": tfds.features.Scalar(np.int64)})
             return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
-        def _split_generators(self, dl_manager):
+        def _shard_iterators_per_split(self, dl_manager):
             files = _downloaded(original, dl_manager) if source_dir is None else _local(original, source_dir)
             if verify and source_dir is not None:  # the download manager has verified what it fetched
                 _verify(original, files)
-            return {split: self._generate_examples(files, split) for split in ("train", "test")}
-
-        def _generate_examples(self, files, split):
-            paths = [files[name] for name in getattr(original, split)]
-            try:
-                for i, (image, label) in enumerate(original.read(paths)):
-                    if image.shape != original.shape:
-                        raise ValueError(f"image {i} has shape {image.shape}, not {original.shape}")
-                    yield i, {"image": image, "label": int(label)}
-            except DAMAGED as error:
-                files = ", ".join(map(str, paths))
-                raise ValueError(f"{files}: damaged, or not the files of {original.name} ({_line(error)})") from error
+            folder = Path(self.data_dir)  # the unfinished one: its name is given when all is written
+            return {split: _shards(original, files, split, folder) for split in ("train", "test")}
 
     Images.name = f"fmjax_{name}"
     Images.url_infos = dict(registered(original).values())  # what the download manager verifies by
     return Images(data_dir=data_dir, file_format="array_record")
+
+
+def _shards(original: Original, files: Mapping[str, Path], split: str, folder: Path) -> list[Callable[[], Iterator]]:
+    """What makes each ArrayRecord file of a split; the labels are also kept as one array."""
+    labels = []
+
+    def examples(paths):
+        try:
+            for image, label in original.read(paths, split):
+                if image.shape != original.shape:
+                    raise ValueError(f"image {len(labels)} has shape {image.shape}, not {original.shape}")
+                example = {"image": np.ascontiguousarray(image), "label": int(label)}
+                yield len(labels), example
+                labels.append(int(label))
+                example.clear()  # it is written; TFDS keeps it to count it, and all images would stay in memory
+        except DAMAGED as error:
+            told = ", ".join(map(str, paths))
+            raise ValueError(f"{told}: damaged, or not the files of {original.name} ({_line(error)})") from error
+        np.save(folder / f"{split}-labels.npy", np.array(labels, np.int32))
+
+    parts = [[files[name] for name in names] for names in getattr(original, split)]
+    return [functools.partial(examples, paths) for paths in parts]
 
 
 def _prepare(builder) -> None:
@@ -163,7 +210,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _local(original: Original, source_dir: str) -> dict[str, Path]:
     folder = Path(source_dir).expanduser()
-    files = {name: folder / name for name in dict.fromkeys(original.train + original.test)}
+    files = {name: folder / name for name in original.files()}
     missing = [name for name, path in files.items() if not path.is_file()]
     if missing:
         raise FileNotFoundError(
@@ -210,14 +257,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _arrays(source, shape: tuple[int, ...], chunk: int = 4096) -> tuple[np.ndarray, np.ndarray]:
-    x, y = np.empty((len(source), *shape), np.float32), np.empty(len(source), np.int32)
-    for start in range(0, len(source), chunk):
-        rows = source.__getitems__(range(start, min(start + chunk, len(source))))
-        here = slice(start, start + len(rows))
-        x[here] = scaled(np.stack([row["image"] for row in rows]))
-        y[here] = [row["label"] for row in rows]
-    return x, y
+def _in_memory(x: Records, chunk: int = 4096) -> np.ndarray:
+    out = np.empty(x.shape, np.float32)
+    for start in range(0, len(x), chunk):
+        out[start : start + chunk] = x[start : start + chunk]
+    return out
 
 
 def scaled(pixels: np.ndarray) -> np.ndarray:
@@ -225,7 +269,7 @@ def scaled(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def read_idx(paths: Sequence[Path]) -> Iterable[tuple[np.ndarray, int]]:
+def read_idx(paths: Sequence[Path], split: str) -> Iterable[tuple[np.ndarray, int]]:
     """Images and labels of the MNIST family: ``idx3`` and ``idx1`` files (big-endian sizes, then bytes), gzipped."""
     images, labels = (_idx(path, axes) for path, axes in zip(paths, (3, 1), strict=True))
     if len(images) != len(labels):

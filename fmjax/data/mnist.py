@@ -8,13 +8,15 @@ from fmjax.data.arrays import Splits
 ORIGINAL = images.Original(
     name="mnist",
     registered="url_checksums/mnist.txt",
-    train=("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
-    test=("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+    train=(("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),),
+    test=(("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),),
     shape=(28, 28, 1),
     read=images.read_idx,
 )
 
 
-def mnist(*, source_dir: str | None = None, data_dir: str | None = None, verify: bool = True) -> Splits:
-    """The digits ``[n, 28, 28, 1]`` with labels 0..9, the official test split held out; see ``images.sources``."""
-    return images.load(ORIGINAL, source_dir=source_dir, data_dir=data_dir, verify=verify)
+def mnist(
+    *, source_dir: str | None = None, data_dir: str | None = None, verify: bool = True, stream: bool = False
+) -> Splits:
+    """The digits ``[n, 28, 28, 1]`` with labels 0..9, the official test split held out; see ``images.load``."""
+    return images.load(ORIGINAL, source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream)
