@@ -128,8 +128,8 @@ def unet(
             join(f"up_{level}", last, "conv")
     params |= {"GroupNorm_0": state.norm("out.0"), "output": state.conv("out.2")}
     if state.left:
-        raise ValueError(f"this is more than torchcfm's U-Net: {_some(state.left)} has no place in {net}")
-    _check(net, params, size)
+        raise ValueError(f"this is more than torchcfm's U-Net: {_some(state.left)} has no place in {_told(fields)}")
+    _check(fields, params, size)
     return jax.tree.map(jnp.asarray, params), fields
 
 
@@ -172,7 +172,12 @@ def _fields(state: _State, size: int, heads: int, head_channels: int, null_class
     }
 
 
-def _check(net: UNet, params: Params, size: int) -> None:
+def _told(fields: dict[str, Any]) -> str:
+    return f"UNet({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+
+
+def _check(fields: dict[str, Any], params: Params, size: int) -> None:
+    net = UNet(**fields)
     x = jnp.zeros((1, size, size, params["input"]["kernel"].shape[2]))
     cond = jnp.zeros(1, "int32") if net.classes else None
     want = jax.eval_shape(from_linen(net).init, jax.random.key(0), x, cond)
@@ -180,4 +185,4 @@ def _check(net: UNet, params: Params, size: int) -> None:
     want, got = flat(want), flat(params)
     for name in sorted(want | got):
         if want.get(name) != got.get(name):
-            raise ValueError(f"{name} has shape {got.get(name)} here and {want.get(name)} in {net}")
+            raise ValueError(f"{name} has shape {got.get(name)} here and {want.get(name)} in {_told(fields)}")

@@ -1,0 +1,193 @@
+"""Files of weights: what torch and safetensors recorded is read to the bit, and nothing a file asks for is executed.
+
+``weights.pt`` and ``weights.safetensors`` hold ``torch.arange`` in several types and views; they were written by
+
+    import torch, collections, safetensors.torch
+    a = torch.arange(24.0).reshape(2, 3, 4)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    torch.nn.init.constant_(net[0].weight, 0.5); torch.nn.init.constant_(net[0].bias, -1.0)
+    kinds = {str(d)[6:]: torch.arange(5).to(d) for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16,
+             torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
+    torch.save({"model": net.state_dict(), "parameter": torch.nn.Parameter(a[0]), "transposed": a.mT,
+                "shared": a[1, :, 1:3], "empty": a[:0], "scalar": torch.tensor(7.0), "kinds": kinds, "step": 3,
+                "rest": [None, ("x", 1.5)], "betas": a.shape}, "tests/weights.pt")
+    safetensors.torch.save_file({**kinds, "a": a}, "tests/weights.safetensors", metadata={"format": "pt"})
+"""
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fmjax.convert import weights
+
+HERE = Path(__file__).parent
+A = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
+KINDS = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+
+
+def same_kinds(kinds):
+    for name in KINDS:
+        assert kinds[name].dtype == name
+        np.testing.assert_array_equal(kinds[name], np.arange(5).astype(name))
+    assert kinds["bfloat16"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(kinds["bfloat16"].astype("f"), np.arange(5))
+
+
+def test_what_torch_saved_is_read_to_the_bit():
+    got = weights.read(HERE / "weights.pt")
+    assert list(got) == "model parameter transposed shared empty scalar kinds step rest betas".split()
+    assert type(got["model"]) is dict and list(got["model"]) == ["0.weight", "0.bias"]
+    np.testing.assert_array_equal(got["model"]["0.weight"], [[0.5, 0.5]])
+    np.testing.assert_array_equal(got["model"]["0.bias"], [-1.0])
+    np.testing.assert_array_equal(got["parameter"], A[0])
+    np.testing.assert_array_equal(got["transposed"], A.swapaxes(1, 2))
+    np.testing.assert_array_equal(got["shared"], A[1, :, 1:3])
+    assert got["empty"].shape == (0, 3, 4) and got["scalar"].shape == () and got["scalar"] == 7
+    assert (got["step"], got["rest"], got["betas"]) == (3, [None, ("x", 1.5)], (2, 3, 4))
+    same_kinds(got["kinds"])
+
+
+def test_what_safetensors_saved_is_read_to_the_bit():
+    got = weights.read(HERE / "weights.safetensors")
+    assert set(got) == {*KINDS, "bfloat16", "a"}
+    np.testing.assert_array_equal(got["a"], A)
+    same_kinds(got)
+
+
+def archive(path, program, **files):
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("x/data.pkl", program)
+        for name, data in files.items():
+            z.writestr(f"x/data/{name}" if name.startswith("_") else f"x/{name}", data)
+    return path
+
+
+class Calls:
+    def __init__(self, function, *args):
+        self.made = function, args
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (Calls(os.system, "touch ran"), "(posix|nt).system"),
+        (Calls(eval, "open('ran', 'w')"), "builtins.eval"),
+        (Calls(getattr, "x", "upper"), "builtins.getattr"),
+        (Calls(np.ndarray, (3,)), "numpy.ndarray"),
+    ],
+)
+def test_a_file_that_asks_for_anything_else_is_refused_by_name_and_nothing_runs(call, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = archive(tmp_path / "evil.pt", pickle.dumps({"state": [call]}))
+    with pytest.raises(ValueError, match=rf"evil.pt cannot be read as weights: it asks for {name}, which is not among"):
+        weights.read(file)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_extra_names_are_called_as_told(tmp_path):
+    file = archive(tmp_path / "more.pt", pickle.dumps({"of": Calls(os.getenv, "HOME")}))
+    assert weights.read(file, extra={"os.getenv": lambda *a: a}) == {"of": ("HOME",)}
+
+
+def tensor(offset, size, stride, count=4, key="_0"):
+    """The pickle of a tensor, as torch writes it."""
+    out = io.BytesIO()
+    out.write(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(")
+    out.write(
+        b"(X\x07\0\0\0storagectorch\nFloatStorage\n" + text(key) + text("cpu") + b"J" + count.to_bytes(4, "little")
+    )
+    out.write(b"tQ" + number(offset) + b"(" + b"".join(map(number, size)) + b"t(")
+    out.write(b"".join(map(number, stride)) + b"t\x89NtR.")
+    return out.getvalue()
+
+
+def text(s):
+    return b"X" + len(s).to_bytes(4, "little") + s.encode()
+
+
+def number(n):
+    return b"J" + n.to_bytes(4, "little", signed=True)
+
+
+FOUR = np.arange(4, dtype="<f4").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("program", "files", "message"),
+    [
+        (tensor(1, [2], [2]), {"_0": FOUR}, None),
+        (tensor(1, [2], [3]), {"_0": FOUR}, "a tensor reaches to element 5 of a storage of 4"),
+        (tensor(5, [0], [1]), {"_0": FOUR}, "a tensor reaches to element 5 of a storage of 4"),
+        (tensor(-1, [2], [1]), {"_0": FOUR}, r"there is no tensor of size \(2,\) and stride \(1,\)"),
+        (tensor(3, [2], [-1]), {"_0": FOUR}, r"there is no tensor of size \(2,\) and stride \(-1,\)"),
+        (tensor(0, [2, 2], [1]), {"_0": FOUR}, "there is no tensor of size"),
+        (tensor(0, [2], [1], count=5), {"_0": FOUR}, "storage _0 of 5 elements has 16 bytes"),
+        (tensor(0, [2], [1], key="_9"), {"_0": FOUR}, "x/data/_9"),
+        (tensor(0, [2], [1]), {"_0": FOUR, "byteorder": b"big"}, "big-endian"),
+        (tensor(0, [2], [1])[:-9], {"_0": FOUR}, "cannot be read as weights"),
+        (b"X\x01\0\0\0aQ.", {}, "it refers to 'a', which is no storage"),
+    ],
+)
+def test_a_damaged_archive_is_refused_and_no_tensor_leaves_its_storage(program, files, message, tmp_path):
+    file = archive(tmp_path / "a.pt", program, **files)
+    if message is None:
+        np.testing.assert_array_equal(weights.read(file), [1, 3])
+    else:
+        with pytest.raises(ValueError, match=message):
+            weights.read(file)
+
+
+def test_a_flipped_byte_is_noticed(tmp_path):
+    data = bytearray(archive(tmp_path / "a.pt", tensor(0, [2], [1]), _0=FOUR).read_bytes())
+    data[data.index(FOUR) + 3] ^= 1
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(ValueError, match="CRC"):
+        weights.read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.pt", pickle.dumps({}), "it is no zip archive; save it by torch.save of PyTorch 1.6"),
+        ("a.safetensors", b"\xff" * 20, "it has 20 bytes, and its table alone needs"),
+        ("a.safetensors", b"\x02" + b"\0" * 7 + b"{]", "cannot be read as weights"),
+    ],
+)
+def test_another_format_is_refused(name, data, message, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        weights.read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ('{"dtype":"F32","shape":[2],"data_offsets":[0,8]}', None),
+        ('{"dtype":"F32","shape":[3],"data_offsets":[0,8]}', r"w of shape \[3\] and type F32 has 8 bytes"),
+        ('{"dtype":"F32","shape":[4],"data_offsets":[0,16]}', "has 8 bytes"),
+        ('{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}', "w of shape"),
+        ('{"dtype":"Q4","shape":[2],"data_offsets":[0,8]}', "w has type Q4; known are F64, F32"),
+    ],
+)
+def test_a_safetensors_table_that_does_not_fit_its_bytes_is_refused(entry, message, tmp_path):
+    head = f'{{"w":{entry}}}'.encode()
+    (tmp_path / "a.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + FOUR[8:])
+    if message is None:
+        np.testing.assert_array_equal(weights.read(tmp_path / "a.safetensors")["w"], [2, 3])
+    else:
+        with pytest.raises(ValueError, match=message):
+            weights.read(tmp_path / "a.safetensors")
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        weights.read(tmp_path / "none.pt")
