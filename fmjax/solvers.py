@@ -1,8 +1,9 @@
 """From a velocity to a step, and the one place that knows diffrax.
 
 A step has the signature of a flow map, ``step(x, s, t, cond, key) -> x``, so that a sampler cannot tell it from a
-learned jump. Explicit Runge-Kutta steps are written here from their tableau; ``integrate`` runs a whole solve through
-diffrax, forward or backward in time, on a fixed grid or adaptively.
+learned jump. Explicit Runge-Kutta steps are written here from their tableau, and steps of the SDEs that share the
+marginals of the ODE; ``integrate`` runs a whole solve through diffrax, forward or backward in time, on a fixed grid or
+adaptively.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fmjax import times
-from fmjax.types import Cond, FlowMapFn, VelocityFn, expand, over_batch
+from fmjax import paths, times
+from fmjax.types import Cond, FlowMapFn, VelocityFn, expand, normal, over_batch
 
 
 class Tableau(NamedTuple):
@@ -34,6 +35,7 @@ HEUN = Tableau(((), (1,)), (1 / 2, 1 / 2), (0, 1))
 RK4 = Tableau(((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0, 1 / 2, 1 / 2, 1))
 RK38 = Tableau(((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8), (0, 1 / 3, 2 / 3, 1))
 TABLEAUS = {"euler": EULER, "midpoint": MIDPOINT, "heun": HEUN, "rk4": RK4, "rk38": RK38}
+SDE_STAGES = {"euler_maruyama": 1, "stochastic_heun": 2}
 
 
 def tableau(name: str) -> Tableau:
@@ -46,8 +48,8 @@ def tableau(name: str) -> Tableau:
 
 
 def nfe(solver: str) -> int:
-    """Network evaluations of one step: the number of stages."""
-    return len(tableau(solver).b)
+    """Network evaluations of one step: the number of stages (of an SDE step without a ``score`` of its own)."""
+    return SDE_STAGES[solver] if solver in SDE_STAGES else len(tableau(solver).b)
 
 
 def runge_kutta(velocity: VelocityFn, method: Tableau) -> FlowMapFn:
@@ -107,6 +109,134 @@ def rk38(velocity: VelocityFn) -> FlowMapFn:
 STEPS: dict[str, Callable[[VelocityFn], FlowMapFn]] = {
     "euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "rk38": rk38
 }  # fmt: skip
+
+
+Strength = float | str | Callable[[Array], Array]
+
+
+def euler_maruyama(
+    velocity: VelocityFn,
+    *,
+    strength: Strength = 1.0,
+    path: paths.Path | None = None,
+    score: VelocityFn | None = None,
+) -> FlowMapFn:
+    """``x + h v + |h| g^2/2 S + g sqrt|h| z``, ``z ~ N(0, I)`` from the example's key: weak order 1, 1 evaluation.
+
+    A step of ``dX = (v + g^2/2 S) dt + g dW``, whose marginals are the ODE's for every ``g_t >= 0`` (arXiv 2303.08797,
+    2011.13456), from ``s`` to ``t = s + h``; falling times take the SDE that runs backward, ``v - g^2/2 S``.
+
+    * ``strength`` is ``g``: a number (0 is ``euler`` itself), a function of times ``[B]``, or ``"memoryless"``
+      (``memoryless(path)``, which makes ``x1`` independent of ``x0``).
+    * ``score`` is ``S(x, t, cond)``; it costs evaluations of its own. Without it ``S`` comes from the velocity by
+      ``paths.score`` along ``path`` (linear by default; it must be the velocity's own), which takes the source to be
+      N(0, I) and independent of the data. With a coupling, or a latent in the path, learn the score.
+
+    A step that starts where ``g`` is infinite (memoryless: ``t = 0``) or where ``alpha = 0`` leaves the score out of
+    the velocity (``t = 1``, going backward) is one of the ODE: no noise and no score. Needs a key. Raises
+    ``ValueError`` for a negative or unknown strength, for a path with a latent and no score, and without a key.
+    """
+    if not callable(strength) and strength == 0:
+        return euler(velocity)
+    fields, gain = _sde(velocity, strength, path, score)
+
+    def step(x, s, t, cond=None, key=None):
+        s, h = over_batch(s, x), over_batch(t, x) - over_batch(s, x)
+        g, _ = gain(s)
+        v, push = fields(x, s, g, cond)
+        wide = lambda a: expand(a, x).astype(x.dtype)
+        return x + wide(h) * v + wide(jnp.abs(h)) * push + wide(g * jnp.sqrt(jnp.abs(h))) * _noise(key, x)
+
+    return step
+
+
+def stochastic_heun(
+    velocity: VelocityFn,
+    *,
+    strength: Strength = 1.0,
+    path: paths.Path | None = None,
+    score: VelocityFn | None = None,
+) -> FlowMapFn:
+    """Heun's step for additive noise, options as ``euler_maruyama``'s: weak order 2, 2 evaluations.
+
+    With ``b = h v + |h| g^2/2 S`` and ``n = g((s+t)/2) sqrt|h| z``: ``y = x + b(x, s) + n``, then
+    ``x + (b(x, s) + b(y, t)) / 2 + n``. Where a step ends at such a place as ``euler_maruyama`` names, the score of
+    its start serves for both; one such step keeps the order of the whole. Strength 0 is ``heun`` itself.
+    """
+    if not callable(strength) and strength == 0:
+        return heun(velocity)
+    fields, gain = _sde(velocity, strength, path, score)
+
+    def step(x, s, t, cond=None, key=None):
+        s, t = over_batch(s, x), over_batch(t, x)
+        wide = lambda a: expand(a, x).astype(x.dtype)
+        h, (g_s, noisy), (g_t, open_) = wide(t - s), gain(s), gain(t)
+        middle = jnp.where(noisy, gain((s + t) / 2)[0], 0)
+        noise = wide(middle * jnp.sqrt(jnp.abs(t - s))) * _noise(key, x)
+
+        def stage(carry, now):
+            y, before, moved = carry
+            time, g, told = now
+            v, push = fields(y, time, g, cond)
+            push = jnp.where(expand(told, x), push, before)
+            move = h * v + jnp.abs(h) * push
+            return (x + move + noise, push, moved + move / 2), None
+
+        rows = (jnp.stack([s, t]), jnp.stack([g_s, g_t]), jnp.stack([noisy, noisy & open_]))
+        (_, _, moved), _ = jax.lax.scan(stage, (x, jnp.zeros_like(x), jnp.zeros_like(x)), rows)
+        return x + moved + noise
+
+    return step
+
+
+def memoryless(path: paths.Path | None = None) -> Callable[[Array], Array]:
+    """The strength ``g^2 = 2 eta``, ``eta = alpha (alpha beta' - alpha' beta) / beta``: DDPM's (arXiv 2409.08861).
+
+    With it ``x1`` does not depend on ``x0``. Linear path: ``g^2 = 2 (1 - t) / t``. Infinite where ``beta = 0``. Raises
+    ``ValueError`` for a path with a latent.
+    """
+    path = path or paths.linear()
+    paths.refuse_latent("the memoryless strength", path)
+
+    def strength(t):
+        (alpha, beta), (d_alpha, d_beta) = jax.jvp(path.coefficients, (t,), (jnp.ones_like(t),))
+        return jnp.sqrt(2 * alpha * (alpha * d_beta - d_alpha * beta) / beta)
+
+    return strength
+
+
+def _sde(velocity, strength, path, score):
+    """``fields(x, t, g, cond) -> (v, g^2/2 S)`` and ``gain(t) -> (g, whether g and the score have values at t)``."""
+    own_path = path or paths.linear()
+    if strength == "memoryless":
+        strength = memoryless(own_path)
+    elif isinstance(strength, str):
+        raise ValueError(f"no strength {strength!r}: give a number, a function of time or 'memoryless'")
+    elif not callable(strength) and not 0 <= strength < np.inf:
+        raise ValueError(f"the strength of diffusion is a number g >= 0, got {strength}")
+    if score is None:
+        paths.refuse_latent("the score of an SDE step, where score=... is not given,", own_path)
+
+    def gain(t):
+        g = jnp.broadcast_to(jnp.asarray(strength(t) if callable(strength) else strength, t.dtype), t.shape)
+        open_ = jnp.isfinite(g)
+        if score is None:  # cos(pi / 2) in floating point is no zero
+            open_ &= own_path.coefficients(t)[0] > 8 * jnp.finfo(t.dtype).eps
+        return jnp.where(open_, g, 0), open_
+
+    def fields(x, t, g, cond):
+        v = velocity(x, t, cond)
+        s = paths.score(own_path, x, v, t) if score is None else score(x, t, cond)
+        g = expand(g, x).astype(x.dtype)
+        return v, jnp.where(g == 0, 0, jnp.square(g) / 2 * s)
+
+    return fields, gain
+
+
+def _noise(key, x):
+    if key is None:
+        raise ValueError("an SDE step draws noise and needs a key: sample(..., key=jax.random.key(seed))")
+    return normal(key, x.shape[1:], x.dtype)
 
 
 def inverse(step: FlowMapFn, *, iterations: int = 20) -> FlowMapFn:

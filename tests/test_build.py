@@ -36,16 +36,21 @@ def test_names_resolve_by_module_path():
 @pytest.mark.parametrize(
     ("door", "spec", "near", "all_"),
     [
-        (lambda s: build.method(s, net), "langrangian", "lagrangian", "flow_matching, lagrangian"),
-        (lambda s: build.method(s, net), "common", None, "flow_matching, lagrangian"),
+        (
+            lambda s: build.method(s, net),
+            "langrangian",
+            "lagrangian",
+            "contrastive, flow_matching, lagrangian",
+        ),
+        (lambda s: build.method(s, net), "common", None, "contrastive, flow_matching, lagrangian"),
         (build.net, "unett", "unet", "mlp, unet"),
         (build.net, "adapters", None, "mlp, unet"),
         (build.path, "trig", "trigonometric", ALL_PATHS),
         (build.path, "endpoints", None, ALL_PATHS),
         (build.coupling, "minibatch", "minibatch_ot", "independent, minibatch_ot"),
         (build.coupling, "squared_cost", None, "independent, minibatch_ot"),
-        (build.step, "rk5", "rk4", "euler, from_diffrax, heun"),
-        (build.step, "inverse", None, "euler, from_diffrax, heun"),
+        (build.step, "rk5", "rk4", "euler, euler_maruyama, from_diffrax, heun"),
+        (build.step, "inverse", None, "euler, euler_maruyama, from_diffrax, heun"),
     ],
 )
 def test_unknown_names_and_helpers_are_refused_with_what_there_is(door, spec, near, all_):

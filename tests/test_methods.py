@@ -64,9 +64,13 @@ def centred(path, x, t, extra=0.0):
 standardise = lambda offset, var: offset / jnp.sqrt(var)
 
 
+def gaussian_along(path):
+    return oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD), path=path)
+
+
 def flow_case(path, name: str, *uses: str, teacher: bool = False, **options) -> Case:
     """A method whose closed form is the average velocity of Gaussian data along a path."""
-    oracle = oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD), path=path)
+    oracle = gaussian_along(path)
     return Case(
         make=lambda net: factory(name)(net, path=path, **options),
         batch=lambda key, n: Batch(oracle.sample(key, n)),
@@ -100,11 +104,47 @@ def score_case(path) -> Case:
     )
 
 
+def contrastive_case(path, weight=0.3) -> Case:
+    """Flow matching whose net is ``(v - weight beta' E[x1]) / (1 - weight)``; its views are unbiased."""
+    case, oracle = flow_case(path, "flow_matching", "velocity", "score"), gaussian_along(path)
+    away = lambda x, s: weight * paths.coefficients(path, x, s)[3] * MEAN
+
+    def batch(key, n):
+        own, other = jax.random.split(key)
+        return Batch(oracle.sample(own, n), negative=oracle.sample(other, n))
+
+    return case._replace(
+        make=lambda net: factory("contrastive")(net, path=path, mean=MEAN, weight=weight),
+        batch=batch,
+        solution=lambda params, x, s, t, cond=None, key=None: (
+            (case.solution(params, x, s, t) - away(x, s)) / (1 - weight)
+        ),
+    )
+
+
+def interpolant_case(path) -> Case:
+    """With a latent beside the N(0, I) source the second head, ``E[z|x] = -gamma S``, is a function of the first."""
+    latent = path._replace(gamma=paths.two_sided().gamma)
+    merged = paths.one_sided(latent)
+    case = flow_case(merged, "flow_matching", "velocity", "score")
+
+    def two_heads(net):
+        def both(params, x, s, t, cond=None, key=None):
+            v = net(params, x, s, t, cond, key)
+            return jnp.concatenate([v, -paths.latent(latent, x, s)[0] * paths.score(merged, x, v, s)], -1)
+
+        return both
+
+    return case._replace(make=lambda net: factory("stochastic_interpolant")(two_heads(net), path=latent))
+
+
 # One entry a method: a function of the path that gives its ``Case``.
 CASES = {
+    "contrastive": contrastive_case,
     "flow_matching": lambda path: flow_case(path, "flow_matching", "velocity", "score"),
     "lagrangian": lambda path: flow_case(path, "lagrangian", "velocity", "flow_map", teacher=True),
     "score_corrector": score_case,
+    "stochastic_interpolant": interpolant_case,
 }
 
 

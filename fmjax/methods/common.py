@@ -13,7 +13,8 @@ from fmjax import paths, times
 from fmjax.types import Aux, Batch, FlowMapFn, Net, Params, VelocityFn, expand, normal, over_batch, split
 
 __all__ = [
-    "check_times", "diagonal", "interpolant", "jump", "latent", "mse", "reduce", "rows", "source", "split", "split_rows"
+    "check_times", "diagonal", "interpolant", "jump", "latent", "mse", "reduce", "rows", "score", "source", "split",
+    "split_rows",
 ]  # fmt: skip
 
 
@@ -104,3 +105,13 @@ def jump(net: Net) -> Callable[[Params], FlowMapFn]:
         return flow_map
 
     return bind
+
+
+def score(path: paths.Path, velocity: Callable[[Params], VelocityFn]) -> Callable[[Params], VelocityFn] | None:
+    """The score in a velocity whose source is N(0, I), independent of the data; ``None`` on a path with a latent."""
+
+    def bind(params):
+        v = velocity(params)
+        return lambda x, t, cond=None: paths.score(path, x, v(x, t, cond), t)
+
+    return bind if path.gamma is None else None

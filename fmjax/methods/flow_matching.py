@@ -37,8 +37,5 @@ def flow_matching(net: Net, *, path: paths.Path | None = None, time=times.unifor
         x, u = c.interpolant(path, k_x, batch, t)
         return c.reduce(c.mse(net(params, x, t, t, batch.cond, k_net), u), t=t)
 
-    def score(params):
-        velocity = c.diagonal(net)(params)
-        return lambda x, t, cond=None: paths.score(path, x, velocity(x, t, cond), t)
-
-    return Method(loss, velocity=c.diagonal(net), score=score if path.gamma is None else None)
+    velocity = c.diagonal(net)
+    return Method(loss, velocity=velocity, score=c.score(path, velocity))
