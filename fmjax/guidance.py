@@ -106,12 +106,13 @@ def interval(
     >>> interval(3.0, low=0.0)(jnp.array([0.0, 0.4, 0.6, 1.0])).tolist()
     [1.0, 1.0, 3.0, 3.0]
 
-    Raises ``ValueError`` for an empty interval or a scale that is not finite.
+    Raises ``ValueError`` for an empty interval, a scale that is not finite, or a path with a latent.
     """
     _check_scale(scale)
     if not low < high:
         raise ValueError(f"an interval of log SNR needs low < high, got low={low}, high={high}")
     path = path or paths.linear()
+    paths.refuse_latent("an interval of log SNR", path)
 
     def at(t):
         alpha, beta = path.coefficients(t)

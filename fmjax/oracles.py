@@ -1,8 +1,9 @@
 """Closed forms to test methods against: velocity, score, density and flow map of known laws along a path.
 
-With source ``x0 ~ N(0, I)`` independent of the data, ``I_t = alpha x0 + beta x1``. All functions take ``x: [B, d]`` (or
-``[B, ...]`` where every coordinate is independent) and times ``[B]`` or a scalar. Sources: ``Tong et al. 2302.00482``
-for the mixture's velocity; the Gaussian's map is the monotone rescaling.
+With source ``x0 ~ N(0, I)`` independent of the data (but for ``coupled``), ``I_t = alpha x0 + beta x1``, plus
+``gamma z`` where the path has a latent. All functions take ``x: [B, d]`` (or ``[B, ...]`` where every coordinate is
+independent) and times ``[B]`` or a scalar. Sources: ``Tong et al. 2302.00482`` for the mixture's velocity; the
+Gaussian's map is the monotone rescaling.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fmjax.types import FlowMapFn, VelocityFn, expand, over_batch
 class Oracle(NamedTuple):
     """A law along a path: ``sample(key, n)`` draws data, the rest are exact fields of the law of ``I_t``.
 
-    ``flow_map`` is ``None`` where no closed form exists.
+    ``flow_map`` is ``None`` where no closed form exists. ``coupled`` samples pairs ``(x0, x1)``.
     """
 
     sample: Callable[[Array, int], Array]
@@ -31,8 +32,15 @@ class Oracle(NamedTuple):
     flow_map: FlowMapFn | None = None
 
 
+def _noise(path: paths.Path, x: Array, t) -> tuple[Array, Array, Array, Array]:
+    """``beta, d beta/dt`` and the variance ``alpha^2 + gamma^2`` of what is not data, with its derivative."""
+    alpha, beta, d_alpha, d_beta = paths.coefficients(path, x, t)
+    latent, d_latent = paths.latent_variance(path, x, t)
+    return beta, d_beta, alpha**2 + latent, 2 * alpha * d_alpha + d_latent
+
+
 def gaussian(mean: Array | float, std: Array | float, *, path: paths.Path | None = None) -> Oracle:
-    """Data ``N(mean, diag(std^2))``: ``C_t = alpha^2 + beta^2 std^2`` is the variance of ``I_t``, and
+    """Data ``N(mean, diag(std^2))``: ``C_t = alpha^2 + gamma^2 + beta^2 std^2`` is the variance of ``I_t``, and
 
     ``v = beta' mean + C'/(2C) (x - beta mean)``, ``X_{s,t}(x) = beta_t mean + sqrt(C_t / C_s) (x - beta_s mean)``.
     """
@@ -40,8 +48,8 @@ def gaussian(mean: Array | float, std: Array | float, *, path: paths.Path | None
     mean, std = jnp.asarray(mean), jnp.asarray(std)
 
     def law(x, t):
-        alpha, beta, d_alpha, d_beta = paths.coefficients(path, x, t)
-        return beta, d_beta, alpha**2 + beta**2 * std**2, 2 * (alpha * d_alpha + beta * d_beta * std**2)
+        beta, d_beta, noise, d_noise = _noise(path, x, t)
+        return beta, d_beta, noise + beta**2 * std**2, d_noise + 2 * beta * d_beta * std**2
 
     def velocity(x, t, cond=None):
         beta, d_beta, var, d_var = law(x, t)
@@ -73,7 +81,7 @@ def mixture(
     *,
     path: paths.Path | None = None,
 ) -> Oracle:
-    """Data ``sum_k w_k N(m_k, s_k^2 I)``: with ``C_k = alpha^2 + beta^2 s_k^2`` and responsibilities ``r_k(x)``,
+    """Data ``sum_k w_k N(m_k, s_k^2 I)``: ``C_k = alpha^2 + gamma^2 + beta^2 s_k^2``, responsibilities ``r_k(x)``,
 
     ``v = sum_k r_k [beta' m_k + C_k'/(2 C_k) (x - beta m_k)]``, ``score = -sum_k r_k (x - beta m_k) / C_k``.
     ``std: [K]`` or a scalar; ``std = 0`` gives a finite data set, whose fields are infinite at ``t = 1``.
@@ -87,9 +95,8 @@ def mixture(
 
     def law(x, t):
         """Offsets ``x - beta m_k: [B, K, d]``, log joint ``[B, K]``, variances ``[B, K]`` and derivatives."""
-        t = over_batch(t, x)[:, None]
-        (alpha, beta), (d_alpha, d_beta) = jax.jvp(path.coefficients, (t,), (jnp.ones_like(t),))
-        var, d_var = alpha**2 + beta**2 * std**2, 2 * (alpha * d_alpha + beta * d_beta * std**2)
+        beta, d_beta, noise, d_noise = _noise(path, x, t)
+        var, d_var = noise + beta**2 * std**2, d_noise + 2 * beta * d_beta * std**2
         offset = x[:, None, :] - beta[..., None] * means
         log_joint = log_w - 0.5 * ((offset**2).sum(-1) / var + d * jnp.log(2 * jnp.pi * var))
         return offset, log_joint, var, d_var, d_beta
@@ -120,6 +127,59 @@ def finite(points: Float[Array, "k d"], *, path: paths.Path | None = None) -> Or
     ``v = beta' E[x1|x] + alpha' E[x0|x]``, a softmax over the points; every sample ends on a point.
     """
     return mixture(points, 0.0, path=path)
+
+
+def coupled(
+    mean0: Float[Array, " d"],
+    mean1: Float[Array, " d"],
+    covariance: Float[Array, "d2 d2"],
+    *,
+    path: paths.Path | None = None,
+) -> Oracle:
+    """Jointly Gaussian pairs: ``(x0, x1) ~ N((m0, m1), [[A, B], [B^T, D]])``, any coupling, any source.
+
+    ``C_t = alpha^2 A + alpha beta (B + B^T) + beta^2 D + gamma^2 I`` is the covariance of ``I_t``, and
+
+    ``v = m' + Cov(dI_t, I_t) C_t^-1 (x - m)``, ``score = -C_t^-1 (x - m)``, ``m = alpha m0 + beta m1``,
+    ``Cov(dI, I) = alpha alpha' A + alpha' beta B + alpha beta' B^T + beta beta' D + gamma gamma' I``.
+
+    ``covariance: [2d, 2d]`` is symmetric and positive definite. The latent's denoiser is
+    ``E[z|x] = -gamma score``. Finite at both ends. Raises ``ValueError`` for a covariance of another shape.
+    """
+    path = path or paths.linear()
+    mean0, mean1, joint = jnp.asarray(mean0), jnp.asarray(mean1), jnp.asarray(covariance)
+    d = mean0.shape[0]
+    if joint.shape != (2 * d, 2 * d):
+        raise ValueError(f"the covariance of pairs of {d} coordinates is {2 * d} x {2 * d}, got {joint.shape}")
+    a, b, c = joint[:d, :d], joint[:d, d:], joint[d:, d:]
+
+    def law(x, t):
+        """``C^-1 (x - m)``, ``x - m``, ``C``, ``m'`` and ``Cov(dI, I)``."""
+        alpha, beta, d_alpha, d_beta = paths.coefficients(path, x, t)
+        latent, d_latent = paths.latent_variance(path, x, t)
+        wide = lambda *values: (v[..., None] for v in values)
+        offset, d_mean = x - alpha * mean0 - beta * mean1, d_alpha * mean0 + d_beta * mean1
+        alpha, beta, d_alpha, d_beta, latent, d_latent = wide(alpha, beta, d_alpha, d_beta, latent, d_latent)
+        cov = alpha**2 * a + alpha * beta * (b + b.T) + beta**2 * c + latent * jnp.eye(d)
+        mixed = alpha * d_alpha * a + d_alpha * beta * b + alpha * d_beta * b.T + beta * d_beta * c
+        return jnp.linalg.solve(cov, offset[..., None]), offset, cov, d_mean, mixed + d_latent / 2 * jnp.eye(d)
+
+    def velocity(x, t, cond=None):
+        solved, _, _, d_mean, mixed = law(x, t)
+        return d_mean + (mixed @ solved)[..., 0]
+
+    def score(x, t):
+        return -law(x, t)[0][..., 0]
+
+    def log_density(x, t):
+        solved, offset, cov, *_ = law(x, t)
+        return -0.5 * ((offset * solved[..., 0]).sum(-1) + jnp.linalg.slogdet(2 * jnp.pi * cov)[1])
+
+    def sample(key, n):
+        z = jax.random.normal(key, (n, 2 * d), joint.dtype) @ jnp.linalg.cholesky(joint).T
+        return mean0 + z[:, :d], mean1 + z[:, d:]
+
+    return Oracle(sample, velocity, score, log_density)
 
 
 def average_velocity(oracle: Oracle):

@@ -2,10 +2,12 @@
 
 Derivatives of the coefficients come from ``jax.jvp``; conversions come from one 2x2 solve (``convert``). A velocity
 learned on one path is one on every other (``change``): laws of equal ratio ``beta / alpha`` differ by a scale alone.
+A path may carry a latent, ``+ gamma_t z``: Schroedinger bridges and two-sided stochastic interpolants.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 from collections.abc import Callable
@@ -18,15 +20,23 @@ from jaxtyping import Array, Float
 from fmjax.types import VelocityFn, expand, over_batch
 
 PREDICTIONS = ("velocity", "noise", "data", "score", "v_prediction")
+LATENTS: dict[str, Callable[[Array], Array]] = {
+    "brownian": lambda t: jnp.sqrt(t * (1 - t)),
+    "quadratic": lambda t: t * (1 - t),
+    "sine_squared": lambda t: jnp.sin(jnp.pi * t) ** 2,
+}
 
 
 class Path(NamedTuple):
     """An interpolant: ``coefficients(t) -> (alpha_t, beta_t)`` with ``beta / alpha`` increasing on ``[0, 1]``.
 
-    ``(1, 0)`` at ``t = 0`` and ``(0, 1)`` at ``t = 1``, unless the schedule says otherwise.
+    ``(1, 0)`` at ``t = 0`` and ``(0, 1)`` at ``t = 1``, unless the schedule says otherwise. With ``gamma(t) ->
+    gamma_t``, zero at both ends, the interpolant has a latent, ``I_t = alpha x0 + beta x1 + gamma z``, where
+    ``z ~ N(0, I)`` is independent of the pair ``(x0, x1)``, whatever its law.
     """
 
     coefficients: Callable[[Array], tuple[Array, Array]]
+    gamma: Callable[[Array], Array] | None = None
 
 
 def linear() -> Path:
@@ -92,6 +102,39 @@ def target_conditional(*, sigma_min: float = 1e-4) -> Path:
     return Path(lambda t: (1 - (1 - sigma_min) * t, t))
 
 
+def schroedinger_bridge(*, sigma: float = 1.0) -> Path:
+    """Brownian bridges of diffusion ``sigma`` between the pair: linear, ``gamma_t = sigma sqrt(t (1 - t))``.
+
+    SB-CFM (arXiv 2302.00482, eq. 20) and [SF]2M (2307.03672): with pairs of the entropic plan of regularisation
+    ``2 sigma^2`` the law of ``I_t`` is that of the Schroedinger bridge. It is ``two_sided(scale=sigma)``: what is said
+    there of the ends holds here. Raises ``ValueError`` for ``sigma <= 0``.
+    """
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"schroedinger_bridge needs sigma > 0, got sigma={sigma}; without a latent it is 'linear'")
+    return two_sided(scale=sigma)
+
+
+def two_sided(*, latent: str = "brownian", scale: float = 1.0, schedule: str = "linear") -> Path:
+    """A two-sided stochastic interpolant ``alpha_t x0 + beta_t x1 + gamma_t z`` (arXiv 2303.08797).
+
+    ``schedule`` gives ``alpha, beta`` (``"linear"`` or ``"trigonometric"``), ``latent`` gives ``gamma`` up to its
+    ``scale``: ``"brownian"`` ``sqrt(t (1 - t))``, ``"quadratic"`` ``t (1 - t)``, ``"sine_squared"`` ``sin^2(pi t)``.
+
+    ``gamma'`` of the Brownian one is infinite at both ends, and so is ``dI_t`` there (``x`` is exact): the variance
+    of the target grows as ``scale^2 / 4t``. The velocity itself stays finite, ``E[gamma' z | x] = -gamma gamma' S``.
+    So training times keep away from the ends (``times.interior``). Raises ``ValueError`` for ``scale <= 0`` and names
+    that do not exist.
+    """
+    if not 0 < scale < math.inf:
+        raise ValueError(f"two_sided needs scale > 0, got scale={scale}; without a latent it is {schedule!r}")
+    schedules = {"linear": linear, "trigonometric": trigonometric}
+    for what, value, known in (("latent", latent, LATENTS), ("schedule", schedule, schedules)):
+        if value not in known:
+            near = difflib.get_close_matches(str(value), known, 1, 0.0)[0]
+            raise ValueError(f"no {what} {value!r}; did you mean {near!r}? (there are {', '.join(known)})")
+    return schedules[schedule]()._replace(gamma=lambda t: scale * LATENTS[latent](t))
+
+
 def coefficients(path: Path, x: Array, t) -> tuple[Array, Array, Array, Array]:
     """``(alpha, beta, d alpha/dt, d beta/dt)`` at ``t: [B]``, each shaped to multiply ``x: [B, ...]``."""
     t = expand(over_batch(t, x), x)
@@ -99,12 +142,97 @@ def coefficients(path: Path, x: Array, t) -> tuple[Array, Array, Array, Array]:
     return alpha, beta, d_alpha, d_beta
 
 
+def latent(path: Path, x: Array, t) -> tuple[Array, Array]:
+    """``(gamma, d gamma/dt)`` at ``t: [B]``, each shaped to multiply ``x: [B, ...]``. ``ValueError`` without a latent.
+
+    ``d gamma/dt`` is infinite at the ends of a Brownian latent.
+    """
+    if path.gamma is None:
+        raise ValueError("this path has no latent: gamma is None; paths.two_sided and paths.schroedinger_bridge do")
+    t = expand(over_batch(t, x), x)
+    return jax.jvp(path.gamma, (t,), (jnp.ones_like(t),))
+
+
+def latent_variance(path: Path, x: Array, t) -> tuple[Array, Array]:
+    """``(gamma^2, d gamma^2/dt)``, shaped as ``latent``'s; finite at the ends too, and 0 without a latent."""
+    t = expand(over_batch(t, x), x)
+    if path.gamma is None:
+        return jnp.zeros_like(t), jnp.zeros_like(t)
+    return jax.jvp(_square(path.gamma), (t,), (jnp.ones_like(t),))
+
+
+def _square(gamma: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """``gamma^2``, whose derivative ``2 gamma gamma'`` is ``0 inf`` at an end: there it is the one next to the end."""
+
+    @jax.custom_jvp
+    def square(t):
+        return jnp.square(gamma(t))
+
+    @square.defjvp
+    def _rate(primals, tangents):
+        (t,), (dt,) = primals, tangents
+        eps = jnp.finfo(t.dtype).eps
+        inside = t + jax.lax.stop_gradient(jnp.clip(t, eps, 1 - eps) - t)
+        return square(t), jax.jvp(lambda t: jnp.square(gamma(t)), (inside,), (dt,))[1]
+
+    return square
+
+
 def with_velocity(
-    path: Path, x0: Float[Array, "b ..."], x1: Float[Array, "b ..."], t
+    path: Path, x0: Float[Array, "b ..."], x1: Float[Array, "b ..."], t, z: Float[Array, "b ..."] | None = None
 ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
-    """The interpolant and its time derivative: ``I_t = alpha x0 + beta x1``, ``dI_t = alpha' x0 + beta' x1``."""
+    """The interpolant and its time derivative: ``I_t = alpha x0 + beta x1``, ``dI_t = alpha' x0 + beta' x1``.
+
+    On a path with a latent ``gamma z`` and ``gamma' z`` are added. Raises ``ValueError`` for a latent without its
+    ``z ~ N(0, I)``, and the reverse.
+    """
+    if (path.gamma is None) != (z is None):
+        raise ValueError(
+            "this path has a latent, gamma(t) z: give z ~ N(0, I) too"
+            if z is None
+            else "z was given, but this path has no latent, gamma(t) z: leave z out"
+        )
     alpha, beta, d_alpha, d_beta = coefficients(path, x1, t)
-    return alpha * x0 + beta * x1, d_alpha * x0 + d_beta * x1
+    x, u = alpha * x0 + beta * x1, d_alpha * x0 + d_beta * x1
+    if z is None:
+        return x, u
+    gamma, d_gamma = latent(path, x1, t)
+    return x + gamma * z, u + d_gamma * z
+
+
+def latent_score(path: Path, z: Float[Array, "b ..."], t) -> Float[Array, "b ..."]:
+    """The score ``grad log p_t(x) = -E[z | I_t = x] / gamma_t`` from the latent's denoiser (arXiv 2303.08797).
+
+    True for any law of the pair; infinite at both ends, where ``gamma = 0``. ``ValueError`` without a latent.
+    """
+    return -z / latent(path, z, t)[0]
+
+
+def one_sided(path: Path) -> Path:
+    """The path without a latent, ``alpha -> sqrt(alpha^2 + gamma^2)``, of the same laws and the same velocity.
+
+    Only for a source ``x0 ~ N(0, I)`` independent of the data, where ``alpha x0 + gamma z`` is one Gaussian: then all
+    of ``convert`` and ``change`` applies to a velocity learned with the latent. A path without one is returned as is.
+    """
+    if path.gamma is None:
+        return path
+    square = _square(path.gamma)
+
+    def merged(t):
+        alpha, beta = path.coefficients(t)
+        return jnp.sqrt(jnp.square(alpha) + square(t)), beta
+
+    return Path(merged)
+
+
+def refuse_latent(what: str, *given: Path) -> None:
+    """``ValueError`` where a path has a latent: for what is defined by ``alpha`` and ``beta`` alone."""
+    if any(path.gamma is not None for path in given):
+        raise ValueError(
+            f"{what} needs a path without a latent, since x and velocity leave E[x0|x], E[x1|x] and E[z|x] open: learn "
+            "the denoiser E[z|x] (methods.stochastic_interpolant, paths.latent_score) or, where the source is N(0, I) "
+            "and independent of the data, use paths.one_sided(path), which has the same velocity"
+        )
 
 
 def endpoints(
@@ -122,7 +250,8 @@ def endpoints(
 def score(path: Path, x: Float[Array, "b ..."], v: Float[Array, "b ..."], t) -> Float[Array, "b ..."]:
     """The score ``grad log p_t(x) = -E[x0 | x] / alpha_t`` of a velocity with source ``N(0, I)``.
 
-    Infinite at ``t = 1``, where ``alpha_t = 0``: the score of the data law is not in the velocity.
+    The source must be independent of the data: with pairs from an optimal transport plan it is another field. Infinite
+    at ``t = 1``, where ``alpha_t = 0``: the score of the data law is not in the velocity.
     """
     return convert(path, x, v, t, given="velocity", to="score")
 
@@ -144,8 +273,10 @@ def convert(
 
     With ``x = alpha e + beta d`` the given row makes a 2x2 system; the wanted row is written over its two rows. Where
     it is singular, at an end of the path, the answer is not in the prediction and comes out as ``nan`` or infinite.
-    Sources: ``v_prediction`` arXiv 2202.00512, the rest arXiv 2303.08797. Raises ``ValueError`` for an unknown name.
+    Sources: ``v_prediction`` arXiv 2202.00512, the rest arXiv 2303.08797. Raises ``ValueError`` for an unknown name
+    and for a path with a latent (see ``one_sided`` and ``latent_score``).
     """
+    refuse_latent("convert", path)
     for name in (given, to):
         if name not in PREDICTIONS:
             raise ValueError(f"there is no prediction {name!r}; there are {', '.join(PREDICTIONS)}")
@@ -177,8 +308,10 @@ def change(velocity: VelocityFn, old: Path, new: Path) -> VelocityFn:
     asked at its end; before its start the data prediction is held, beyond its end the noise prediction. So a network
     trained on ``ve`` is off by ``O(1 / sigma_max)`` at ``t = 0`` of the linear path; to stay within what it saw, start
     at ``t, c = match_snr(new, old, 0.0)`` (note the order) from ``x0`` times ``alpha`` of ``new`` there.
-    Sources: arXiv 2206.00364 (eq. 4), arXiv 2412.06264 (change of scheduler).
+    Sources: arXiv 2206.00364 (eq. 4), arXiv 2412.06264 (change of scheduler). Raises ``ValueError`` for a path with a
+    latent, whose laws are no scaled ones of another path (see ``one_sided``).
     """
+    refuse_latent("change", old, new)
 
     def changed(x, t, cond=None):
         t = over_batch(t, x)
@@ -202,8 +335,9 @@ def match_snr(old: Path, new: Path, t: Float[Array, " *t"]) -> tuple[Float[Array
     last bit; where ``old`` does not reach the ratio it is the nearer end, and ``c`` matches the larger coefficient.
     Differentiable to any order, in ``t`` only: the derivative is implicit, ``s' = W_new(t) / (W_old(s) c^2)`` with the
     Wronskian ``W = alpha beta' - alpha' beta`` (and 0 where ``s`` is held at an end), never that of the iterations.
-    ``nan`` where a Wronskian is infinite: ``t = 1`` of ``vp``.
+    ``nan`` where a Wronskian is infinite: ``t = 1`` of ``vp``. Raises ``ValueError`` for a path with a latent.
     """
+    refuse_latent("match_snr", old, new)
     t = jnp.asarray(t, jnp.asarray(1.0 * t).dtype)  # a scalar or an integer, too, becomes a float of no weak type
     s = _matching_time(old, new, t)
     (a, b), (alpha, beta) = old.coefficients(s), new.coefficients(t)

@@ -13,6 +13,16 @@ def uniform(key: Key[Array, " b"], *, low: float = 0.0, high: float = 1.0) -> Fl
     return jax.vmap(lambda k: jax.random.uniform(k, minval=low, maxval=high))(key)
 
 
+def interior(key: Key[Array, " b"], *, margin: float = 1e-3) -> Float[Array, " b"]:
+    """Training times ``t ~ U[margin, 1 - margin]``, for paths whose velocity is infinite at their ends.
+
+    ``ValueError`` unless ``0 < margin < 1/2``.
+    """
+    if not 0 < margin < 0.5:
+        raise ValueError(f"interior needs 0 < margin < 1/2, got margin={margin}")
+    return uniform(key, low=margin, high=1 - margin)
+
+
 def logit_normal(key: Key[Array, " b"], *, mean: float = 0.0, std: float = 1.0) -> Float[Array, " b"]:
     """Training times ``t = sigmoid(mean + std z)``, ``z ~ N(0, 1)`` (arXiv 2403.03206); data are at ``t = 1``."""
     return jax.vmap(lambda k: jax.nn.sigmoid(mean + std * jax.random.normal(k)))(key)

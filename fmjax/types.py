@@ -87,12 +87,16 @@ class LossFn(Protocol):
 
 
 class Method(NamedTuple):
-    """A training objective and what its parameters can be used as (compare ``optax.GradientTransformation``)."""
+    """A training objective and what its parameters can be used as (compare ``optax.GradientTransformation``).
+
+    ``score(params)(x, t, cond)`` is ``grad log p_t(x)``, what an SDE step needs beside the velocity.
+    """
 
     loss: LossFn
     velocity: Callable[[Params], VelocityFn] | None = None
     flow_map: Callable[[Params], FlowMapFn] | None = None
     direction: Callable[[Params], DirectionFn] | None = None
+    score: Callable[[Params], VelocityFn] | None = None
 
 
 def is_key(key) -> bool:

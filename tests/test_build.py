@@ -15,6 +15,9 @@ from fmjax.types import Method
 ml_collections = pytest.importorskip("ml_collections")
 
 
+ALL_PATHS = "linear, schroedinger_bridge, sub_vp, target_conditional, trigonometric, two_sided, ve, vp"
+
+
 def net(params, x, s, t, cond=None, key=None):
     return params * x
 
@@ -37,8 +40,8 @@ def test_names_resolve_by_module_path():
         (lambda s: build.method(s, net), "common", None, "flow_matching, lagrangian"),
         (build.net, "unett", "unet", "mlp, unet"),
         (build.net, "adapters", None, "mlp, unet"),
-        (build.path, "trig", "trigonometric", "linear, sub_vp, target_conditional, trigonometric, ve, vp"),
-        (build.path, "endpoints", None, "linear, sub_vp, target_conditional, trigonometric, ve, vp"),
+        (build.path, "trig", "trigonometric", ALL_PATHS),
+        (build.path, "endpoints", None, ALL_PATHS),
         (build.coupling, "minibatch", "minibatch_ot", "independent, minibatch_ot"),
         (build.coupling, "squared_cost", None, "independent, minibatch_ot"),
         (build.step, "rk5", "rk4", "euler, from_diffrax, heun"),
@@ -131,7 +134,7 @@ def test_a_law_of_times_is_named_with_its_own_options(key):
     median = float(jnp.median(jax.scipy.special.logit(aux["t"])))
     assert abs(median - 3.0) < 4 * 1.25 / np.sqrt(512)
     for time, message in [
-        ("ordered_pair", r"fmjax.times has no 'ordered_pair' \(there are logit_normal, uniform\)"),
+        ("ordered_pair", r"fmjax.times has no 'ordered_pair' \(there are interior, logit_normal, uniform\)"),
         ("logit", "did you mean 'logit_normal'"),
         ({"name": "logit_normal", "men": 1.0}, "times.logit_normal has no option 'men'; did you mean 'mean'"),
     ]:

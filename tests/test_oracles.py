@@ -9,15 +9,20 @@ from fmjax.types import normal, over_batch
 MEANS = jnp.array([[2.0, 0.0], [-1.0, 1.5], [0.0, -2.0]])
 
 
+JOINT = jax.random.normal(jax.random.key(2), (4, 6)) / 2
+JOINT = JOINT @ JOINT.T  # of (x0, x1), 2 x 2 coordinates: their cross covariance is not symmetric
+
+
 def laws(path):
     return {
+        "coupled": oracles.coupled(jnp.array([0.5, -1.0]), jnp.array([1.0, -2.0]), JOINT, path=path),
         "gaussian": oracles.gaussian(jnp.array([1.0, -2.0]), jnp.array([0.5, 2.0]), path=path),
         "mixture": oracles.mixture(MEANS, jnp.array([0.3, 0.5, 0.8]), jnp.array([0.2, 0.5, 0.3]), path=path),
     }
 
 
-@pytest.mark.parametrize("make", [paths.linear, paths.trigonometric])
-@pytest.mark.parametrize("law", ["gaussian", "mixture"])
+@pytest.mark.parametrize("make", [paths.linear, paths.trigonometric, paths.schroedinger_bridge, paths.two_sided])
+@pytest.mark.parametrize("law", ["gaussian", "mixture", "coupled"])
 def test_continuity_equation(make, law, x64, key):
     """d/dt log p + v . grad log p + div v = 0, in float64."""
     oracle = laws(make())[law]
@@ -62,6 +67,42 @@ def test_mixture_of_one_is_the_gaussian(x64, key):
     ref = oracles.gaussian(MEANS[0].astype(jnp.float64), jnp.full((2,), 0.7))
     for name in ("velocity", "score", "log_density"):
         np.testing.assert_allclose(getattr(one, name)(x, t), getattr(ref, name)(x, t), atol=1e-12)
+
+
+@pytest.mark.parametrize("latent", ["brownian", "quadratic"])
+def test_an_uncoupled_standard_source_is_the_gaussian_also_with_a_latent_and_at_both_ends(latent, x64, key):
+    path = paths.two_sided(latent=latent, scale=0.8)
+    x, t = jax.random.normal(key, (9, 2)), jnp.linspace(0, 1, 9)
+    mean, std = jnp.array([1.0, -2.0]), jnp.array([0.5, 2.0])
+    joint = jnp.diag(jnp.concatenate([jnp.ones(2), std**2]))
+    pairs, data = oracles.coupled(jnp.zeros(2), mean, joint, path=path), oracles.gaussian(mean, std, path=path)
+    for name in ("velocity", "score", "log_density"):
+        np.testing.assert_allclose(getattr(pairs, name)(x, t), getattr(data, name)(x, t), atol=1e-11)
+
+
+def test_the_fields_of_coupled_gaussians_are_continuous_at_both_ends_of_a_brownian_latent(x64, key):
+    """There ``gamma gamma'`` is 0 times infinity; its limit is half the scale squared."""
+    oracle = oracles.coupled(*MEANS[:2].astype(float), JOINT.astype(float), path=paths.schroedinger_bridge(sigma=0.7))
+    x = jax.random.normal(key, (2, 2))
+    at, near = oracle.velocity(x, jnp.array([0.0, 1.0])), oracle.velocity(x, jnp.array([1e-9, 1 - 1e-9]))
+    np.testing.assert_allclose(at, near, atol=1e-6)
+    flat = oracles.coupled(*MEANS[:2].astype(float), JOINT.astype(float)).velocity(x, jnp.array([0.0, 1.0]))
+    step = at - flat  # what the latent adds: -gamma gamma' S
+    np.testing.assert_allclose(
+        step, -0.49 / 2 * np.array([[1], [-1]]) * oracle.score(x, jnp.array([0.0, 1.0])), atol=1e-9
+    )
+
+
+def test_pairs_have_the_stated_moments_and_a_covariance_of_another_size_is_refused(key):
+    n = 100_000
+    x0, x1 = laws(paths.linear())["coupled"].sample(key, n)
+    pairs = np.concatenate([x0, x1], 1).astype(np.float64)
+    centred = pairs - np.array([0.5, -1.0, 1.0, -2.0])
+    assert (np.abs(centred.mean(0)) < 4.5 * np.sqrt(np.diag(JOINT) / n)).all()
+    products = centred[:, :, None] * centred[:, None]
+    assert (np.abs(products.mean(0) - JOINT) < 4.5 * products.std(0) / n**0.5).all()
+    with pytest.raises(ValueError, match=r"pairs of 2 coordinates is 4 x 4, got \(2, 2\)"):
+        oracles.coupled(jnp.zeros(2), jnp.zeros(2), jnp.eye(2))
 
 
 def test_mixture_samples_have_the_stated_moments(key):

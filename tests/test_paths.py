@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,26 +192,27 @@ def test_predictions_of_a_law_are_its_conditional_means(path, name, x64, key):
     np.testing.assert_allclose(convert(v, "velocity", "data"), (x + alpha**2 * score) / beta, rtol=1e-9, atol=1e-9)
 
 
-def test_conversions_at_the_ends_say_what_they_can_and_nothing_else(x64, key):
+@pytest.mark.parametrize("name", ["linear", "sub_vp", "ve", "target_conditional"])
+def test_conversions_at_the_ends_say_what_they_can_and_nothing_else(name, x64, key):
     noise, data = jax.random.normal(key, (2, 2, 3))
-    path = paths.linear()
-    x, values = rows(path, noise, data, jnp.array([0.0, 1.0]))
-    open_ = {  # the (end, given, to) that the system leaves open
-        0: {(g, to) for g in ("noise", "score") for to in ("velocity", "data", "v_prediction")},
-        1: {("data", to) for to in ("velocity", "noise", "v_prediction")}
-        | {(g, "score") for g in paths.PREDICTIONS}
-        | {("score", to) for to in paths.PREDICTIONS},
-    }
-    for end in (0, 1):
+    path, ends = ALL[name], jnp.array([0.0, 1.0])
+    x, values = rows(path, noise, data, ends)
+    for end, (alpha, beta) in enumerate(zip(*path.coefficients(ends), strict=True)):
+        open_ = set()  # the (given, to) that the system leaves open
+        if beta == 0:
+            open_ |= {(g, to) for g in ("noise", "score") for to in ("velocity", "data", "v_prediction")}
+        if alpha == 0:
+            open_ |= {("data", to) for to in ("velocity", "noise", "v_prediction")}
+            open_ |= {(g, "score") for g in values} | {("score", to) for to in values}
         for given in values:
             for to in values:
-                got = paths.convert(path, x, values[given], jnp.array([0.0, 1.0]), given=given, to=to)[end]
-                if (end, given, to) in {(1, "score", "score")}:  # handed through as it came
+                got = paths.convert(path, x, values[given], ends, given=given, to=to)[end]
+                if alpha == 0 and given == to == "score":  # handed through as it came
                     np.testing.assert_array_equal(got, values["score"][end])
-                elif (given, to) in open_[end]:
+                elif (given, to) in open_:
                     assert not np.isfinite(got).any(), (end, given, to, got)
-                else:
-                    np.testing.assert_allclose(got, values[to][end], atol=1e-14, err_msg=f"{end} {given} {to}")
+                else:  # the smallest determinant is 0.0066 of sub_vp at its start
+                    np.testing.assert_allclose(got, values[to][end], rtol=1e-12, atol=1e-12)
 
 
 def test_an_unknown_prediction_is_refused():
@@ -314,15 +317,19 @@ def test_trajectories_correspond_at_equal_ratios(old, new, x64, key):
     np.testing.assert_allclose(by_old, law("gaussian", ALL[new]).flow_map(x, 0.3, 0.8), rtol=1e-11)
 
 
-@pytest.mark.parametrize(("old", "new"), [("linear", "trigonometric"), ("trigonometric", "linear")])
-def test_a_changed_velocity_and_its_derivatives_hold_at_both_ends(old, new, x64, key):
-    x = jax.random.normal(key, (2, 2))
-    ends = jnp.array([0.0, 1.0])
+REACH = {0.0: ("linear", "trigonometric", "target_conditional"), 1.0: ("linear", "trigonometric", "sub_vp")}
+PAIRS = [(end, *pair) for end, names in REACH.items() for pair in itertools.permutations(names, 2)]
+
+
+@pytest.mark.parametrize(("end", "old", "new"), PAIRS)
+def test_a_changed_velocity_and_its_derivatives_hold_at_the_ends_that_both_paths_reach(end, old, new, x64, key):
+    x = jax.random.normal(key, (1, 2))
+    ends = jnp.array([end])
     changed = paths.change(law("mixture", ALL[old]).velocity, ALL[old], ALL[new])
     want = law("mixture", ALL[new]).velocity
     tangents = (jnp.ones_like(x), jnp.ones_like(ends))
     for a, b in zip(jax.jvp(changed, (x, ends), tangents), jax.jvp(want, (x, ends), tangents), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
     loss = lambda f: jax.grad(lambda t: (f(x, t) ** 2).sum())(ends)
     np.testing.assert_allclose(loss(changed), loss(want), rtol=1e-10, atol=1e-10)
 

@@ -25,6 +25,8 @@ def keys(key):
     [
         (times.uniform, stats.uniform.cdf),
         (functools.partial(times.uniform, low=0.2, high=0.7), stats.uniform(0.2, 0.5).cdf),
+        (times.interior, stats.uniform(1e-3, 1 - 2e-3).cdf),
+        (functools.partial(times.interior, margin=0.1), stats.uniform(0.1, 0.8).cdf),
         (times.logit_normal, lambda t: stats.norm.cdf(special.logit(t))),
         (
             functools.partial(times.logit_normal, mean=-0.4, std=1.6),
@@ -37,6 +39,14 @@ def test_laws_of_training_times_have_their_distribution(law, cdf, keys):
     assert stats.kstest(t, cdf).pvalue > LEVEL
     assert abs(np.corrcoef(t[1:], t[:-1])[0, 1]) * N**0.5 < 4.5
     np.testing.assert_array_equal(law(keys[17:20]), t[17:20].astype(np.float32))
+
+
+def test_interior_times_keep_their_margin_and_a_margin_that_leaves_none_is_refused(keys):
+    t = np.asarray(times.interior(keys, margin=0.4))
+    assert t.min() >= np.float32(0.4) and t.max() <= np.float32(0.6)
+    for margin in (0.0, 0.5, -0.1):
+        with pytest.raises(ValueError, match=f"0 < margin < 1/2, got margin={margin}"):
+            times.interior(keys, margin=margin)
 
 
 def test_an_ordered_pair_is_uniform_on_the_triangle(keys):

@@ -9,14 +9,42 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fmjax import paths, times
 from fmjax.types import Aux, Batch, FlowMapFn, Net, Params, VelocityFn, expand, normal, over_batch, split
 
-__all__ = ["diagonal", "jump", "mse", "reduce", "rows", "source", "split", "split_rows"]
+__all__ = [
+    "check_times", "diagonal", "interpolant", "jump", "latent", "mse", "reduce", "rows", "source", "split", "split_rows"
+]  # fmt: skip
 
 
 def source(key, batch: Batch) -> Float[Array, "b ..."]:
     """The batch's own ``x0`` where a coupling chose it, otherwise ``N(0, I)``, one draw per example."""
     return normal(key, batch.x1.shape[1:], batch.x1.dtype) if batch.x0 is None else batch.x0
+
+
+def interpolant(path: paths.Path, key, batch: Batch, t) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+    """``(I_t, dI_t)`` of the batch, its source and the path's latent, where it has one, drawn from ``key: [B]``."""
+    if path.gamma is None:
+        return paths.with_velocity(path, source(key, batch), batch.x1, t)
+    k_source, k_latent = split(key, 2)
+    return paths.with_velocity(path, source(k_source, batch), batch.x1, t, latent(k_latent, batch))
+
+
+def latent(key, batch: Batch) -> Float[Array, "b ..."]:
+    """The path's latent ``z ~ N(0, I)``, one draw per example."""
+    return normal(key, batch.x1.shape[1:], batch.x1.dtype)
+
+
+def check_times(path: paths.Path, time: Callable) -> None:
+    """Refuses times up to the ends, ``times.uniform``, on a path whose ``gamma'`` is infinite there."""
+    if path.gamma is None or time is not times.uniform:
+        return
+    ends = jnp.array([0.0, 1.0])
+    if not np.isfinite(jax.jvp(path.gamma, (ends,), (jnp.ones(2),))[1]).all():
+        raise ValueError(
+            "the velocity of this path's latent is infinite at t = 0 and 1, which time=times.uniform reaches: "
+            "use times.interior (in a config time='interior')"
+        )
 
 
 def mse(a: Array, b: Array) -> Float[Array, " b"]:
