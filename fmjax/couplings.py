@@ -10,24 +10,25 @@ the condition* is another matter: see ``minibatch_ot``. Pairs given once and for
 from __future__ import annotations
 
 import difflib
+import functools
 import warnings
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
-from fmjax.types import Cond
+from fmjax.types import Cond, is_key
 
 Coupling = Callable[[np.random.Generator, np.ndarray, np.ndarray, Cond], tuple[np.ndarray, np.ndarray, Cond]]
 
 METHODS = ("exact", "sinkhorn")
 
 UNCONDITIONAL = (
-    "minibatch_ot is given a condition and does not look at it: x0 given the condition is then not N(0, I), which is "
-    "what a sampler starts from (arXiv 2503.10636). Set by_class=True for labels, condition_weight for continuous "
-    "conditions, or by_class=False if the model does not use the condition"
+    "{} is given a condition and does not look at it: x0 given the condition is then not N(0, I), which is what a "
+    "sampler starts from (arXiv 2503.10636). Set by_class=True for labels{}, or by_class=False if the model does not "
+    "use the condition"
 )
 
 
@@ -117,7 +118,9 @@ def minibatch_ot(
         _check_batch(x0, x1, cond)
         if cond is not None and by_class is None and not conditional and not warned:
             warned = True
-            warnings.warn(UNCONDITIONAL, stacklevel=2)
+            warnings.warn(
+                UNCONDITIONAL.format("minibatch_ot", ", condition_weight for continuous conditions"), stacklevel=2
+            )
         cost = squared_cost(x0, x1)
         if condition_weight:
             needed = "condition_weight > 0 needs a floating leaf in cond; by_class=True is for labels"
@@ -139,16 +142,142 @@ def minibatch_ot(
     return couple
 
 
+def semidiscrete(
+    x1: Float[np.ndarray, "n ..."],
+    potentials: Float[Array | np.ndarray, " m"],
+    cond: Cond = None,
+    *,
+    by_class: bool | None = None,
+) -> Coupling:
+    """Pairs fresh noise with the whole data set ``x1`` by its optimal transport map (arXiv 2509.25519).
+
+    ``x0 -> y_{j*}``, ``j* = argmax_j <x0, y_j> - |y_j|^2 / 2 + g_j`` with ``g = fit_semidiscrete(key, x1)``: the map
+    that carries N(0, I) to the uniform law on ``x1`` at the least mean squared distance, which no minibatch attains.
+
+    * Of a batch only ``x0`` is used: targets (and their rows of ``cond``) come from ``x1``, drawn with replacement and
+      uniform as far as ``g`` has converged. So they are not in the order of the epochs, and a batch that is not from
+      ``x1`` is refused: for mirrored images (``flip=True``) give ``np.concatenate([x, x[:, :, ::-1]])`` here and to
+      ``fit_semidiscrete``.
+    * ``by_class``: as in ``minibatch_ot``; with ``True`` noise drawn beside an example goes to one of its class, and
+      ``g`` must have been fitted so.
+
+    A batch of 128 takes 0.3 ms for n = 1437, d = 64 and 350 ms for n = 60000, d = 784 (12 GFLOP, in proportion to
+    ``n d``), on the host, the best of 40 on 2 CPU cores that others used too. Raises ``ValueError`` for shapes that do
+    not match.
+    """
+    flat, n = x1.reshape(len(x1), -1), len(x1)
+    bias = np.asarray(potentials, np.float64)
+    if bias.shape != (n,):
+        raise ValueError(f"potentials have shape {bias.shape}; give one for each of the {n} examples of x1")
+    bias = (bias - np.einsum("nd,nd->n", flat, flat, dtype=np.float64) / 2).astype(flat.dtype)
+    _check_leading(cond, n)
+    if cond is not None and by_class is None:
+        warnings.warn(UNCONDITIONAL.format("semidiscrete", ""), stacklevel=2)
+    member = _members(cond) if by_class else np.zeros(n, int)
+    rows_of = {}
+    for row, example in enumerate(flat):
+        rows_of.setdefault(hash(example.tobytes()), row)
+
+    def couple(rng: np.random.Generator, x0: np.ndarray, batch_x1: np.ndarray, batch_cond: Cond = None):
+        _check_batch(x0, batch_x1, batch_cond)
+        rows = np.array([rows_of.get(hash(example.tobytes()), -1) for example in batch_x1])
+        if (rows < 0).any() or (batch_cond is None) != (cond is None):
+            what = f"row {np.argmin(rows)} of the batch is" if (rows < 0).any() else "the batch's condition is"
+            raise ValueError(
+                f"{what} not from the data set of semidiscrete: give it the x (flipped too) and y of batches"
+            )
+        j = np.empty(len(x0), int)
+        for c in np.unique(member[rows]):
+            mine, atoms = np.flatnonzero(member[rows] == c), np.flatnonzero(member == c)
+            pool = flat if len(atoms) == n else flat[atoms]
+            j[mine] = atoms[np.argmax(x0[mine].reshape(len(mine), -1) @ pool.T + bias[atoms], 1)]
+        return x0, x1[j], _take(cond, j)
+
+    return couple
+
+
+def fit_semidiscrete(
+    key,
+    x1: Float[np.ndarray, "n ..."],
+    cond: Cond = None,
+    weights: Float[np.ndarray, " m"] | None = None,
+    *,
+    by_class: bool = False,
+    draws: int = 500,
+    batch_size: int = 1024,
+    rate: float = 0.1,
+) -> Float[Array, " n"]:
+    """The dual potentials ``g`` of optimal transport from N(0, I) to the data set ``x1`` (arXiv 2509.25519).
+
+    They maximise the semidual ``sum_j b_j g_j - E_x max_j (<x, y_j> - |y_j|^2 / 2 + g_j)``, ``b`` the ``weights``
+    (uniform), by stochastic gradient ascent (1605.08527) on ``draws`` samples of ``x`` an example, ``batch_size`` a
+    step. Steps fall as ``rate / sqrt(1 + 20 k / steps)``, in units of the spread of the data and of ``1 / b_j`` (at
+    most ``batch_size``); the result is the mean of the later half.
+
+    What is left is the error of the targets' shares ``n P(j* = j) - 1``: its root mean square was within a tenth of
+    ``sqrt(2 / draws)`` for 1437 digits and 3000 MNIST images, ``draws`` from 50 to 360 (6 % for the default); a third
+    of the rate or three times as much changed little, but that 50 draws are too few for 0.03. The default takes 4.6 s
+    for the digits (n = 1437, d = 64, 702 steps) and 3.3 s a step of its 29,297 steps, 27 hours, for MNIST (n = 60000,
+    d = 784), the best of 4 on the same 2 cores. It grows as ``n^2 d draws``: fit large sets on an accelerator, once.
+
+    ``by_class=True`` solves one problem per class (integer leaves of ``cond``), all in one. Raises ``ValueError`` for
+    options out of range and weights that are not positive.
+    """
+    if not is_key(key) or key.ndim:
+        raise TypeError("fit_semidiscrete needs one typed PRNG key: jax.random.key(seed)")
+    if draws < 1 or batch_size < 1 or not rate > 0:
+        raise ValueError(f"draws={draws}, batch_size={batch_size} and rate={rate} must be positive")
+    n = len(x1)
+    _check_leading(cond, n)
+    b = np.full(n, 1 / n) if weights is None else np.asarray(weights, np.float64)
+    if b.shape != (n,) or not (b > 0).all() or not np.isfinite(b).all():
+        raise ValueError(f"weights must be {n} positive numbers, one an example")
+    y = jnp.asarray(np.reshape(x1, (n, -1)))
+    b = jnp.asarray(b / b.sum(), y.dtype)
+    member = jnp.asarray(_members(cond)) if by_class else None
+    return _ascend(key, y, b, member, rate, steps=-(-draws * n // batch_size), batch_size=batch_size)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "batch_size"))
+def _ascend(key, y, b, member, rate, *, steps, batch_size):
+    n, d = y.shape
+    centred = y - b @ y  # the same maximiser for every x, and the potentials start near their values
+    spread = jnp.sqrt(b @ jnp.square(centred).sum(1))
+
+    def semidual(h, key):
+        k_x, k_class = jax.random.split(key)
+        x = jax.random.normal(k_x, (batch_size, d), y.dtype)
+        scores = jnp.matmul(x, centred.T, precision="highest") + h
+        if member is not None:
+            own = member[jax.random.choice(k_class, n, (batch_size,), p=b)]
+            scores = jnp.where(own[:, None] == member, scores, -jnp.inf)
+        return b @ h - scores.max(1).mean()
+
+    def step(carry, k):
+        h, mean, late = carry
+        size = rate * spread / jnp.sqrt(1 + 20 * k / steps) * jnp.minimum(batch_size, 1 / b)
+        h = h + size.astype(h.dtype) * jax.grad(semidual)(h, jax.random.fold_in(key, k))
+        late = late + (k >= steps // 2)
+        return (h, jnp.where(late > 0, mean + (h - mean) / jnp.maximum(late, 1), mean), late), None
+
+    start = jnp.zeros(n, y.dtype)
+    (_, mean, _), _ = jax.lax.scan(step, (start, start, jnp.zeros((), y.dtype)), jnp.arange(steps))
+    return mean + jnp.square(y).sum(1) / 2
+
+
 def classes(cond: Cond) -> list[np.ndarray]:
     """The rows of every class: where all integer (and boolean) leaves of ``cond``, ``[B, ...]``, are equal.
 
     Raises ``ValueError`` where there is no such leaf.
     """
+    member = _members(cond)
+    return [np.flatnonzero(member == c) for c in range(member.max() + 1)]
+
+
+def _members(cond: Cond) -> np.ndarray:
     needed = "by_class=True needs an integer leaf in cond; condition_weight is for floats"
     table = leaves_of(cond, kind="integer", otherwise=needed)
-    _, member = np.unique(table, axis=0, return_inverse=True)
-    member = member.reshape(-1)  # numpy 2.0 gives [B, 1]
-    return [np.flatnonzero(member == c) for c in range(member.max() + 1)]
+    return np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)  # numpy 2.0 gives [B, 1]
 
 
 def leaves_of(cond: Cond, *, kind: str, otherwise: str) -> np.ndarray:
@@ -256,6 +385,10 @@ def _take(cond: Cond, index: np.ndarray) -> Cond:
 def _check_batch(x0, x1, cond) -> None:
     if x0.shape != x1.shape:
         raise ValueError(f"x0 {x0.shape} and x1 {x1.shape} must have one shape [B, ...] to be paired")
+    _check_leading(cond, len(x1))
+
+
+def _check_leading(cond: Cond, size: int) -> None:
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(cond)}
-    if sizes - {x1.shape[:1]}:
-        raise ValueError(f"cond has leaves of leading size {sorted(sizes)}; each must be [B, ...] with B={len(x1)}")
+    if sizes - {(size,)}:
+        raise ValueError(f"cond has leaves of leading size {sorted(sizes)}; each must be [B, ...] with B={size}")
