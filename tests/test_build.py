@@ -35,8 +35,8 @@ def test_names_resolve_by_module_path():
     [
         (lambda s: build.method(s, net), "langrangian", "lagrangian", "flow_matching, lagrangian"),
         (lambda s: build.method(s, net), "common", None, "flow_matching, lagrangian"),
-        (build.net, "unett", "unet", "mlp, unet"),
-        (build.net, "adapters", None, "mlp, unet"),
+        (build.net, "unett", "unet", "dit, mlp, unet"),
+        (build.net, "adapters", None, "dit, mlp, unet"),
         (build.path, "trig", "trigonometric", "linear, sub_vp, target_conditional, trigonometric, ve, vp"),
         (build.path, "endpoints", None, "linear, sub_vp, target_conditional, trigonometric, ve, vp"),
         (build.coupling, "minibatch", "minibatch_ot", "independent, minibatch_ot"),
