@@ -7,18 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax.nets import adapters, embedding, mlp, unet
+from fmjax.nets import adapters, dit, embedding, mlp, unet
 from fmjax.types import as_keys
 
 CLASSES = 3
 CASES = {
     "mlp": (mlp.MLP, {"width": 16, "depth": 2}, (5,)),
     "unet": (unet.UNet, {"channels": 4, "multipliers": (1, 2), "heads": 1}, (4, 4, 2)),
+    "dit": (dit.DiT, {"width": 16, "depth": 2, "heads": 2}, (4, 4, 2)),
 }
 SMOOTH = {
     "mlp": {},
     "unet": {"middle": False, "blocks": 0},
-}  # jax's attention takes its softmax in float32: see test_nets_unet
+    "dit": {"patch": 4, "depth": 1},
+}  # jax's attention takes its softmax in float32: see test_nets_unet and test_nets_dit
 pytestmark = pytest.mark.parametrize("name", CASES)
 
 
@@ -94,6 +96,18 @@ def test_it_starts_at_zero_and_keeps_the_shape_and_type_of_x(name):
     assert far(net(params, x, s, t, cond), out)
 
 
+def test_each_of_several_outputs_is_the_network_of_one_with_its_part_of_the_last_layer(name):
+    net, params, args = make(name, outputs=2)
+    both = net(params, *args)
+    c = args[0].shape[-1]
+    assert both.shape == (*args[0].shape[:-1], 2 * c)
+    for i in range(2):
+        part = lambda a, i=i: a.reshape(*a.shape[:-1], -1, 2, c)[..., i, :].reshape(*a.shape[:-1], -1)
+        one = make(name)[0](params | {"output": jax.tree.map(part, params["output"])}, *args)
+        np.testing.assert_allclose(both[..., i * c : (i + 1) * c], one, rtol=1e-5, atol=1e-5)
+        assert far(one, 0 * one)
+
+
 def test_derivatives_in_time_match_finite_differences(name, x64):
     net, params, (x, s, t, cond) = make(name, jump=True, dtype="float64", **SMOOTH[name])
     f = jax.jit(lambda s, t: net(params, x, s, t, cond))
@@ -158,8 +172,8 @@ def test_dropout_is_on_exactly_when_a_key_is_given(name):
 def test_what_is_dropped_is_the_inside_of_a_residual_block(name):
     """With everything dropped the network is the one whose last weights in each block are zero."""
     net, params, args = make(name, dropout=1.0)
-    last = {"mlp": lambda path: "down_" in path, "unet": lambda path: "second" in path}[name]
-    zero = lambda path, a: 0 * a if last(jax.tree_util.keystr(path)) and a.ndim > 1 else a
+    last = {"mlp": ("down_",), "unet": ("second",), "dit": ("'out'", "'down'")}[name]
+    zero = lambda path, a: 0 * a if any(n in jax.tree_util.keystr(path) for n in last) and a.ndim > 1 else a
     gone = net(jax.tree_util.tree_map_with_path(zero, params), *args)
     assert far(gone, net(params, *args))
     np.testing.assert_allclose(net(params, *args, as_keys(jax.random.key(3), 3)), gone, rtol=1e-5, atol=1e-5)
@@ -193,6 +207,7 @@ def test_half_precision_is_of_the_computation_alone(name):
     error = float(jnp.linalg.norm(half - full) / jnp.linalg.norm(full))
     assert 1e-5 < error < 2.0**-8 * 8  # a rounding of 2^-9 in each of some dozens of operations, added in squares
     (e,) = seen["intermediates"]["TwoTimes_0"]["__call__"]
-    want = embedding.TwoTimes(e.shape[1]).apply({"params": params["TwoTimes_0"]}, args[1], args[2])
+    seen_by = params["TwoTimes_0"]["source"]["kernel"].shape[0]
+    want = embedding.TwoTimes(e.shape[1], seen_by).apply({"params": params["TwoTimes_0"]}, args[1], args[2])
     assert e.dtype == jnp.float32
     np.testing.assert_allclose(e, want, rtol=1e-6, atol=1e-6)

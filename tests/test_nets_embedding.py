@@ -21,6 +21,19 @@ def test_sinusoids_are_log_spaced_up_to_the_stated_frequency(x64):
     assert 15.9 < np.abs(speed).max() <= 16  # the time derivative does not explode
 
 
+def test_slow_sinusoids_are_those_of_ddpm_at_times_in_0_1(x64):
+    """Frequencies from 1 down to 10000^(-(n - 1) / n) radians, cosines first, as torchcfm has them."""
+    t = np.array([0.0, 0.3, 1.0])
+    angle = t[:, None] * np.array([1, 0.1, 0.01, 0.001])
+    want = np.concatenate([np.cos(angle), np.sin(angle)], 1)
+    np.testing.assert_allclose(embedding.slow_sinusoid(jnp.asarray(t), 8), want, atol=1e-13)
+
+
+def test_an_unknown_spectrum_is_refused(key):
+    with pytest.raises(ValueError, match="spectrum of the times must be one of wide, slow, got 'fast'"):
+        embedding.TwoTimes(4, spectrum="fast").init(key, jnp.zeros(1), jnp.zeros(1))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_times_are_embedded_in_float32_at_least(dtype):
     t = jnp.array([0.0, 0.25, 0.75], dtype)  # exact in every type

@@ -9,13 +9,13 @@ from scipy import signal, special
 from fmjax.nets import adapters, unet
 
 
-def groups(c):
-    return max(g for g in (1, 2, 4, 8, 16, 32) if c % g == 0 and (g == 1 or c // g >= 4))
+def groups(c, least=4):
+    return max(g for g in (1, 2, 4, 8, 16, 32) if c % g == 0 and (g == 1 or c // g >= least))
 
 
-def group_norm(x, p):
+def group_norm(x, p, least=4):
     b, h, w, c = x.shape
-    y = x.reshape(b, h * w, groups(c), -1)
+    y = x.reshape(b, h * w, groups(c, least), -1)
     mean, var = y.mean((1, 3), keepdims=True), y.var((1, 3), keepdims=True)
     return ((y - mean) / np.sqrt(var + 1e-5)).reshape(x.shape) * p["scale"] + p["bias"]
 
@@ -55,6 +55,33 @@ def test_a_residual_block_is_its_formula(features, x64, key):
     h = conv(silu(group_norm(h, p["GroupNorm_1"]) * (1 + scale) + shift), p["second"])
     want = h + (x if features == 8 else dense(x, p["skip"]))
     got = jax.jit(module.apply)({"params": params}, jnp.asarray(x), jnp.asarray(e))
+    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_group_norm_has_32_groups_or_as_many_as_the_channels_allow(x64, key):
+    for c, least, n in [(64, 1, 32), (64, 2, 32), (64, 4, 16), (12, 4, 2), (12, 1, 4), (7, 1, 1), (256, 4, 32)]:
+        assert groups(c, least) == n
+        x = 3 + 2 * jax.random.normal(key, (2, 3, 2, c), jnp.float64)
+        p = {"scale": jnp.linspace(0.5, 2, c), "bias": jnp.linspace(-1, 1, c)}
+        got = unet.GroupNorm(least, "float64").apply({"params": p}, x)
+        np.testing.assert_allclose(got, group_norm(np.asarray(x), p, least), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("resample", ["down", "up"])
+def test_a_block_without_film_that_halves_or_doubles_is_its_formula(resample, x64, key):
+    """The embedding is added before the second norm; means of four pixels, or each pixel four times."""
+    x, e = jax.random.normal(key, (2, 4, 6, 4), jnp.float64), jax.random.normal(key, (2, 6), jnp.float64)
+    module = unet.Block(8, dtype="float64", film=False, per_group=2, resample=resample)
+    params = random_like(jax.eval_shape(module.init, key, x, e)["params"])
+    p = jax.tree.map(np.asarray, params)
+    x, e = np.asarray(x), np.asarray(e)
+    if resample == "down":
+        change = lambda a: (a[:, ::2, ::2] + a[:, 1::2, ::2] + a[:, ::2, 1::2] + a[:, 1::2, 1::2]) / 4
+    else:
+        change = lambda a: a.repeat(2, 1).repeat(2, 2)
+    h = conv(change(silu(group_norm(x, p["GroupNorm_0"], 2))), p["first"]) + dense(e, p["shift"])[:, None, None]
+    want = dense(change(x), p["skip"]) + conv(silu(group_norm(h, p["GroupNorm_1"], 2)), p["second"])
+    got = module.apply({"params": params}, jnp.asarray(x), jnp.asarray(e))
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
 
 
@@ -135,3 +162,19 @@ def test_sizes_that_cannot_be_halved_are_refused(size, levels, key):
     message = f"U-Net of {levels} levels needs images divisible by {2 ** (levels - 1)}, got \\({size[0]}, {size[1]}\\)"
     with pytest.raises(ValueError, match=message):
         model.init(key, jnp.zeros((1, *size, 1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resample": "pool"}, "resample of a U-Net is one of conv, block, got 'pool'"),
+        ({"heads": 3}, "heads=3 does not divide the 4 channels"),
+        ({"head_channels": 8}, "head_channels=8 does not divide the 4 channels"),
+        ({"spectrum": "slower"}, "spectrum of the times must be one of wide, slow, got 'slower'"),
+        ({"remat": "half"}, "remat of a network must be one of none, full, dots, got 'half'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_in_one_sentence(options, message, key):
+    with pytest.raises(ValueError, match=message):
+        model = adapters.from_linen(unet.UNet(**{"channels": 4, "multipliers": (1,), **options}))
+        jax.eval_shape(model.init, key, jnp.zeros((1, 4, 4, 1)))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fmjax.nets.embedding import TwoTimes
+from fmjax.nets.remat import rematerialised
 
 RESAMPLE = ("conv", "block")
 
@@ -102,8 +103,9 @@ class UNet(nn.Module):
 
     ``attention`` lists the resolutions (heights) that get attention, of ``heads`` heads, or of as many as make each
     ``head_channels`` wide; it also stands in the middle where ``middle``. ``film`` and ``per_group`` as in ``Block``,
-    ``spectrum`` as in ``TwoTimes``. Levels are joined by a convolution (``resample="conv"``) or a residual block
-    (``"block"``). ``classes``, ``outputs``, ``dropout``, ``dtype`` as in ``MLP``. The last convolution starts at zero.
+    ``spectrum`` as in ``TwoTimes``, ``remat`` as in ``rematerialised``. Levels are joined by a convolution
+    (``resample="conv"``) or a residual block (``"block"``). ``classes``, ``outputs``, ``dropout``, ``dtype`` as in
+    ``MLP``. The last convolution starts at zero.
 
     torchcfm's U-Net, weights and all (``fmjax.convert.torchcfm``), is ``film=False, per_group=1, spectrum="slow"``;
     its CIFAR-10 network, 35,746,307 parameters beside those of the second time, adds ``channels=128,
@@ -124,6 +126,7 @@ class UNet(nn.Module):
     classes: int = 0
     outputs: int = 1
     dropout: float = 0.0
+    remat: str = "none"
     dtype: str = "float32"
 
     def _check(self, x: Array) -> None:
@@ -145,13 +148,16 @@ class UNet(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
         self._check(x)
         common = {"dtype": self.dtype, "per_group": self.per_group}
+        res_block, attention = rematerialised(Block, self.remat), rematerialised(Attention, self.remat)
 
         def block(h, features, name, resample=None):
-            return Block(features, self.dropout, film=self.film, resample=resample, name=name, **common)(h, e, train)
+            return res_block(features, self.dropout, film=self.film, resample=resample, name=name, **common)(
+                h, e, train
+            )
 
         def attend(h, name, here=None):
             here = h.shape[1] in self.attention if here is None else here
-            return Attention(self._heads(h.shape[-1]), name=f"{name}_attention", **common)(h) if here else h
+            return attention(self._heads(h.shape[-1]), name=f"{name}_attention", **common)(h) if here else h
 
         e = TwoTimes(4 * self.channels, 64 if self.spectrum == "wide" else self.channels, self.spectrum)(s, t)
         if self.classes:
