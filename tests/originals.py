@@ -55,7 +55,7 @@ def cifar10(folder, train=20, test=7):
     return written
 
 
-def imagenet_npz(folder, size=64, counts=(5, 4, 6), test=7):
+def imagenet_npz(folder, size=64, counts=(9, 4, 11), test=7):
     """The archives of the resized ImageNet of one size: npz files of planes and labels from 1, zipped."""
     written = {"train": pixels(sum(counts), (size, size, 3)), "test": pixels(test, (size, size, 3), 1)}
     parts = [("train_part1", [0, 1]), ("train_part2", [2])] if size == 64 else [("train", [0, 1, 2])]
