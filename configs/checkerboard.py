@@ -4,7 +4,7 @@ python -m launch.train --config=configs/checkerboard.py --workdir=workdir/checke
 python -m launch.evaluate --config=configs/checkerboard.py --workdir=workdir/checkerboard
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     c.data = {"name": "checkerboard", "train": 100_000, "test": 10_000, "seed": 0}
     c.flip = False
     c.classes, c.label_dropout, c.guidance = 0, 0.0, 1.0
+    c.negatives = config_dict.placeholder(str)  # 'any', 'other_label': what the contrastive method needs
     c.path = "linear"
     c.fsdp = False
     c.log_every, c.save_every, c.sample_every, c.keep = 100, 2000, 0, 2

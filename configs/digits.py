@@ -4,7 +4,7 @@ python -m launch.pipeline --config=configs/digits.py --workdir=workdir/digits   
 python -m launch.train --config=configs/digits.py --workdir=workdir/flow        # the flow alone
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     c.data = {"name": "digits", "held_out": 0.2}
     c.flip = False
     c.classes, c.label_dropout, c.guidance = 0, 0.0, 1.0  # 10, 0.1 and 2.0: a conditional flow, guided in its pictures
+    c.negatives = config_dict.placeholder(str)  # 'any', 'other_label': what the contrastive method needs
     c.path = "linear"
     c.fsdp = False
     c.log_every, c.save_every, c.sample_every, c.keep = 25, 500, 1000, 2

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     c.data.update({"verify": True, "stream": False})
     c.flip = False
     c.classes, c.label_dropout, c.guidance = 0, 0.0, 1.0
+    c.negatives = config_dict.placeholder(str)  # 'any', 'other_label': what the contrastive method needs
     c.path = "linear"
     c.fsdp = False
     c.log_every, c.save_every, c.sample_every, c.keep = 50, 500, 500, 2

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     c.data.update({"data_dir": config_dict.placeholder(str), "archive": "resized", "verify": True, "stream": True})
     c.flip = True
     c.classes, c.label_dropout, c.guidance = 1000, 0.1, 1.0
+    c.negatives = config_dict.placeholder(str)  # 'any', 'other_label': what the contrastive method needs
     c.path = "linear"
     c.fsdp = True
     c.log_every, c.save_every, c.sample_every, c.keep = 100, 2500, 10_000, 3

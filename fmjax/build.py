@@ -24,10 +24,12 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from fmjax import couplings, paths
 from fmjax.data import arrays
 from fmjax.nets import adapters
-from fmjax.types import FlowMapFn, Method, Net, VelocityFn
+from fmjax.types import Cond, FlowMapFn, Method, Net, VelocityFn
 
 Spec = Any  # a ConfigDict is no Mapping; what a spec may be is checked where it is opened
 
@@ -35,10 +37,18 @@ SCHEDULES = ("constant", "cosine")
 NO_FIELD = "the config has no field"
 
 
-def resolve(package: str, name: str, *, takes: tuple[str, ...] | None = None, like: Callable | None = None) -> Callable:
+def resolve(
+    package: str,
+    name: str,
+    *,
+    takes: tuple[str, ...] | None = None,
+    like: Callable | None = None,
+    also: tuple[str, ...] = (),
+) -> Callable:
     """The callable ``name`` of ``fmjax.package``; with ``takes`` only one whose positional arguments are these.
 
-    With ``like`` it must have the positional arguments and the return annotation of that function.
+    With ``like`` it must have the positional arguments and the return annotation of that function. ``also`` are names
+    that the caller knows itself, for the error.
 
     Raises ``ValueError`` for an unknown name, with the nearest and all valid ones.
 
@@ -47,7 +57,7 @@ def resolve(package: str, name: str, *, takes: tuple[str, ...] | None = None, li
     """
     offered = _offered(package, name, takes, like)
     if name not in offered:
-        offered = _offered(package, None, takes, like)
+        offered = sorted([*_offered(package, None, takes, like), *also])
         raise ValueError(f"fmjax.{package} has no {name!r}{nearest(name, offered)} (there are {', '.join(offered)})")
     return offered[name]
 
@@ -111,9 +121,15 @@ def path(spec: Spec) -> paths.Path:
     return from_spec("paths", spec, takes=())
 
 
-def method(spec: Spec, net: Net, *, path: paths.Path | None = None) -> Method:
-    """A method over ``net``; ``path`` goes to those that take one."""
-    return from_spec("methods", spec, net, takes=("net",), **({} if path is None else {"path": path}))
+def method(
+    spec: Spec, net: Net, *, path: paths.Path | None = None, mean: Callable[[], np.ndarray] | None = None
+) -> Method:
+    """A method over ``net``; ``path``, and the data's ``mean()``, go to those that take one."""
+    factory = resolve("methods", _open("methods", spec)[0], takes=("net",))
+    given = {} if path is None else {"path": path}
+    if mean is not None and "mean" in _options(factory):
+        given["mean"] = mean()
+    return from_spec("methods", spec, net, takes=("net",), **given)
 
 
 def data(spec: Spec) -> arrays.Splits:
@@ -121,9 +137,26 @@ def data(spec: Spec) -> arrays.Splits:
     return from_spec("data", spec, takes=())
 
 
-def coupling(spec: Spec) -> couplings.Coupling:
-    """A coupling: ``"independent"``, ``{"name": "minibatch_ot", "replacement": True}``."""
-    return from_spec("couplings", spec, takes=())
+def coupling(
+    spec: Spec, x: arrays.Rows | None = None, y: Cond = None, *, flip: bool = False, seed: int = 0
+) -> couplings.Coupling:
+    """A coupling: ``"independent"``, ``{"name": "minibatch_ot", "replacement": True}``, ``"semidiscrete"``.
+
+    The last one is fitted to the data set ``x: [n, ...]`` with conditions ``y`` (with ``flip`` to the mirrored images
+    too), here and now; its options are those of ``couplings.fit_semidiscrete``. ``ValueError`` where ``x`` is no array.
+    """
+    name, options = _open("couplings", spec)
+    if name != "semidiscrete":
+        return call(resolve("couplings", name, takes=(), also=("semidiscrete",)), options)
+    import jax
+
+    if not isinstance(x, np.ndarray):
+        raise ValueError("the semidiscrete coupling is fitted to a data set in memory, and this one is not (stream)")
+    if flip:
+        x, y = np.concatenate([x, x[:, :, ::-1]]), jax.tree.map(lambda a: np.concatenate([a, a]), y)
+    options = check_options(couplings.fit_semidiscrete, options)
+    potentials = couplings.fit_semidiscrete(jax.random.key(seed), x, y, **options)
+    return couplings.semidiscrete(x, potentials, y, by_class=options.get("by_class"))
 
 
 def step(spec: Spec) -> Callable[[VelocityFn], FlowMapFn]:

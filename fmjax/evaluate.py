@@ -129,6 +129,7 @@ def check_sampling(s, data: arrays.Splits) -> None:
 def main(cfg, path: str | Path) -> None:
     """Draws the plain samplers of ``cfg.sampling`` from the averaged flow in ``path`` and compares them with the data.
 
+    Of data on disk at most 50,000 training and 10,000 held-out examples, drawn at random, are compared with.
     Writes ``evaluation.json`` (mean and standard error over seeds of every distance), ``report.html`` and the samples;
     prints the rows. ``cfg.sampling`` and ``cfg.guidance`` may differ from the training's: with guidance NFE counts both
     evaluations. Raises ``ValueError`` for settings that cannot be drawn, ``CheckpointError`` where no flow is.
@@ -138,6 +139,7 @@ def main(cfg, path: str | Path) -> None:
     solve = {name: steps for name, steps in s.items() if name not in ("seeds", "samples", FLOW_MAP)}
     found = settings(solve, {})
     plan = run.assemble(cfg, data=data)
+    data = arrays.in_memory(data, train=50_000, test=10_000, seed=cfg.seed)
     path = workdir.open_workdir(path, cfg.to_dict(), free=(*run.FREE, *run.SAMPLING))
     step, flow, metadata = checkpoint.restore(path / "checkpoints", part="ema", fallback=True)
     models = Models(plan.method, None, None, {"flow": flow}, plan.shape, plan.classes)

@@ -105,7 +105,8 @@ def assemble(
     classes = cfg.classes if batch is None else 0
     spec = cfg.net if stage == "flow_map" else part.net  # a flow map starts from the flow's parameters
     model = build.net(spec, classes=classes) if classes else build.net(spec)
-    method = _conditional(build.method(part.method, model.net, path=build.path(cfg.path)), cfg, classes)
+    mean = None if data is None else functools.partial(arrays.mean, data.train_x)
+    method = _conditional(build.method(part.method, model.net, path=build.path(cfg.path), mean=mean), cfg, classes)
     if getattr(method, NEEDS[stage]) is None:
         name = part.method if isinstance(part.method, str) else part.method["name"]
         raise ValueError(f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {name!r} does not")
@@ -115,11 +116,14 @@ def assemble(
     tx = build.optimiser(
         learning_rate=part.learning_rate, clip=part.clip, beta2=part.beta2, weight_decay=part.weight_decay, **schedule
     )
-    couple = None if part.coupling == "independent" else build.coupling(part.coupling)
     if batch is None:
+        x, y = data.train_x, _labels(data.train_y, classes)
+        # the independent coupling is none: then the loss draws its source
+        independent = part.coupling == "independent"
+        couple = None if independent else build.coupling(part.coupling, x, y, flip=cfg.flip, seed=cfg.seed)
         batch = arrays.batches(
-            data.train_x, _labels(data.train_y, classes), batch_size=part.batch_size, seed=cfg.seed, couple=couple,
-            flip=cfg.flip, process_index=jax.process_index(), process_count=jax.process_count(),
+            x, y, batch_size=part.batch_size, seed=cfg.seed, couple=couple, negatives=cfg.negatives, flip=cfg.flip,
+            process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
     plan = Plan(
         stage, model, method, tx, functools.partial(build.learning_rate_at, peak=part.learning_rate, **schedule), batch,

@@ -261,3 +261,32 @@ def test_prefetch_raises_where_the_value_was_due_and_ends():
 def test_prefetch_refuses_no_depth_at_the_call():
     with pytest.raises(ValueError, match="depth=0"):
         arrays.prefetch(lambda step: step, 0, 1, depth=0)
+
+
+class OnDisk:
+    """Rows that are read when asked for."""
+
+    def __init__(self, x):
+        self.x, self.shape, self.dtype, self.ndim = x, x.shape, x.dtype, x.ndim
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, rows):
+        return self.x[rows].copy()
+
+
+def test_the_mean_of_rows_on_disk_is_that_of_the_array():
+    x = np.random.default_rng(0).standard_normal((1000, 3), np.float32)
+    np.testing.assert_allclose(arrays.mean(OnDisk(x), chunk=64), x.mean(0, dtype=np.float64), atol=1e-7)
+
+
+def test_rows_on_disk_come_to_memory_as_a_random_part_with_their_labels():
+    x, y = np.arange(500, dtype=np.float32)[:, None], np.arange(500)
+    data = arrays.Splits(OnDisk(x), y, OnDisk(x[:50]), y[:50])
+    found = arrays.in_memory(data, train=200, test=100, seed=3)
+    assert isinstance(found.train_x, np.ndarray) and len(found.train_x) == 200 and len(found.test_x) == 50
+    np.testing.assert_array_equal(found.train_x[:, 0], found.train_y)
+    assert len(set(found.train_y)) == 200 and abs(found.train_y.mean() - 249.5) < 4 * 144 / 200**0.5
+    same = arrays.Splits(x, y, x, y)
+    assert arrays.in_memory(same, train=2, test=2, seed=0).train_x is x

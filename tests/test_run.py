@@ -57,6 +57,9 @@ def same(a, b):
         ("flow", {"ema": 1.0}, "ema=1.0 is the decay"),
         ("flow", {"target": "emma"}, "target='emma' is not one of self, ema, frozen"),
         ("flow", {"target": "frozen"}, "target='frozen' needs a teacher"),
+        ("flow", {"method": "contrastive"}, "contrastive needs Batch.negative.* set negatives='any'"),
+        ("flow", {"negatives": "other"}, "there are no negatives 'other'; did you mean 'other_label'"),
+        ("flow", {"coupling": "semidiscret"}, "did you mean 'semidiscrete'"),
         ("flow", {"classes": 9}, r"classes=9 is too few: the data have labels 0 \.\. 9"),
         ("flow", {"label_dropout": 0.1}, "label_dropout=0.1 and guidance=1.0 need labels: set classes"),
         ("flow", {"guidance": 2.0, "classes": 10}, "guidance=2.0 needs a network that knows the null label"),
@@ -219,3 +222,21 @@ def test_a_conditional_run_records_the_loss_without_labels(tmp_path):
     run.train(small(classes=10, label_dropout=0.5, steps=3, log_every=3), tmp_path)
     record = records(tmp_path)[-1]
     assert record["unconditional"] > 0.5, "the loss of an untrained flow is near E|x1 - x0|^2 per pixel"
+
+
+def test_a_contrastive_run_gets_other_examples_and_the_mean_of_the_data():
+    plan, data = small(method={"name": "contrastive", "weight": 0.2}, negatives="any"), build.data("digits")
+    batch = plan.batch(0)
+    each = lambda x: [int(np.flatnonzero((data.train_x == a).all((1, 2, 3)))[0]) for a in x]
+    assert not set(zip(each(batch.x1), each(batch.negative), strict=True)) & {(i, i) for i in range(len(data.train_x))}
+    params, x = run.initial(plan), jnp.asarray(batch.x1)  # a network that is zero: the mean alone is left
+    np.testing.assert_allclose(plan.method.velocity(params)(x, 0.3)[0], 0.2 * data.train_x.mean(0), atol=1e-6)
+
+
+def test_a_semidiscrete_run_pairs_noise_with_all_the_data_nearer_than_a_minibatch_can():
+    cost = lambda batch: np.square(batch.x0 - batch.x1).reshape(len(batch.x1), -1).sum(1).mean()
+    draws = {"name": "semidiscrete", "draws": 20}
+    near, batchwise = small(coupling=draws, flip=True), small(coupling="minibatch_ot")
+    costs = [[cost(plan.batch(i)) for i in range(8)] for plan in (near, batchwise)]
+    difference = np.subtract(*costs)
+    assert difference.mean() + 4 * difference.std() / 8**0.5 < 0

@@ -129,6 +129,24 @@ def batches(
     return batch
 
 
+def mean(x: Rows, chunk: int = 4096) -> np.ndarray:
+    """The mean example, float32, of rows in memory or on disk."""
+    parts = (x[i : i + chunk].astype(np.float64).sum(0) for i in range(0, len(x), chunk))
+    return (sum(parts) / len(x)).astype(np.float32)
+
+
+def in_memory(data: Splits, *, train: int, test: int, seed: int) -> Splits:
+    """Splits on disk as arrays of at most ``train`` and ``test`` examples, drawn at random; arrays are left alone."""
+
+    def some(x: Rows, y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(x, np.ndarray):
+            return x, y
+        rows = np.sort(np.random.default_rng(seed).permutation(len(x))[:count])
+        return x[rows], y[rows]
+
+    return Splits(*some(data.train_x, data.train_y, train), *some(data.test_x, data.test_y, test), data.levels)
+
+
 def prefetch(f: Callable[[int], T], start: int, stop: int, *, depth: int = 2) -> Iterator[T]:
     """``f(start), ..., f(stop - 1)`` in order, computed up to ``depth`` calls ahead in one background thread.
 

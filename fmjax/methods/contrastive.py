@@ -39,7 +39,7 @@ def contrastive(
 
     def loss(params, target, batch, key):
         if batch.negative is None:
-            raise ValueError("contrastive needs Batch.negative, the x1 of other examples: batches(negatives=True)")
+            raise ValueError("contrastive needs Batch.negative, the x1 of other examples: set negatives='any'")
         k_t, k_x, k_other, k_net = c.split(key, 4)
         t = time(k_t)
         x, u = c.interpolant(path, k_x, batch, t)

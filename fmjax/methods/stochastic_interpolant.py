@@ -45,7 +45,9 @@ def stochastic_interpolant(
     def heads(params, x, t, cond, key=None):
         out = net(params, x, t, t, cond, key)
         if out.shape != (*x.shape[:-1], 2 * x.shape[-1]):
-            raise ValueError(f"stochastic_interpolant needs a net of two heads (heads=2): {x.shape} became {out.shape}")
+            raise ValueError(
+                f"stochastic_interpolant needs a net of two heads (outputs=2): {x.shape} became {out.shape}"
+            )
         return jnp.split(out, 2, axis=-1)
 
     def loss(params, target, batch, key):
