@@ -159,9 +159,13 @@ def coupling(
     return couplings.semidiscrete(x, potentials, y, by_class=options.get("by_class"))
 
 
-def step(spec: Spec) -> Callable[[VelocityFn], FlowMapFn]:
-    """A solver's step, still to be given its velocity: ``"rk4"``, ``{"name": "from_diffrax", "solver": "Dopri5"}``."""
-    return _partial("solvers", spec, takes=("velocity",))
+def step(spec: Spec, *, path: paths.Path | None = None) -> Callable[[VelocityFn], FlowMapFn]:
+    """A solver's step, still to be given its velocity: ``"rk4"``, ``{"name": "from_diffrax", "solver": "Dopri5"}``.
+
+    ``path`` goes to those that take one: steps of an SDE, which need the score.
+    """
+    made = _partial("solvers", spec, takes=("velocity",))
+    return functools.partial(made, path=path) if path is not None and "path" in _options(made) else made
 
 
 def optimiser(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, checkpoint, correctors, report, run, samplers, solvers, times, workdir
+from fmjax import build, checkpoint, correctors, paths, report, run, samplers, solvers, times, workdir
 from fmjax.data import arrays
 from fmjax.metrics import features, frechet, two_sample
 from fmjax.metrics.two_sample import mean_se
@@ -63,7 +63,7 @@ class Setting(NamedTuple):
 class Models(NamedTuple):
     """The methods of a flow, its map and its corrector, and their parameters under the same names.
 
-    With ``classes`` the ``i``-th sample has the label ``i mod classes``.
+    With ``classes`` the ``i``-th sample has the label ``i mod classes``. ``path`` is the flow's, for SDE steps.
     """
 
     flow: Method
@@ -72,6 +72,7 @@ class Models(NamedTuple):
     params: dict[str, Params]
     shape: tuple[int, ...]
     classes: int = 0
+    path: paths.Path | None = None
 
 
 def settings(plain: dict[str, Sequence[int]], corrected: dict[str, dict[str, Any]]) -> list[Setting]:
@@ -87,7 +88,7 @@ def settings(plain: dict[str, Sequence[int]], corrected: dict[str, dict[str, Any
     words = lambda solver, n: f"{title(solver)}, {n} step{'s' if n > 1 else ''}"
     found = []
     for solver, counts in plain.items():
-        solver == FLOW_MAP or solvers.tableau(solver)
+        solver == FLOW_MAP or solvers.nfe(solver)
         for n in counts:
             times.uniform_grid(n)
             found.append(Setting(words(solver, n), title(solver), solver, n))
@@ -142,7 +143,7 @@ def main(cfg, path: str | Path) -> None:
     data = arrays.in_memory(data, train=50_000, test=10_000, seed=cfg.seed)
     path = workdir.open_workdir(path, cfg.to_dict(), free=(*run.FREE, *run.SAMPLING))
     step, flow, metadata = checkpoint.restore(path / "checkpoints", part="ema", fallback=True)
-    models = Models(plan.method, None, None, {"flow": flow}, plan.shape, plan.classes)
+    models = Models(plan.method, None, None, {"flow": flow}, plan.shape, plan.classes, build.path(cfg.path))
     identity = f"{metadata['digest']['ema']} guidance {cfg.guidance}"
     drawn = {}
     with run.bar("samples", len(found), unit="sampler") as progress:
@@ -205,7 +206,7 @@ def sampler(setting: Setting, models: Models, *, trajectory: bool = False) -> Ca
         if setting.solver == FLOW_MAP:
             step = models.flow_map.flow_map(params["flow_map"])
         else:
-            step = build.step(setting.solver)(models.flow.velocity(params["flow"]))
+            step = build.step(setting.solver, path=models.path)(models.flow.velocity(params["flow"]))
         fix = None
         if setting.at:
             direction = models.corrector.direction(params["corrector"])

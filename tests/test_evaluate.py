@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_run import config
 
-from fmjax import checkpoint, evaluate, oracles, report, run, samplers, solvers, times
+from fmjax import checkpoint, evaluate, oracles, paths, report, run, samplers, solvers, times
 from fmjax.evaluate import Models, Setting
 from fmjax.types import Method, fold_in, normal
 
@@ -198,3 +198,16 @@ def test_a_sample_does_not_depend_on_the_chunk_it_is_drawn_in(models, tmp_path, 
 def test_an_evaluation_without_a_flow_says_so(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
         evaluate.main(config(), tmp_path)
+
+
+def test_an_sde_sampler_takes_its_score_along_the_path_of_the_flow():
+    """Noise of strength one keeps the data's law only with the score of the right path."""
+    path, n = paths.trigonometric(), 4000
+    oracle = oracles.gaussian(jnp.full(3, MEAN), jnp.full(3, STD), path=path)
+    flow = Method(loss=None, velocity=lambda p: oracle.velocity)
+    setting = Setting("sde", "sde", "euler_maruyama", 100)
+    x = evaluate.sampler(setting, Models(flow, None, None, {"flow": ()}, (3,), path=path))
+    wrong = evaluate.sampler(setting, Models(flow, None, None, {"flow": ()}, (3,)))
+    error = lambda draw: abs(float(draw({"flow": ()}, evaluate.keys_of(0, 0, n)).std()) / STD - 1)
+    assert error(x) < 4 / (2 * 3 * n) ** 0.5 + 0.01 < error(wrong)  # 1 %: the bias of 100 steps of weak order 1
+    assert [s.cost().nfe for s in evaluate.settings({"euler_maruyama": (5,), "stochastic_heun": (5,)}, {})] == [5, 10]
