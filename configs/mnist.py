@@ -21,16 +21,15 @@ def get_config() -> ConfigDict:
     c.negatives = config_dict.placeholder(str)  # 'any', 'other_label': what the contrastive method needs
     c.path = "linear"
     c.fsdp = False
-    c.log_every, c.save_every, c.sample_every, c.keep = 50, 500, 500, 2
+    c.log_every, c.save_every, c.sample_every, c.keep = 50, 250, 500, 2
 
-    c.net = {"name": "unet", "channels": 32, "multipliers": (1, 2), "blocks": 1, "attention": (), "heads": 4}
-    c.net.update({"middle": True, "dropout": 0.0, "dtype": "float32"})
+    c.net = {"name": "unet", "channels": 16, "multipliers": (1, 2, 4), "blocks": 1, "attention": (7,)}
     c.method = "flow_matching"
     c.coupling = "minibatch_ot"
-    c.batch_size, c.steps, c.target = 64, 4000, "self"
-    c.learning_rate, c.warmup, c.schedule = 1e-3, 200, "cosine"
-    c.clip, c.beta2, c.weight_decay, c.ema = 1.0, 0.99, 0.0, 0.999
+    c.batch_size, c.steps, c.target = 64, 2500, "self"
+    c.learning_rate, c.warmup, c.schedule = 1e-3, 100, "cosine"
+    c.clip, c.beta2, c.weight_decay, c.ema = 1.0, 0.999, 0.0, 0.998
 
     # what launch.evaluate draws
-    c.sampling = {"seeds": 3, "samples": 2000, "euler": (2, 4, 8, 16, 100)}
+    c.sampling = {"seeds": 3, "samples": 500, "euler": (2, 4, 8, 16, 100)}
     return c.lock()
