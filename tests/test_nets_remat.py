@@ -8,9 +8,9 @@ import pytest
 from fmjax.nets import adapters, dit, unet
 
 CASES = {
-    "dit": (dit.DiT, {"width": 32, "depth": 4, "heads": 2, "patch": 1}, (8, 8, 1)),
+    "dit": (dit.DiT, {"width": 32, "depth": 2, "heads": 2, "patch": 1}, (8, 8, 1)),
     "scanned dit": (dit.DiT, {"width": 32, "depth": 4, "heads": 2, "patch": 1, "scan": True}, (8, 8, 1)),
-    "unet": (unet.UNet, {"channels": 8, "multipliers": (1,), "blocks": 3, "heads": 2}, (8, 8, 1)),
+    "unet": (unet.UNet, {"channels": 8, "multipliers": (1,), "blocks": 1, "heads": 2}, (8, 8, 1)),
 }
 
 
@@ -22,20 +22,26 @@ def test_the_gradient_is_the_same_for_less_memory_and_more_operations(name, key)
     model = adapters.from_linen(module(**sizes))
     shapes = jax.eval_shape(model.init, key, x)
     params = jax.tree.map(lambda a: jnp.asarray(0.3 * rng.standard_normal(a.shape), "float32"), shapes)
-    gradients, memory, operations = {}, {}, {}
+    gradients, kept, memory, operations = {}, {}, {}, {}
     for remat in ("none", "dots", "full"):
         net = adapters.from_linen(module(**sizes, remat=remat)).net
-        assert jax.tree.map(jnp.shape, jax.eval_shape(model.init, key, x)) == jax.tree.map(jnp.shape, params)
         loss = lambda p, net=net: jnp.mean((net(p, x, t, t) - x) ** 2)
+        residuals = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], params)
+        kept[remat] = sum(a.size for a in jax.tree.leaves(residuals))
+        if remat == "dots" and "scanned" not in name:
+            continue
         compiled = jax.jit(jax.grad(loss)).lower(params).compile()
         gradients[remat] = compiled(params)
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
         operations[remat] = compiled.cost_analysis()["flops"]
-    for remat in ("dots", "full"):
-        for a, b in zip(jax.tree.leaves(gradients[remat]), jax.tree.leaves(gradients["none"]), strict=True):
+    for got in gradients.values():
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients["none"]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * max(1, float(jnp.abs(b).max())))
-    assert memory["full"] < memory["dots"] < memory["none"]
-    assert operations["full"] > 1.1 * operations["none"] and operations["full"] > operations["dots"]
+    assert kept["full"] < 0.5 * kept["none"] and kept["full"] < kept["dots"] < 0.8 * kept["none"]
+    assert operations["full"] > 1.1 * operations["none"]
+    if "scanned" in name:  # on a CPU only a loop keeps XLA from computing all of it early
+        assert memory["full"] < memory["dots"] < 0.8 * memory["none"]
+        assert operations["full"] > operations["dots"]
 
 
 def test_it_has_a_derivative_forward_and_back(key):

@@ -59,11 +59,11 @@ def test_a_residual_block_is_its_formula(features, x64, key):
 
 
 def test_group_norm_has_32_groups_or_as_many_as_the_channels_allow(x64, key):
-    for c, least, n in [(64, 1, 32), (64, 2, 32), (64, 4, 16), (12, 4, 2), (12, 1, 4), (7, 1, 1), (256, 4, 32)]:
+    for c, least, n in [(64, 1, 32), (64, 4, 16), (12, 4, 2), (7, 1, 1)]:
         assert groups(c, least) == n
         x = 3 + 2 * jax.random.normal(key, (2, 3, 2, c), jnp.float64)
         p = {"scale": jnp.linspace(0.5, 2, c), "bias": jnp.linspace(-1, 1, c)}
-        got = unet.GroupNorm(least, "float64").apply({"params": p}, x)
+        got = jax.jit(unet.GroupNorm(least, "float64").apply)({"params": p}, x)
         np.testing.assert_allclose(got, group_norm(np.asarray(x), p, least), rtol=1e-10, atol=1e-10)
 
 

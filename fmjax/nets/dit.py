@@ -109,7 +109,8 @@ class DiT(nn.Module):
         patches = x.reshape(b, rows, p, columns, p, c).swapaxes(2, 3).reshape(b, rows * columns, p * p * c)
         h = nn.Dense(width, dtype=self.dtype, name="input")(patches)
         h += positions(rows, columns, width).astype(h.dtype)
-        block, how = rematerialised(Block, self.remat), (heads, self.dropout, self.attention, self.dtype)
+        block = rematerialised(Block, self.remat, static=(3,))
+        how = (heads, self.dropout, self.attention, self.dtype)
         if self.scan:
             layers = nn.scan(
                 lambda layer, h, _: (layer(h, e, train), None),

@@ -45,9 +45,7 @@ class TwoTimes(nn.Module):
     @nn.compact
     def __call__(self, s: Float[Array, " b"], t: Float[Array, " b"]) -> Float[Array, "b d"]:
         if self.spectrum not in SPECTRA:
-            raise ValueError(
-                f"the spectrum of an embedding of times is one of {', '.join(SPECTRA)}, got {self.spectrum!r}"
-            )
+            raise ValueError(f"spectrum of the times must be one of {', '.join(SPECTRA)}, got {self.spectrum!r}")
         source = {"wide": sinusoid, "slow": slow_sinusoid}[self.spectrum]
         jump = sinusoid(t - s, 64) - sinusoid(jnp.zeros_like(t), 64)
         e = nn.Dense(self.features, name="source")(source(s, self.frequencies))

@@ -148,7 +148,8 @@ class UNet(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
         self._check(x)
         common = {"dtype": self.dtype, "per_group": self.per_group}
-        res_block, attention = rematerialised(Block, self.remat), rematerialised(Attention, self.remat)
+        res_block = rematerialised(Block, self.remat, static=(3,))
+        attention = rematerialised(Attention, self.remat)
 
         def block(h, features, name, resample=None):
             return res_block(features, self.dropout, film=self.film, resample=resample, name=name, **common)(
