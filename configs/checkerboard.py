@@ -1,7 +1,11 @@
-"""The checkerboard, points in the plane: a flow by OT-CFM with an MLP, in a few minutes on two CPU cores.
+"""The checkerboard, points in the plane: a flow by OT-CFM with an MLP.
 
 python -m launch.train --config=configs/checkerboard.py --workdir=workdir/checkerboard
 python -m launch.evaluate --config=configs/checkerboard.py --workdir=workdir/checkerboard
+
+Two CPU cores, shared with other work: 7 minutes, and 4 for the evaluation. Sliced W2 to the held-out points: 0.020 +-
+0.003 with 2 to 100 Euler steps (training points: 0.0175 +- 0.0010). 7.3 +- 0.1 % of the points of 8 Euler steps lie
+off the cells.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -95,6 +95,13 @@ def assert_is(splits, written):
         assert (y == labels).all()
 
 
+def npy(array):
+    """The bytes of a npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 def add(tar, name, data):
     """One file of an archive."""
     member = tarfile.TarInfo(name)

@@ -219,16 +219,28 @@ def test_a_second_process_waits_for_the_one_that_prepares(small, tmp_path):
     assert_is(found[0], written)
 
 
-def test_torn_records_are_refused_with_their_folder(small, tmp_path):
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("*-test.array_record*", lambda data: data[:100]),
+        ("train-labels.npy", lambda data: data[:100]),
+        ("train-labels.npy", lambda data: None),
+        ("train-labels.npy", lambda data: originals.npy(np.zeros(19, np.int32))),
+    ],
+)
+def test_torn_records_are_refused_with_their_folder(name, change, stream, small, tmp_path):
     original, folder, _ = small
-    images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d"))
-    (file,) = (tmp_path / "d").rglob("*-test.array_record*")
-    file.write_bytes(file.read_bytes()[:100])
+    where = {"source_dir": str(folder), "data_dir": str(tmp_path / "d")}
+    images.load(original, **where)
+    (file,) = (tmp_path / "d").rglob(name)
+    data = change(file.read_bytes())
+    file.unlink() if data is None else file.write_bytes(data)
     with pytest.raises(RuntimeError, match=r"the records in .*fmjax_small.* cannot be read .*remove this folder"):
-        images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d"))
+        images.load(original, stream=stream, **where)
 
 
-@pytest.mark.parametrize("couple", [None, couplings.minibatch_ot()])
+@pytest.mark.parametrize("couple", [None, couplings.minibatch_ot(by_class=False)])
 @pytest.mark.parametrize("process", [None, 0, 1])
 def test_batches_from_disk_are_those_from_memory(couple, process, small, tmp_path):
     """Bit for bit, over two epochs, mirrored, with labels, for the global batch and for each of two processes."""
@@ -250,7 +262,7 @@ def test_batches_from_disk_are_those_from_memory(couple, process, small, tmp_pat
 def test_images_on_disk_do_not_slip_into_memory(small, tmp_path):
     original, folder, _ = small
     x = images.load(original, source_dir=str(folder), data_dir=str(tmp_path / "d"), stream=True).train_x
-    with pytest.raises(TypeError, match="20 images on disk are read by rows.*stream=False"):
+    with pytest.raises(ValueError, match="20 images on disk are read by rows.*stream=False"):
         np.asarray(x)
 
 
