@@ -161,9 +161,9 @@ def semidiscrete(
     * ``by_class``: as in ``minibatch_ot``; with ``True`` noise drawn beside an example goes to one of its class, and
       ``g`` must have been fitted so.
 
-    A batch of 128 takes 0.3 ms for n = 1437, d = 64 and 350 ms for n = 60000, d = 784 (12 GFLOP, in proportion to
-    ``n d``), on the host, the best of 40 on 2 CPU cores that others used too. Raises ``ValueError`` for shapes that do
-    not match.
+    A batch of 128 takes 0.3 to 0.5 ms for n = 1437, d = 64 and 0.22 to 0.39 s for n = 60000, d = 784 (12 GFLOP; in
+    proportion to ``n d``), on the host: the best calls of three runs on 2 CPU cores with a load of 7 to 20. Raises
+    ``ValueError`` for shapes that do not match.
     """
     flat, n = x1.reshape(len(x1), -1), len(x1)
     bias = np.asarray(potentials, np.float64)
@@ -216,9 +216,9 @@ def fit_semidiscrete(
 
     What is left is the error of the targets' shares ``n P(j* = j) - 1``: its root mean square was within a tenth of
     ``sqrt(2 / draws)`` for 1437 digits and 3000 MNIST images, ``draws`` from 50 to 360 (6 % for the default); a third
-    of the rate or three times as much changed little, but that 50 draws are too few for 0.03. The default takes 4.6 s
+    of the rate or three times as much changed little, but that 50 draws are too few for 0.03. The default takes 4.4 s
     for the digits (n = 1437, d = 64, 702 steps) and 3.3 s a step of its 29,297 steps, 27 hours, for MNIST (n = 60000,
-    d = 784), the best of 4 on the same 2 cores. It grows as ``n^2 d draws``: fit large sets on an accelerator, once.
+    d = 784), at best on the same busy cores. It grows as ``n^2 d draws``: fit large sets on an accelerator, once.
 
     ``by_class=True`` solves one problem per class (integer leaves of ``cond``), all in one. Raises ``ValueError`` for
     options out of range and weights that are not positive.
