@@ -159,13 +159,18 @@ def coupling(
     return couplings.semidiscrete(x, potentials, y, by_class=options.get("by_class"))
 
 
-def step(spec: Spec, *, path: paths.Path | None = None) -> Callable[[VelocityFn], FlowMapFn]:
+def step(
+    spec: Spec, *, path: paths.Path | None = None, score: VelocityFn | None = None
+) -> Callable[[VelocityFn], FlowMapFn]:
     """A solver's step, still to be given its velocity: ``"rk4"``, ``{"name": "from_diffrax", "solver": "Dopri5"}``.
 
-    ``path`` goes to those that take one: steps of an SDE, which need the score.
+    ``path`` goes to those that take one, steps of an SDE, which find the score along it; along a path with a latent
+    they cannot, and get ``score``.
     """
     made = _partial("solvers", spec, takes=("velocity",))
-    return functools.partial(made, path=path) if path is not None and "path" in _options(made) else made
+    if path is None or "path" not in _options(made):
+        return made
+    return functools.partial(made, path=path) if path.gamma is None else functools.partial(made, score=score)
 
 
 def optimiser(

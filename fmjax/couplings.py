@@ -47,6 +47,7 @@ def minibatch_ot(
     method: str = "exact",
     replacement: bool = False,
     epsilon: float = 0.05,
+    absolute: bool = False,
     max_iterations: int = 2000,
     by_class: bool | None = None,
     condition_weight: float = 0.0,
@@ -59,7 +60,8 @@ def minibatch_ot(
       Exact only: a Sinkhorn plan is no permutation, and its most likely permutation is again the exact one.
     * ``replacement=True``: ``B`` index pairs drawn independently from the flattened plan, as torchcfm does; examples
       repeat and vanish within a batch.
-    * ``method="sinkhorn"``: entropic plan by ott-jax, ``epsilon`` in units of the standard deviation of the cost. (The
+    * ``method="sinkhorn"``: entropic plan by ott-jax, ``epsilon`` in units of the standard deviation of the cost, or of
+      the cost itself where ``absolute``: [SF]2M's of the bridge of diffusion ``sigma`` is then ``2 sigma^2``. (The
       mean is no scale for it: in high dimension all costs lie near their mean, and a fraction of it is larger than all
       that tells them apart.)
 
@@ -129,7 +131,8 @@ def minibatch_ot(
         groups = classes(cond) if by_class else [np.arange(len(x1))]
         if method == "sinkhorn":
             cost = _within(groups, cost)
-            return _draw_pairs(rng, sinkhorn_plan(cost, epsilon=epsilon, max_iterations=max_iterations), x0, x1, cond)
+            plan = sinkhorn_plan(cost, epsilon=epsilon, absolute=absolute, max_iterations=max_iterations)
+            return _draw_pairs(rng, plan, x0, x1, cond)
         source = np.empty(len(x1), int)
         for group in groups:
             source[group] = group[assignment(cost[np.ix_(group, group)])]
@@ -326,9 +329,11 @@ def assignment(cost: Float[np.ndarray, "b b"]) -> np.ndarray:
 
 
 def sinkhorn_plan(
-    cost: Float[np.ndarray, "n m"], *, epsilon: float = 0.05, max_iterations: int = 2000
+    cost: Float[np.ndarray, "n m"], *, epsilon: float = 0.05, absolute: bool = False, max_iterations: int = 2000
 ) -> Float[np.ndarray, "n m"]:
     """The entropic plan ``argmin_P <P, cost> - eps H(P)`` with uniform marginals; ``eps = epsilon * std(cost)``.
+
+    ``absolute``: ``eps = epsilon``.
 
     A pair of infinite cost gets no mass and has no part in the standard deviation. Log-domain Sinkhorn of ott-jax
     (arXiv 2201.12324) on a CPU device, normalised to sum one in float64.
@@ -336,7 +341,7 @@ def sinkhorn_plan(
     Raises ``RuntimeError`` when ``max_iterations`` pass without convergence.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        plan, converged = _sinkhorn(cost, epsilon=epsilon, max_iterations=max_iterations)
+        plan, converged = _sinkhorn(cost, epsilon=epsilon, absolute=absolute, max_iterations=max_iterations)
     if not bool(converged):
         raise RuntimeError(
             f"Sinkhorn did not converge in max_iterations={max_iterations} at epsilon={epsilon}: "
@@ -356,12 +361,13 @@ def sinkhorn(cost, *, eps, max_iterations: int = 2000):
     return solver.Sinkhorn(max_iterations=max_iterations)(problem)
 
 
-def _sinkhorn_plan(cost, *, epsilon, max_iterations):
-    out = sinkhorn(cost, eps=epsilon * cost.std(where=jnp.isfinite(cost)), max_iterations=max_iterations)
+def _sinkhorn_plan(cost, *, epsilon, absolute, max_iterations):
+    unit = 1.0 if absolute else cost.std(where=jnp.isfinite(cost))
+    out = sinkhorn(cost, eps=epsilon * unit, max_iterations=max_iterations)
     return out.matrix, out.converged
 
 
-_sinkhorn = jax.jit(_sinkhorn_plan, static_argnames=("epsilon", "max_iterations"))
+_sinkhorn = jax.jit(_sinkhorn_plan, static_argnames=("epsilon", "absolute", "max_iterations"))
 
 
 def _within(groups: list[np.ndarray], cost: np.ndarray) -> np.ndarray:

@@ -132,8 +132,8 @@ def main(cfg, path: str | Path) -> None:
 
     Of data on disk at most 50,000 training and 10,000 held-out examples, drawn at random, are compared with.
     Writes ``evaluation.json`` (mean and standard error over seeds of every distance), ``report.html`` and the samples;
-    prints the rows. ``cfg.sampling`` and ``cfg.guidance`` may differ from the training's: with guidance NFE counts both
-    evaluations. Raises ``ValueError`` for settings that cannot be drawn, ``CheckpointError`` where no flow is.
+    prints the rows. ``cfg.sampling`` and ``cfg.guidance`` may differ from the training's. NFE counts all evaluations.
+    Raises ``ValueError`` for settings that cannot be drawn, ``CheckpointError`` where no flow is.
     """
     data, s = build.data(cfg.data), cfg.sampling
     check_sampling(s, data)
@@ -155,7 +155,9 @@ def main(cfg, path: str | Path) -> None:
             progress.update()
     metrics, net = distances(data)
     rows, _ = compare(drawn, metrics, training_samples(data, seeds=s.seeds, samples=s.samples, seed=cfg.seed))
-    rows = [row._replace(nfe=row.nfe * (1 if cfg.guidance == 1 else 2)) for row in rows]
+    # guidance asks the network twice, and an SDE step on a path with a latent once more, for the score
+    latent = lambda row: models.path.gamma is not None and row.family in solvers.SDE_STAGES
+    rows = [row._replace(nfe=row.nfe * (1 + (cfg.guidance != 1) + latent(row))) for row in rows]
     facts = {"step": str(step), "guidance": str(cfg.guidance), "samples": f"{s.seeds} seeds of {s.samples}"}
     if net is not None:
         accuracy = features.accuracy(net, data.test_x, data.test_y)
@@ -206,7 +208,8 @@ def sampler(setting: Setting, models: Models, *, trajectory: bool = False) -> Ca
         if setting.solver == FLOW_MAP:
             step = models.flow_map.flow_map(params["flow_map"])
         else:
-            step = build.step(setting.solver, path=models.path)(models.flow.velocity(params["flow"]))
+            score = models.flow.score(params["flow"]) if models.flow.score else None
+            step = build.step(setting.solver, path=models.path, score=score)(models.flow.velocity(params["flow"]))
         fix = None
         if setting.at:
             direction = models.corrector.direction(params["corrector"])

@@ -44,6 +44,9 @@ class Setup(NamedTuple):
 
 def setup(cfg) -> Setup:
     """Assembles and checks every stage of a config; raises ``ValueError`` of one sentence."""
+    missing = [name for name in ("solver_steps", "corrector", "flow_map", "corrections") if name not in cfg]
+    if missing:
+        raise ValueError(f"this config trains a flow alone (it has no {missing[0]}); start it by launch.train")
     data = build.data(cfg.data)
     ts = times.uniform_grid(cfg.solver_steps)
     marginals.check_how("backward", cfg.solver, cfg.backward_map)

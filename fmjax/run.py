@@ -36,6 +36,8 @@ FREE = (
     "save_every",
     "sample_every",
     "keep",
+    "data.source_dir",  # whatever the folder, the files have the published checksums
+    "data.data_dir",
 )  # no number of a run depends on them: a resume may change them
 SAMPLING = ("sampling", "guidance")  # no number of a flow's training depends on how it is sampled
 FETCH = 32  # steps between two looks at the metrics: NaN is found soon, and few steps are in flight

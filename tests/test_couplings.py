@@ -415,3 +415,18 @@ def test_semidiscrete_refuses_what_is_not_its_data_and_warns_of_a_condition():
             couplings.fit_semidiscrete(key, x, **change)
     with pytest.raises(TypeError, match="one typed PRNG key"):
         couplings.fit_semidiscrete(jax.random.split(key), x)
+
+
+def test_an_absolute_epsilon_is_in_units_of_the_cost_and_reaches_the_pairs():
+    rng = np.random.default_rng(5)
+    x0, x1 = rng.standard_normal((2, 32, 3)).astype(np.float32)
+    cost = couplings.squared_cost(x0, x1)
+    eps = float(cost.std())
+    plan = lambda **kw: couplings.sinkhorn_plan(cost, **kw)
+    np.testing.assert_allclose(plan(epsilon=0.5 * eps, absolute=True), plan(epsilon=0.5), rtol=1e-3, atol=1e-6)
+    assert np.abs(plan(epsilon=0.5, absolute=True) - plan(epsilon=0.5)).sum() > 0.1
+    pairs = lambda **kw: couplings.minibatch_ot(method="sinkhorn", replacement=True, **kw)(
+        np.random.default_rng(0), x0, x1
+    )[1]
+    np.testing.assert_array_equal(pairs(epsilon=0.5 * eps, absolute=True), pairs(epsilon=0.5))
+    assert (pairs(epsilon=0.5, absolute=True) != pairs(epsilon=0.5)).any()

@@ -211,3 +211,13 @@ def test_an_sde_sampler_takes_its_score_along_the_path_of_the_flow():
     error = lambda draw: abs(float(draw({"flow": ()}, evaluate.keys_of(0, 0, n)).std()) / STD - 1)
     assert error(x) < 4 / (2 * 3 * n) ** 0.5 + 0.01 < error(wrong)  # 1 %: the bias of 100 steps of weak order 1
     assert [s.cost().nfe for s in evaluate.settings({"euler_maruyama": (5,), "stochastic_heun": (5,)}, {})] == [5, 10]
+
+
+def test_an_sde_sampler_on_a_path_with_a_latent_takes_the_learned_score():
+    path = paths.two_sided()
+    oracle = oracles.gaussian(jnp.full(3, MEAN), jnp.full(3, STD), path=path)
+    flow = Method(loss=None, velocity=lambda p: oracle.velocity, score=lambda p: lambda x, t, cond=None: p + 0 * x)
+    x = evaluate.sampler(Setting("sde", "sde", "euler_maruyama", 1), Models(flow, None, None, {}, (3,), path=path))
+    keys = evaluate.keys_of(0, 0, 8)
+    pushed, plain = (x({"flow": jnp.full((), p)}, keys) for p in (2.0, 0.0))
+    np.testing.assert_allclose(pushed - plain, np.full((8, 3), 1.0), atol=1e-5)  # h g^2 / 2 of the score

@@ -153,3 +153,13 @@ def test_what_a_late_stage_would_refuse_is_refused_before_the_first(changes, mes
     with pytest.raises(ValueError, match=message):
         pipeline.main(config(**TINY | changes), tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_a_config_of_a_flow_alone_is_sent_to_the_trainer(tmp_path):
+    from configs import checkerboard
+
+    with pytest.raises(ValueError, match="trains a flow alone .* start it by launch.train"):
+        pipeline.main(checkerboard.get_config(), tmp_path / "w")
+    with pytest.raises(ValueError, match="classes=10: the pipeline has no labels"):
+        pipeline.main(config(**TINY, classes=10), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
