@@ -9,9 +9,9 @@ import importlib
 __version__ = "0.1.0"
 
 __all__ = [
-    "checkpoint", "correctors", "couplings", "data", "evaluate", "guidance", "likelihood", "marginals", "methods",
-    "metrics", "nets", "oracles", "paths", "pipeline", "report", "run", "samplers", "sharding", "solvers", "times",
-    "train", "types", "workdir",
+    "checkpoint", "convert", "correctors", "couplings", "data", "evaluate", "guidance", "likelihood", "marginals",
+    "methods", "metrics", "nets", "oracles", "paths", "pipeline", "report", "run", "samplers", "sharding", "solvers",
+    "times", "train", "types", "workdir",
 ]  # fmt: skip
 
 
