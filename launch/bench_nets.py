@@ -47,8 +47,12 @@ def layers(repeats: int) -> list[dict]:
     """A DiT with its layers scanned and unrolled, each with and without recomputing its blocks; compiled uncached."""
     rows = []
     jax.config.update("jax_enable_compilation_cache", False)
-    for name, sizes in {"DiT, 12 layers of 192": {"width": 192, "heads": 3}, "DiT-S": {}}.items():
-        shape, functions, told = (8, 32, 32, 4), {}, {}
+    networks = {
+        "12 layers of 192, 64 tokens": ({"width": 192, "heads": 3}, (16, 16, 16, 4)),
+        "DiT-S/2, 256 tokens": ({}, (4, 32, 32, 4)),
+    }
+    for name, (sizes, shape) in networks.items():
+        functions, told = {}, {}
         for scan in (False, True):
             for remat in ("none", "dots", "full"):
                 way = ("scanned" if scan else "unrolled", remat)

@@ -159,8 +159,8 @@ def test_scanned_layers_give_what_unrolled_ones_give(key):
     assert np.abs(blocks["up"]["kernel"][0] - blocks["up"]["kernel"][1]).max() > 0.1
 
 
-def test_scanned_layers_start_apart_and_drop_apart(key):
-    """Each layer has its own first weights and its own mask."""
+def test_scanned_layers_start_apart(key):
+    """Each layer has its own first weights."""
     model = adapters.from_linen(dit.DiT(**SMALL, scan=True))
     params = model.init(key, jnp.zeros((2, 4, 4, 1)), jnp.zeros(2, "int32"))
     kernel = params["blocks"]["up"]["kernel"]
