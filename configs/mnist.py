@@ -2,7 +2,7 @@
 
 python -m launch.train --config=configs/mnist.py --workdir=workdir/mnist       # OT-CFM
     --config.coupling=independent                  # I-CFM
-    --config.classes=10 --config.label_dropout=0.1 --config.guidance=2.0   # conditional, guided in its pictures
+    --config.coupling=independent --config.classes=10 --config.label_dropout=0.1 --config.guidance=2.0   # with labels
     --config.data.source_dir=FOLDER                # of the four original files; otherwise TFDS downloads them (12 MB)
 python -m launch.evaluate --config=configs/mnist.py --workdir=workdir/mnist    # distances against NFE
 """
