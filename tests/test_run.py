@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fmjax import build, checkpoint, run, sharding, workdir
-from fmjax.types import Batch
+from fmjax.types import Batch, example_keys
 
 digits = pytest.importorskip("configs.digits")
 SPEEDS = ("steps_per_s", "examples_per_s")
@@ -216,6 +216,11 @@ def test_a_conditional_run_trains_on_its_labels_and_guides_its_velocity():
     labelled, null = velocity(x, 0.5, y), velocity(x, 0.5, jnp.full_like(y, 10))
     np.testing.assert_allclose(guided(x, 0.5, y), null + 3 * (labelled - null), rtol=1e-4, atol=1e-5)
     assert np.abs(labelled - null).max() > 0.01
+
+    keys = example_keys(jax.random.key(1), jnp.arange(32))
+    loss = lambda params: plan.method.loss(params, params, batch, keys)[0]
+    taught = np.abs(jax.grad(loss)(params)["Embed_0"]["embedding"]).max(1)
+    assert taught[10] > 0, "the null label is never trained"
 
 
 def test_a_conditional_run_records_the_loss_without_labels(tmp_path):
