@@ -218,7 +218,8 @@ def test_a_conditional_run_trains_on_its_labels_and_guides_its_velocity():
     assert np.abs(labelled - null).max() > 0.01
 
     keys = example_keys(jax.random.key(1), jnp.arange(32))
-    loss = lambda params: plan.method.loss(params, params, batch, keys)[0]
+    placed = jax.tree.map(jnp.asarray, batch)
+    loss = lambda params: plan.method.loss(params, params, placed, keys)[0]
     taught = np.abs(jax.grad(loss)(params)["Embed_0"]["embedding"]).max(1)
     assert taught[10] > 0, "the null label is never trained"
 
