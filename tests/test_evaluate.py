@@ -186,6 +186,9 @@ def test_an_evaluation_draws_each_label_in_turn_from_the_averaged_flow(evaluated
 
 def test_a_sample_does_not_depend_on_the_chunk_it_is_drawn_in(models, tmp_path, monkeypatch):
     setting = Setting("rk4, 2 steps", "rk4", "rk4", 2)
+    plain = models.flow.velocity(1.0)
+    labelled = lambda p: lambda x, t, cond=None: plain(x, t) + cond[:, None]
+    models = models._replace(flow=Method(loss=None, velocity=labelled), classes=3)
     draw = lambda name: evaluate.draw(
         setting, models, seeds=2, samples=10, seed=0, directory=tmp_path / name, identity=""
     )
