@@ -1,4 +1,4 @@
-"""Suites of ``launch.bench``: networks. Numbers of threads are those of the machine."""
+"""Suites of ``launch.bench``: networks. Batches are divided over JAX's devices; torch has as many threads as cores."""
 
 import functools
 import os
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fmjax import sharding
 from fmjax.nets.adapters import from_linen
 from fmjax.nets.dit import DiT
 from fmjax.nets.unet import UNet
@@ -17,9 +18,10 @@ from launch.measure import interleaved
 
 def stepper(module, shape: tuple[int, ...]) -> tuple[Callable[[], object], dict]:
     """One step, forward, backward and Adam on a squared error, each call the next; with what compiling it told."""
-    model, x = from_linen(module), jax.random.normal(jax.random.key(0), shape)
-    t, tx = jnp.linspace(0.0, 1.0, shape[0]), optax.adam(2e-4)
+    model, tx, mesh = from_linen(module), optax.adam(2e-4), sharding.make_mesh()
+    x, t = jax.random.normal(jax.random.key(0), shape), jnp.linspace(0.0, 1.0, shape[0])
     params = model.init(jax.random.key(1), x)
+    x, t = sharding.place_batch((x, t), mesh)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, x, t):
@@ -27,7 +29,7 @@ def stepper(module, shape: tuple[int, ...]) -> tuple[Callable[[], object], dict]
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    held = [params, tx.init(params)]
+    held = jax.device_put([params, tx.init(params)], sharding.replicated(mesh))
     began = time.perf_counter()
     lowered = step.lower(*held, x, t)
     traced = time.perf_counter()
@@ -68,7 +70,10 @@ def layers(repeats: int) -> list[dict]:
 def torch(repeats: int) -> list[dict]:
     """A training step against that of torchcfm's U-Net: the same sizes, float32, forward, backward and Adam, batch 64.
 
-    As many threads for torch as JAX has. ``ratio`` above 1 says that ours is slower.
+    ``ratio`` above 1 says that ours is slower. On a CPU, run it with as many virtual devices as cores
+    (``NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=2``): in jaxlib 0.10.2 a convolution (YNNPACK) takes
+    one thread, however many there are. ``OMP_WAIT_POLICY=passive`` keeps torch's threads from spinning on a busy
+    machine, where they would be charged for the time of others.
     """
     try:
         import torch as th

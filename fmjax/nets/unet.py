@@ -110,6 +110,12 @@ class UNet(nn.Module):
     torchcfm's U-Net, weights and all (``fmjax.convert.torchcfm``), is ``film=False, per_group=1, spectrum="slow"``;
     its CIFAR-10 network, 35,746,307 parameters beside those of the second time, adds ``channels=128,
     multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), head_channels=64, dropout=0.1``.
+
+    On a CPU a training step costs, per image 28x28x1 and core (x86_64, AVX-512, jax 0.10.2, float32), 23 ms with
+    ``channels=32``, 18 ms without the attention of the ``middle``, and 9 ms with ``channels=16, multipliers=(1, 2, 4)``
+    of as many parameters (0.67M). XLA's convolutions there take one thread each: give JAX a virtual device per core,
+    ``NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=2``. Its repeated blocks differ in their channels, so
+    that there is no scan to make of them.
     """
 
     channels: int = 64
