@@ -5,6 +5,10 @@ python -m launch.train --config=configs/fashion_mnist.py --workdir=workdir/fashi
     --config.coupling=independent --config.classes=10 --config.label_dropout=0.1 --config.guidance=2.0   # with labels
     --config.data.source_dir=FOLDER                # of the four original files; otherwise TFDS downloads them (31 MB)
 python -m launch.evaluate --config=configs/fashion_mnist.py --workdir=workdir/fashion_mnist    # distances against NFE
+
+Two CPU cores, shared with other work: 36 minutes, and 10 for the evaluation. FD-small (see README) at 2, 4, 8, 16 and
+100 Euler steps: 42.6, 18.0, 8.9, 5.9, 4.2 with OT-CFM, 158.7, 49.0, 13.8, 7.1, 4.1 with I-CFM; training images 1.2. On
+a CPU a convolution takes one thread: NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=2 uses both cores.
 """
 
 from ml_collections import ConfigDict, config_dict
