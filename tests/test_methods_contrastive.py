@@ -119,7 +119,7 @@ def test_a_weight_without_a_minimum_is_refused(weight):
 
 
 def test_a_batch_without_negatives_and_times_up_to_infinite_ends_are_refused(key):
-    with pytest.raises(ValueError, match=r"needs Batch.negative, the x1 of other examples: batches\(negatives=True\)"):
+    with pytest.raises(ValueError, match=r"needs Batch.negative, the x1 of other examples: set negatives='any'"):
         contrastive(linear_net, mean=MEAN).loss(jnp.ones((2, 2)), None, Batch(jnp.ones((2, 1))), as_keys(key, 2))
     with pytest.raises(ValueError, match="use times.interior"):
         contrastive(linear_net, mean=MEAN, path=paths.schroedinger_bridge())

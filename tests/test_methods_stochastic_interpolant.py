@@ -183,7 +183,7 @@ def test_what_cannot_be_learned_is_refused(options, message):
 
 def test_a_net_of_one_head_is_refused(key):
     one = lambda params, x, s, t, cond=None, key=None: x
-    with pytest.raises(ValueError, match=r"a net of two heads \(heads=2\): \(3, 2\) became \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"a net of two heads \(outputs=2\): \(3, 2\) became \(3, 2\)"):
         stochastic_interpolant(one).loss(None, None, Batch(jnp.ones((3, 2))), as_keys(key, 3))
 
 
