@@ -33,18 +33,12 @@ from fmjax.types import Cond, FlowMapFn, Method, Net, VelocityFn
 
 Spec = Any  # a ConfigDict is no Mapping; what a spec may be is checked where it is opened
 
+Names = tuple[str, ...]
 SCHEDULES = ("constant", "cosine")
 NO_FIELD = "the config has no field"
 
 
-def resolve(
-    package: str,
-    name: str,
-    *,
-    takes: tuple[str, ...] | None = None,
-    like: Callable | None = None,
-    also: tuple[str, ...] = (),
-) -> Callable:
+def resolve(package: str, name: str, *, takes: Names | None = None, like: Callable | None = None, also: Names = ()):
     """The callable ``name`` of ``fmjax.package``; with ``takes`` only one whose positional arguments are these.
 
     With ``like`` it must have the positional arguments and the return annotation of that function. ``also`` are names
@@ -90,7 +84,7 @@ def check_options(function: Callable, options: Any) -> dict[str, Any]:
     return checked
 
 
-def from_spec(package: str, spec: Spec, *args: Any, takes: tuple[str, ...] | None = None, **given: Any) -> Any:
+def from_spec(package: str, spec: Spec, *args: Any, takes: Names | None = None, **given: Any) -> Any:
     """``resolve`` and ``call`` in one; ``given`` are options from elsewhere, passed to what takes them.
 
     Raises ``ValueError`` for a spec without a name or that repeats what is given.

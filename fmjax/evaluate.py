@@ -139,11 +139,17 @@ def main(cfg, path: str | Path) -> None:
     check_sampling(s, data)
     solve = {name: steps for name, steps in s.items() if name not in ("seeds", "samples", FLOW_MAP)}
     found = settings(solve, {})
-    plan = run.assemble(cfg, data=data)
+    plan, along = run.assemble(cfg, data=data), build.path(cfg.path)
+    sde = [name for name in solve if name in solvers.SDE_STAGES]
+    if sde and along.gamma is None and cfg.coupling != "independent":
+        raise ValueError(
+            f"{sde[0]} takes its score from the velocity, which has it for coupling='independent' only; take a solver "
+            "of the ODE, or learn the score (stochastic_interpolant)"
+        )
     data = arrays.in_memory(data, train=50_000, test=10_000, seed=cfg.seed)
-    path = workdir.open_workdir(path, cfg.to_dict(), free=(*run.FREE, *run.SAMPLING))
-    step, flow, metadata = checkpoint.restore(path / "checkpoints", part="ema", fallback=True)
-    models = Models(plan.method, None, None, {"flow": flow}, plan.shape, plan.classes, build.path(cfg.path))
+    step, flow, metadata = checkpoint.restore(Path(path) / "checkpoints", part="ema", fallback=True)
+    path = workdir.open_workdir(path, cfg.to_dict(), free=(*run.free(cfg), *run.SAMPLING))
+    models = Models(plan.method, None, None, {"flow": flow}, plan.shape, plan.classes, along)
     identity = f"{metadata['digest']['ema']} guidance {cfg.guidance}"
     drawn = {}
     with run.bar("samples", len(found), unit="sampler") as progress:

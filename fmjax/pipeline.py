@@ -75,7 +75,7 @@ def main(cfg, path: str | Path) -> None:
     if jax.process_count() > 1:
         raise ValueError("the pipeline runs in one process (on all its devices); train on several with launch.train")
     ready = setup(cfg)
-    path = workdir.open_workdir(path, cfg.to_dict(), free=run.FREE)
+    path = workdir.open_workdir(path, cfg.to_dict(), free=run.free(cfg))
     page = path / "report.html"
     if page.exists() and (path / "metrics.json").exists():
         print(f"the run in {path} is complete: open {page}")

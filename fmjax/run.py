@@ -36,8 +36,6 @@ FREE = (
     "save_every",
     "sample_every",
     "keep",
-    "data.source_dir",  # whatever the folder, the files have the published checksums
-    "data.data_dir",
 )  # no number of a run depends on them: a resume may change them
 SAMPLING = ("sampling", "guidance")  # no number of a flow's training depends on how it is sampled
 FETCH = 32  # steps between two looks at the metrics: NaN is found soon, and few steps are in flight
@@ -83,8 +81,14 @@ def fit(cfg, path: str | Path) -> training.State:
     Raises as ``assemble``, ``workdir.open_workdir`` and ``train`` do, the first two before anything is written.
     """
     plan = assemble(cfg)
-    path = workdir.open_workdir(path, cfg.to_dict(), free=(*FREE, *SAMPLING))
+    path = workdir.open_workdir(path, cfg.to_dict(), free=(*free(cfg), *SAMPLING))
     return train(plan, path, hooks=[pictures(plan, path, every=cfg.sample_every)])
+
+
+def free(cfg) -> tuple[str, ...]:
+    """The fields that may change when a run is resumed: ``FREE``, and where files of known checksums lie."""
+    verified = "verify" in getattr(cfg.data, "keys", tuple)() and cfg.data.verify
+    return (*FREE, "data.source_dir", "data.data_dir") if verified else FREE
 
 
 def assemble(
@@ -106,7 +110,7 @@ def assemble(
         data = build.data(cfg.data)
     classes = cfg.classes if batch is None else 0
     spec = cfg.net if stage == "flow_map" else part.net  # a flow map starts from the flow's parameters
-    model = build.net(spec, classes=classes) if classes else build.net(spec)
+    model = build.net(spec, classes=classes)
     mean = None if data is None else functools.partial(arrays.mean, data.train_x)
     method = _conditional(build.method(part.method, model.net, path=build.path(cfg.path), mean=mean), cfg, classes)
     if getattr(method, NEEDS[stage]) is None:

@@ -200,7 +200,19 @@ def test_a_sample_does_not_depend_on_the_chunk_it_is_drawn_in(models, tmp_path, 
 
 def test_an_evaluation_without_a_flow_says_so(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
-        evaluate.main(config(), tmp_path)
+        evaluate.main(config(), tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_an_sde_sampler_is_refused_where_the_velocity_has_not_the_score(tmp_path):
+    cfg = config(coupling="minibatch_ot", **{"sampling.euler": (2,)})
+    with cfg.unlocked():
+        cfg.sampling.euler_maruyama = (4,)
+    with pytest.raises(ValueError, match="euler_maruyama takes its score .* coupling='independent' only"):
+        evaluate.main(cfg, tmp_path)
+    cfg.coupling = "independent"
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
+        evaluate.main(cfg, tmp_path)
 
 
 def test_an_sde_sampler_takes_its_score_along_the_path_of_the_flow():

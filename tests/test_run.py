@@ -246,3 +246,9 @@ def test_a_semidiscrete_run_pairs_noise_with_all_the_data_nearer_than_a_minibatc
     costs = [[cost(plan.batch(i)) for i in range(8)] for plan in (near, batchwise)]
     difference = np.subtract(*costs)
     assert difference.mean() + 4 * difference.std() / 8**0.5 < 0
+
+
+def test_folders_of_files_may_move_between_runs_only_where_the_files_are_known():
+    free = lambda **options: run.free(config(data={"name": "mnist", "source_dir": "a", **options}))
+    assert set(free(verify=True)) - set(run.FREE) == {"data.source_dir", "data.data_dir"}
+    assert free(verify=False) == free() == run.free(config(data="digits")) == run.FREE
