@@ -1,0 +1,148 @@
+"""What the battery of ``test_methods.py`` knows of each method: its closed form on Gaussian data.
+
+A new method is covered by its file and one entry of ``CASES``.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmjax import methods, oracles, paths
+from fmjax.types import Batch, Method, Net
+
+MEAN, STD, SIGMA = np.array([0.75, -0.5], np.float32), np.array([0.5, 1.5], np.float32), 0.6
+
+
+def discover() -> list[str]:
+    return sorted({m.name for m in pkgutil.iter_modules(methods.__path__)} - {"common"})
+
+
+def factory(name: str) -> Callable[..., Method]:
+    """The factory of a method file: the function of the file's own name, whose one positional argument is ``net``."""
+    found = getattr(importlib.import_module(f"fmjax.methods.{name}"), name, None)
+    assert inspect.isfunction(found), f"fmjax/methods/{name}.py has no factory {name}(net, *, ...)"
+    positional = inspect.getfullargspec(inspect.unwrap(found)).args
+    assert positional == ["net"], f"{name} takes {positional} by position; a factory takes net, the rest by keyword"
+    return found
+
+
+class Case(NamedTuple):
+    """What the battery has to know of a method.
+
+    ``make(net)``; ``batch(key, n)`` draws data; ``solution`` is the closed-form net, its params ignored; ``uses`` maps
+    each view of ``Method`` to its closed form; ``standard(x, s)`` is N(0, I), independent of ``s``, where the net is
+    asked at the right places (``x`` of the law of its source time ``s``); ``teacher``: the loss depends on its target.
+    """
+
+    make: Callable[[Net], Method]
+    batch: Callable[[Any, int], Batch]
+    solution: Net
+    uses: dict[str, Callable]
+    standard: Callable[[Any, Any], Any]
+    teacher: bool = False
+
+
+def centred(path, x, t, extra=0.0):
+    """``x - E[I_t]`` for the Gaussian data, and the variance of ``I_t`` plus ``extra``."""
+    alpha, beta, *_ = paths.coefficients(path, x, t)
+    return x - beta * MEAN, alpha**2 + (beta * STD) ** 2 + extra
+
+
+standardise = lambda offset, var: offset / jnp.sqrt(var)
+
+
+def gaussian_along(path):
+    return oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD), path=path)
+
+
+def flow_case(path, name: str, *uses: str, teacher: bool = False, **options) -> Case:
+    """A method whose closed form is the average velocity of Gaussian data along a path."""
+    oracle = gaussian_along(path)
+    return Case(
+        make=lambda net: factory(name)(net, path=path, **options),
+        batch=lambda key, n: Batch(oracle.sample(key, n)),
+        solution=oracles.average_velocity(oracle),
+        uses={use: getattr(oracle, use) for use in uses},
+        standard=lambda x, s: standardise(*centred(path, x, s)),
+        teacher=teacher,
+    )
+
+
+def score_case(path) -> Case:
+    """Marginals of the Gaussian's own flow at times ``t``, noised by sigma: N(beta m, C_t + sigma^2)."""
+    noised = lambda x, t: centred(path, x, t, SIGMA**2)
+
+    def batch(key, n):
+        k_t, k_0, k_1 = jax.random.split(key, 3)
+        t = jax.random.randint(k_t, (n,), 0, 5) / 4.0
+        x0, x1 = jax.random.normal(k_0, (n, 2)), MEAN + STD * jax.random.normal(k_1, (n, 2))
+        return Batch(paths.with_velocity(path, x0, x1, t)[0], t=t)
+
+    def score(x, t):
+        offset, var = noised(x, t)
+        return -offset / var
+
+    return Case(
+        make=lambda net: factory("score_corrector")(net, sigma=SIGMA),
+        batch=batch,
+        solution=lambda params, x, s, t, cond=None, key=None: -SIGMA * score(x, s),
+        uses={"direction": lambda x, t: SIGMA**2 * score(x, t)},
+        standard=lambda x, s: standardise(*noised(x, s)),
+    )
+
+
+def contrastive_case(path, weight=0.3) -> Case:
+    """Flow matching whose net is ``(v - weight beta' E[x1]) / (1 - weight)``; its views are unbiased."""
+    case, oracle = flow_case(path, "flow_matching", "velocity", "score"), gaussian_along(path)
+    away = lambda x, s: weight * paths.coefficients(path, x, s)[3] * MEAN
+
+    def batch(key, n):
+        own, other = jax.random.split(key)
+        return Batch(oracle.sample(own, n), negative=oracle.sample(other, n))
+
+    return case._replace(
+        make=lambda net: factory("contrastive")(net, path=path, mean=MEAN, weight=weight),
+        batch=batch,
+        solution=lambda params, x, s, t, cond=None, key=None: (
+            (case.solution(params, x, s, t) - away(x, s)) / (1 - weight)
+        ),
+    )
+
+
+def interpolant_case(path) -> Case:
+    """With a latent beside the N(0, I) source the second head, ``E[z|x] = -gamma S``, is a function of the first."""
+    latent = path._replace(gamma=paths.two_sided().gamma)
+    merged = paths.one_sided(latent)
+    case = flow_case(merged, "flow_matching", "velocity", "score")
+
+    def two_heads(net):
+        def both(params, x, s, t, cond=None, key=None):
+            v = net(params, x, s, t, cond, key)
+            return jnp.concatenate([v, -paths.latent(latent, x, s)[0] * paths.score(merged, x, v, s)], -1)
+
+        return both
+
+    return case._replace(make=lambda net: factory("stochastic_interpolant")(two_heads(net), path=latent))
+
+
+# One entry a method: a function of the path that gives its ``Case``.
+CASES = {
+    "contrastive": contrastive_case,
+    "flow_matching": lambda path: flow_case(path, "flow_matching", "velocity", "score"),
+    "lagrangian": lambda path: flow_case(path, "lagrangian", "velocity", "flow_map", teacher=True),
+    "score_corrector": score_case,
+    "stochastic_interpolant": interpolant_case,
+}
+
+
+def case_of(name: str, path=None) -> Case:
+    if name not in CASES:
+        pytest.fail(f"the battery does not know {name}: add CASES[{name!r}] to tests/cases.py, a Case of its path")
+    return CASES[name](path or paths.linear())
