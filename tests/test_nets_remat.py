@@ -14,7 +14,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# the scanned one is the default; unrolled layers are tested here, too, by the U-Net
+@pytest.mark.parametrize("name", ["scanned dit", "unet", pytest.param("dit", marks=pytest.mark.slow)])
 def test_the_gradient_is_the_same_for_less_memory_and_more_operations(name, key):
     module, sizes, shape = CASES[name]
     x, rng = jax.random.normal(key, (8, *shape)), np.random.default_rng(0)
