@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from fmjax.types import fold_in
+
 
 def uniform(key: Key[Array, " b"], *, low: float = 0.0, high: float = 1.0) -> Float[Array, " b"]:
     """Training times ``t ~ U[low, high]``, one per example."""
@@ -28,11 +30,80 @@ def logit_normal(key: Key[Array, " b"], *, mean: float = 0.0, std: float = 1.0) 
     return jax.vmap(lambda k: jax.nn.sigmoid(mean + std * jax.random.normal(k)))(key)
 
 
-def ordered_pair(key: Key[Array, " b"], *, law=uniform) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Two independent draws of ``law`` in order, ``s <= t`` (arXiv 2505.18825, Algorithm 1)."""
-    halves = jax.vmap(lambda k: jax.random.split(k, 2))(key)
-    a, b = law(halves[:, 0]), law(halves[:, 1])
-    return jnp.minimum(a, b), jnp.maximum(a, b)
+Pair = tuple[Float[Array, " b"], Float[Array, " b"]]  # times s and t of a jump
+
+
+def ordered_pair(key: Key[Array, " b"], *, law=uniform, gap: float = 1.0, diagonal: float = 0.0) -> Pair:
+    """Two independent draws of ``law`` in order, ``s <= t`` (arXiv 2505.18825, Algorithm 1).
+
+    Then ``t <- min(t, s + gap)``, and with probability ``diagonal`` ``t <- s``, drawn for each example. Raises
+    ``ValueError`` for ``gap <= 0`` and ``diagonal`` outside [0, 1].
+    """
+    if not gap > 0 or not 0 <= diagonal <= 1:
+        raise ValueError(f"ordered_pair needs gap > 0 and diagonal in [0, 1], got gap={gap} and diagonal={diagonal}")
+    a, b = _two(key, law, law)
+    s, t = jnp.minimum(a, b), jnp.maximum(a, b)
+    t = jnp.minimum(t, s + gap)
+    return s, jnp.where(_uniform(fold_in(key, 2)) < diagonal, s, t)
+
+
+def two_laws(key: Key[Array, " b"], *, start=logit_normal, stop=logit_normal) -> Pair:
+    """Independent ``s ~ start`` and ``t ~ stop``, ``t <- max(s, t)`` (mean flow, CIFAR-10: LN(.6, 1.6), LN(4, 1.6))."""
+    s, t = _two(key, start, stop)
+    return s, jnp.maximum(s, t)
+
+
+def either_order(key: Key[Array, " b"], *, least: float = 0.02) -> Pair:
+    """Uniform on the square ``[0, 1]^2`` but for the strip ``|t - s| < least``: jumps in both directions.
+
+    Raises ``ValueError`` unless ``0 <= least < 1``.
+    """
+    if not 0 <= least < 1:
+        raise ValueError(f"either_order needs 0 <= least < 1, got least={least}")
+    gap = 1 - (1 - least) * jnp.sqrt(_uniform(fold_in(key, 0)))  # of density 2 (1 - gap) / (1 - least)^2
+    low = _uniform(fold_in(key, 1)) * (1 - gap)
+    falls = _uniform(fold_in(key, 2)) < 0.5
+    return jnp.where(falls, low + gap, low), jnp.where(falls, low, low + gap)
+
+
+def gap_pair(key: Key[Array, " b"], *, law=logit_normal) -> Pair:
+    """The gap ``d ~ law``, ``s ~ U[0, 1 - d]``, ``t = s + d`` (align your flow, arXiv 2506.14603)."""
+    gap, u = _two(key, law, uniform)
+    s = u * (1 - gap)
+    return s, s + gap
+
+
+def to_data(key: Key[Array, " b"], *, law=uniform) -> Pair:
+    """``s ~ law`` and ``t = 1``: the maps of consistency models."""
+    s = law(key)
+    return s, jnp.ones_like(s)
+
+
+def from_source(key: Key[Array, " b"], *, law=uniform) -> Pair:
+    """``s = 0`` and ``t ~ law``: jumps that start in the source."""
+    t = law(key)
+    return jnp.zeros_like(t), t
+
+
+def dyadic(key: Key[Array, " b"], *, levels: int = 7) -> Pair:
+    """Gaps ``2^-k``, ``k = 0 .. levels - 1`` in equal shares, and ``s`` a multiple of the gap (arXiv 2410.12557).
+
+    Raises ``ValueError`` for less than one level.
+    """
+    if levels < 1:
+        raise ValueError(f"dyadic needs at least one level, got levels={levels}")
+    u, v = _two(key, uniform, uniform)
+    count = 2.0 ** jnp.floor(u * levels)  # jumps of this length in [0, 1]
+    s = jnp.floor(v * count) / count
+    return s, s + 1 / count
+
+
+def _two(key, first, second) -> tuple[Array, Array]:
+    return first(fold_in(key, 0)), second(fold_in(key, 1))
+
+
+def _uniform(key) -> Array:
+    return jax.vmap(jax.random.uniform)(key)
 
 
 def uniform_grid(n: int, *, start: float = 0.0, stop: float = 1.0) -> np.ndarray:

@@ -64,7 +64,8 @@ class Corrector(Protocol):
 class Batch(NamedTuple):
     """Examples ``[B, ...]``. ``x0=None``: the loss draws ``N(0, I)``. ``t`` is set where the data carry a time.
 
-    ``negative`` is the ``x1`` of another training example, independent of this one (contrastive losses).
+    ``negative`` is the ``x1`` of another training example, independent of this one (contrastive losses). ``progress``
+    is the share of the training that is done, in [0, 1), for losses that change with it; ``None`` stands for its end.
     """
 
     x1: Array
@@ -72,6 +73,7 @@ class Batch(NamedTuple):
     cond: Cond = None
     t: Array | None = None
     negative: Array | None = None
+    progress: Array | None = None
 
 
 @runtime_checkable
@@ -80,7 +82,8 @@ class LossFn(Protocol):
 
     Returns ``(scalar, aux)``; ``aux["per_example"]: [B]`` beside the times drawn, so that anyone can mask, bin by time
     or reweight. ``aux`` holds arrays ``[B]`` only. A boolean ``aux["is_NAME"]`` says which examples the term ``NAME``
-    of the loss applies to; a float ``aux["NAME"]`` is a term of every example (times are ``s`` and ``t``).
+    of the loss applies to; a float ``aux["NAME"]`` is a term of every example (times are ``s`` and ``t``). A weighted
+    loss keeps what it weights, the mean squared error of an example, in ``aux["residual"]``.
     """
 
     def __call__(self, params: Params, target: Params, batch: Batch, key) -> tuple[Array, Aux]: ...

@@ -38,7 +38,8 @@ class Case(NamedTuple):
 
     ``make(net)``; ``batch(key, n)`` draws data; ``solution`` is the closed-form net, its params ignored; ``uses`` maps
     each view of ``Method`` to its closed form; ``standard(x, s)`` is N(0, I), independent of ``s``, where the net is
-    asked at the right places (``x`` of the law of its source time ``s``); ``teacher``: the loss depends on its target.
+    asked at the right places (``x`` of the law of its source time ``s``); ``teacher``: the loss depends on its target;
+    ``inverts``: it asks for jumps from ``t`` back to ``s`` as well.
     """
 
     make: Callable[[Net], Method]
@@ -47,6 +48,7 @@ class Case(NamedTuple):
     uses: dict[str, Callable]
     standard: Callable[[Any, Any], Any]
     teacher: bool = False
+    inverts: bool = False
 
 
 def centred(path, x, t, extra=0.0):
@@ -62,7 +64,7 @@ def gaussian_along(path):
     return oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD), path=path)
 
 
-def flow_case(path, name: str, *uses: str, teacher: bool = False, **options) -> Case:
+def flow_case(path, name: str, *uses: str, teacher: bool = False, inverts: bool = False, **options) -> Case:
     """A method whose closed form is the average velocity of Gaussian data along a path."""
     oracle = gaussian_along(path)
     return Case(
@@ -72,7 +74,13 @@ def flow_case(path, name: str, *uses: str, teacher: bool = False, **options) -> 
         uses={use: getattr(oracle, use) for use in uses},
         standard=lambda x, s: standardise(*centred(path, x, s)),
         teacher=teacher,
+        inverts=inverts,
     )
+
+
+def map_case(name: str, **options) -> Callable[[Any], Case]:
+    """A method that learns the flow map of Gaussian data, and its velocity on the diagonal."""
+    return lambda path: flow_case(path, name, "velocity", "flow_map", **options)
 
 
 def score_case(path) -> Case:
@@ -135,8 +143,11 @@ def interpolant_case(path) -> Case:
 # One entry a method: a function of the path that gives its ``Case``.
 CASES = {
     "contrastive": contrastive_case,
+    "eulerian": map_case("eulerian", teacher=True),
+    "flow_map_matching": map_case("flow_map_matching", inverts=True),
     "flow_matching": lambda path: flow_case(path, "flow_matching", "velocity", "score"),
-    "lagrangian": lambda path: flow_case(path, "lagrangian", "velocity", "flow_map", teacher=True),
+    "lagrangian": map_case("lagrangian", teacher=True),
+    "progressive": map_case("progressive", teacher=True),
     "score_corrector": score_case,
     "stochastic_interpolant": interpolant_case,
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,20 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fmjax import paths, times
-from fmjax.types import Aux, Batch, FlowMapFn, Net, Params, VelocityFn, expand, normal, over_batch, split
-
-__all__ = [
-    "check_times", "diagonal", "interpolant", "jump", "latent", "mse", "reduce", "rows", "score", "source", "split",
-    "split_rows",
-]  # fmt: skip
+from fmjax.types import (
+    Aux,
+    Batch,
+    FlowMapFn,
+    LossFn,
+    Method,
+    Net,
+    Params,
+    VelocityFn,
+    expand,
+    normal,
+    over_batch,
+    split,
+)
 
 
 def source(key, batch: Batch) -> Float[Array, "b ..."]:
@@ -54,9 +64,8 @@ def mse(a: Array, b: Array) -> Float[Array, " b"]:
 
 
 def reduce(per_example: Float[Array, " b"], **info: Array) -> tuple[Array, Aux]:
-    """The batch mean as the loss; per-example values and what else is told, without gradient, as ``aux``."""
-    aux = jax.lax.stop_gradient({"per_example": per_example, **info})
-    return jnp.mean(per_example), aux
+    """The batch mean as the loss; per-example values and what else is told as ``aux``, whose gradient nobody takes."""
+    return jnp.mean(per_example), {"per_example": per_example, **info}
 
 
 def rows(tree, index: np.ndarray):
@@ -69,16 +78,115 @@ def split_rows(n: int, share: float) -> tuple[np.ndarray, np.ndarray]:
 
     Static sizes are what lets each group pay only for its own term. Dealt evenly, a shard of a batch splits as the
     whole batch does, so the loss is the same on every mesh; keys and data are exchangeable, so which rows form a group
-    does not matter. Raises ``ValueError`` where ``share * n`` is not whole.
+    does not matter. Raises ``ValueError`` where ``share * n`` is not whole or ``share`` outside [0, 1].
     """
-    if not 0 < share < 1:
-        raise ValueError(f"the share must lie strictly between 0 and 1, got {share}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share of the batch must lie in [0, 1], got {share}")
     size = share * n
     if abs(size - round(size)) > 1e-6:
         unit = next(k for k in range(1, 10_001) if abs(share * k - round(share * k)) < 1e-6)
         raise ValueError(f"a batch of {n} per device cannot be split at {share}; use a multiple of {unit}")
     first = np.diff(np.floor(np.arange(n + 1) * share + 1e-6)) > 0
     return np.flatnonzero(first), np.flatnonzero(~first)
+
+
+class Term(NamedTuple):
+    """What a term of a loss gives for its rows, ``[B]`` each; ``residual`` where ``per_example`` is no mean square."""
+
+    s: Array
+    t: Array
+    per_example: Array
+    residual: Array | None = None
+
+
+def matching(net: Net, path: paths.Path, time: Callable) -> Callable[..., Term]:
+    """The term ``|u(I_t, t, t) - dI_t|^2`` that teaches the diagonal; dropout acts here alone."""
+
+    def term(params, target, batch, key):
+        k_t, k_x, k_net = split(key, 3)
+        t = time(k_t)
+        x, u = interpolant(path, k_x, batch, t)
+        return Term(t, t, mse(net(params, x, t, t, batch.cond, k_net), u))
+
+    return term
+
+
+def two_terms(on: Callable[..., Term], off: Callable[..., Term], share: float) -> LossFn:
+    """The loss that is ``on`` for a share of the batch and ``off`` for the rest: no example pays for both.
+
+    ``aux``: ``s``, ``t``, ``residual``, and masks of who has which term where there are both.
+    """
+
+    def loss(params, target, batch, key):
+        n = batch.x1.shape[0]
+        groups = split_rows(n, share)
+        terms = [
+            (index, term(params, target, rows(batch, index), key[index]))
+            for term, index in zip((on, off), groups, strict=True)
+            if len(index)
+        ]
+
+        def join(value):
+            if len(terms) == 1:
+                return value(terms[0][1])
+            joined = jnp.zeros(n, value(terms[0][1]).dtype)
+            for index, term in terms:
+                joined = joined.at[index].set(value(term))
+            return joined
+
+        on_diagonal = np.isin(np.arange(n), groups[0])
+        masks = {"is_on_diagonal": jnp.asarray(on_diagonal), "is_off_diagonal": jnp.asarray(~on_diagonal)}
+        return reduce(
+            join(lambda a: a.per_example), s=join(lambda a: a.s), t=join(lambda a: a.t),
+            residual=join(lambda a: a.per_example if a.residual is None else a.residual),
+            **(masks if len(terms) == 2 else {}),
+        )  # fmt: skip
+
+    return loss
+
+
+def draw_pair(pair: Callable, key, batch: Batch, anneal: float = 0.0) -> tuple[Array, Array]:
+    """``(s, t)`` of the law ``pair``, with ``|t - s| <= progress / anneal`` during the share ``anneal``."""
+    s, t = pair(key)
+    if not anneal:
+        return s, t
+    gap = progress(batch) / anneal
+    return s, s + jnp.clip(t - s, -gap, gap)
+
+
+def progress(batch: Batch) -> Float[Array, " b"]:
+    """The share of the training that is done, ``[B]``; one where the batch does not say."""
+    return jnp.ones(batch.x1.shape[0]) if batch.progress is None else batch.progress
+
+
+def semigradient(u: Array, g: Array, normalise: float = 0.0) -> tuple[Array, Array]:
+    """Per example ``|u - sg(u - g)|^2`` and ``|g|^2`` as means: the gradient is ``g`` times that of ``u``.
+
+    ``normalise = c > 0`` puts ``g / (|g| + c)`` for ``g``, norms over an example (arXiv 2410.11081, 2506.14603).
+    """
+    residual, g = mse(g, jnp.zeros_like(g)), jax.lax.stop_gradient(g)
+    if normalise:
+        g = g / (expand(jnp.sqrt(residual * g[0].size), g) + normalise)
+    return mse(u, jax.lax.stop_gradient(u - g)), residual
+
+
+def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
+    """``ValueError`` for a value that is none of the known ones, with the nearest."""
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, 1, 0.0)
+        raise ValueError(f"{what}={value!r} must be one of {', '.join(known)}; did you mean {near[0]!r}?")
+
+
+def check_share(**shares: float) -> None:
+    """``ValueError`` for a share of the training or of a batch outside [0, 1], by name."""
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} is a share and must lie in [0, 1]")
+
+
+def two_time(net: Net, loss: LossFn) -> Method:
+    """A loss over a net whose diagonal is a velocity and whose jumps are a flow map."""
+    return Method(loss, velocity=diagonal(net), flow_map=jump(net))
 
 
 def diagonal(net: Net) -> Callable[[Params], VelocityFn]:

@@ -1,4 +1,4 @@
-"""Lagrangian self-distillation: a flow map that solves the ODE of its own diagonal."""
+"""Lagrangian flow maps: a map that solves the ODE of a velocity, its own diagonal's or a teacher's."""
 
 from __future__ import annotations
 
@@ -9,42 +9,54 @@ from fmjax import paths, times
 from fmjax.methods import common as c
 from fmjax.types import Method, Net, expand
 
+STOPS = ("velocity", "tangent", "none")
+
 
 def lagrangian(
-    net: Net, *, path: paths.Path | None = None, time=times.uniform, pair=times.ordered_pair, diagonal: float = 0.75
+    net: Net,
+    *,
+    path: paths.Path | None = None,
+    time=times.uniform,
+    pair=times.ordered_pair,
+    diagonal: float = 0.75,
+    teacher: Net | None = None,
+    stop: str = "velocity",
+    anneal: float = 0.0,
 ) -> Method:
-    """Lagrangian self-distillation, ``d/dt X_{s,t}(x) = v(X_{s,t}(x), t)`` with ``v`` the net's own diagonal.
+    """``d/dt X_{s,t}(x) = v(X_{s,t}(x), t)``, with ``v(x, t) = u(x, t, t)`` of the parameters ``target``.
 
     On a share ``diagonal`` of the batch ``|u(I_t, t, t) - dI_t|^2``, on the rest
-    ``|d/dt X_{s,t}(I_s) - sg[u(sg X_{s,t}(I_s), t, t)]|^2`` (arXiv 2505.18825, eq. 12 and Algorithm 1, ``convex`` stop
-    gradient), the gradient passing through the time derivative. The teacher ``u`` has the parameters ``target``
-    (self, EMA or frozen). No example pays for a term it does not use. Dropout acts on the diagonal only.
-    ``aux``: ``s``, ``t``, and which term an example has. Raises ``ValueError`` where a share of the batch is not whole.
+    ``|d/dt X_{s,t}(I_s) - sg[v(sg X_{s,t}(I_s), t)]|^2`` (arXiv 2505.18825, eq. 12 and Algorithm 1).
+
+    ================================  ==========================================================================
+    method                            arguments
+    ================================  ==========================================================================
+    self-distillation (LSD)           the defaults, ``target`` the parameters themselves
+    distillation (LMD, 2406.07507)    ``diagonal=0``, ``target`` frozen: ``v`` is the velocity of ``teacher``
+    AYF-LMD (2506.14603)              ``diagonal=0, stop="tangent"``, ``target`` frozen
+    physics-informed (PID)            as LMD, ``pair=times.from_source``
+    ================================  ==========================================================================
+
+    ``teacher(target, x, t, t, cond)`` is the net ``v`` comes from, by default ``net`` itself. ``stop`` says what has
+    no gradient: ``"velocity"`` only ``v``, whose input is stopped too; ``"tangent"`` also ``d/dt u``, a cheaper
+    gradient of another kind (``residual * grad u``); ``"none"`` takes the gradient through ``v``'s input. While the
+    share ``anneal`` of the training lasts, ``t - s`` is bounded by ``progress / anneal``. Dropout acts on the diagonal
+    only. ``aux``: ``s``, ``t``, ``residual``, and which term an example has. Raises ``ValueError`` for an unknown
+    ``stop`` and shares that are none, or not whole in the batch.
     """
-    path = path or paths.linear()
+    path, teacher = path or paths.linear(), teacher or net
+    c.check_times(path, time)
+    c.check_choice("stop", stop, STOPS)
+    c.check_share(diagonal=diagonal, anneal=anneal)
 
-    def matching(params, batch, key):
-        k_t, k_x, k_net = c.split(key, 3)
-        t = time(k_t)
-        x, u = paths.with_velocity(path, c.source(k_x, batch), batch.x1, t)
-        return t, c.mse(net(params, x, t, t, batch.cond, k_net), u)
-
-    def distilling(params, target, batch, key):
+    def following(params, target, batch, key):
         k_t, k_x = c.split(key, 2)
-        s, t = pair(k_t)
-        x, _ = paths.with_velocity(path, c.source(k_x, batch), batch.x1, s)
-        flow = lambda t: x + expand(t - s, x) * net(params, x, s, t, batch.cond)
-        y, dy = jax.jvp(flow, (t,), (jnp.ones_like(t),))
-        v = jax.lax.stop_gradient(net(target, jax.lax.stop_gradient(y), t, t, batch.cond))
-        return s, t, c.mse(dy, v)
+        s, t = c.draw_pair(pair, k_t, batch, anneal)
+        x, _ = c.interpolant(path, k_x, batch, s)
+        gap = expand(t - s, x)
+        u, du = jax.jvp(lambda t: net(params, x, s, t, batch.cond), (t,), (jnp.ones_like(t),))
+        y, dy = x + gap * u, u + gap * (jax.lax.stop_gradient(du) if stop == "tangent" else du)
+        v = teacher(target, y if stop == "none" else jax.lax.stop_gradient(y), t, t, batch.cond)
+        return c.Term(s, t, c.mse(dy, v if stop == "none" else jax.lax.stop_gradient(v)))
 
-    def loss(params, target, batch, key):
-        on, off = c.split_rows(batch.x1.shape[0], diagonal)
-        t_on, matched = matching(params, c.rows(batch, on), key[on])
-        s_off, t_off, residual = distilling(params, target, c.rows(batch, off), key[off])
-        join = lambda a, b: jnp.zeros(len(on) + len(off), a.dtype).at[on].set(a).at[off].set(b)
-        on_diagonal = join(jnp.ones_like(matched, bool), jnp.zeros_like(residual, bool))
-        s, t = join(t_on, s_off), join(t_on, t_off)
-        return c.reduce(join(matched, residual), s=s, t=t, is_on_diagonal=on_diagonal, is_residual=~on_diagonal)
-
-    return Method(loss, velocity=c.diagonal(net), flow_map=c.jump(net))
+    return c.two_time(net, c.two_terms(c.matching(net, path, time), following, diagonal))

@@ -1,0 +1,93 @@
+"""Eulerian flow maps: a map that is constant along the trajectories that lead into it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from fmjax import paths, times
+from fmjax.methods import common as c
+from fmjax.types import Method, Net, expand
+
+STOPS = ("all", "jacobian", "velocity")
+VELOCITIES = ("own", "conditional")
+
+
+def eulerian(
+    net: Net,
+    *,
+    path: paths.Path | None = None,
+    time=times.uniform,
+    pair=times.ordered_pair,
+    diagonal: float = 0.75,
+    teacher: Net | None = None,
+    velocity: str = "own",
+    tangent: str = "own",
+    stop: str = "all",
+    anneal: float = 0.0,
+    warmup: float = 0.0,
+    limit: float = 1.0,
+    normalise: float = 0.0,
+) -> Method:
+    """``d/ds X_{s,t}(x) + v(x, s) . grad X_{s,t}(x) = 0``, that is ``u = v + (t - s) (d/ds + v . grad) u``.
+
+    On a share ``diagonal`` of the batch ``|u(I_t, t, t) - dI_t|^2``, on the rest ``|g|^2`` of the residual
+    ``g = u - v - r (t - s) du``, ``du = (d/ds + w . grad) u(I_s, s, t)`` by one jvp, ``r = 1``
+    (arXiv 2505.18825, Algorithm 2). The velocity ``v`` that is regressed on and the direction ``w`` of the derivative
+    are ``sg[u(I_s, s, s)]`` of the parameters ``target`` (``"own"``) or ``dI_s`` (``"conditional"``):
+
+    ================================  ==========================================================================
+    method                            arguments
+    ================================  ==========================================================================
+    self-distillation (ESD)           ``stop="jacobian"`` as published
+    distillation (EMD, 2406.07507)    ``diagonal=0, stop="jacobian"``, ``target`` frozen: ``v`` of ``teacher``
+    mean flow (2505.13447)            ``velocity="conditional", tangent="conditional"`` (``mean_flow``)
+    improved mean flow (2512.02012)   ``velocity="conditional"`` (``improved_mean_flow``)
+    AYF-EMD (2506.14603)              ``diagonal=0, normalise=0.1, warmup, limit=0.99`` (``align_your_flow``)
+    consistency, continuous time      ``diagonal=0, pair=times.to_data, tangent="conditional"``, ...
+    ================================  ==========================================================================
+
+    ``stop`` says what has no gradient beside ``v``: ``"all"`` of ``du`` (the gradient is ``g`` times that of ``u``, no
+    backward pass through a jvp), ``"jacobian"`` the part ``w . grad u`` of it (through the spatial Jacobian it is
+    unstable on images), ``"velocity"`` nothing more (ESD ``convex``). Both of the latter cost a backward pass through
+    a jvp.
+
+    ``teacher(target, x, s, s, cond)`` is the net that the own velocity comes from, by default ``net``. ``r`` grows to
+    ``limit`` over the share ``warmup`` of the training, ``min(limit, progress / warmup)``; ``normalise = c`` makes
+    ``g / (|g| + c)`` of it (with ``stop="all"``); ``anneal`` as in ``lagrangian``. Dropout acts on the diagonal only.
+    ``aux``: ``s``, ``t``, ``residual`` (the mean of ``g^2``), and which term an example has. Raises ``ValueError`` for
+    unknown choices, shares that are none, or not whole in the batch.
+    """
+    path, teacher = path or paths.linear(), teacher or net
+    c.check_times(path, time)
+    for what, value, known in (
+        ("velocity", velocity, VELOCITIES),
+        ("tangent", tangent, VELOCITIES),
+        ("stop", stop, STOPS),
+    ):
+        c.check_choice(what, value, known)
+    c.check_share(diagonal=diagonal, anneal=anneal, warmup=warmup, limit=limit)
+    if normalise < 0 or (normalise and stop != "all"):
+        raise ValueError(f"normalise={normalise} must be positive, and needs stop='all', got stop={stop!r}")
+
+    def conserving(params, target, batch, key):
+        k_t, k_x = c.split(key, 2)
+        s, t = c.draw_pair(pair, k_t, batch, anneal)
+        x, conditional = c.interpolant(path, k_x, batch, s)
+        own = None
+        if "own" in (velocity, tangent):
+            own = jax.lax.stop_gradient(teacher(target, x, s, s, batch.cond))
+        v, w = (own if choice == "own" else conditional for choice in (velocity, tangent))
+        u_at = lambda x, s: net(params, x, s, t, batch.cond)
+        u, du = jax.jvp(u_at, (x, s), (w, jnp.ones_like(s)))
+        if stop == "jacobian":
+            still = jax.lax.stop_gradient(du)
+            _, in_time = jax.jvp(lambda s: u_at(x, s), (s,), (jnp.ones_like(s),))
+            du = still + in_time - jax.lax.stop_gradient(in_time)
+        r = limit * jnp.ones_like(s) if not warmup else jnp.minimum(limit, c.progress(batch) / warmup)
+        g = u - v - expand(r * (t - s), x) * du
+        if stop == "all":
+            return c.Term(s, t, *c.semigradient(u, g, normalise))
+        return c.Term(s, t, c.mse(g, jnp.zeros_like(g)))
+
+    return c.two_time(net, c.two_terms(c.matching(net, path, time), conserving, diagonal))
