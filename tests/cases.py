@@ -3,6 +3,7 @@
 A new method is covered by its file and one entry of ``CASES``.
 """
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -153,6 +154,14 @@ def alias(of: str, **options) -> Alias:
 
 # One entry a method: a function of the path that gives its ``Case``, or an ``alias``, which the battery leaves out.
 CASES = {
+    # the one step without an error of its own: the others are the Eulerian map's to first order (its own tests)
+    "alpha_flow": map_case(
+        "alpha_flow",
+        share=functools.partial(times.constant_share, value=0.3),
+        velocity="own",
+        solver="jump",
+        teacher=True,
+    ),
     "contrastive": contrastive_case,
     "eulerian": map_case("eulerian", teacher=True),
     "flow_map_matching": map_case("flow_map_matching", inverts=True),
@@ -161,6 +170,7 @@ CASES = {
     "progressive": map_case("progressive", teacher=True),
     "score_corrector": score_case,
     "shortcut": alias("progressive", diagonal=7 / 8, pair=times.dyadic),
+    "soflow": alias("alpha_flow", share=times.exponential_share, power=2.0),
     "stochastic_interpolant": interpolant_case,
 }
 
