@@ -111,9 +111,9 @@ def test_a_traced_grid_is_refused():
         jax.jit(times.check_grid)(jnp.array([0.0, 1.0]))
 
 
-def at_progress(share, *progress, gap=0.5, **options):
+def at_progress(share, *progress, apart=0.5, **options):
     one = jnp.ones(len(progress))
-    return np.asarray(share(0.25 * one, (0.25 + gap) * one, jnp.array(progress), **options))
+    return np.asarray(share(0.25 * one, (0.25 + apart) * one, jnp.array(progress), **options))
 
 
 def test_alpha_flows_share_falls_from_one_to_its_least_along_a_sigmoid():
@@ -133,9 +133,9 @@ def test_alpha_flows_share_falls_from_one_to_its_least_along_a_sigmoid():
 def test_soflows_share_falls_exponentially_and_its_step_has_a_least_length():
     progress = np.linspace(0, 1, 5)
     np.testing.assert_allclose(at_progress(times.exponential_share, *progress), 0.1 * 0.02**progress, rtol=1e-5)
-    short = at_progress(times.exponential_share, *progress, gap=1e-3)
+    short = at_progress(times.exponential_share, *progress, apart=1e-3)
     np.testing.assert_allclose(short, 0.1, rtol=1e-4)  # of 1e-3, for the last ones
-    assert at_progress(times.exponential_share, 0.0, 1.0, gap=0.0).tolist() == [1, 1]  # of no length: the whole of it
+    assert at_progress(times.exponential_share, 0.0, 1.0, apart=0.0).tolist() == [1, 1]  # of no length: the whole of it
     for options in ({"first": 0.0}, {"last": 2.0}, {"gap": 0.0}):
         with pytest.raises(ValueError, match="exponential_share needs shares in"):
             at_progress(times.exponential_share, 0.5, **options)
