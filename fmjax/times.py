@@ -104,6 +104,50 @@ def dyadic(key: Key[Array, " b"], *, levels: int = 7) -> Pair:
     return s, s + 1 / count
 
 
+Share = Float[Array, " b"]  # of a jump from s to t: the part of it that is taken first, in (0, 1]
+
+
+def constant_share(s: Array, t: Array, progress: Array, *, value: float = 0.5) -> Share:
+    """The same share all along. Raises ``ValueError`` unless ``0 < value <= 1``."""
+    if not 0 < value <= 1:
+        raise ValueError(f"constant_share needs 0 < value <= 1, got {value}")
+    return jnp.full_like(s, value)
+
+
+def sigmoid_share(
+    s: Array,
+    t: Array,
+    progress: Array,
+    *,
+    rate: float = 25.0,
+    start: float = 0.0,
+    stop: float = 1.0,
+    least: float = 5e-3,
+) -> Share:
+    """From one to ``least``: ``sigmoid(rate (1/2 - (progress - start) / (stop - start)))`` (arXiv 2510.20771).
+
+    Below ``least`` it is ``least``, above ``1 - least`` one. Raises ``ValueError`` unless ``start < stop`` and
+    ``0 < least < 1``.
+    """
+    if not start < stop or not 0 < least < 1:
+        raise ValueError(f"sigmoid_share needs start < stop and 0 < least < 1, got {start=}, {stop=} and {least=}")
+    share = jax.nn.sigmoid(rate * (0.5 - (progress - start) / (stop - start)))
+    return jnp.where(share > 1 - least, 1, jnp.maximum(share, least)).astype(s.dtype)
+
+
+def exponential_share(
+    s: Array, t: Array, progress: Array, *, first: float = 0.1, last: float = 2e-3, gap: float = 1e-4
+) -> Share:
+    """From ``first`` to ``last`` at an exponential rate, and no less than ``gap`` in time (SoFlow, arXiv 2512.15657).
+
+    Raises ``ValueError`` for shares outside (0, 1] and ``gap <= 0``.
+    """
+    if not (0 < first <= 1 and 0 < last <= 1 and gap > 0):
+        raise ValueError(f"exponential_share needs shares in (0, 1] and gap > 0, got {first=}, {last=} and {gap=}")
+    share = first * (last / first) ** progress
+    return jnp.clip(share, gap / jnp.maximum(t - s, gap), 1).astype(s.dtype)
+
+
 def _two(key, first, second) -> tuple[Array, Array]:
     return first(fold_in(key, 0)), second(fold_in(key, 1))
 

@@ -116,3 +116,39 @@ def test_a_grid_that_cannot_be_stepped_is_refused_and_named(grid, message):
 def test_a_traced_grid_is_refused():
     with pytest.raises(TypeError, match="static: pass a numpy array or a list from outside jit"):
         jax.jit(times.check_grid)(jnp.array([0.0, 1.0]))
+
+
+def at_progress(share, *progress, apart=0.5, **options):
+    one = jnp.ones(len(progress))
+    return np.asarray(share(0.25 * one, (0.25 + apart) * one, jnp.array(progress), **options))
+
+
+def test_alpha_flows_share_falls_from_one_to_its_least_along_a_sigmoid():
+    """``1 - sigmoid(25 (p - 1/2))``, one and 0.005 beyond them (arXiv 2510.20771)."""
+    progress = np.linspace(0, 1, 21)
+    want = 1 - special.expit(25 * (progress - 0.5))
+    want = np.where(want > 0.995, 1, np.maximum(want, 0.005))
+    got = at_progress(times.sigmoid_share, *progress)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert (got[[0, -1]] == np.float32([1, 0.005])).all() and got[10] == 0.5
+    later = at_progress(times.sigmoid_share, *(0.2 + 0.6 * progress), start=0.2, stop=0.8)
+    np.testing.assert_allclose(later, want, rtol=1e-5)
+    with pytest.raises(ValueError, match="start < stop"):
+        at_progress(times.sigmoid_share, 0.5, start=1.0, stop=0.5)
+
+
+def test_soflows_share_falls_exponentially_and_its_step_has_a_least_length():
+    progress = np.linspace(0, 1, 5)
+    np.testing.assert_allclose(at_progress(times.exponential_share, *progress), 0.1 * 0.02**progress, rtol=1e-5)
+    short = at_progress(times.exponential_share, *progress, apart=1e-3)
+    np.testing.assert_allclose(short, 0.1, rtol=1e-4)  # of 1e-3, for the last ones
+    assert at_progress(times.exponential_share, 0.0, 1.0, apart=0.0).tolist() == [1, 1]  # of no length: the whole of it
+    for options in ({"first": 0.0}, {"last": 2.0}, {"gap": 0.0}):
+        with pytest.raises(ValueError, match="exponential_share needs shares in"):
+            at_progress(times.exponential_share, 0.5, **options)
+
+
+def test_a_constant_share_is_constant_and_a_share():
+    assert at_progress(times.constant_share, 0.0, 0.9, value=0.25).tolist() == [0.25, 0.25]
+    with pytest.raises(ValueError, match="0 < value <= 1, got 0"):
+        at_progress(times.constant_share, 0.0, value=0.0)

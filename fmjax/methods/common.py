@@ -166,7 +166,7 @@ def progress(batch: Batch) -> Float[Array, " b"]:
     return jnp.ones(batch.x1.shape[0]) if batch.progress is None else batch.progress
 
 
-def semigradient(u: Array, g: Array, normalise: float = 0.0) -> tuple[Array, Array]:
+def semigradient(u: Array, g: Array, normalise: float = 0.0) -> tuple[Array, Array | None]:
     """Per example ``|u - sg(u - g)|^2``, whose gradient is ``2 g`` times that of ``u``, and ``|g|^2`` if that differs.
 
     ``normalise = c > 0`` puts ``g / (|g| + c)`` for ``g``, norms over an example (arXiv 2410.11081, 2506.14603).
