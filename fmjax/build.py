@@ -77,8 +77,9 @@ def check_options(function: Callable, options: Any) -> dict[str, Any]:
         raise ValueError(f"{what} needs {', '.join(repr(name) for name in missing)}")
     checked = {}
     for name, value in options.items():
-        if inspect.isfunction(known[name]) and (isinstance(value, str) or hasattr(value, "items")):
-            checked[name] = _like(known[name], value)
+        default = getattr(known[name], "func", known[name])  # of a functools.partial
+        if inspect.isfunction(default) and (isinstance(value, str) or hasattr(value, "items")):
+            checked[name] = _like(default, value)
         else:
             checked[name] = _convert(f"{name} of {what}", value, hints.get(name, Any))
     return checked

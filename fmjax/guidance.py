@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fmjax import paths
-from fmjax.types import Cond, Method, Net, VelocityFn, expand, over_batch, split
+from fmjax.types import Cond, Method, Net, VelocityFn, expand, over_batch, split, with_null
 
 Scale = float | Callable[[Array], Array]
 
@@ -75,8 +75,7 @@ def classifier_free(velocity: VelocityFn, *, null: Cond, scale: Scale | None = N
     def base(x, t, cond):
         if cond is None:
             raise ValueError("classifier-free guidance needs a condition, got cond=None; use the velocity without it")
-        fill = lambda n, c: jnp.broadcast_to(jnp.asarray(n, jnp.asarray(c).dtype), jnp.shape(c))
-        return velocity(x, t, None if null is None else jax.tree.map(fill, null, cond))
+        return velocity(x, t, with_null(cond, null))
 
     return _guide(velocity, base, scale)
 
@@ -85,9 +84,9 @@ def label_dropout(method: Method, *, rate: float, null: Cond) -> Method:
     """The method whose loss sees ``null`` in the place of a condition with probability ``rate``, for each example.
 
     So one network learns ``v(x, t, cond)`` and ``v(x, t, null)``, which ``classifier_free`` needs (arXiv 2207.12598;
-    0.1 is usual). ``null`` is as there. ``aux`` gets ``is_unconditional``. The draw comes from the example's key;
-    ``rate = 0`` returns ``method`` itself. Raises ``ValueError`` unless ``0 <= rate < 1``, and for a batch without
-    conditions.
+    0.1 is usual). ``null`` is as there; of a pair ``(labels, scale)`` the scale stays. ``aux`` gets
+    ``is_unconditional``. The draw comes from the example's key; ``rate = 0`` returns ``method`` itself. Raises
+    ``ValueError`` unless ``0 <= rate < 1``, and for a batch without conditions.
     """
     if not 0 <= rate < 1:
         raise ValueError(f"label_dropout={rate} is the share of dropped labels and must lie in [0, 1)")
@@ -99,8 +98,9 @@ def label_dropout(method: Method, *, rate: float, null: Cond) -> Method:
             raise ValueError("label dropout needs labels: give the batch conditions (classes=... in a config)")
         k_drop, k_loss = split(key, 2)
         dropped = jax.vmap(lambda k: jax.random.bernoulli(k, rate))(k_drop)
-        fill = lambda n, c: jnp.where(expand(dropped, c), jnp.asarray(n, c.dtype), c)
-        value, aux = method.loss(params, target, batch._replace(cond=jax.tree.map(fill, null, batch.cond)), k_loss)
+        drop = lambda n, c: jnp.where(expand(dropped, c), n, c)
+        cond = jax.tree.map(drop, with_null(batch.cond, null), batch.cond)
+        value, aux = method.loss(params, target, batch._replace(cond=cond), k_loss)
         return value, aux | {"is_unconditional": dropped}
 
     return method._replace(loss=loss)

@@ -70,6 +70,12 @@ def ordered_pair(key: Key[Array, " b"], *, law=uniform, gap: float = 1.0, diagon
     return s, jnp.where(_uniform(fold_in(key, 2)) < diagonal, s, t)
 
 
+def earlier(key: Key[Array, " b"], *, law=uniform) -> Float[Array, " b"]:
+    """The smaller of two draws of ``law``, the ``s`` of ``ordered_pair``: the diagonal's times of mean flow."""
+    a, b = _two(key, law, law)
+    return jnp.minimum(a, b)
+
+
 def two_laws(key: Key[Array, " b"], *, start=logit_normal, stop=logit_normal) -> Pair:
     """Independent ``s ~ start`` and ``t ~ stop``, ``t <- max(s, t)`` (mean flow, CIFAR-10: LN(.6, 1.6), LN(4, 1.6))."""
     s, t = _two(key, start, stop)

@@ -148,6 +148,26 @@ def normal(key: Key[Array, " b"], shape: tuple[int, ...], dtype=jnp.float32) -> 
     return jax.vmap(lambda k: jax.random.normal(k, shape, dtype))(key)
 
 
+def with_null(cond: Cond, null: Cond) -> Cond:
+    """``cond`` with ``null``, broadcast leaf by leaf, in the place of its labels.
+
+    A pair ``(labels, scale)``, the condition of a guided net, keeps its scale where ``null`` is no pair. ``null=None``
+    stands for no condition at all.
+    """
+    if null is None:
+        return None
+    if isinstance(cond, tuple) and not isinstance(null, tuple):
+        return (with_null(cond[0], null), *cond[1:])
+    fill = lambda n, c: jnp.broadcast_to(jnp.asarray(n, jnp.asarray(c).dtype), jnp.shape(c))
+    return jax.tree.map(fill, null, cond)
+
+
+def is_null(cond: Cond, null: Cond) -> Array:
+    """Which rows, ``[B]``, have the null label (see ``with_null``)."""
+    same = lambda a, b: jnp.all((a == b).reshape(a.shape[0], -1), 1)
+    return jnp.stack(jax.tree.leaves(jax.tree.map(same, cond, with_null(cond, null)))).all(0)
+
+
 def expand(t: Array, x: Array) -> Array:
     """``t: [B]`` (or a scalar) with trailing axes of one, to multiply ``x: [B, ...]``."""
     return jnp.reshape(t, jnp.shape(t) + (1,) * (x.ndim - jnp.ndim(t)))

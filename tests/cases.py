@@ -41,7 +41,8 @@ class Case(NamedTuple):
     ``make(net)``; ``batch(key, n)`` draws data; ``solution`` is the closed-form net, its params ignored; ``uses`` maps
     each view of ``Method`` to its closed form; ``standard(x, s)`` is N(0, I), independent of ``s``, where the net is
     asked at the right places (``x`` of the law of its source time ``s``); ``teacher``: the loss depends on its target;
-    ``inverts``: it asks for jumps from ``t`` back to ``s`` as well.
+    ``inverts``: it asks for jumps from ``t`` back to ``s`` as well; ``away``: from how far descent has to return, more
+    where the targets are noisier.
     """
 
     make: Callable[[Net], Method]
@@ -51,6 +52,7 @@ class Case(NamedTuple):
     standard: Callable[[Any, Any], Any]
     teacher: bool = False
     inverts: bool = False
+    away: float = 0.2
 
 
 def centred(path, x, t, extra=0.0):
@@ -66,7 +68,7 @@ def gaussian_along(path):
     return oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD), path=path)
 
 
-def flow_case(path, name: str, *uses: str, teacher: bool = False, inverts: bool = False, **options) -> Case:
+def flow_case(path, name: str, *uses: str, teacher: bool = False, inverts: bool = False, away=0.2, **options) -> Case:
     """A method whose closed form is the average velocity of Gaussian data along a path."""
     oracle = gaussian_along(path)
     return Case(
@@ -77,6 +79,7 @@ def flow_case(path, name: str, *uses: str, teacher: bool = False, inverts: bool 
         standard=lambda x, s: standardise(*centred(path, x, s)),
         teacher=teacher,
         inverts=inverts,
+        away=away,
     )
 
 
@@ -183,6 +186,7 @@ CASES = {
     "flow_map_matching": map_case("flow_map_matching", inverts=True),
     "flow_matching": lambda path: flow_case(path, "flow_matching", "velocity", "score"),
     "lagrangian": map_case("lagrangian", teacher=True),
+    "mean_flow": map_case("mean_flow", away=2.0),
     "progressive": map_case("progressive", teacher=True),
     "progressive_distillation": alias("progressive", diagonal=0.0, pair=times.grid_pair),
     "score_corrector": score_case,

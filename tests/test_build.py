@@ -134,6 +134,8 @@ def test_missing_options_and_a_factorys_own_refusal():
 def test_a_law_of_times_is_named_with_its_own_options(key):
     from fmjax import types
 
+    pair = build.check_options(build.resolve("methods", "mean_flow"), {"pair": "two_laws"})["pair"]
+    assert pair is times.two_laws  # where the default is a functools.partial
     spec = {"name": "flow_matching", "time": {"name": "logit_normal", "mean": 3}}
     keys = types.as_keys(key, 512)
     law = build.check_options(build.resolve("methods", "flow_matching"), {"time": spec["time"]})["time"]
@@ -145,7 +147,7 @@ def test_a_law_of_times_is_named_with_its_own_options(key):
     for time, message in [
         (
             "ordered_pair",
-            r"'ordered_pair' \(there are interior, logit_normal, noise_angle, noise_level, uniform\)",
+            r"no 'ordered_pair' \(there are earlier, interior, logit_normal, noise_angle, noise_level, uniform",
         ),
         ("logit", "did you mean 'logit_normal'"),
         ({"name": "logit_normal", "men": 1.0}, "times.logit_normal has no option 'men'; did you mean 'mean'"),

@@ -79,7 +79,7 @@ def mean_gradients(case: Case, params, groups=4096, rows=8):
 def test_the_closed_form_is_a_stationary_point_and_descent_returns_to_it(name, path, x64):
     """E grad = 0 at the solution; a step away along phi_k, the gradient points back, by more than chance."""
     case, names = case_of(name, path()), list(BASIS)
-    away = 0.2 * jnp.eye(len(names))
+    away = case.away * jnp.eye(len(names))
     mean, error = mean_gradients(case, jnp.concatenate([jnp.zeros_like(away[:1]), away]))
     off = np.array([phi in OFF_DIAGONAL for phi in names]) & ("flow_map" not in case.uses)
     assert not mean[:, off].any(), f"{name} has no flow map but asks the net off the diagonal"
@@ -316,5 +316,5 @@ def test_every_method_file_has_a_factory_and_an_entry_and_no_entry_is_left_over(
 
 
 def test_a_method_without_an_entry_fails_with_what_to_add():
-    with pytest.raises(pytest.fail.Exception, match=r"does not know mean_flow: add CASES\['mean_flow'\]"):
-        case_of("mean_flow")
+    with pytest.raises(pytest.fail.Exception, match=r"does not know no_method: add CASES\['no_method'\]"):
+        case_of("no_method")

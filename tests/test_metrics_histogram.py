@@ -43,7 +43,7 @@ def test_fifty_bins_have_the_published_floor_because_edges_cut_their_cells(n, pu
 
 
 def test_the_divergence_of_a_leak_and_of_missing_samples_is_the_closed_form():
-    """A share a uniform over the board, or far beyond it, or moved out of one square: -log(1 - a/2), -log(1 - a), ..."""
+    """A share a moved uniformly over the board: -log(1 - a/2); moved off the squares: -log(1 - a)."""
     n, a, rng = 400_000, 0.2, np.random.default_rng(1)
     mean, se = spread(n, 64)
     x, moved = board(n), rng.random(n) < a

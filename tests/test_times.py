@@ -73,6 +73,13 @@ def test_an_ordered_pair_of_another_law_has_its_order_statistics(keys):
     assert stats.kstest(t, lambda a: cdf(a) ** 2).pvalue > LEVEL
 
 
+def test_the_earlier_of_two_draws_is_where_an_ordered_pair_starts(keys):
+    law = functools.partial(times.logit_normal, mean=0.4)
+    s, _ = times.ordered_pair(keys, law=law)
+    np.testing.assert_array_equal(times.earlier(keys, law=law), s)
+    assert stats.kstest(np.asarray(times.earlier(keys)), stats.beta(1, 2).cdf).pvalue > LEVEL
+
+
 def test_a_uniform_grid_has_n_equal_steps_and_exact_ends():
     for n in (1, 7, 10):
         grid = times.uniform_grid(n)

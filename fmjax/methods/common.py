@@ -100,16 +100,22 @@ class Term(NamedTuple):
     residual: Array | None = None
 
 
-def matching(net: Net, path: paths.Path, time: Callable) -> Callable[..., Term]:
-    """The term ``|u(I_t, t, t) - dI_t|^2`` that teaches the diagonal; dropout acts here alone."""
+def matching(net: Net, path: paths.Path, time: Callable, guide: Callable | None = None) -> Callable[..., Term]:
+    """The term ``|u(I_t, t, t) - dI_t|^2`` that teaches the diagonal (see ``guided``); dropout acts here alone."""
 
     def term(params, target, batch, key):
         k_t, k_x, k_net = split(key, 3)
         t = time(k_t)
         x, u = interpolant(path, k_x, batch, t)
+        u = guided(guide, target, batch, x, t, u)
         return Term(t, t, mse(net(params, x, t, t, batch.cond, k_net), u))
 
     return term
+
+
+def guided(guide: Callable | None, target: Params, batch: Batch, x: Array, t: Array, v: Array) -> Array:
+    """``sg[guide(target, batch, x, t, v)]`` in the place of ``v = dI_t`` at ``x = I_t``, or ``v`` itself."""
+    return v if guide is None else jax.lax.stop_gradient(guide(target, batch, x, t, v))
 
 
 def two_terms(on: Callable[..., Term], off: Callable[..., Term], share: float) -> LossFn:

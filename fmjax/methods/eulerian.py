@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +25,7 @@ def eulerian(
     teacher: Net | None = None,
     velocity: str = "own",
     tangent: str = "own",
+    guide: Callable | None = None,
     stop: str = "all",
     anneal: float = 0.0,
     warmup: float = 0.0,
@@ -52,9 +55,11 @@ def eulerian(
     unstable on images), ``"velocity"`` nothing more (ESD ``convex``). Both of the latter cost a backward pass through
     a jvp.
 
-    ``teacher(target, x, s, s, cond)`` is the net that the own velocity comes from, by default ``net``. ``r`` grows to
-    ``limit`` over the share ``warmup`` of the training, ``min(limit, progress / warmup)``; ``normalise = c`` makes
-    ``g / (|g| + c)`` of it (with ``stop="all"``); ``anneal`` as in ``lagrangian``. Dropout acts on the diagonal only.
+    ``guide(target, batch, x, t, dI_t)``, where given, is what stands for ``dI_t`` on and off the diagonal, without a
+    gradient: a guided velocity. ``teacher(target, x, s, s, cond)`` is the net that the own velocity comes from, by
+    default ``net``. ``r`` grows to ``limit`` over the share ``warmup`` of the training, ``min(limit, progress /
+    warmup)``; ``normalise = c`` makes ``g / (|g| + c)`` of it (with ``stop="all"``); ``anneal`` as in ``lagrangian``.
+    Dropout acts on the diagonal only.
     ``aux``: ``s``, ``t``, ``residual`` (the mean of ``g^2``), and which term an example has. Raises ``ValueError`` for
     unknown choices, shares that are none, or not whole in the batch.
     """
@@ -74,6 +79,8 @@ def eulerian(
         k_t, k_x = c.split(key, 2)
         s, t = c.draw_pair(pair, k_t, batch, anneal)
         x, conditional = c.interpolant(path, k_x, batch, s)
+        if "conditional" in (velocity, tangent):
+            conditional = c.guided(guide, target, batch, x, s, conditional)
         own = None
         if "own" in (velocity, tangent):
             own = jax.lax.stop_gradient(teacher(target, x, s, s, batch.cond))
@@ -90,4 +97,4 @@ def eulerian(
             return c.Term(s, t, *c.semigradient(u, g, normalise))
         return c.Term(s, t, c.mse(g, jnp.zeros_like(g)))
 
-    return c.two_time(net, c.two_terms(c.matching(net, path, time), conserving, diagonal))
+    return c.two_time(net, c.two_terms(c.matching(net, path, time, guide), conserving, diagonal))

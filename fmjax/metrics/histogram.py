@@ -81,7 +81,7 @@ def checkerboard_kl(samples: Samples, *, bins: int = 64) -> float:
 
 
 def checkerboard_floor(n: int, *, bins: int = 64, seed: int = 0) -> float:
-    """``checkerboard_kl`` of ``n`` perfect samples drawn by ``seed``; its mean is about ``(bins^2 / 2 - 1) / (2 n)``."""
+    """``checkerboard_kl`` of ``n`` perfect samples, drawn by ``seed``; about ``(bins^2 / 2 - 1) / (2 n)``."""
     if n < 1:
         raise ValueError(f"a floor needs at least one sample, got n={n}")
     mass = checkerboard_mass(bins=bins)
@@ -90,5 +90,5 @@ def checkerboard_floor(n: int, *, bins: int = 64, seed: int = 0) -> float:
 
 
 def checkerboard_outside(samples: Samples) -> float:
-    """The share of samples ``[n, 2]`` outside the eight squares of the checkerboard, those beyond the board included."""
+    """The share of samples ``[n, 2]`` outside the eight squares of the checkerboard, beyond the board included."""
     return float(1 - counts(samples, bins=SIDE)[checkerboard_mass(bins=SIDE) > 0].sum() / len(samples))
