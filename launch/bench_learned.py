@@ -114,12 +114,12 @@ def board() -> Problem:
         return result
 
     methods = tuple(RECIPES)
-    return Problem({"name": "plain"}, 512, 4000, functools.partial(drawn, sample, 512), evaluate, methods)
+    return Problem({"name": "plain"}, 512, 6000, functools.partial(drawn, sample, 512), evaluate, methods)
 
 
 def samples(n: int) -> int:
-    """Samples that a KL at ``n`` steps is estimated from: a million for one step, a quarter of that beyond."""
-    return 1 << (20 if n == 1 else 18)
+    """Samples that a KL at ``n`` steps is estimated from: a million for one step, 65,536 beyond."""
+    return 1 << (20 if n == 1 else 16)
 
 
 def oracle(name: str) -> Problem:
