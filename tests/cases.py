@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from fmjax import methods, oracles, paths, times
+from fmjax.methods import consistency
 from fmjax.types import Batch, Method, Net
 
 MEAN, STD, SIGMA = np.array([0.75, -0.5], np.float32), np.array([0.5, 1.5], np.float32), 0.6
@@ -157,6 +158,9 @@ def alias(of: str, **options) -> Alias:
 
 # One entry a method: a function of the path that gives its ``Case``, or an ``alias``, which the battery leaves out.
 CASES = {
+    "align_your_flow": alias(
+        "eulerian", diagonal=0.0, pair=times.gap_pair, normalise=0.1, warmup=0.1, limit=0.99, stop="all"
+    ),
     # the one step without an error of its own: the others are the Eulerian map's to first order (its own tests)
     "alpha_flow": map_case(
         "alpha_flow",
@@ -165,6 +169,18 @@ CASES = {
         solver="jump",
         teacher=True,
     ),
+    "consistency": alias(
+        "alpha_flow",
+        diagonal=0.0,
+        pair=functools.partial(times.to_data, law=times.noise_level),
+        velocity="chord",
+        share=times.ect_share,
+        cost=consistency.cost(),
+    ),
+    "consistency_trajectory": map_case(
+        "consistency_trajectory", share=times.constant_share, solver="jump", teacher=True
+    ),
+    "continuous_consistency": map_case("continuous_consistency", velocity="own", diagonal=0.5, teacher=True),
     "contrastive": contrastive_case,
     "eulerian": map_case("eulerian", teacher=True),
     "flow_map_matching": map_case("flow_map_matching", inverts=True),
@@ -172,6 +188,7 @@ CASES = {
     "lagrangian": map_case("lagrangian", teacher=True),
     "mean_flow": map_case("mean_flow", away=2.0),
     "progressive": map_case("progressive", teacher=True),
+    "progressive_distillation": alias("progressive", diagonal=0.0, pair=times.grid_pair),
     "score_corrector": score_case,
     "shortcut": alias("progressive", diagonal=7 / 8, pair=times.dyadic),
     "soflow": alias("alpha_flow", share=times.exponential_share, power=2.0),

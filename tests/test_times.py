@@ -32,13 +32,19 @@ def keys(key):
             functools.partial(times.logit_normal, mean=-0.4, std=1.6),
             lambda t: stats.norm.cdf(special.logit(t), -0.4, 1.6),
         ),
+        # log sigma = log((1 - t) / t) and log(sigma_d tan(pi / 2 (1 - t))) are normal; both fall with t
+        (times.noise_level, lambda t: 1 - stats.norm.cdf(np.log((1 - t) / t), -1.1, 2.0)),
+        (
+            functools.partial(times.noise_angle, sigma=0.5),
+            lambda t: 1 - stats.norm.cdf(np.log(0.5 * np.tan(np.pi / 2 * (1 - t))), -1.0, 1.4),
+        ),
     ],
 )
 def test_laws_of_training_times_have_their_distribution(law, cdf, keys):
     t = np.asarray(law(keys), np.float64)
     assert stats.kstest(t, cdf).pvalue > LEVEL
     assert abs(np.corrcoef(t[1:], t[:-1])[0, 1]) * N**0.5 < 4.5
-    np.testing.assert_array_equal(law(keys[17:20]), t[17:20].astype(np.float32))
+    np.testing.assert_allclose(law(keys[17:20]), t[17:20], rtol=2e-7)
 
 
 def test_interior_times_keep_their_margin_and_a_margin_that_leaves_none_is_refused(keys):
@@ -152,3 +158,42 @@ def test_a_constant_share_is_constant_and_a_share():
     assert at_progress(times.constant_share, 0.0, 0.9, value=0.25).tolist() == [0.25, 0.25]
     with pytest.raises(ValueError, match="0 < value <= 1, got 0"):
         at_progress(times.constant_share, 0.0, value=0.0)
+
+
+def test_a_grids_jumps_double_from_round_to_round_and_start_anywhere_on_it(keys):
+    progress = jnp.arange(N) % 4 / 4.0 + 0.2
+    s, t = (np.asarray(a, np.float64) for a in times.grid_pair(keys, progress, steps=24, rounds=4))
+    for r in range(4):
+        count = 24 // 2**r
+        mine = np.arange(N) % 4 == r
+        np.testing.assert_allclose((t - s)[mine], 1 / count, rtol=1e-5)
+        places, seen = np.unique(np.round(s[mine] * count).astype(int), return_counts=True)
+        np.testing.assert_allclose(s[mine] * count, np.round(s[mine] * count), atol=1e-4)
+        assert places.tolist() == list(range(count)) and stats.chisquare(seen).pvalue > LEVEL
+    last = times.grid_pair(keys, steps=24, rounds=4)
+    np.testing.assert_array_equal(last, times.grid_pair(keys, jnp.ones(N), steps=24, rounds=4))
+    np.testing.assert_allclose(last[1] - last[0], 1 / 3, rtol=1e-5)
+    for options in ({"steps": 20, "rounds": 4}, {"steps": 8, "rounds": 0}):
+        with pytest.raises(ValueError, match="grid_pair halves its steps"):
+            times.grid_pair(keys, **options)
+
+
+def test_shares_of_noise_levels_are_shares_up_to_the_ends_and_refuse_what_makes_none():
+    """Their values: the consistency losses, in ``test_methods_consistency.py``."""
+    s = jnp.array([0.0, 1e-4, 0.5, 1 - 1e-6, 1.0])
+    for share in (times.level_share, times.ect_share):
+        for progress in (0.0, 0.5, 1.0):
+            a = np.asarray(share(s, jnp.ones(5), jnp.full(5, progress)))
+            assert ((a > 0) & (a <= 1)).all() and a[-1] == 1
+    one = jnp.ones(1)
+    for share, options in (
+        (times.level_share, {"levels": 0}),
+        (times.level_share, {"last": 5}),
+        (times.level_share, {"sigma_min": 90.0}),
+        (times.ect_share, {"stages": 0}),
+        (times.ect_share, {"base": 1.0}),
+    ):
+        with pytest.raises(ValueError, match=f"{share.__name__} needs"):
+            share(one, one, one, **options)
+    with pytest.raises(ValueError, match="noise_angle needs sigma > 0"):
+        times.noise_angle(as_keys(jax.random.key(0), 2), sigma=0.0)

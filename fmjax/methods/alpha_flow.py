@@ -30,6 +30,7 @@ def alpha_flow(
     share=times.sigmoid_share,
     power: float = 1.0,
     bootstrap: str = "params",
+    cost: Callable | None = None,
     anneal: float = 0.0,
 ) -> Method:
     """``X_{s,t}(x) = X_{m,t}(x + (m - s) v)``, ``m = s + a (t - s)``: no derivative, so any attention kernel serves.
@@ -51,10 +52,10 @@ def alpha_flow(
     ``v`` is ``dI_s`` (``"conditional"``), ``(I_m - I_s) / (m - s)`` (``"chord"``; the same on the linear path), or
     ``"own"``, of ``teacher(target, x, s, t, cond)``, by default ``net``: by ``solver`` its velocity ``u(x, s, s)``, the
     mean of Heun's two velocities, or the ``"jump"``'s ``u(x, s, m)``. ``u(x_m, m, t)`` has the parameters ``bootstrap``
-    names. ``anneal`` as in ``lagrangian``. Dropout acts on the diagonal only. ``aux``: ``s``, ``t``, ``residual`` (the
-    mean of ``(d / a)^2``, to compare with that of ``eulerian``), and which term an example has. Raises ``ValueError``
-    for unknown choices, a solver without its own velocity, a negative ``power``, shares that are none, or not whole in
-    the batch.
+    names. ``cost(d, s, t, a): [B]`` takes the place of ``a^-power |d|^2``. ``anneal`` as in ``lagrangian``. Dropout
+    acts on the diagonal only. ``aux``: ``s``, ``t``, ``residual`` (the mean of ``(d / a)^2``, to compare with that of
+    ``eulerian``), and which term an example has. Raises ``ValueError`` for unknown choices, a solver without its own
+    velocity, a negative ``power``, shares that are none, or not whole in the batch.
     """
     path = path or paths.linear()
     c.check_times(path, time)
@@ -62,10 +63,20 @@ def alpha_flow(
     if power < 0:
         raise ValueError(f"power={power} cannot be negative: the loss is weighted by a^-power")
     step = stepping(path, teacher or net, velocity, solver)
-    differing = difference(
-        net, step, lambda d, s, t, a: c.mse(d, jnp.zeros_like(d)) / a**power,
-        pair=pair, share=share, bootstrap=bootstrap, anneal=anneal,
-    )  # fmt: skip
+    c.check_choice("bootstrap", bootstrap, BOOTSTRAPS)
+    cost = cost or (lambda d, s, t, a: c.mse(d, jnp.zeros_like(d)) / a**power)
+
+    def differing(params, target, batch, key):
+        k_t, k_x = c.split(key, 2)
+        s, t = c.draw_pair(pair, k_t, batch, anneal)
+        a = share(s, t, c.progress(batch))
+        m = jnp.minimum(s + a * (t - s), t)  # not past t by rounding
+        x, v = step(target, batch, k_x, s, m)
+        later = net(target if bootstrap == "target" else params, x + expand(m - s, x) * v, m, t, batch.cond)
+        aim = jax.lax.stop_gradient(expand(a, x) * v + expand(1 - a, x) * later)
+        d = net(params, x, s, t, batch.cond) - aim
+        return c.Term(s, t, cost(d, s, t, a), c.mse(d, jnp.zeros_like(d)) / a**2)
+
     return c.two_time(net, c.two_terms(c.matching(net, path, time), differing, diagonal))
 
 
@@ -92,23 +103,3 @@ def stepping(path: paths.Path, teacher: Net, velocity: str, solver: str) -> Step
         return x, jax.lax.stop_gradient(v)
 
     return step
-
-
-def difference(
-    net: Net, step: Step, cost: Callable[..., Array], *, pair, share, bootstrap: str, anneal: float = 0.0
-) -> Callable[..., c.Term]:
-    """The term ``cost(d, s, t, a)`` of ``d = u(I_s, s, t) - sg[a v + (1 - a) u(x_m, m, t)]``."""
-    c.check_choice("bootstrap", bootstrap, BOOTSTRAPS)
-
-    def term(params, target, batch, key):
-        k_t, k_x = c.split(key, 2)
-        s, t = c.draw_pair(pair, k_t, batch, anneal)
-        a = share(s, t, c.progress(batch))
-        m = jnp.minimum(s + a * (t - s), t)  # not past t by rounding
-        x, v = step(target, batch, k_x, s, m)
-        later = net(target if bootstrap == "target" else params, x + expand(m - s, x) * v, m, t, batch.cond)
-        aim = jax.lax.stop_gradient(expand(a, x) * v + expand(1 - a, x) * later)
-        d = net(params, x, s, t, batch.cond) - aim
-        return c.Term(s, t, cost(d, s, t, a), c.mse(d, jnp.zeros_like(d)) / a**2)
-
-    return term

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -153,8 +154,11 @@ def two_terms(on: Callable[..., Term], off: Callable[..., Term], share: float) -
 
 
 def draw_pair(pair: Callable, key, batch: Batch, anneal: float = 0.0) -> tuple[Array, Array]:
-    """``(s, t)`` of the law ``pair``, with ``|t - s| <= progress / anneal`` during the share ``anneal``."""
-    s, t = pair(key)
+    """``(s, t)`` of the law ``pair``, with ``|t - s| <= progress / anneal`` during the share ``anneal``.
+
+    A law that takes ``(key, progress)`` gets the progress too.
+    """
+    s, t = pair(key, progress(batch)) if "progress" in inspect.signature(pair).parameters else pair(key)
     if not anneal:
         return s, t
     gap = progress(batch) / anneal
