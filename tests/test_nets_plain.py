@@ -14,12 +14,9 @@ def setting():
     """A network of 3 layers of 8 on points ``[5, 3]``, every parameter moved away from its first value."""
     model = adapters.from_linen(plain.Plain(width=8, depth=3, waves=2, times=1))
     rng = np.random.default_rng(0)
-    x, s, t = (
-        rng.standard_normal((5, 3), np.float32),
-        np.linspace(0, 0.6, 5, dtype="f"),
-        np.linspace(0.9, 0.7, 5, dtype="f"),
-    )
-    first = model.init(jax.random.key(0), jnp.asarray(x))
+    x = jnp.asarray(rng.standard_normal((5, 3), np.float32))
+    s, t = jnp.linspace(0, 0.6, 5), jnp.linspace(0.9, 0.7, 5)
+    first = model.init(jax.random.key(0), x)
     moved = jax.tree.map(lambda a: a + 0.3 * rng.standard_normal(a.shape, np.float32), first)
     return model.net, first, moved, (x, s, t)
 
