@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     c.log_every, c.save_every, c.sample_every, c.keep = 100, 2000, 0, 2
 
     c.net = {"name": "mlp", "width": 256, "depth": 3}
-    c.method = "flow_matching"
+    c.method, c.weighting = "flow_matching", config_dict.placeholder(str)  # 'adaptive', 'learned'
     c.coupling = "minibatch_ot"
     c.batch_size, c.steps, c.target = 256, 8000, "self"
     c.learning_rate, c.warmup, c.schedule = 1e-3, 200, "cosine"

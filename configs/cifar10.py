@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     c.net = {"name": "unet", "channels": 128, "multipliers": (1, 2, 2, 2), "blocks": 2, "attention": (16,)}
     c.net.update({"head_channels": 64, "dropout": 0.1, "film": False, "per_group": 1, "spectrum": "slow"})
     c.net.update({"middle": True, "resample": "conv", "dtype": "float32"})
-    c.method = "flow_matching"
+    c.method, c.weighting = "flow_matching", config_dict.placeholder(str)  # 'adaptive', 'learned'
     c.coupling = "minibatch_ot"
     c.batch_size, c.steps, c.target = 128, 400_000, "self"
     c.learning_rate, c.warmup, c.schedule = 2e-4, 5000, "constant"

@@ -23,12 +23,12 @@ def get_config() -> ConfigDict:
 
     # the flow
     c.net = {"name": "mlp", "width": 256, "depth": 4}
-    c.method = "flow_matching"
+    c.method, c.weighting = "flow_matching", config_dict.placeholder(str)  # 'adaptive', 'learned'
     c.coupling = "minibatch_ot"
     c.batch_size, c.steps, c.target = 128, 4500, "self"
     c.learning_rate, c.warmup, c.schedule = 2e-3, 100, "cosine"
     c.clip, c.beta2, c.weight_decay, c.ema = 1.0, 0.99, 0.0, 0.995
-    same = ("coupling", "batch_size", "target", "warmup", "schedule", "clip", "beta2", "weight_decay", "ema")
+    same = "weighting coupling batch_size target warmup schedule clip beta2 weight_decay ema".split()
     train = {name: c[name] for name in same}
 
     # its marginals on the solver's grid: backward ones of the training data, as many forward ones as seeds x samples

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     c.log_every, c.save_every, c.sample_every, c.keep = 50, 250, 500, 2
 
     c.net = {"name": "unet", "channels": 16, "multipliers": (1, 2, 4), "blocks": 1, "attention": (7,)}
-    c.method = "flow_matching"
+    c.method, c.weighting = "flow_matching", config_dict.placeholder(str)  # 'adaptive', 'learned'
     c.coupling = "minibatch_ot"
     c.batch_size, c.steps, c.target = 64, 2500, "self"
     c.learning_rate, c.warmup, c.schedule = 1e-3, 100, "cosine"

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
 
     c.net = {"name": "unet", "channels": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "attention": (32, 16, 8)}
     c.net.update({"head_channels": 64, "middle": True, "dropout": 0.1, "resample": "block", "dtype": "bfloat16"})
-    c.method = "flow_matching"
+    c.method, c.weighting = "flow_matching", config_dict.placeholder(str)  # 'adaptive', 'learned'
     c.coupling = "independent"
     c.batch_size, c.steps, c.target = 1024, 500_000, "self"
     c.learning_rate, c.warmup, c.schedule = 1e-4, 10_000, "constant"

@@ -105,7 +105,8 @@ def main(cfg, path: str | Path) -> None:
 
     with _stage(4, "flow map") as tell:
         plan = ready.flow_map
-        flow_map = run.train(plan, path / "flow_map", params=flow, teacher=_teacher(plan, flow)).ema
+        start = run.grafted(plan, flow)
+        flow_map = run.train(plan, path / "flow_map", params=start, teacher=_teacher(plan, start)).ema
         tell(f"{plan.steps} steps of {plan.batch_size}, {_last_loss(path / 'flow_map')}")
 
     with _stage(5, "samples") as tell:

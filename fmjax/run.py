@@ -23,7 +23,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from fmjax import build, checkpoint, guidance, logs, samplers, sharding, solvers, times, workdir
+from fmjax import build, checkpoint, guidance, logs, samplers, sharding, solvers, times, weighting, workdir
 from fmjax import train as training
 from fmjax.data import arrays
 from fmjax.logs import Diverged, Window
@@ -90,11 +90,15 @@ def given(plan: Plan, path: str | Path, what: str = "init") -> Params:
     Raises ``CheckpointError`` where there is no run, ``ValueError`` where its network is another one.
     """
     _, found, _ = checkpoint.restore(Path(path) / "checkpoints", part="ema", fallback=True)
-    return grafted(jax.eval_shape(lambda: initial(plan)), found, lambda: initial(plan), f"{what}={str(path)!r}")
+    return grafted(plan, found, f"{what}={str(path)!r}")
 
 
-def grafted(wanted: Params, found: Params, fresh: Callable[[], Params], what: str) -> Params:
-    """``found`` in the shape of ``wanted``; leaves that it lacks are those of ``fresh()``. ``ValueError`` otherwise."""
+def grafted(plan: Plan, found: Params, what: str = "what was given") -> Params:
+    """``found`` as parameters of the plan's model, with the first values of those that it lacks.
+
+    Raises ``ValueError`` where it has others, or of another shape.
+    """
+    wanted = jax.eval_shape(lambda: initial(plan))
     told = lambda tree: {jax.tree_util.keystr(k): a for k, a in jax.tree_util.tree_leaves_with_path(tree)}
     have, want = told(found), told(wanted)
     wrong = [k for k, a in have.items() if k not in want or a.shape != want[k].shape]
@@ -103,7 +107,7 @@ def grafted(wanted: Params, found: Params, fresh: Callable[[], Params], what: st
         here = f"of shape {want[k].shape}" if k in want else "not there"
         raise ValueError(f"{what} is a run of another network: its {k} {have[k].shape} is {here} in this one")
     if len(have) < len(want):
-        have = told(fresh()) | have
+        have = told(initial(plan)) | have
     return jax.tree.unflatten(jax.tree.structure(wanted), [have[k] for k in want])
 
 
@@ -134,7 +138,11 @@ def assemble(
     spec = cfg.net if stage == "flow_map" else part.net  # a flow map starts from the flow's parameters
     model = build.net(spec, classes=classes)
     mean = None if data is None else functools.partial(arrays.mean, data.train_x)
-    method = _conditional(build.method(part.method, model.net, path=build.path(cfg.path), mean=mean), cfg, classes)
+    method = build.method(part.method, model.net, path=build.path(cfg.path), mean=mean)
+    if part.weighting:
+        method = build.from_spec("weighting", part.weighting, method, takes=("method",))
+        model = weighting.with_log_variance(model) if part.weighting == "learned" else model
+    method = _conditional(method, cfg, classes)
     if getattr(method, NEEDS[stage]) is None:
         name = part.method if isinstance(part.method, str) else part.method["name"]
         raise ValueError(f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {name!r} does not")

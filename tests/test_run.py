@@ -219,12 +219,23 @@ def test_a_teacher_of_another_network_or_that_has_changed_is_refused(teacher, tm
     run.train(plan, tmp_path, params=jax.device_get(state.ema))
 
 
-def test_what_a_network_has_beside_the_checkpoints_is_as_at_first():
-    fresh = {"a": jnp.zeros(2), "new": {"b": jnp.ones(3)}}
-    got = run.grafted(fresh, {"a": jnp.full(2, 7.0)}, lambda: fresh, "init")
-    assert (got["a"] == 7).all() and (got["new"]["b"] == 1).all()
-    with pytest.raises(ValueError, match=r"its \['c'\] \(1,\) is not there in this one"):
-        run.grafted(fresh, {"c": jnp.zeros(1)}, lambda: fresh, "init")
+def test_what_a_model_has_beside_the_checkpoints_is_as_at_first(teacher, tmp_path):
+    path, state = teacher
+    plan = run.assemble(config(weighting="learned", **MAP))
+    got = run.given(plan, path)
+    assert same({k: v for k, v in got.items() if k != "log_variance"}, state.ema)
+    assert same(got["log_variance"], run.initial(plan)["log_variance"])
+    with pytest.raises(ValueError, match=r"given is a run of another network: its \['c'\] \(1,\) is not there in this"):
+        run.grafted(plan, {"c": jnp.zeros(1)})
+
+
+def test_a_config_weighs_its_loss_and_records_the_residual_unweighted(tmp_path):
+    plain, weighted = (small(steps=1, log_every=1, **w) for w in ({}, {"weighting": "adaptive"}))
+    for plan, name in ((plain, "a"), (weighted, "b")):
+        run.train(plan, tmp_path / name)
+    (a,), (b,) = records(tmp_path / "a"), records(tmp_path / "b")
+    np.testing.assert_allclose(b["residual"], a["loss"], rtol=1e-5)
+    np.testing.assert_allclose(b["loss"], 1.0, atol=1e-2)  # d r / (d r + 0.01)
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_the_numbers_stay(tmp_path):
