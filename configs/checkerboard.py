@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
     c.classes, c.label_dropout, c.guidance = 0, 0.0, 1.0
     c.negatives = config_dict.placeholder(str)  # 'any', 'other_label': what the contrastive method needs
     c.path = "linear"
+    # runs whose averaged parameters training starts from, and whose are the target of target='frozen'
+    c.init, c.teacher = config_dict.placeholder(str), config_dict.placeholder(str)
     c.fsdp = False
     c.log_every, c.save_every, c.sample_every, c.keep = 100, 2000, 0, 2
 
@@ -31,5 +33,11 @@ def get_config() -> ConfigDict:
     c.clip, c.beta2, c.weight_decay, c.ema = 1.0, 0.99, 0.0, 0.999
 
     # what launch.evaluate draws
-    c.sampling = {"seeds": 3, "samples": 5000, "euler": (2, 4, 8, 16, 100), "rk4": (4, 16)}
+    c.sampling = {
+        "seeds": 3,
+        "samples": 5000,
+        "euler": (2, 4, 8, 16, 100),
+        "rk4": (4, 16),
+        "flow_map": (1, 2, 4, 8, 16),
+    }
     return c.lock()

@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
     c.classes, c.label_dropout, c.guidance = 0, 0.0, 1.0  # 10, 0.1 and 2.0: a conditional flow, guided in its pictures
     c.negatives = config_dict.placeholder(str)  # 'any', 'other_label': what the contrastive method needs
     c.path = "linear"
+    # runs whose averaged parameters training starts from, and whose are the target of target='frozen'
+    c.init, c.teacher = config_dict.placeholder(str), config_dict.placeholder(str)
     c.fsdp = False
     c.log_every, c.save_every, c.sample_every, c.keep = 25, 500, 1000, 2
 

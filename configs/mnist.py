@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
     c.classes, c.label_dropout, c.guidance = 0, 0.0, 1.0
     c.negatives = config_dict.placeholder(str)  # 'any', 'other_label': what the contrastive method needs
     c.path = "linear"
+    # runs whose averaged parameters training starts from, and whose are the target of target='frozen'
+    c.init, c.teacher = config_dict.placeholder(str), config_dict.placeholder(str)
     c.fsdp = False
     c.log_every, c.save_every, c.sample_every, c.keep = 50, 250, 500, 2
 

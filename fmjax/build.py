@@ -356,7 +356,7 @@ def _positional(function: Callable) -> tuple[str, ...]:
     if inspect.isclass(function):
         return ()
     parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty)
 
 
 def _label(function: Callable) -> str:

@@ -130,6 +130,8 @@ def check_sampling(s, data: arrays.Splits) -> None:
 def main(cfg, path: str | Path) -> None:
     """Draws the plain samplers of ``cfg.sampling`` from the averaged flow in ``path`` and compares them with the data.
 
+    ``"flow_map"`` among them jumps with the map that the run's method learned, where it learned one.
+
     Of data on disk at most 50,000 training and 10,000 held-out examples, drawn at random, are compared with.
     Writes ``evaluation.json`` (mean and standard error over seeds of every distance), ``report.html`` and the samples;
     prints the rows. ``cfg.sampling`` and ``cfg.guidance`` may differ from the training's. NFE counts all evaluations.
@@ -137,9 +139,15 @@ def main(cfg, path: str | Path) -> None:
     """
     data, s = build.data(cfg.data), cfg.sampling
     check_sampling(s, data)
-    solve = {name: steps for name, steps in s.items() if name not in ("seeds", "samples", FLOW_MAP)}
-    found = settings(solve, {})
     plan, along = run.assemble(cfg, data=data), build.path(cfg.path)
+    jumps = plan.method.flow_map is not None
+    if jumps and FLOW_MAP in s and cfg.guidance != 1:
+        raise ValueError(
+            f"guidance={cfg.guidance} is of the velocity: a learned map has none; take sampling.flow_map=()"
+        )
+    left_out = ("seeds", "samples") if jumps else ("seeds", "samples", FLOW_MAP)
+    solve = {name: steps for name, steps in s.items() if name not in left_out}
+    found = settings(solve, {})
     sde = [name for name in solve if name in solvers.SDE_STAGES]
     if sde and along.gamma is None and cfg.coupling != "independent":
         raise ValueError(
@@ -149,7 +157,7 @@ def main(cfg, path: str | Path) -> None:
     data = arrays.in_memory(data, train=50_000, test=10_000, seed=cfg.seed)
     step, flow, metadata = checkpoint.restore(Path(path) / "checkpoints", part="ema", fallback=True)
     path = workdir.open_workdir(path, cfg.to_dict(), free=(*run.free(cfg), *run.SAMPLING))
-    models = Models(plan.method, None, None, {"flow": flow}, plan.shape, plan.classes, along)
+    models = Models(plan.method, plan.method, None, {"flow": flow, FLOW_MAP: flow}, plan.shape, plan.classes, along)
     identity = f"{metadata['digest']['ema']} guidance {cfg.guidance}"
     drawn = {}
     with run.bar("samples", len(found), unit="sampler") as progress:

@@ -210,3 +210,18 @@ def interval(
         return jnp.where((low <= log_snr) & (log_snr <= high), scale, jnp.ones_like(t))
 
     return at
+
+
+def autoguided_teacher(net: Net, weak: Net | None = None, *, scale: Scale) -> Net:
+    """The velocity ``autoguidance`` gives as a ``Net``, for the ``teacher`` of a method (arXiv 2506.14603).
+
+    Its parameters, the method's ``target``, are ``{"strong": ..., "weak": ...}``: of ``net``, and of ``weak`` (by
+    default ``net`` too). It is a velocity, asked on the diagonal. Raises ``ValueError`` for a scale that is not finite.
+    """
+    _check_scale(scale)
+    at = lambda f, params: lambda x, t, cond=None: f(params, x, over_batch(t, x), over_batch(t, x), cond)
+
+    def teacher(target, x, s, t, cond=None, key=None):
+        return autoguidance(at(net, target["strong"]), at(weak or net, target["weak"]), scale=scale)(x, s, cond)
+
+    return teacher

@@ -56,6 +56,8 @@ def setup(cfg) -> Setup:
     evaluate.check_sampling(s, data)
     if cfg.classes:
         raise ValueError(f"classes={cfg.classes}: the pipeline has no labels; train and evaluate with launch.train")
+    if cfg.init or cfg.teacher:
+        raise ValueError("the pipeline trains its own flow: leave init and teacher empty, or use launch.train")
     plain = {solver: s[solver] for solver in ("euler", "rk4", evaluate.FLOW_MAP)}
     return Setup(
         data,

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from fmjax import build, checkpoint, guidance, samplers, sharding, solvers, times, workdir
+from fmjax import build, checkpoint, guidance, logs, samplers, sharding, solvers, times, workdir
 from fmjax import train as training
 from fmjax.data import arrays
+from fmjax.logs import Diverged, Window
 from fmjax.nets.adapters import Model
 from fmjax.types import Batch, Method, Params, as_keys, example_keys, normal
 
@@ -42,10 +42,6 @@ FETCH = 32  # steps between two looks at the metrics: NaN is found soon, and few
 TERMINATED = 143  # exit status after SIGTERM, as a shell has it
 
 Hook = Callable[[int, training.State], Any]
-
-
-class Diverged(RuntimeError):
-    """A loss, one of its terms or a gradient is not finite."""
 
 
 class Plan(NamedTuple):
@@ -81,8 +77,34 @@ def fit(cfg, path: str | Path) -> training.State:
     Raises as ``assemble``, ``workdir.open_workdir`` and ``train`` do, the first two before anything is written.
     """
     plan = assemble(cfg)
+    start, teacher = (given(plan, cfg[name], name) if cfg[name] else None for name in ("init", "teacher"))
     path = workdir.open_workdir(path, cfg.to_dict(), free=(*free(cfg), *SAMPLING))
-    return train(plan, path, hooks=[pictures(plan, path, every=cfg.sample_every)])
+    hooks = [pictures(plan, path, every=cfg.sample_every)]
+    return train(plan, path, params=start, teacher=teacher, hooks=hooks)
+
+
+def given(plan: Plan, path: str | Path, what: str = "init") -> Params:
+    """The averaged parameters of the run in ``path`` for the plan's network; what only the latter has is as at first.
+
+    So a flow's checkpoint starts a flow map whose network asks for more (a scale of guidance, weights of the loss).
+    Raises ``CheckpointError`` where there is no run, ``ValueError`` where its network is another one.
+    """
+    _, found, _ = checkpoint.restore(Path(path) / "checkpoints", part="ema", fallback=True)
+    return grafted(jax.eval_shape(lambda: initial(plan)), found, lambda: initial(plan), f"{what}={str(path)!r}")
+
+
+def grafted(wanted: Params, found: Params, fresh: Callable[[], Params], what: str) -> Params:
+    """``found`` in the shape of ``wanted``; leaves that it lacks are those of ``fresh()``. ``ValueError`` otherwise."""
+    told = lambda tree: {jax.tree_util.keystr(k): a for k, a in jax.tree_util.tree_leaves_with_path(tree)}
+    have, want = told(found), told(wanted)
+    wrong = [k for k, a in have.items() if k not in want or a.shape != want[k].shape]
+    if wrong:
+        k = wrong[0]
+        here = f"of shape {want[k].shape}" if k in want else "not there"
+        raise ValueError(f"{what} is a run of another network: its {k} {have[k].shape} is {here} in this one")
+    if len(have) < len(want):
+        have = told(fresh()) | have
+    return jax.tree.unflatten(jax.tree.structure(wanted), [have[k] for k in want])
 
 
 def free(cfg) -> tuple[str, ...]:
@@ -116,8 +138,11 @@ def assemble(
     if getattr(method, NEEDS[stage]) is None:
         name = part.method if isinstance(part.method, str) else part.method["name"]
         raise ValueError(f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {name!r} does not")
-    if stage == "flow" and part.target == "frozen":
-        raise ValueError("target='frozen' needs a teacher, and the flow has none; use 'self' or 'ema'")
+    if stage == "flow" and (part.target == "frozen") != bool(cfg.teacher):
+        raise ValueError(
+            f"target={part.target!r} and teacher={cfg.teacher!r}: target='frozen' needs a teacher, the workdir of a "
+            "run, and no other target has one"
+        )
     schedule = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
     tx = build.optimiser(
         learning_rate=part.learning_rate, clip=part.clip, beta2=part.beta2, weight_decay=part.weight_decay, **schedule
@@ -131,6 +156,12 @@ def assemble(
             x, y, batch_size=part.batch_size, seed=cfg.seed, couple=couple, negatives=cfg.negatives, flip=cfg.flip,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
+    drawn, steps = batch, part.steps
+
+    def batch(n: int) -> Batch:
+        found = drawn(n)
+        return found._replace(progress=np.full(len(found.x1), n / steps, np.float32))
+
     plan = Plan(
         stage, model, method, tx, functools.partial(build.learning_rate_at, peak=part.learning_rate, **schedule), batch,
         batch(0).x1.shape[1:], classes, part.batch_size, part.steps, cfg.seed, part.ema, part.target, cfg.fsdp,
@@ -162,16 +193,24 @@ def train(
     resumed run gives the numbers of an uninterrupted one, bit for bit (speeds apart). SIGTERM saves and exits with
     status 143.
 
-    Raises ``Diverged`` where a number is not finite, naming step and term: nothing is saved after that step.
-    Raises ``CheckpointError`` and ``ValueError`` as ``checkpoint.restore`` does.
+    Raises ``Diverged`` where a number is not finite, or a term of the loss in a record 1000 times the first record's
+    loss, naming step and term: nothing is saved after that step. Raises ``ValueError`` where start or teacher are not
+    those that a run began with, ``CheckpointError`` and ``ValueError`` as ``checkpoint.restore`` does.
     """
     directory = Path(directory)
     checkpoints = directory / "checkpoints"
     state = training.init(initial(plan) if params is None else params, plan.tx, mesh=plan.mesh, fsdp=plan.fsdp)
-    start, window = None, _Window()
+    start, window = None, Window()
+    digests = {k: checkpoint.digest(v) for k, v in (("params", params), ("teacher", teacher)) if v is not None}
     if checkpoint.latest_step(checkpoints) is not None:
         start, state, metadata = checkpoint.restore(checkpoints, state, fallback=True)
-        window = _Window(**metadata["window"])
+        window = Window(**metadata["window"])
+        changed = [k for k, v in digests.items() if metadata.get("given", digests).get(k) != v]
+        if changed:
+            raise ValueError(
+                f"the {changed[0]} given to {plan.name} are not those that the run in {directory} began with; "
+                "take another workdir"
+            )
         if start >= plan.steps:
             return state
     first = start or 0
@@ -188,7 +227,7 @@ def train(
 
     with (
         checkpoint.writer(checkpoints, keep=plan.keep, after=start) as manager,
-        _recorder(directory, first) as record,
+        logs.recorder(directory, first) as record,
         _sigterm() as stop,
         contextlib.closing(arrays.prefetch(plan.batch, first, plan.steps)) as batches,
         bar(plan.name, plan.steps, first) as progress,
@@ -203,13 +242,18 @@ def train(
             progress.update()
             if log or last:
                 means, speed = window.close()
+                blown_up = {name: means[name] for name in window.blown_up(means)}
+                if blown_up:
+                    _diverged(n, blown_up, plan.name, manager, checkpoints)
                 progress.set_postfix(loss=f"{means['loss']:.4f}")
                 rates = {"learning_rate": float(plan.rate(n - 1)), "steps_per_s": speed}
                 record({"step": n, **means, **rates, "examples_per_s": speed * plan.batch_size})
                 for hook in hooks:
                     hook(n, state)
             if save:
-                checkpoint.save(manager, n, state, metadata={"stage": plan.name, "window": window.saved()})
+                checkpoint.save(
+                    manager, n, state, metadata={"stage": plan.name, "window": window.saved(), "given": digests}
+                )
             if stopping and not last:
                 break
         else:
@@ -301,61 +345,17 @@ def _trace(plan: Plan) -> None:
 
 
 def _check_finite(n: int, metrics: dict, name: str, manager, checkpoints: Path) -> None:
-    bad = [term for term, value in metrics.items() if not math.isfinite(value)]
+    bad = {term: float(np.sum(value)) for term, value in metrics.items() if not np.isfinite(value).all()}
     if bad:
-        manager.wait_until_finished()
-        good = checkpoint.latest_step(checkpoints)
-        kept = f"the last good checkpoint is step {good} in {checkpoints}" if good else "there is no checkpoint yet"
-        values = ", ".join(f"{term} is {float(metrics[term])}" for term in bad)
-        raise Diverged(f"{name} diverged at step {n}: {values}; {kept}; lower learning_rate or set clip")
+        _diverged(n, bad, name, manager, checkpoints)
 
 
-class _Window:
-    """The running means since the last record, and how fast the steps went."""
-
-    def __init__(self, sums: dict[str, float] | None = None, count: int = 0):
-        self.sums, self.count = dict(sums or {}), count
-        self.since, self.timed = None, 0
-
-    def add(self, steps: list[dict]) -> None:
-        for metrics in steps:
-            for name, value in metrics.items():
-                self.sums[name] = self.sums.get(name, 0.0) + float(value)
-        self.count += len(steps)
-        if self.since is None:
-            self.since = time.perf_counter()  # after the first fetch: compilation is no part of the speed
-        else:
-            self.timed += len(steps)
-
-    def close(self) -> tuple[dict[str, float], float]:
-        now = time.perf_counter()
-        speed = self.timed / (now - self.since) if self.timed else 0.0
-        means = {name: total / self.count for name, total in self.sums.items()}
-        self.sums, self.count, self.since, self.timed = {}, 0, now, 0
-        return means, speed
-
-    def saved(self) -> dict:
-        return {"sums": self.sums, "count": self.count}
-
-
-@contextlib.contextmanager
-def _recorder(directory: Path, start: int) -> Iterator[Callable[[dict], None]]:
-    """Appends records to ``metrics.jsonl`` and TensorBoard, both cut back to ``start`` first; on one process only."""
-    if jax.process_index() != 0:
-        yield lambda record: None
-        return
-    from tensorboardX import SummaryWriter
-
-    workdir.truncate_jsonl(directory / "metrics.jsonl", start)
-    with SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None) as board:
-
-        def write(record: dict) -> None:
-            workdir.append_jsonl(directory / "metrics.jsonl", record)
-            for name, value in record.items():
-                if name != "step":
-                    board.add_scalar(name, value, record["step"])
-
-        yield write
+def _diverged(n: int, bad: dict[str, float], name: str, manager, checkpoints: Path) -> None:
+    manager.wait_until_finished()
+    good = checkpoint.latest_step(checkpoints)
+    kept = f"the last good checkpoint is step {good} in {checkpoints}" if good else "there is no checkpoint yet"
+    values = ", ".join(f"{term} is {value:.4g}" for term, value in bad.items())
+    raise Diverged(f"{name} diverged at step {n}: {values}; {kept}; lower learning_rate or set clip")
 
 
 @contextlib.contextmanager

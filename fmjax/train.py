@@ -21,6 +21,7 @@ from fmjax.sharding import AXIS
 from fmjax.types import Aux, Batch, LossFn, Params, example_keys, is_key
 
 TARGETS = ("self", "ema", "frozen")
+GAPS = ("residual_gap_0", *(f"residual_gap_{a:g}_{a + 0.25:g}" for a in (0, 0.25, 0.5, 0.75)))
 
 
 class State(NamedTuple):
@@ -61,7 +62,9 @@ def make_step(
     ``teacher``). ``state`` is donated: use the returned one.
 
     ``batch`` is of global arrays (``sharding.place_batch``) or of host arrays. ``metrics``: scalars ``loss``,
-    ``grad_norm`` and the mean of every term that the loss's ``aux`` names (``is_NAME`` masks and float values).
+    ``grad_norm`` and the mean of every term that the loss's ``aux`` names (``is_NAME`` masks and float values), without
+    the weights of a weighted loss; and where it tells ``s`` and ``t`` ``by_gap: [2, 5]``, the sums of the residual and
+    the counts of examples on the diagonal and with ``|t - s|`` in four quarters of (0, 1] (names: ``GAPS``).
     Raises ``ValueError`` for an unknown target, a teacher that is missing or not asked for, a batch that the mesh does
     not divide; ``TypeError`` for anything but one typed key.
     """
@@ -120,12 +123,19 @@ def make_step(
 
 def _means(value: jax.Array, aux: Aux) -> dict[str, jax.Array]:
     """The loss and the mean of each of its terms over the global batch: two small reductions."""
+    residual = aux.get("residual", aux["per_example"])
     named = {k.removeprefix("is_"): m for k, m in aux.items() if k.startswith("is_")}
-    sums = {k: jnp.sum(jnp.where(m, aux["per_example"], 0)) for k, m in named.items()}
+    sums = {k: jnp.sum(jnp.where(m, residual, 0)) for k, m in named.items()}
     counts = {k: jnp.sum(m) for k, m in named.items()}
+    if "s" in aux and "t" in aux:  # of the residual by |t - s|: a bin may be empty in a step, so sums are told
+        bins = jnp.arange(len(GAPS)) == jnp.ceil(4 * jnp.abs(aux["t"] - aux["s"]))[:, None]
+        sums["by_gap"] = jnp.where(bins, residual[:, None], 0).sum(0)
+        counts["by_gap"] = bins.sum(0)
     sums, counts = jax.lax.psum((sums, counts), AXIS)
+    by_gap = {"by_gap": jnp.stack([sums.pop("by_gap"), counts.pop("by_gap")])} if "by_gap" in sums else {}
     every = {k: jnp.mean(a) for k, a in aux.items() if k not in ("per_example", "s", "t") and a.dtype != bool}
-    return jax.lax.pmean({"loss": value, **every}, AXIS) | {k: sums[k] / jnp.maximum(counts[k], 1) for k in sums}
+    means = jax.lax.pmean({"loss": value, **every}, AXIS)
+    return means | {k: sums[k] / jnp.maximum(counts[k], 1) for k in sums} | by_gap
 
 
 def _layout(state: State, tx: optax.GradientTransformation, mesh: Mesh, fsdp: bool) -> State:

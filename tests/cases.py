@@ -3,6 +3,7 @@
 A new method is covered by its file and one entry of ``CASES``.
 """
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import methods, oracles, paths
+from fmjax import methods, oracles, paths, times
+from fmjax.methods import consistency
 from fmjax.types import Batch, Method, Net
 
 MEAN, STD, SIGMA = np.array([0.75, -0.5], np.float32), np.array([0.5, 1.5], np.float32), 0.6
@@ -143,8 +145,42 @@ def interpolant_case(path) -> Case:
     return case._replace(make=lambda net: factory("stochastic_interpolant")(two_heads(net), path=latent))
 
 
-# One entry a method: a function of the path that gives its ``Case``.
+class Alias(NamedTuple):
+    """A method that is another one with arguments: ``factory(name)(net)`` is ``factory(of)(net, **options)``."""
+
+    of: str
+    options: dict[str, Any]
+
+
+def alias(of: str, **options) -> Alias:
+    return Alias(of, options)
+
+
+# One entry a method: a function of the path that gives its ``Case``, or an ``alias``, which the battery leaves out.
 CASES = {
+    "align_your_flow": alias(
+        "eulerian", diagonal=0.0, pair=times.gap_pair, normalise=0.1, warmup=0.1, limit=0.99, stop="all"
+    ),
+    # the one step without an error of its own: the others are the Eulerian map's to first order (its own tests)
+    "alpha_flow": map_case(
+        "alpha_flow",
+        share=functools.partial(times.constant_share, value=0.3),
+        velocity="own",
+        solver="jump",
+        teacher=True,
+    ),
+    "consistency": alias(
+        "alpha_flow",
+        diagonal=0.0,
+        pair=functools.partial(times.to_data, law=times.noise_level),
+        velocity="chord",
+        share=times.ect_share,
+        cost=consistency.cost(),
+    ),
+    "consistency_trajectory": map_case(
+        "consistency_trajectory", share=times.constant_share, solver="jump", teacher=True
+    ),
+    "continuous_consistency": map_case("continuous_consistency", velocity="own", diagonal=0.5, teacher=True),
     "contrastive": contrastive_case,
     "eulerian": map_case("eulerian", teacher=True),
     "flow_map_matching": map_case("flow_map_matching", inverts=True),
@@ -153,7 +189,10 @@ CASES = {
     "lagrangian": map_case("lagrangian", teacher=True),
     "mean_flow": map_case("mean_flow", away=2.0),
     "progressive": map_case("progressive", teacher=True),
+    "progressive_distillation": alias("progressive", diagonal=0.0, pair=times.grid_pair),
     "score_corrector": score_case,
+    "shortcut": alias("progressive", diagonal=7 / 8, pair=times.dyadic),
+    "soflow": alias("alpha_flow", share=times.exponential_share, power=2.0),
     "stochastic_interpolant": interpolant_case,
     "terminal_velocity_matching": map_case("terminal_velocity_matching", teacher=True),
 }
@@ -162,4 +201,26 @@ CASES = {
 def case_of(name: str, path=None) -> Case:
     if name not in CASES:
         pytest.fail(f"the battery does not know {name}: add CASES[{name!r}] to tests/cases.py, a Case of its path")
-    return CASES[name](path or paths.linear())
+    entry = CASES[name]
+    if isinstance(entry, Alias):
+        pytest.fail(f"{name} is {entry.of} with arguments: the battery holds for that one")
+    return entry(path or paths.linear())
+
+
+def assert_same_method(method: Method, other: Method, batch: Batch, keys, params, target) -> None:
+    """Equal losses, ``aux`` and gradients on one draw, and equal views; in float64, where equal means to rounding."""
+    told = jax.jit(lambda m, *a: jax.value_and_grad(m.loss, has_aux=True)(*a), static_argnums=0)
+    x, t = batch.x1, jnp.linspace(0.1, 0.9, len(batch.x1))
+    views = lambda m: {
+        view: make(params)(x, *((t / 2, t) if view == "flow_map" else (t,)))
+        for view, make in m._asdict().items()
+        if view != "loss" and make is not None
+    }
+    assert any(np.any(g) for g in jax.tree.leaves(told(method, params, target, batch, keys)[1]))
+    for ours, theirs in (
+        (told(method, params, target, batch, keys), told(other, params, target, batch, keys)),
+        (views(method), views(other)),
+    ):
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)

@@ -47,8 +47,8 @@ METHODS = ", ".join(discover()[:3])
             METHODS,
         ),
         (lambda s: build.method(s, net), "common", None, METHODS),
-        (build.net, "unett", "unet", "dit, mlp, unet"),
-        (build.net, "adapters", None, "dit, mlp, unet"),
+        (build.net, "unett", "unet", "dit, mlp, plain, unet"),
+        (build.net, "adapters", None, "dit, mlp, plain, unet"),
         (build.path, "trig", "trigonometric", ALL_PATHS),
         (build.path, "endpoints", None, ALL_PATHS),
         (build.coupling, "minibatch", "minibatch_ot", "independent, minibatch_ot, semidiscrete"),
@@ -145,12 +145,29 @@ def test_a_law_of_times_is_named_with_its_own_options(key):
     median = float(jnp.median(jax.scipy.special.logit(aux["t"])))
     assert abs(median - 3.0) < 4 * 1.25 / np.sqrt(512)
     for time, message in [
-        ("ordered_pair", r"fmjax.times has no 'ordered_pair' \(there are earlier, interior, logit_normal, uniform\)"),
+        (
+            "ordered_pair",
+            r"no 'ordered_pair' \(there are earlier, interior, logit_normal, noise_angle, noise_level, uniform",
+        ),
         ("logit", "did you mean 'logit_normal'"),
         ({"name": "logit_normal", "men": 1.0}, "times.logit_normal has no option 'men'; did you mean 'mean'"),
     ]:
         with pytest.raises(ValueError, match=message):
             build.method({"name": "flow_matching", "time": time}, net)
+
+
+def test_a_law_that_follows_the_progress_is_named_as_others_are_and_gets_it(key):
+    from fmjax import types
+
+    grid = {"name": "grid_pair", "steps": 8, "rounds": 4}
+    share = {"name": "sigmoid_share", "rate": 10}
+    batch = types.Batch(jnp.ones((4, 2)), progress=jnp.array([0.0, 0.3, 0.6, 0.9]))
+    for spec in ({"name": "progressive", "pair": grid}, {"name": "alpha_flow", "pair": grid, "share": share}):
+        method = build.method({**spec, "diagonal": 0.0}, net)
+        _, aux = method.loss(jnp.float32(1.0), jnp.float32(1.0), batch, types.as_keys(key, 4))
+        np.testing.assert_allclose(aux["t"] - aux["s"], [1 / 8, 1 / 4, 1 / 2, 1], rtol=1e-6)
+    with pytest.raises(ValueError, match="fmjax.times has no 'ordered_pair' .*constant_share, ect_share"):
+        build.method({"name": "alpha_flow", "share": "ordered_pair"}, net)
 
 
 def test_couplings_and_steps_take_their_options(key):

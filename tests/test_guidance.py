@@ -337,3 +337,26 @@ def test_bad_ranges_of_scales_are_refused():
     keys = example_keys(jax.random.key(0), jnp.arange(2))
     with pytest.raises(ValueError, match="a guidance scale needs labels"):
         guidance.random_scale(method).loss(None, None, Batch(jnp.zeros((2, 1))), keys)
+
+
+def test_an_autoguided_teacher_is_autoguidance_on_the_diagonal_and_what_a_method_regresses_on(key):
+    from fmjax.methods.lagrangian import lagrangian
+
+    net = lambda params, x, s, t, cond=None, key=None: params * jnp.sin(x) + expand(s + 2 * t, x)
+    weak = lambda params, x, s, t, cond=None, key=None: params * x
+    x, t, target = jax.random.normal(key, (4, 2)), jnp.linspace(0.1, 0.7, 4), {"strong": 2.0, "weak": 0.5}
+    for second, scale in ((None, 1.7), (weak, 1.7), (weak, guidance.interval(3.0, low=0.0)), (weak, 1.0)):
+        teacher = guidance.autoguided_teacher(net, second, scale=scale)
+        strong = lambda x, t, cond=None: net(2.0, x, t, t)
+        other = lambda x, t, cond=None, second=second: (second or net)(0.5, x, t, t)
+        want = guidance.autoguidance(strong, other, scale=scale)(x, t)
+        np.testing.assert_allclose(teacher(target, x, t, t), want, rtol=1e-6)
+    teacher = guidance.autoguided_teacher(net, weak, scale=1.7)
+    pair = lambda key: (t, t)  # of no length: the residual is u - v
+    loss = lagrangian(net, diagonal=0.0, teacher=teacher, pair=pair).loss
+    _, aux = loss(1.0, target, Batch(x, x0=jnp.zeros_like(x)), example_keys(key, jnp.arange(4)))
+    x = expand(t, x) * x
+    want = jnp.mean((net(1.0, x, t, t) - teacher(target, x, t, t)) ** 2, 1)
+    np.testing.assert_allclose(aux["per_example"], want, rtol=1e-5)
+    with pytest.raises(ValueError, match="finite"):
+        guidance.autoguided_teacher(net, scale=float("nan"))

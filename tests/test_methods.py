@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import CASES, Case, case_of, discover, factory
+from cases import CASES, Alias, Case, assert_same_method, case_of, discover, factory
 
 from fmjax import checkpoint, paths, sharding, train
 from fmjax.types import Net, example_keys, expand, normal, over_batch
@@ -21,7 +21,8 @@ FLOOR = 1e-6  # float64: the oracle's u is a quotient for |t - s| > 1e-4 and a t
 KEYS = jax.random.key(11)
 
 
-every_method = pytest.mark.parametrize("name", discover())
+ALIASES = [name for name in discover() if isinstance(CASES.get(name), Alias)]
+every_method = pytest.mark.parametrize("name", [name for name in discover() if name not in ALIASES])
 both_paths = pytest.mark.parametrize("path", [paths.linear, paths.trigonometric])
 
 # Directions to be wrong in, functions of (x, s, t). The second group vanishes where s = t.
@@ -294,10 +295,23 @@ def test_loss_gradient_and_parameters_do_not_depend_on_the_devices(name, monkeyp
                 np.testing.assert_allclose(leaf, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.usefixtures("x64", "quick_compile")
+def test_a_special_case_is_the_general_method_with_arguments(name):
+    """All along the training (``progress``), for a target that is not the student."""
+    path, wide = paths.trigonometric(), lambda tree: jax.tree.map(lambda a: a.astype(jnp.float64), tree)
+    general = case_of(CASES[name].of)
+    batch = general.batch(jax.random.key(7), 32)._replace(progress=jnp.linspace(0, 1, 32, endpoint=False))
+    assert_same_method(
+        factory(name)(mlp, path=path), factory(CASES[name].of)(mlp, path=path, **CASES[name].options),
+        wide(batch), example_keys(KEYS, jnp.arange(32)), wide(mlp_params()), wide(mlp_params(1)),
+    )  # fmt: skip
+
+
 def test_every_method_file_has_a_factory_and_an_entry_and_no_entry_is_left_over():
     for name in discover():
         factory(name)
-        case_of(name)
+        assert name in ALIASES or case_of(name)
     assert set(CASES) == set(discover()) >= {"flow_matching", "lagrangian", "score_corrector"}
 
 

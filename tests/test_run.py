@@ -57,6 +57,7 @@ def same(a, b):
         ("flow", {"ema": 1.0}, "ema=1.0 is the decay"),
         ("flow", {"target": "emma"}, "target='emma' is not one of self, ema, frozen"),
         ("flow", {"target": "frozen"}, "target='frozen' needs a teacher"),
+        ("flow", {"teacher": "w"}, "target='self' and teacher='w': .* no other target has one"),
         ("flow", {"method": "contrastive"}, "contrastive needs Batch.negative.* set negatives='any'"),
         ("flow", {"negatives": "other"}, "there are no negatives 'other'; did you mean 'other_label'"),
         ("flow", {"coupling": "semidiscret"}, "did you mean 'semidiscrete'"),
@@ -162,6 +163,68 @@ def test_a_term_alone_is_named(tmp_path):
     plan = plan._replace(method=plan.method._replace(loss=loss))
     with pytest.raises(run.Diverged, match="step 1: penalty is inf; there is no checkpoint yet"):
         run.train(plan, tmp_path, params={"w": jnp.ones(())})
+
+
+def test_a_loss_that_blows_up_is_stopped_at_the_record_that_shows_it(tmp_path):
+    """A finite term, 1 at first and then 10^step: 1000 times the first record's loss at step 4."""
+
+    def loss(params, target, batch, key):
+        n = jnp.round(batch.progress * 12)
+        pull = jnp.where(n > 0, 10.0**n, 1.0) * params["w"] / params["w"]
+        return pull.mean(), {"per_example": pull, "residual": pull, "s": 0 * pull, "t": 0 * pull + 0.3}
+
+    plan = small(log_every=1, save_every=3)
+    plan = plan._replace(method=plan.method._replace(loss=loss))
+    told = "flow diverged at step 5: residual_gap_0.25_0.5 is 1e.04, loss is 1e.04, residual is 1e.04; .* step 3 in"
+    with pytest.raises(run.Diverged, match=told):
+        run.train(plan, tmp_path, params={"w": jnp.ones(())})
+    assert [r["residual_gap_0.25_0.5"] for r in records(tmp_path)] == [1, 10, 100, 1000]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher")
+    return path, run.fit(config(seed=1), path)
+
+
+MAP = {"method": {"name": "lagrangian", "diagonal": 0.0}, "steps": 1}
+
+
+def test_a_run_starts_from_and_is_taught_by_the_averages_of_other_runs(teacher, tmp_path):
+    """One SGD-like step of a distillation, against the loss at the averages of the teacher's run."""
+    path, state = teacher
+    cfg = config(init=str(path), teacher=str(path), target="frozen", log_every=1, **MAP)
+    run.fit(cfg, tmp_path)
+    plan = run.assemble(cfg)
+    keys = example_keys(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 0), jnp.arange(32))
+    value, _ = jax.jit(plan.method.loss)(state.ema, state.ema, plan.batch(0), keys)
+    (record,) = records(tmp_path)
+    np.testing.assert_allclose(record["loss"], value, rtol=1e-5)
+    other, _ = jax.jit(plan.method.loss)(state.ema, state.params, plan.batch(0), keys)
+    assert abs(record["loss"] - other) > 1e-3 * value
+
+
+def test_a_teacher_of_another_network_or_that_has_changed_is_refused(teacher, tmp_path):
+    path, state = teacher
+    cfg = config(init=str(path), teacher=str(path), target="frozen", **{"net.width": 8}, **MAP)
+    with pytest.raises(ValueError, match=r"init=.* is a run of another network: its .* is of shape .* in this one"):
+        run.fit(cfg, tmp_path / "w")
+    with pytest.raises(checkpoint.CheckpointError):
+        run.fit(config(init=str(tmp_path / "none"), **MAP), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+    plan = small(steps=4)
+    run.train(plan._replace(steps=2), tmp_path, params=jax.device_get(state.ema))
+    with pytest.raises(ValueError, match="the params given to flow are not those that the run in .* began with"):
+        run.train(plan, tmp_path, params=jax.device_get(state.params))
+    run.train(plan, tmp_path, params=jax.device_get(state.ema))
+
+
+def test_what_a_network_has_beside_the_checkpoints_is_as_at_first():
+    fresh = {"a": jnp.zeros(2), "new": {"b": jnp.ones(3)}}
+    got = run.grafted(fresh, {"a": jnp.full(2, 7.0)}, lambda: fresh, "init")
+    assert (got["a"] == 7).all() and (got["new"]["b"] == 1).all()
+    with pytest.raises(ValueError, match=r"its \['c'\] \(1,\) is not there in this one"):
+        run.grafted(fresh, {"c": jnp.zeros(1)}, lambda: fresh, "init")
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_the_numbers_stay(tmp_path):

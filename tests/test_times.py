@@ -32,13 +32,19 @@ def keys(key):
             functools.partial(times.logit_normal, mean=-0.4, std=1.6),
             lambda t: stats.norm.cdf(special.logit(t), -0.4, 1.6),
         ),
+        # log sigma = log((1 - t) / t) and log(sigma_d tan(pi / 2 (1 - t))) are normal; both fall with t
+        (times.noise_level, lambda t: 1 - stats.norm.cdf(np.log((1 - t) / t), -1.1, 2.0)),
+        (
+            functools.partial(times.noise_angle, sigma=0.5),
+            lambda t: 1 - stats.norm.cdf(np.log(0.5 * np.tan(np.pi / 2 * (1 - t))), -1.0, 1.4),
+        ),
     ],
 )
 def test_laws_of_training_times_have_their_distribution(law, cdf, keys):
     t = np.asarray(law(keys), np.float64)
     assert stats.kstest(t, cdf).pvalue > LEVEL
     assert abs(np.corrcoef(t[1:], t[:-1])[0, 1]) * N**0.5 < 4.5
-    np.testing.assert_array_equal(law(keys[17:20]), t[17:20].astype(np.float32))
+    np.testing.assert_allclose(law(keys[17:20]), t[17:20], rtol=2e-7)
 
 
 def test_interior_times_keep_their_margin_and_a_margin_that_leaves_none_is_refused(keys):
@@ -132,3 +138,78 @@ def test_a_grid_that_cannot_be_stepped_is_refused_and_named(grid, message):
 def test_a_traced_grid_is_refused():
     with pytest.raises(TypeError, match="static: pass a numpy array or a list from outside jit"):
         jax.jit(times.check_grid)(jnp.array([0.0, 1.0]))
+
+
+def at_progress(share, *progress, apart=0.5, **options):
+    one = jnp.ones(len(progress))
+    return np.asarray(share(0.25 * one, (0.25 + apart) * one, jnp.array(progress), **options))
+
+
+def test_alpha_flows_share_falls_from_one_to_its_least_along_a_sigmoid():
+    """``1 - sigmoid(25 (p - 1/2))``, one and 0.005 beyond them (arXiv 2510.20771)."""
+    progress = np.linspace(0, 1, 21)
+    want = 1 - special.expit(25 * (progress - 0.5))
+    want = np.where(want > 0.995, 1, np.maximum(want, 0.005))
+    got = at_progress(times.sigmoid_share, *progress)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert (got[[0, -1]] == np.float32([1, 0.005])).all() and got[10] == 0.5
+    later = at_progress(times.sigmoid_share, *(0.2 + 0.6 * progress), start=0.2, stop=0.8)
+    np.testing.assert_allclose(later, want, rtol=1e-5)
+    with pytest.raises(ValueError, match="start < stop"):
+        at_progress(times.sigmoid_share, 0.5, start=1.0, stop=0.5)
+
+
+def test_soflows_share_falls_exponentially_and_its_step_has_a_least_length():
+    progress = np.linspace(0, 1, 5)
+    np.testing.assert_allclose(at_progress(times.exponential_share, *progress), 0.1 * 0.02**progress, rtol=1e-5)
+    short = at_progress(times.exponential_share, *progress, apart=1e-3)
+    np.testing.assert_allclose(short, 0.1, rtol=1e-4)  # of 1e-3, for the last ones
+    assert at_progress(times.exponential_share, 0.0, 1.0, apart=0.0).tolist() == [1, 1]  # of no length: the whole of it
+    for options in ({"first": 0.0}, {"last": 2.0}, {"gap": 0.0}):
+        with pytest.raises(ValueError, match="exponential_share needs shares in"):
+            at_progress(times.exponential_share, 0.5, **options)
+
+
+def test_a_constant_share_is_constant_and_a_share():
+    assert at_progress(times.constant_share, 0.0, 0.9, value=0.25).tolist() == [0.25, 0.25]
+    with pytest.raises(ValueError, match="0 < value <= 1, got 0"):
+        at_progress(times.constant_share, 0.0, value=0.0)
+
+
+def test_a_grids_jumps_double_from_round_to_round_and_start_anywhere_on_it(keys):
+    progress = jnp.arange(N) % 4 / 4.0 + 0.2
+    s, t = (np.asarray(a, np.float64) for a in times.grid_pair(keys, progress, steps=24, rounds=4))
+    for r in range(4):
+        count = 24 // 2**r
+        mine = np.arange(N) % 4 == r
+        np.testing.assert_allclose((t - s)[mine], 1 / count, rtol=1e-5)
+        places, seen = np.unique(np.round(s[mine] * count).astype(int), return_counts=True)
+        np.testing.assert_allclose(s[mine] * count, np.round(s[mine] * count), atol=1e-4)
+        assert places.tolist() == list(range(count)) and stats.chisquare(seen).pvalue > LEVEL
+    last = times.grid_pair(keys, steps=24, rounds=4)
+    np.testing.assert_array_equal(last, times.grid_pair(keys, jnp.ones(N), steps=24, rounds=4))
+    np.testing.assert_allclose(last[1] - last[0], 1 / 3, rtol=1e-5)
+    for options in ({"steps": 20, "rounds": 4}, {"steps": 8, "rounds": 0}):
+        with pytest.raises(ValueError, match="grid_pair halves its steps"):
+            times.grid_pair(keys, **options)
+
+
+def test_shares_of_noise_levels_are_shares_up_to_the_ends_and_refuse_what_makes_none():
+    """Their values: the consistency losses, in ``test_methods_consistency.py``."""
+    s = jnp.array([0.0, 1e-4, 0.5, 1 - 1e-6, 1.0])
+    for share in (times.level_share, times.ect_share):
+        for progress in (0.0, 0.5, 1.0):
+            a = np.asarray(share(s, jnp.ones(5), jnp.full(5, progress)))
+            assert ((a > 0) & (a <= 1)).all() and a[-1] == 1
+    one = jnp.ones(1)
+    for share, options in (
+        (times.level_share, {"levels": 0}),
+        (times.level_share, {"last": 5}),
+        (times.level_share, {"sigma_min": 90.0}),
+        (times.ect_share, {"stages": 0}),
+        (times.ect_share, {"base": 1.0}),
+    ):
+        with pytest.raises(ValueError, match=f"{share.__name__} needs"):
+            share(one, one, one, **options)
+    with pytest.raises(ValueError, match="noise_angle needs sigma > 0"):
+        times.noise_angle(as_keys(jax.random.key(0), 2), sigma=0.0)

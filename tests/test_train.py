@@ -24,7 +24,9 @@ def loss(params, target, batch, key):
     each = jnp.mean((jnp.tanh(x @ params["w"]) + params["b"] - 0.5 * pull - z) ** 2, -1)
     rare = batch.t < 3 / ROWS  # rows 0, 1, 2: the first of four devices, and no other
     aux = {"per_example": each, "is_rare": rare, "is_common": ~rare, "is_none": each < 0}
-    return each.mean(), aux | {"noise": z[:, 0], "s": batch.t, "t": batch.t}
+    gap = jnp.round(16 * batch.t) % 6 / 5  # 0, .2, .4, .6, .8, 1
+    aux |= {"noise": z[:, 0], "s": batch.t * (1 - gap), "t": batch.t * (1 - gap) + gap, "residual": 3 * each}
+    return each.mean(), aux
 
 
 def start():
@@ -65,8 +67,10 @@ def reference(tx, steps, ema=0.999, target="self", teacher=None):
         d = min(ema, (1 + n) / (10 + n))
         average = {k: d * average[k] + (1 - d) * params[k] for k in params}
         each, rare = np.asarray(aux["per_example"]), np.asarray(aux["is_rare"])
-        metrics = {"loss": each.mean(), "grad_norm": norm, "noise": aux["noise"].mean()}
-        metrics |= {"rare": each[rare].mean(), "common": each[~rare].mean(), "none": 0.0}
+        metrics = {"loss": each.mean(), "grad_norm": norm, "noise": aux["noise"].mean(), "residual": 3 * each.mean()}
+        metrics |= {"rare": 3 * each[rare].mean(), "common": 3 * each[~rare].mean(), "none": 0.0}
+        bins = np.array([0, 1, 2, 3, 4, 4])[np.arange(ROWS) % 6]  # the last closes (0.75, 1]
+        metrics["by_gap"] = np.stack([np.bincount(bins, w, 5) for w in (3 * each, np.ones(ROWS))])
         yield train.State(jnp.int32(n + 1), params, opt_state, average), metrics
 
 

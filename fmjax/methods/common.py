@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -128,7 +129,7 @@ def unconditional(cond: Cond, null: Cond) -> Cond:
 def two_terms(on: Callable[..., Term], off: Callable[..., Term], share: float) -> LossFn:
     """The loss that is ``on`` for a share of the batch and ``off`` for the rest: no example pays for both.
 
-    ``aux``: ``s``, ``t``, ``residual``, and masks of who has which term where there are both.
+    ``aux``: ``s``, ``t``, ``residual`` where a term has one, and masks of who has which term where there are both.
     """
 
     def loss(params, target, batch, key):
@@ -148,11 +149,12 @@ def two_terms(on: Callable[..., Term], off: Callable[..., Term], share: float) -
                 joined = joined.at[index].set(value(term))
             return joined
 
+        unweighted = lambda a: a.per_example if a.residual is None else a.residual
         on_diagonal = np.isin(np.arange(n), groups[0])
         masks = {"is_on_diagonal": jnp.asarray(on_diagonal), "is_off_diagonal": jnp.asarray(~on_diagonal)}
         return reduce(
             join(lambda a: a.per_example), s=join(lambda a: a.s), t=join(lambda a: a.t),
-            residual=join(lambda a: a.per_example if a.residual is None else a.residual),
+            **({"residual": join(unweighted)} if any(term.residual is not None for _, term in terms) else {}),
             **(masks if len(terms) == 2 else {}),
         )  # fmt: skip
 
@@ -160,8 +162,11 @@ def two_terms(on: Callable[..., Term], off: Callable[..., Term], share: float) -
 
 
 def draw_pair(pair: Callable, key, batch: Batch, anneal: float = 0.0) -> tuple[Array, Array]:
-    """``(s, t)`` of the law ``pair``, with ``|t - s| <= progress / anneal`` during the share ``anneal``."""
-    s, t = pair(key)
+    """``(s, t)`` of the law ``pair``, with ``|t - s| <= progress / anneal`` during the share ``anneal``.
+
+    A law that takes ``(key, progress)`` gets the progress too.
+    """
+    s, t = pair(key, progress(batch)) if "progress" in inspect.signature(pair).parameters else pair(key)
     if not anneal:
         return s, t
     gap = progress(batch) / anneal
@@ -173,15 +178,15 @@ def progress(batch: Batch) -> Float[Array, " b"]:
     return jnp.ones(batch.x1.shape[0]) if batch.progress is None else batch.progress
 
 
-def semigradient(u: Array, g: Array, normalise: float = 0.0) -> tuple[Array, Array]:
-    """Per example ``|u - sg(u - g)|^2`` and ``|g|^2`` as means: the gradient is ``g`` times that of ``u``.
+def semigradient(u: Array, g: Array, normalise: float = 0.0) -> tuple[Array, Array | None]:
+    """Per example ``|u - sg(u - g)|^2``, whose gradient is ``2 g`` times that of ``u``, and ``|g|^2`` if that differs.
 
     ``normalise = c > 0`` puts ``g / (|g| + c)`` for ``g``, norms over an example (arXiv 2410.11081, 2506.14603).
     """
     residual, g = mse(g, jnp.zeros_like(g)), jax.lax.stop_gradient(g)
     if normalise:
         g = g / (expand(jnp.sqrt(residual * g[0].size), g) + normalise)
-    return mse(u, jax.lax.stop_gradient(u - g)), residual
+    return mse(u, jax.lax.stop_gradient(u - g)), residual if normalise else None
 
 
 def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:

@@ -86,11 +86,12 @@ def eulerian(
             own = jax.lax.stop_gradient(teacher(target, x, s, s, batch.cond))
         v, w = (own if choice == "own" else conditional for choice in (velocity, tangent))
         u_at = lambda x, s: net(params, x, s, t, batch.cond)
-        u, du = jax.jvp(u_at, (x, s), (w, jnp.ones_like(s)))
-        if stop == "jacobian":
-            still = jax.lax.stop_gradient(du)
-            _, in_time = jax.jvp(lambda s: u_at(x, s), (s,), (jnp.ones_like(s),))
-            du = still + in_time - jax.lax.stop_gradient(in_time)
+        if stop == "jacobian":  # one primal for both derivatives; through the one in space goes no gradient
+            u, along = jax.linearize(u_at, x, s)
+            still = jax.lax.stop_gradient(along(w, jnp.zeros_like(s)))
+            du = still + along(jnp.zeros_like(x), jnp.ones_like(s))
+        else:
+            u, du = jax.jvp(u_at, (x, s), (w, jnp.ones_like(s)))
         r = limit * jnp.ones_like(s) if not warmup else jnp.minimum(limit, c.progress(batch) / warmup)
         g = u - v - expand(r * (t - s), x) * du
         if stop == "all":

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from fmjax.types import Net, Params, over_batch
+from fmjax.types import Net, Params, expand, over_batch
 
 
 class Model(NamedTuple):
@@ -55,3 +56,22 @@ def from_nnx(model) -> tuple[Params, Net]:
 def one_time(f: Callable[..., Any]) -> Net:
     """A textbook velocity ``f(params, x, t)`` as a ``Net``: it ignores the jump's end, so ``X`` is an Euler step."""
     return lambda params, x, s, t, cond=None, key=None: f(params, x, over_batch(s, x))
+
+
+def trigonometric(net: Net, *, sigma: float = 1.0) -> Net:
+    """A network ``F`` as the average velocity of ``X_{s,t}(x) = cos(a) x - sin(a) sigma F(x / sigma, s, t)``.
+
+    ``a = pi / 2 (t - s)``: sCM's parametrisation (arXiv 2410.11081), for data and a source of standard deviation
+    ``sigma`` on the trigonometric path; on the diagonal ``v = -(pi / 2) sigma F``, smoothly. Raises ``ValueError`` for
+    ``sigma <= 0``.
+    """
+    if not sigma > 0:
+        raise ValueError(f"trigonometric needs sigma > 0, the standard deviation of the data, got {sigma}")
+
+    def average(params, x, s, t, cond=None, key=None):
+        s, t = over_batch(s, x), over_batch(t, x)
+        a = expand(jnp.pi / 2 * (t - s), x)
+        turn = sigma * net(params, x / sigma, s, t, cond, key)
+        return -jnp.pi / 2 * (a / 2 * jnp.sinc(a / (2 * jnp.pi)) ** 2 * x + jnp.sinc(a / jnp.pi) * turn)
+
+    return average

@@ -1,0 +1,80 @@
+"""What a training run records: means over a window of steps, in ``metrics.jsonl`` and TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from fmjax import workdir
+from fmjax.train import GAPS
+
+BLOWN_UP = 1e3  # a term this many times the first record's loss is no training any more
+
+
+class Diverged(RuntimeError):
+    """A loss, one of its terms or a gradient is not finite, or has blown up."""
+
+
+class Window:
+    """The running means since the last record, how fast the steps went, and the first record's loss."""
+
+    def __init__(self, sums: dict | None = None, count: int = 0, first: float | None = None):
+        self.sums, self.count, self.first = dict(sums or {}), count, first
+        self.since, self.timed = None, 0
+
+    def add(self, steps: list[dict]) -> None:
+        for metrics in steps:
+            for name, value in metrics.items():
+                self.sums[name] = (np.asarray(self.sums.get(name, 0.0)) + np.asarray(value, np.float64)).tolist()
+        self.count += len(steps)
+        if self.since is None:
+            self.since = time.perf_counter()  # after the first fetch: compilation is no part of the speed
+        else:
+            self.timed += len(steps)
+
+    def close(self) -> tuple[dict[str, float], float]:
+        """The means and the steps a second; the window starts anew. Residuals by gap are means over their examples."""
+        now = time.perf_counter()
+        speed = self.timed / (now - self.since) if self.timed else 0.0
+        means = {}
+        for name, total in self.sums.items():
+            if name == "by_gap":
+                means |= {gap: a / n for gap, a, n in zip(GAPS, *total, strict=True) if n}
+            else:
+                means[name] = total / self.count
+        self.first = abs(means["loss"]) if self.first is None else self.first
+        self.sums, self.count, self.since, self.timed = {}, 0, now, 0
+        return means, speed
+
+    def saved(self) -> dict:
+        return {"sums": self.sums, "count": self.count, "first": self.first}
+
+    def blown_up(self, means: dict[str, float]) -> list[str]:
+        """The terms of a loss that are ``BLOWN_UP`` times the loss of the first record and more."""
+        limit = BLOWN_UP * max(self.first, 1e-6)
+        return [name for name, value in means.items() if name != "grad_norm" and abs(value) > limit]
+
+
+@contextlib.contextmanager
+def recorder(directory: Path, start: int) -> Iterator[Callable[[dict], None]]:
+    """Appends records to ``metrics.jsonl`` and TensorBoard, both cut back to ``start`` first; on one process only."""
+    if jax.process_index() != 0:
+        yield lambda record: None
+        return
+    from tensorboardX import SummaryWriter
+
+    workdir.truncate_jsonl(directory / "metrics.jsonl", start)
+    with SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None) as board:
+
+        def write(record: dict) -> None:
+            workdir.append_jsonl(directory / "metrics.jsonl", record)
+            for name, value in record.items():
+                if name != "step":
+                    board.add_scalar(name, value, record["step"])
+
+        yield write

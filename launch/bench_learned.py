@@ -1,0 +1,285 @@
+"""Suites of ``launch.bench``: flow maps trained by every method with equal networks and equal training FLOPs.
+
+A run is ``python -m launch.bench_learned PROBLEM METHOD SEED`` in a process of its own, pinned to one core on a CPU, so
+that as many go side by side as there are cores. Runs live in ``workdir/bench/PROBLEM`` and are resumed there.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FOLDER = Path(os.environ.get("FMJAX_BENCH", "workdir/bench"))
+SEEDS = (0, 1, 2)
+STEPS = (1, 2, 4, 8, 16)
+
+
+class Recipe(NamedTuple):
+    """What a row of a table trains: a method for each round of its budget, the last ones from a frozen teacher.
+
+    ``taught``: half the budget is the teacher's, a flow. The rounds share what is left; each is taught by the one
+    before it.
+    """
+
+    methods: tuple[dict[str, Any], ...]
+    taught: bool = False
+
+
+def recipe(name: str, *, taught: bool = False, **options: Any) -> Recipe:
+    """A recipe of one round."""
+    return Recipe(({"name": name, **options},), taught)
+
+
+def rounds() -> Recipe:
+    """PFMM: four Euler steps of the flow make jumps of 1/8, two of these one of 1/4, and so on to 1."""
+    gap = lambda g: {"name": "ordered_pair", "gap": g}
+    first = {"name": "progressive", "diagonal": 0.0, "substeps": 4, "step": "euler", "pair": gap(1 / 8)}
+    return Recipe(
+        (first, *({"name": "progressive", "diagonal": 0.0, "pair": gap(g)} for g in (1 / 4, 1 / 2, 1.0))), True
+    )
+
+
+RECIPES = {
+    "flow": recipe("flow_matching"),
+    "LSD": recipe("lagrangian"),
+    "LSD, tangent stopped": recipe("lagrangian", stop="tangent"),
+    "ESD": recipe("eulerian", stop="jacobian"),
+    "mean flow": recipe("mean_flow", time="uniform", pair="ordered_pair", power=0.0),
+    "PSD-M": recipe("progressive"),
+    "PSD-U": recipe("progressive", split="uniform"),
+    "FMM": recipe("flow_map_matching"),
+    "LMD": recipe("lagrangian", taught=True, diagonal=0.0),
+    "EMD": recipe("eulerian", taught=True, diagonal=0.0, stop="jacobian"),
+    "PFMM": rounds(),
+}
+
+
+class Problem(NamedTuple):
+    """Data, network and budget, in steps of flow matching; and ``evaluate(method, params, seed) -> result``."""
+
+    net: dict[str, Any]
+    batch_size: int
+    budget: int
+    batch: Callable[[int, int], Any]
+    evaluate: Callable[[Any, Any, int], dict]
+    methods: tuple[str, ...]
+
+
+def drawn(sample: Callable, batch_size: int, seed: int, n: int):
+    """Batch ``n``: fresh data, on the host."""
+    import jax
+
+    from fmjax.types import Batch
+
+    return Batch(np.asarray(sample(jax.random.fold_in(jax.random.key(seed + 1000), n), batch_size)))
+
+
+def jumps(method, params, x, n: int):
+    """``n`` equal jumps of a learned map, or Euler steps of a flow."""
+    from fmjax import samplers, solvers, times
+
+    step = method.flow_map(params) if method.flow_map else solvers.euler(method.velocity(params))
+    return samplers.sample(step, x, times.uniform_grid(n))
+
+
+def board() -> Problem:
+    """The checkerboard: KL by ``metrics.histogram`` and exact W2 of 2,048 samples, for every number of steps."""
+    import jax
+
+    from fmjax.data import toy
+    from fmjax.metrics import histogram, two_sample
+
+    sample = jax.jit(toy.checkerboard, static_argnums=1)
+    chunk = 1 << 14
+
+    def evaluate(method, params, seed):
+        result = {}
+        real = np.asarray(sample(jax.random.key(seed + 2000), 2048))
+        for n in STEPS:
+            draw = jax.jit(lambda params, key, n=n: jumps(method, params, jax.random.normal(key, (chunk, 2)), n))
+            x = np.concatenate(
+                [
+                    np.asarray(draw(params, jax.random.fold_in(jax.random.key(seed), i)))
+                    for i in range(samples(n) // chunk)
+                ]
+            )
+            result[str(n)] = {"KL": histogram.checkerboard_kl(x), "W2": two_sample.w2_exact(x[:2048], real)}
+        return result
+
+    methods = tuple(RECIPES)
+    return Problem({"name": "plain"}, 512, 6000, functools.partial(drawn, sample, 512), evaluate, methods)
+
+
+def samples(n: int) -> int:
+    """Samples that a KL at ``n`` steps is estimated from: a million for one step, 65,536 beyond."""
+    return 1 << (20 if n == 1 else 16)
+
+
+def oracle(name: str) -> Problem:
+    """A law whose map is known: the relative error of the jump from 0 to 1 and of jumps between uniform times."""
+    import jax
+    import jax.numpy as jnp
+
+    from fmjax import oracles, paths, solvers, times
+    from fmjax.types import as_keys, expand, normal, split
+
+    corners = 0.7 * jnp.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
+    law = (
+        oracles.mixture(corners, 0.25)
+        if name == "mixture"
+        else oracles.gaussian(jnp.array([0.75, -0.5]), jnp.array([0.3, 1.2]))
+    )
+
+    def exact(x, s, t):
+        if law.flow_map is not None:
+            return law.flow_map(x, s, t)
+        step, n = solvers.rk4(law.velocity), 200
+        body = lambda k, x: step(x, s + (t - s) * k / n, s + (t - s) * (k + 1) / n)
+        return jax.lax.fori_loop(0, n, body, x)
+
+    def errors(method, params):
+        keys = split(as_keys(jax.random.key(7), 1 << 12), 3)
+        x0, x1 = normal(keys[0], (2,)), law.sample(jax.random.key(8), 1 << 12)
+        s, t = times.ordered_pair(keys[1])
+        x, _ = paths.with_velocity(paths.linear(), x0, x1, s)
+        zero, one = jnp.zeros_like(s), jnp.ones_like(s)
+        learned = method.flow_map(params) if method.flow_map else None
+        jump = learned or (lambda x, s, t: x + expand(t - s, x) * method.velocity(params)(x, s))
+        relative = lambda a, b: jnp.sqrt(jnp.sum((a - b) ** 2) / jnp.sum(b**2))
+        return {
+            "0 to 1": relative(jump(x0, zero, one), exact(x0, zero, one)),
+            "s to t": relative(jump(x, s, t), exact(x, s, t)),
+        }
+
+    found = lambda method, params, seed: {
+        k: float(v) for k, v in jax.jit(functools.partial(errors, method))(params).items()
+    }
+    sample = jax.jit(law.sample, static_argnums=1)
+    return Problem(
+        {"name": "plain", "width": 64, "waves": 0},
+        256,
+        3000,
+        functools.partial(drawn, sample, 256),
+        found,
+        tuple(RECIPES),
+    )
+
+
+PROBLEMS = {
+    "checkerboard": board,
+    "gaussian": functools.partial(oracle, "gaussian"),
+    "mixture": functools.partial(oracle, "mixture"),
+}
+
+
+def plan_of(problem: Problem, method: dict, *, steps: int, seed: int, teacher: Path | None):
+    """The plan of one round of ``steps``."""
+    from configs.checkerboard import get_config
+    from fmjax import run
+
+    cfg = get_config()
+    with cfg.unlocked(), cfg.ignore_type():
+        cfg.net, cfg.method, cfg.batch_size, cfg.seed, cfg.steps = problem.net, method, problem.batch_size, seed, steps
+        cfg.save_every = cfg.log_every = max(1, steps // 4)
+        cfg.teacher = str(teacher or "") or None
+        cfg.target, cfg.learning_rate = "frozen" if teacher else "self", 3e-3
+    return run.assemble(cfg, batch=functools.partial(problem.batch, seed))
+
+
+def cost(problem: Problem, method: dict) -> float:
+    """FLOPs of a step's loss and gradient, by XLA, relative to flow matching."""
+    import jax
+    import jax.numpy as jnp
+
+    from fmjax.types import example_keys
+
+    def flops(method):
+        plan = plan_of(problem, method, steps=1, seed=0, teacher=None)
+        from fmjax import run
+
+        args = (
+            run.initial(plan),
+            run.initial(plan),
+            plan.batch(0),
+            example_keys(jax.random.key(0), jnp.arange(plan.batch_size)),
+        )
+        compiled = jax.jit(jax.value_and_grad(plan.method.loss, has_aux=True)).lower(*args).compile()
+        return compiled.cost_analysis()["flops"]
+
+    return flops(method) / flops(RECIPES["flow"].methods[0])
+
+
+def folder(problem: str, method: str, seed: int) -> Path:
+    """Where a run lives."""
+    return FOLDER / problem / f"{''.join(c if c.isalnum() else '-' for c in method)}-{seed}"
+
+
+def train_one(name: str, row: str, seed: int) -> None:
+    """Trains and evaluates one run; ``result.json`` is its end."""
+    from fmjax import run, workdir
+
+    problem, how, path = PROBLEMS[name](), RECIPES.get(row) or RECIPES["flow"], folder(name, row, seed)
+    if (path / "result.json").exists():
+        return
+    teacher = folder(name, "teacher", seed) if how.taught else None
+    budget = problem.budget / (2 if how.taught or row == "teacher" else 1)
+    history = []
+    for i, method in enumerate(how.methods):
+        place = path / f"round-{i}"
+        steps = round(budget / len(how.methods) / cost(problem, method))
+        plan = plan_of(problem, method, steps=steps, seed=seed, teacher=teacher)
+        start = run.given(plan, teacher) if teacher else None
+        last = i == len(how.methods) - 1
+
+        def hook(n, state, plan=plan, steps=steps):
+            if name != "checkerboard":
+                history.append([n / steps, problem.evaluate(plan.method, state.ema, seed)])
+
+        place.mkdir(parents=True, exist_ok=True)
+        state = run.train(plan, place, params=start, teacher=start, hooks=[hook] if last else [])
+        teacher = place
+    result = {"result": problem.evaluate(plan.method, state.ema, seed), "history": history}
+    workdir.write_json(path / "result.json", result)
+
+
+def results(name: str) -> dict[str, list[dict]]:
+    """All runs of a problem, trained where they are not yet: as many at a time as there are cores (one on a GPU)."""
+    import jax
+
+    wanted = PROBLEMS[name]().methods
+    cores = (
+        sorted(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" and hasattr(os, "sched_getaffinity") else [0]
+    )
+    free = list(cores)
+
+    def one(row, seed):
+        path = folder(name, row, seed)
+        if (path / "result.json").exists():
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        core = free.pop()
+        try:
+            with (path / "log.txt").open("a") as log:
+                pin = ["taskset", "-c", str(core)] if len(cores) > 1 else []
+                command = [*pin, sys.executable, "-m", "launch.bench_learned", name, row, str(seed)]
+                if subprocess.run(command, stdout=log, stderr=log).returncode:
+                    raise RuntimeError(f"{row}, seed {seed} failed: see {path / 'log.txt'}")
+        finally:
+            free.append(core)
+
+    with ThreadPoolExecutor(len(cores)) as pool:
+        for rows in (("teacher",), wanted):
+            list(pool.map(lambda args: one(*args), [(row, seed) for seed in SEEDS for row in rows]))
+    read = lambda row: [json.loads((folder(name, row, seed) / "result.json").read_text()) for seed in SEEDS]
+    return {row: read(row) for row in wanted}
+
+
+if __name__ == "__main__":
+    train_one(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,118 @@
+"""Discrete Eulerian flow maps: what they are at both ends of the share ``a``, and in between."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import MEAN, STD, assert_same_method
+from test_methods import mlp, mlp_params
+
+from fmjax import paths, times
+from fmjax.methods.alpha_flow import alpha_flow
+from fmjax.methods.eulerian import eulerian
+from fmjax.methods.progressive import progressive
+from fmjax.methods.soflow import soflow
+from fmjax.types import Batch, example_keys
+
+pytestmark = pytest.mark.usefixtures("x64")
+constant = lambda a: functools.partial(times.constant_share, value=a)
+
+
+def unlogged(method):
+    """The method without the residual it logs, the quotient ``d / a``, which others do not have."""
+
+    def loss(*args):
+        value, aux = method.loss(*args)
+        return value, {name: a for name, a in aux.items() if name != "residual"}
+
+    return method._replace(loss=loss)
+
+
+@pytest.fixture
+def draw():
+    """A batch with its source and progress, keys, and parameters of a student and of a target."""
+    x0, x1 = np.random.default_rng(3).standard_normal((2, 16, 2))
+    params, target = (jax.tree.map(lambda a: a.astype(jnp.float64), mlp_params(seed)) for seed in (0, 1))
+    batch = Batch(jnp.asarray(MEAN + STD * x1), x0=jnp.asarray(x0), progress=jnp.linspace(0, 1, 16, endpoint=False))
+    return batch, example_keys(jax.random.key(2), jnp.arange(16)), params, target
+
+
+def test_with_the_whole_jump_as_its_step_it_is_flow_matching_on_trajectories(draw):
+    """``a = 1``: ``|u(I_s, s, t) - dI_s|^2``, which is mean flow without its derivative."""
+    whole = alpha_flow(mlp, share=constant(1.0), path=paths.trigonometric())
+    assert_same_method(
+        unlogged(whole), eulerian(mlp, velocity="conditional", limit=0.0, path=paths.trigonometric()), *draw
+    )
+
+
+def test_with_half_the_jump_by_the_teachers_map_it_is_progressive(draw):
+    """``a = 1/2``: ``u(x, s, t) = (u(x, s, m) + u(X_{s,m}(x), m, t)) / 2`` (arXiv 2510.20771, of shortcut models)."""
+    half = alpha_flow(mlp, share=constant(0.5), power=0.0, velocity="own", solver="jump", bootstrap="target")
+    assert_same_method(unlogged(half), progressive(mlp), *draw)
+
+
+@pytest.mark.parametrize("velocity", ["conditional", "own"])
+def test_its_gradient_is_that_of_the_eulerian_map_to_first_order_in_the_share(velocity, draw):
+    """With ``dI_s`` that of mean flow. Halving ``a`` halves the difference; so does the residual's."""
+    batch, keys, params, target = draw
+
+    def told(method):
+        (_, aux), g = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(params, target, batch, keys)
+        return np.concatenate([np.ravel(a) for a in jax.tree.leaves(g)]), np.asarray(
+            aux.get("residual", aux["per_example"])
+        )
+
+    limit = told(eulerian(mlp, velocity=velocity, tangent=velocity, stop="all", diagonal=0.0))
+    errors = [
+        [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(told(m), limit, strict=True)]
+        for m in (alpha_flow(mlp, velocity=velocity, share=constant(a), diagonal=0.0) for a in (4e-3, 2e-3))
+    ]
+    assert 0 < max(errors[1]) < 0.1
+    np.testing.assert_allclose(np.log2(np.divide(*errors)), 1, atol=0.03)
+
+
+def test_soflows_loss_is_the_difference_of_two_jumps_over_the_time_between_their_starts(draw):
+    batch, keys, params, _ = draw
+    method = soflow(mlp, diagonal=0.0)
+    aux = method.loss(params, None, batch, keys)[1]
+    s, t = aux["s"], aux["t"]
+    m = s + (t - s) * 0.1 * 0.02**batch.progress
+    assert (m - s > 1e-4).all()
+    wide, jump = lambda a: a[:, None], method.flow_map(params)
+    x, v = wide(1 - s) * batch.x0 + wide(s) * batch.x1, batch.x1 - batch.x0
+    apart = (jump(x, s, t) - jump(x + wide(m - s) * v, m, t)) / wide(m - s)
+    np.testing.assert_allclose(aux["per_example"], (apart**2).mean(1), rtol=1e-9)
+    np.testing.assert_allclose(aux["residual"], aux["per_example"], rtol=1e-12)
+
+
+def test_the_chord_ends_on_the_interpolant_and_is_the_tangent_where_the_path_is_straight(draw):
+    assert_same_method(alpha_flow(mlp, velocity="chord"), alpha_flow(mlp, velocity="conditional"), *draw)
+    batch, keys, params, target = draw
+    a, path = 0.3, paths.trigonometric()
+    method = alpha_flow(
+        mlp, velocity="chord", share=constant(a), path=path, diagonal=0.0, bootstrap="target", power=0.0
+    )
+    aux = method.loss(params, target, batch, keys)[1]
+    s, t = aux["s"], aux["t"]
+    m = s + a * (t - s)
+    x, y = (paths.with_velocity(path, batch.x0, batch.x1, at)[0] for at in (s, m))
+    apart = (method.flow_map(params)(x, s, t) - method.flow_map(target)(y, m, t)) / (t - s)[:, None]
+    np.testing.assert_allclose(aux["per_example"], (apart**2).mean(1), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"velocity": "condtional"}, "velocity='condtional' must be one of .*did you mean 'conditional'"),
+        ({"solver": "huen", "velocity": "own"}, "solver='huen' must be one of .*did you mean 'heun'"),
+        ({"solver": "heun"}, "solver='heun' needs a velocity to evaluate: velocity='own', got 'conditional'"),
+        ({"bootstrap": "ema"}, "bootstrap='ema' must be one of params, target"),
+        ({"power": -1.0}, "power=-1.0 cannot be negative"),
+        ({"diagonal": 1.5}, "diagonal=1.5 is a share"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        alpha_flow(mlp, **options)
