@@ -11,6 +11,7 @@ variances do. It is not the velocity of an unguided flow map either: guide the t
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fmjax import paths
-from fmjax.types import Cond, Method, Net, VelocityFn, expand, over_batch, split, with_null
+from fmjax.types import Cond, FlowMapFn, Method, Net, VelocityFn, expand, is_null, over_batch, split, with_null
 
 Scale = float | Callable[[Array], Array]
 
@@ -104,6 +105,69 @@ def label_dropout(method: Method, *, rate: float, null: Cond) -> Method:
         return value, aux | {"is_unconditional": dropped}
 
     return method._replace(loss=loss)
+
+
+def random_scale(method: Method, *, low: float = 1.0, high: float = 8.0, power: float = 1.0) -> Method:
+    """The method whose loss sees ``(cond, w)``, with a guidance scale ``w`` of density ``~ w^-power`` for each example.
+
+    For methods that learn a flow for every scale in ``[low, high]``, over a net that is told the scale
+    (``guided=True``; arXiv 2512.02012). The draw comes from the example's key. Raises ``ValueError`` unless
+    ``0 < low < high``, and for a batch without conditions.
+    """
+    if not (0 < low < high < math.inf and math.isfinite(power)):
+        raise ValueError(f"random_scale needs 0 < low < high, got low={low}, high={high}, power={power}")
+
+    def loss(params, target, batch, key):
+        if batch.cond is None:
+            raise ValueError("a guidance scale needs labels: give the batch conditions (classes=... in a config)")
+        k_scale, k_loss = split(key, 2)
+        u = jax.vmap(jax.random.uniform)(k_scale)
+        if power == 1:
+            scale = low * (high / low) ** u
+        else:
+            a, b = low ** (1 - power), high ** (1 - power)
+            scale = (a + u * (b - a)) ** (1 / (1 - power))
+        return method.loss(params, target, batch._replace(cond=(batch.cond, scale)), k_loss)
+
+    return method._replace(loss=loss)
+
+
+def guided_teacher(net: Net, *, null: Cond) -> Net:
+    """The net of labels as one of pairs ``(labels, w)``: ``u(null) + w (u(labels) - u(null))``, at the same times.
+
+    The ``teacher`` of a flow map for every scale (arXiv 2505.18825, appendix on guidance): its diagonal is the guided
+    velocity, which a map over a net told the scale follows (``lagrangian``, ``eulerian``; ``progressive`` with
+    ``step="euler"``). Rows whose label is ``null`` are left alone. Raises ``ValueError`` for a condition without scale.
+    """
+
+    def guided(params, x, s, t, cond=None, key=None):
+        if not isinstance(cond, tuple):
+            raise ValueError("a guided teacher needs conditions (labels, scale): wrap the method in random_scale")
+        labels, scale = cond
+        base, goal = net(params, x, s, t, with_null(labels, null), key), net(params, x, s, t, labels, key)
+        return jnp.where(expand(is_null(labels, null), x), goal, base + expand(scale, x) * (goal - base))
+
+    return guided
+
+
+def at_scale(fn: VelocityFn | FlowMapFn, scale: float):
+    """A velocity or flow map of conditions ``(labels, w)`` as one of labels, with ``w = scale`` throughout.
+
+    Raises ``ValueError`` for a scale that is not finite and positive and, when called, for ``cond=None``.
+    """
+    if not 0 < scale < math.inf:
+        raise ValueError(f"the scale of a guided map must be positive and finite, got {scale}; 1 is no guidance")
+    signature = inspect.signature(fn)
+
+    def at(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        x, cond = given.arguments["x"], given.arguments.get("cond")
+        if cond is None:
+            raise ValueError("a guided map needs labels, got cond=None")
+        given.arguments["cond"] = (cond, jnp.full(x.shape[0], scale, jnp.float32))
+        return fn(*given.args, **given.kwargs)
+
+    return at
 
 
 def autoguidance(strong: VelocityFn, weak: VelocityFn, *, scale: Scale) -> VelocityFn:

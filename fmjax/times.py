@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -100,6 +101,23 @@ def gap_pair(key: Key[Array, " b"], *, law=logit_normal) -> Pair:
     gap, u = _two(key, law, uniform)
     s = u * (1 - gap)
     return s, s + gap
+
+
+def terminal_pair(
+    key: Key[Array, " b"], *, mean: float = 0.4, std: float = 1.0, gap_mean: float = -0.8, gap_std: float = 1.0
+) -> Pair:
+    """The gap ``d ~ LN(gap_mean, gap_std)``, ``t ~ LN(mean, std)`` given ``t >= d``, ``s = t - d`` (arXiv 2511.19797).
+
+    The truncated law is drawn by its inverse distribution function, in the upper tail, where float32 keeps its digits.
+    Raises ``ValueError`` unless both deviations are positive.
+    """
+    if not (std > 0 and gap_std > 0):
+        raise ValueError(f"terminal_pair needs std > 0 and gap_std > 0, got std={std} and gap_std={gap_std}")
+    gap, u = _two(key, functools.partial(logit_normal, mean=gap_mean, std=gap_std), uniform)
+    above = jax.scipy.special.ndtr((mean - jax.scipy.special.logit(gap)) / std)  # P(t >= gap) of the whole law
+    t = jax.nn.sigmoid(mean - std * jax.scipy.special.ndtri((1 - u) * above))
+    t = jnp.maximum(t, gap)
+    return t - gap, t
 
 
 def to_data(key: Key[Array, " b"], *, law=uniform) -> Pair:

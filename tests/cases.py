@@ -185,6 +185,7 @@ CASES = {
     "eulerian": map_case("eulerian", teacher=True),
     "flow_map_matching": map_case("flow_map_matching", inverts=True),
     "flow_matching": lambda path: flow_case(path, "flow_matching", "velocity", "score"),
+    "improved_mean_flow": map_case("improved_mean_flow", teacher=True, away=2.0),
     "lagrangian": map_case("lagrangian", teacher=True),
     "mean_flow": map_case("mean_flow", away=2.0),
     "progressive": map_case("progressive", teacher=True),
@@ -193,6 +194,7 @@ CASES = {
     "shortcut": alias("progressive", diagonal=7 / 8, pair=times.dyadic),
     "soflow": alias("alpha_flow", share=times.exponential_share, power=2.0),
     "stochastic_interpolant": interpolant_case,
+    "terminal_velocity_matching": map_case("terminal_velocity_matching", teacher=True),
 }
 
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
-from fmjax import guidance, oracles, paths, solvers, times
+from fmjax import guidance, oracles, paths, samplers, solvers, times
 from fmjax.nets.adapters import from_linen
 from fmjax.nets.mlp import MLP
 from fmjax.types import Batch, Method, example_keys, expand, over_batch
@@ -262,6 +263,80 @@ def test_no_label_dropout_is_the_method_itself_and_a_bad_one_is_refused():
     keys = example_keys(jax.random.key(0), jnp.arange(2))
     with pytest.raises(ValueError, match="label dropout needs labels"):
         guidance.label_dropout(method, rate=0.1, null=NULL).loss(None, None, Batch(jnp.zeros((2, 1))), keys)
+
+
+def test_label_dropout_of_a_pair_drops_the_label_and_keeps_the_scale():
+    seen = []
+    method = Method(lambda params, target, batch, key: seen.append(batch.cond) or (0.0, {}))
+    cond, keys = (jnp.arange(64) % NULL, jnp.linspace(1, 8, 64)), example_keys(jax.random.key(0), jnp.arange(64))
+    _, aux = guidance.label_dropout(method, rate=0.4, null=NULL).loss(
+        None, None, Batch(jnp.zeros((64, 1)), cond=cond), keys
+    )
+    null, ((label, scale),) = np.asarray(aux["is_unconditional"]), seen
+    assert 0 < null.sum() < 64
+    np.testing.assert_array_equal(label, np.where(null, NULL, cond[0]))
+    np.testing.assert_array_equal(scale, cond[1])
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.5])
+def test_a_random_scale_has_its_density_and_belongs_to_the_example(power):
+    """``P(w < a) = (a^{1-b} - 1) / (8^{1-b} - 1)``, or ``log a / log 8``; the labels stay, the key is another."""
+    seen, n = [], 20_000
+    method = Method(lambda params, target, batch, key: seen.append((batch.cond, key)) or (0.0, {}))
+    loss = guidance.random_scale(method, power=power).loss
+    keys, labels = example_keys(jax.random.key(0), jnp.arange(n)), jnp.arange(n) % 3
+    for rows in (slice(None), slice(0, 10)):
+        loss(None, None, Batch(jnp.zeros((n, 1))[rows], cond=labels[rows]), keys[rows])
+    ((label, scale), key), ((_, few), _) = seen
+    np.testing.assert_array_equal(label, labels)
+    np.testing.assert_array_equal(few, scale[:10])
+    assert (jax.random.key_data(key) != jax.random.key_data(keys)).any(1).all()
+    cdf = lambda a: np.log(a) / np.log(8) if power == 1 else (a ** (1 - power) - 1) / (8 ** (1 - power) - 1)
+    assert stats.kstest(np.asarray(scale, np.float64), cdf).pvalue > 1e-4
+    assert scale.min() >= 1 and scale.max() <= 8
+
+
+def test_a_guided_teacher_has_the_guided_velocity_of_each_rows_scale(key):
+    velocity = conditional([-1.0, 2.0, 0.4], [0.5, 0.7, 1.0])
+    teacher = guidance.guided_teacher(
+        lambda params, x, s, t, cond=None, key=None: params * velocity(x, t, cond), null=NULL
+    )
+    x, t, label, scale = jax.random.normal(key, (6, 1)), 0.3, jnp.arange(6) % 3, jnp.array([1.0, 2.5, 3, 0.5, 4, 2])
+    got = teacher(2.0, x, t, t, (label, scale))
+    for i in range(6):
+        want = guidance.classifier_free(velocity, null=NULL, scale=float(scale[i]))(x, t, label)
+        np.testing.assert_allclose(got[i], 2 * want[i], rtol=1e-5)
+    np.testing.assert_array_equal(got[2], 2 * velocity(x, t, label)[2])  # of the null label
+    with pytest.raises(ValueError, match="needs conditions \\(labels, scale\\): wrap the method in random_scale"):
+        teacher(2.0, x, t, t, label)
+
+
+def test_a_guided_map_at_a_scale_is_one_of_labels(key):
+    x, labels = jax.random.normal(key, (4, 1)), jnp.arange(4) % 2
+    value = lambda cond: x * cond[1][:, None] + cond[0][:, None]
+    velocity = guidance.at_scale(lambda x, t, cond=None: value(cond) * expand(over_batch(t, x), x), 2.5)
+    jump = guidance.at_scale(lambda x, s, t, cond=None, key=None: value(cond) * (t - s), 2.5)
+    want = 2.5 * x + labels[:, None]
+    np.testing.assert_allclose(velocity(x, 0.5, labels), want * 0.5)
+    np.testing.assert_allclose(jump(x, 0.25, 0.5, labels), want * 0.25)
+    np.testing.assert_allclose(jump(x, 0.25, 0.5, cond=labels, key=key), want * 0.25)
+    walk = functools.partial(samplers.sample, solvers.euler(velocity), x, times.uniform_grid(2))
+    np.testing.assert_allclose(walk(cond=labels), x + 0.25 * want, rtol=1e-6)
+    for bad in (0.0, float("nan")):
+        with pytest.raises(ValueError, match=f"must be positive and finite, got {bad}"):
+            guidance.at_scale(velocity, bad)
+    with pytest.raises(ValueError, match="needs labels, got cond=None"):
+        jump(x, 0.0, 1.0)
+
+
+def test_bad_ranges_of_scales_are_refused():
+    method = Method(lambda *a: (0.0, {}))
+    for options in ({"low": 0.0}, {"low": 2.0, "high": 2.0}, {"high": float("inf")}, {"power": float("nan")}):
+        with pytest.raises(ValueError, match="needs 0 < low < high, got low="):
+            guidance.random_scale(method, **options)
+    keys = example_keys(jax.random.key(0), jnp.arange(2))
+    with pytest.raises(ValueError, match="a guidance scale needs labels"):
+        guidance.random_scale(method).loss(None, None, Batch(jnp.zeros((2, 1))), keys)
 
 
 def test_an_autoguided_teacher_is_autoguidance_on_the_diagonal_and_what_a_method_regresses_on(key):

@@ -156,6 +156,29 @@ def test_every_class_and_the_null_class_have_an_embedding_of_their_own(name):
     np.testing.assert_array_equal(swapped, [plain[i] for i in (1, 0, 3, 2)])
 
 
+def test_a_guided_net_is_the_net_without_at_scale_one_and_at_first_at_every_scale(name):
+    net, params, (x, s, t, cond) = make(name)
+    module, sizes, _ = CASES[name]
+    guided = adapters.from_linen(module(**sizes, classes=CLASSES, guided=True))
+    shapes = jax.eval_shape(guided.init, jax.random.key(0), x, cond)
+    width = shapes["Embed_0"]["embedding"].shape[1]
+    assert jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, params) | {"scale": {"kernel": (64, width)}}
+    out = jax.jit(lambda w, cond: guided.net(params | {"scale": {"kernel": w}}, x, s, t, cond))
+    trained, scales = 0.3 * jax.random.normal(jax.random.key(1), (64, width)), jnp.array([0.5, 2.0, 8.0])
+    plain = net(params, x, s, t, cond)
+    near = functools.partial(np.testing.assert_allclose, desired=plain, rtol=1e-5, atol=1e-5)
+    near(out(trained, (cond, jnp.ones(3))))
+    near(out(trained, cond))
+    near(out(0 * trained, (cond, scales)))
+    assert far(out(trained, (cond, scales)), plain)
+    for build, given, message in (
+        (module(**sizes, classes=CLASSES), (cond, scales), "not told the guidance scale .* set guided=True"),
+        (module(**sizes, guided=True), (cond, scales), "a guided net needs labels .* set classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(adapters.from_linen(build).init, jax.random.key(0), x, given)
+
+
 def test_dropout_is_on_exactly_when_a_key_is_given(name):
     args = make(name)[2]
     keys = as_keys(jax.random.key(3), 3)

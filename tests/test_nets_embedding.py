@@ -1,5 +1,6 @@
 """The embedding of two times against its formula."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,3 +56,20 @@ def test_two_times_are_a_source_and_a_jump_that_vanishes_at_zero(x64, key):
     want = e / (1 + np.exp(-e)) @ p["mix"]["kernel"] + p["mix"]["bias"]
     np.testing.assert_allclose(module.apply({"params": params}, s, t), want, atol=1e-12)
     assert sum(a.size for a in jax.tree.leaves(params)) == (64 * 12 + 12) + 64 * 12 + (12 * 12 + 12)
+
+
+def test_a_guidance_scale_is_embedded_as_its_gain_less_that_of_no_guidance(x64):
+    """``e + E[label] + W (phi(1 - 1/w) - phi(0))`` with random weights, in float64."""
+    rng = np.random.default_rng(0)
+    e, table, w = rng.standard_normal((3, 8)), rng.standard_normal((4, 8)), rng.standard_normal((64, 8))
+
+    class Conditioned(nn.Module):
+        @nn.compact
+        def __call__(self, e, cond):
+            return embedding.condition(e, cond, classes=3, guided=True)
+
+    params = {"Embed_0": {"embedding": jnp.asarray(table)}, "scale": {"kernel": jnp.asarray(w)}}
+    label, scale = np.array([0, 3, 1]), np.array([1.0, 2.0, 8.0])
+    got = Conditioned().apply({"params": params}, jnp.asarray(e), (jnp.asarray(label), jnp.asarray(scale)))
+    want = e + table[label] + (phi(1 - 1 / scale) - phi(0 * scale)) @ w
+    np.testing.assert_allclose(got, want, atol=1e-12)

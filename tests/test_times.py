@@ -80,6 +80,22 @@ def test_the_earlier_of_two_draws_is_where_an_ordered_pair_starts(keys):
     assert stats.kstest(np.asarray(times.earlier(keys)), stats.beta(1, 2).cdf).pvalue > LEVEL
 
 
+def test_a_terminal_pair_has_a_logit_normal_gap_and_a_truncated_end(keys):
+    """``d ~ LN(-.8, 1)``; given it ``(F(t) - F(d)) / (1 - F(d)) ~ U[0, 1]``, whatever it is, ``F`` of ``LN(.4, 1)``."""
+    s, t = (np.asarray(a, np.float64) for a in times.terminal_pair(keys))
+    assert s.min() >= 0 and t.max() <= 1
+    gap, normal = t - s, lambda mean: lambda t: stats.norm.cdf(special.logit(t), mean)
+    assert stats.kstest(gap, normal(-0.8)).pvalue > LEVEL
+    cdf = normal(0.4)
+    share = (cdf(t) - cdf(gap)) / (1 - cdf(gap))
+    for part in (gap < 0.2, (gap > 0.3) & (gap < 0.5), gap > 0.7):
+        assert stats.kstest(share[part], stats.uniform.cdf).pvalue > LEVEL
+    s, t = times.terminal_pair(keys, gap_mean=6.0)  # gaps up to one, where the tail has no digits left in float32
+    assert jnp.isfinite(s).all() and (s >= 0).all() and (t <= 1).all()
+    with pytest.raises(ValueError, match="needs std > 0 and gap_std > 0, got std=0.0"):
+        times.terminal_pair(keys, std=0.0)
+
+
 def test_a_uniform_grid_has_n_equal_steps_and_exact_ends():
     for n in (1, 7, 10):
         grid = times.uniform_grid(n)

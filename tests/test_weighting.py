@@ -138,7 +138,11 @@ def test_a_learned_weight_leaves_the_minimiser_where_it_is(x64):
 
 
 def test_a_model_gets_the_weights_parameters_at_init_and_its_net_ignores_them(key):
-    plain = Model(lambda key, x, cond=None: {"a": jax.random.normal(key, (D,)), "b": jnp.ones(())}, line)
+    def strict(params, *args):
+        assert set(params) == {"a", "b"}
+        return line(params, *args)
+
+    plain = Model(lambda key, x, cond=None: {"a": jax.random.normal(key, (D,)), "b": jnp.ones(())}, strict)
     model, x, t = weighting.with_log_variance(plain), jnp.ones((2, D)), jnp.ones(2)
     params = model.init(key, x)
     bare = plain.init(key, x)

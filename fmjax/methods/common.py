@@ -16,6 +16,7 @@ from fmjax import paths, times
 from fmjax.types import (
     Aux,
     Batch,
+    Cond,
     FlowMapFn,
     LossFn,
     Method,
@@ -26,6 +27,7 @@ from fmjax.types import (
     normal,
     over_batch,
     split,
+    with_null,
 )
 
 
@@ -116,6 +118,12 @@ def matching(net: Net, path: paths.Path, time: Callable, guide: Callable | None 
 def guided(guide: Callable | None, target: Params, batch: Batch, x: Array, t: Array, v: Array) -> Array:
     """``sg[guide(target, batch, x, t, v)]`` in the place of ``v = dI_t`` at ``x = I_t``, or ``v`` itself."""
     return v if guide is None else jax.lax.stop_gradient(guide(target, batch, x, t, v))
+
+
+def unconditional(cond: Cond, null: Cond) -> Cond:
+    """The condition of no condition: ``null`` for the labels, and of a pair ``(labels, scale)`` the scale one."""
+    cond = with_null(cond, null)
+    return (cond[0], jnp.ones_like(cond[1])) if isinstance(cond, tuple) and not isinstance(null, tuple) else cond
 
 
 def two_terms(on: Callable[..., Term], off: Callable[..., Term], share: float) -> LossFn:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fmjax.nets.embedding import TwoTimes
+from fmjax.nets.embedding import TwoTimes, condition
 from fmjax.nets.remat import rematerialised
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
@@ -59,8 +59,8 @@ class DiT(nn.Module):
 
     ``width``, ``depth`` and ``heads``, where not zero, stand for those of the size. ``attention="fused"`` takes cuDNN's
     kernel: on a GPU, in half precision, and where no jvp is taken (flow matching, sampling), since it has none.
-    ``classes``, ``outputs``, ``dropout``, ``dtype`` as in ``MLP``; times as in ``TwoTimes``, ``remat`` as in
-    ``rematerialised``. The output starts at zero. ``DiT(size="XL", classes=1000, outputs=2)`` on latents
+    ``classes``, ``guided``, ``outputs``, ``dropout``, ``dtype`` as in ``MLP``; times as in ``TwoTimes``, ``remat`` as
+    in ``rematerialised``. The output starts at zero. ``DiT(size="XL", classes=1000, outputs=2)`` on latents
     ``[32, 32, 4]`` is the paper's DiT-XL/2 but for the second time and the norms of queries and keys.
 
     Layers are scanned (parameters ``blocks``, stacked) and keep their products, since that was best in ``python -m
@@ -86,6 +86,7 @@ class DiT(nn.Module):
     heads: int = 0
     attention: str = "xla"
     classes: int = 0
+    guided: bool = False
     outputs: int = 1
     dropout: float = 0.0
     remat: str = "dots"
@@ -117,9 +118,8 @@ class DiT(nn.Module):
         b, height, columns, c = x.shape
         p, rows, columns = self.patch, height // self.patch, columns // self.patch
         e = TwoTimes(width, 256)(s, t)
-        if self.classes:
-            e += nn.Embed(self.classes + 1, width, embedding_init=nn.initializers.normal(0.02))(cond)
-        e = nn.silu(e)
+        labels = nn.initializers.normal(0.02)
+        e = nn.silu(condition(e, cond, classes=self.classes, guided=self.guided, init=labels))
 
         patches = x.reshape(b, rows, p, columns, p, c).swapaxes(2, 3).reshape(b, rows * columns, p * p * c)
         h = nn.Dense(width, dtype=self.dtype, name="input")(patches)

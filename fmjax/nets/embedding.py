@@ -51,3 +51,27 @@ class TwoTimes(nn.Module):
         e = nn.Dense(self.features, name="source")(source(s, self.frequencies))
         e += nn.Dense(self.features, name="jump", use_bias=False, kernel_init=nn.initializers.zeros)(jump)
         return nn.Dense(self.features, name="mix")(nn.silu(e))
+
+
+def condition(e: Float[Array, "b d"], cond, *, classes: int, guided: bool = False, init=None) -> Float[Array, "b d"]:
+    """The embedding ``e`` plus those of labels ``[B]``, and of guidance scales ``[B]`` where the net is ``guided``.
+
+    Called inside a compact module, whose parameters it makes: ``Embed_0`` of ``classes + 1`` labels (the last is the
+    null label), ``scale``. A guided net takes a pair ``(labels, w)`` and adds ``W (phi(1 - 1/w) - phi(0))``, ``W``
+    zero at first: at ``w = 1``, which labels alone stand for, it is the net without. ``classes = 0``: no condition.
+    Raises ``ValueError`` for a guided net without labels, and for a scale that the net is not told.
+    """
+    if guided and not classes:
+        raise ValueError("a guided net needs labels to be guided by: set classes (in a config the field of that name)")
+    if not classes:
+        return e
+    labels, scale = cond if isinstance(cond, tuple) else (cond, None)
+    if scale is not None and not guided:
+        raise ValueError("this net is not told the guidance scale of its condition (labels, scale): set guided=True")
+    features = e.shape[-1]
+    e += nn.Embed(classes + 1, features, **({} if init is None else {"embedding_init": init}))(labels)
+    if guided:
+        gain = jnp.zeros(e.shape[0]) if scale is None else 1 - 1 / scale
+        waves = sinusoid(gain, 64) - sinusoid(jnp.zeros_like(gain), 64)
+        e += nn.Dense(features, name="scale", use_bias=False, kernel_init=nn.initializers.zeros)(waves)
+    return e

@@ -8,13 +8,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fmjax.nets.embedding import TwoTimes
+from fmjax.nets.embedding import TwoTimes, condition
 
 
 class MLP(nn.Module):
     """``depth`` residual blocks ``h + W2 gelu(W1 (norm(h) (1 + a) + b))`` with ``a, b`` from the two times.
 
-    ``classes > 0`` adds an embedding of integer labels ``cond: [B]`` (label ``classes`` is the null class).
+    ``classes > 0`` adds an embedding of integer labels ``cond: [B]`` (label ``classes`` is the null class), ``guided``
+    one of guidance scales, of ``cond = (labels, scale)`` (see ``embedding.condition``).
     ``outputs > 1`` gives ``[B, ..., outputs C]`` for ``x: [B, ..., C]``, for methods that learn several fields at once.
     The output layer starts at zero. ``dtype`` is the compute type; parameters and times are float32.
     """
@@ -22,6 +23,7 @@ class MLP(nn.Module):
     width: int = 256
     depth: int = 3
     classes: int = 0
+    guided: bool = False
     outputs: int = 1
     dropout: float = 0.0
     dtype: str = "float32"
@@ -30,9 +32,7 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "b ..."], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
         dense = lambda features, **kw: nn.Dense(features, dtype=self.dtype, **kw)
         e = TwoTimes(self.width)(s, t)
-        if self.classes:
-            e += nn.Embed(self.classes + 1, self.width)(cond)
-        e = nn.silu(e)
+        e = nn.silu(condition(e, cond, classes=self.classes, guided=self.guided))
         h = dense(self.width, name="input")(x.reshape(x.shape[0], -1))
         for i in range(self.depth):
             film = dense(2 * self.width, name=f"film_{i}")(e)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fmjax.nets.embedding import TwoTimes
+from fmjax.nets.embedding import TwoTimes, condition
 from fmjax.nets.remat import rematerialised
 
 RESAMPLE = ("conv", "block")
@@ -104,8 +104,8 @@ class UNet(nn.Module):
     ``attention`` lists the resolutions (heights) that get attention, of ``heads`` heads, or of as many as make each
     ``head_channels`` wide; it also stands in the middle where ``middle``. ``film`` and ``per_group`` as in ``Block``,
     ``spectrum`` as in ``TwoTimes``, ``remat`` as in ``rematerialised``. Levels are joined by a convolution
-    (``resample="conv"``) or a residual block (``"block"``). ``classes``, ``outputs``, ``dropout``, ``dtype`` as in
-    ``MLP``. The last convolution starts at zero.
+    (``resample="conv"``) or a residual block (``"block"``). ``classes``, ``guided``, ``outputs``, ``dropout``,
+    ``dtype`` as in ``MLP``. The last convolution starts at zero.
 
     torchcfm's U-Net, weights and all (``fmjax.convert.torchcfm``), is ``film=False, per_group=1, spectrum="slow"``;
     its CIFAR-10 network, 35,746,307 parameters beside those of the second time, adds ``channels=128,
@@ -130,6 +130,7 @@ class UNet(nn.Module):
     spectrum: str = "wide"
     resample: str = "conv"
     classes: int = 0
+    guided: bool = False
     outputs: int = 1
     dropout: float = 0.0
     remat: str = "none"
@@ -167,9 +168,7 @@ class UNet(nn.Module):
             return attention(self._heads(h.shape[-1]), name=f"{name}_attention", **common)(h) if here else h
 
         e = TwoTimes(4 * self.channels, 64 if self.spectrum == "wide" else self.channels, self.spectrum)(s, t)
-        if self.classes:
-            e += nn.Embed(self.classes + 1, 4 * self.channels)(cond)
-        e = nn.silu(e)
+        e = nn.silu(condition(e, cond, classes=self.classes, guided=self.guided))
 
         conv = lambda h, name, **kw: nn.Conv(h.shape[-1], (3, 3), padding=1, dtype=self.dtype, name=name, **kw)(h)
         width = self.channels * self.multipliers[0]
