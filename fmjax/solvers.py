@@ -367,13 +367,13 @@ def integrate(
 
 
 def check(xs: Array, result, *, what: str = "the solve") -> Array:
-    """Turns a failed solve into an error, outside jit: diffrax's result, then finiteness, which it does not check.
+    """Turns a failed solve into an error, outside jit: diffrax's result, if any, then finiteness, not checked by it.
 
     Returns ``xs``. Raises ``RuntimeError`` with diffrax's reason, or naming the first time index that is not finite.
     """
     import diffrax
 
-    if result != diffrax.RESULTS.successful:
+    if result is not None and result != diffrax.RESULTS.successful:
         raise RuntimeError(f"{what} failed: {diffrax.RESULTS[result]} (loosen rtol/atol or raise max_steps)")
     finite = np.asarray(jnp.isfinite(xs).reshape(xs.shape[0], -1).all(1))
     if not finite.all():

@@ -148,6 +148,61 @@ def test_probes_are_fixed_over_the_solve_and_belong_to_the_example(x64, key):
     np.testing.assert_allclose(part.log_p, found.log_p[2:4], atol=1e-7)
 
 
+@pytest.mark.parametrize("path", [paths.linear(), paths.trigonometric()], ids=["linear", "trigonometric"])
+def test_the_density_by_one_jump_of_the_exact_map_is_the_closed_form(path, x64, key):
+    """A Gaussian at the data and on the way; the noise found flows back to ``x``; ``bits_per_dim`` takes it."""
+    oracle = gaussian((2, 2, 1), path)
+    x = oracle.sample(key, 5)
+    for t in (1.0, 0.6):
+        found = likelihood.flow_map_log_density(oracle.flow_map, x, ts=(0.0, t))
+        np.testing.assert_allclose(likelihood.check(found), oracle.log_density(x, t), atol=1e-6 if t < 1 else 1e-12)
+        np.testing.assert_allclose(oracle.flow_map(found.x0, 0.0, t), x, atol=1e-6)
+    bits = likelihood.bits_per_dim(likelihood.flow_map_log_density(oracle.flow_map, x), level=0.5)
+    np.testing.assert_allclose(bits, 1 - oracle.log_density(x, 1.0) / (4 * math.log(2)), rtol=1e-12)
+
+
+def test_the_density_of_a_map_that_mixes_coordinates_has_the_whole_determinant(x64, key):
+    """``X(z) = A z + sin(A z) / 2``, inverted by iteration: ``log|det A| + sum log(1 + cos(y) / 2)``, y = A z."""
+    a = jnp.asarray(MATRIX + np.eye(3))
+
+    def flow_map(x, s, t, cond=None, key=None):
+        if t > s:
+            y = x @ a.T
+            return y + jnp.sin(y) / 2 + cond
+        y = x
+        for _ in range(60):  # contracts by 1/2
+            y = x - cond - jnp.sin(y) / 2
+        return y @ jnp.linalg.inv(a).T
+
+    z, shift = jax.random.normal(key, (4, 3), jnp.float64), jnp.arange(4.0)[:, None]
+    y = z @ a.T
+    found = likelihood.flow_map_log_density(flow_map, flow_map(z, 0.0, 1.0, shift), cond=shift)
+    log_det = jnp.log(abs(jnp.linalg.det(a))) + jnp.log(1 + jnp.cos(y) / 2).sum(1)
+    want = -0.5 * (z**2 + math.log(2 * math.pi)).sum(1) - log_det
+    np.testing.assert_allclose(found.log_p, want, rtol=1e-10)
+    np.testing.assert_allclose(found.x0, z, atol=1e-12)
+
+
+def test_a_map_that_is_not_its_own_inverse_has_no_density_and_says_by_how_much(x64, key):
+    """Back by the wrong speed: ``x`` returns as ``1.02 x``, off by 2 %; one bad example of many is enough."""
+    wrong = lambda x, s, t, cond=None, key=None: 1.02 * x if t > s else x
+    x = jax.random.normal(key, (6, 2), jnp.float64)
+    size = jnp.sqrt((x**2).mean(1).max() / (x**2).mean())
+    with pytest.raises(
+        ValueError, match=f"off by {0.02 * size:.3g} of the size of x .*train both orders of times with"
+    ):
+        likelihood.flow_map_log_density(wrong, x)
+    found = likelihood.flow_map_log_density(wrong, x, tolerance=0.021 * float(size))
+    np.testing.assert_allclose(found.log_p, -0.5 * (x**2 + math.log(2 * math.pi)).sum(1), rtol=1e-12)
+    one = lambda x, s, t, cond=None, key=None: x.at[-1].add(1.0) if t > s else x
+    for broken in (one, lambda x, s, t, cond=None, key=None: x * jnp.nan):
+        with pytest.raises(ValueError, match="not its own inverse"):
+            likelihood.flow_map_log_density(broken, jnp.tile(x, (100, 1)))
+    for ts in ((0.1, 1.0), (1.0, 0.0), (0.0, 0.5, 1.0)):
+        with pytest.raises(ValueError, match="ts must be the time of the noise, 0, and that of x"):
+            likelihood.flow_map_log_density(wrong, x, ts=ts)
+
+
 def test_few_fixed_steps_are_refused_unless_asked(key):
     oracle = mixture()
     x = oracle.sample(key, 64).astype(jnp.float32)

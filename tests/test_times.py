@@ -96,6 +96,101 @@ def test_a_terminal_pair_has_a_logit_normal_gap_and_a_truncated_end(keys):
         times.terminal_pair(keys, std=0.0)
 
 
+def numbers(pair):
+    return [np.asarray(a, np.float64) for a in pair]
+
+
+def test_an_ordered_pair_is_cut_at_its_gap_and_put_on_the_diagonal_by_chance(keys):
+    """The free gap has density ``2 (1 - d)``; ``s`` stays, and who lies on the diagonal is drawn apart."""
+    s, t = numbers(times.ordered_pair(keys, gap=0.25, diagonal=0.3))
+    free_s, free_t = numbers(times.ordered_pair(keys))
+    on = s == t
+    assert stats.binomtest(int(on.sum()), N, 0.3).pvalue > LEVEL
+    assert stats.kstest((free_t - free_s)[on], stats.beta(1, 2).cdf).pvalue > LEVEL  # chance does not see the pair
+    np.testing.assert_array_equal(s, free_s)
+    np.testing.assert_allclose((t - s)[~on], np.minimum(free_t - free_s, 0.25)[~on], atol=1e-7)
+    assert stats.binomtest(int(((t - s)[~on] > 0.2499).sum()), int((~on).sum()), 0.75**2).pvalue > LEVEL
+    assert (times.ordered_pair(keys, diagonal=1.0)[1] == times.ordered_pair(keys)[0]).all()
+    for options in ({"gap": 0.0}, {"diagonal": -0.1}, {"diagonal": 1.1}):
+        with pytest.raises(ValueError, match=r"ordered_pair needs gap > 0 and diagonal in \[0, 1\], got gap="):
+            times.ordered_pair(keys, **options)
+
+
+def test_two_laws_are_independent_and_the_end_is_not_before_the_start(keys):
+    """``P(t < a) = F_s(a) F_t(a)``, with an atom of ``t = s`` where the second draw was the smaller."""
+    start = functools.partial(times.logit_normal, mean=0.6, std=1.6)
+    stop = functools.partial(times.logit_normal, mean=4.0, std=1.6)
+    s, t = numbers(times.two_laws(keys, start=start, stop=stop))
+    first, second = (lambda a, m=m: stats.norm.cdf(special.logit(a), m, 1.6) for m in (0.6, 4.0))
+    assert stats.kstest(s, first).pvalue > LEVEL
+    assert stats.kstest(t, lambda a: first(a) * second(a)).pvalue > LEVEL
+    assert stats.binomtest(int((s == t).sum()), N, stats.norm.cdf(-3.4 / (1.6 * 2**0.5))).pvalue > LEVEL
+    s, t = numbers(times.two_laws(keys, start=times.uniform, stop=functools.partial(times.uniform, low=0.0)))
+    assert (s <= t).all() and stats.binomtest(int((s == t).sum()), N, 0.5).pvalue > LEVEL
+
+
+def test_pairs_in_either_order_fill_the_square_but_for_a_strip(keys):
+    """Both orders alike; the gap has density ``2 (1 - d) / (1 - least)^2``, the lower time is uniform given it."""
+    for least in (0.02, 0.3):
+        s, t = numbers(times.either_order(keys, least=least))
+        gap, low = np.abs(t - s), np.minimum(s, t)
+        assert gap.min() > least - 1e-6 and low.min() >= 0 and np.maximum(s, t).max() <= 1 + 1e-6
+        assert stats.binomtest(int((t < s).sum()), N, 0.5).pvalue > LEVEL
+        assert stats.kstest(gap, lambda d, a=least: 1 - ((1 - np.clip(d, a, 1)) / (1 - a)) ** 2).pvalue > LEVEL
+        for part in (gap < 0.4, gap > 0.6, t < s):
+            assert stats.kstest((low / (1 - gap))[part], stats.uniform.cdf).pvalue > LEVEL
+    for least in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"either_order needs 0 <= least < 1, got least={least}"):
+            times.either_order(keys, least=least)
+
+
+def test_a_pair_by_its_gap_has_a_uniform_start(keys):
+    s, t = numbers(times.gap_pair(keys, law=functools.partial(times.logit_normal, mean=-0.8)))
+    gap = t - s
+    assert stats.kstest(gap, lambda d: stats.norm.cdf(special.logit(np.clip(d, 1e-9, 1 - 1e-9)), -0.8)).pvalue > LEVEL
+    for part in (gap < 0.2, gap > 0.5):
+        assert stats.kstest((s / (1 - gap))[part], stats.uniform.cdf).pvalue > LEVEL
+    assert s.min() >= 0 and t.max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("pair", [times.to_data, times.from_source])
+def test_pairs_with_one_end_fixed(pair, keys):
+    ends = dict(zip(("s", "t"), numbers(pair(keys, law=times.logit_normal)), strict=True))
+    fixed, free = ("t", "s") if pair is times.to_data else ("s", "t")
+    assert (ends[fixed] == (fixed == "t")).all()
+    assert stats.kstest(ends[free], lambda a: stats.norm.cdf(special.logit(a))).pvalue > LEVEL
+
+
+def test_dyadic_pairs_have_every_length_and_every_place_alike(keys):
+    """Chi-squared over the levels, and within each over the multiples of the gap."""
+    s, t = numbers(times.dyadic(keys, levels=4))
+    gaps, count = np.unique(t - s, return_counts=True)
+    np.testing.assert_array_equal(gaps, [1 / 8, 1 / 4, 1 / 2, 1])
+    assert stats.chisquare(count).pvalue > LEVEL
+    for gap in gaps[:-1]:
+        place, count = np.unique(s[t - s == gap] / gap, return_counts=True)
+        np.testing.assert_array_equal(place, np.arange(1 / gap))
+        assert stats.chisquare(count).pvalue > LEVEL
+    assert (numbers(times.dyadic(keys, levels=1))[1] == 1).all()
+    assert len(np.unique(numbers(times.dyadic(keys))[1] - numbers(times.dyadic(keys))[0])) == 7
+    with pytest.raises(ValueError, match="dyadic needs at least one level, got levels=0"):
+        times.dyadic(keys, levels=0)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [times.ordered_pair, times.two_laws, times.either_order, times.gap_pair, times.to_data, times.from_source]
+    + [times.dyadic, functools.partial(times.ordered_pair, diagonal=0.5)],
+)
+def test_a_pair_belongs_to_its_example(pair, keys):
+    """Drawn from its key alone: neighbours are uncorrelated, a slice of keys gives a slice of pairs."""
+    some = keys[:2000]
+    for whole, part in zip(pair(some), pair(some[17:20]), strict=True):
+        np.testing.assert_array_equal(part, whole[17:20])
+        spread = np.std(whole)
+        assert spread == 0 or abs(np.corrcoef(whole[1:], whole[:-1])[0, 1]) * 2000**0.5 < 4.5
+
+
 def test_a_uniform_grid_has_n_equal_steps_and_exact_ends():
     for n in (1, 7, 10):
         grid = times.uniform_grid(n)
