@@ -51,6 +51,7 @@ RECIPES = {
     "LSD": recipe("lagrangian"),
     "LSD, tangent stopped": recipe("lagrangian", stop="tangent"),
     "ESD": recipe("eulerian", stop="jacobian"),
+    "ESD, all stopped": recipe("eulerian"),
     "mean flow": recipe("mean_flow", time="uniform", pair="ordered_pair", power=0.0),
     "PSD-M": recipe("progressive"),
     "PSD-U": recipe("progressive", split="uniform"),
@@ -223,7 +224,7 @@ def folder(problem: str, method: str, seed: int) -> Path:
 
 def train_one(name: str, row: str, seed: int) -> None:
     """Trains and evaluates one run; ``result.json`` is its end."""
-    from fmjax import run, workdir
+    from fmjax import logs, run, workdir
 
     problem, how, path = PROBLEMS[name](), RECIPES.get(row) or RECIPES["flow"], folder(name, row, seed)
     if (path / "result.json").exists():
@@ -243,7 +244,10 @@ def train_one(name: str, row: str, seed: int) -> None:
                 history.append([n / steps, problem.evaluate(plan.method, state.ema, seed)])
 
         place.mkdir(parents=True, exist_ok=True)
-        state = run.train(plan, place, params=start, teacher=start, hooks=[hook] if last else [])
+        try:
+            state = run.train(plan, place, params=start, teacher=start, hooks=[hook] if last else [])
+        except logs.Diverged as error:  # a result like another
+            return workdir.write_json(path / "result.json", {"result": {"diverged": str(error)}, "history": []})
         teacher = place
     result = {"result": problem.evaluate(plan.method, state.ema, seed), "history": history}
     workdir.write_json(path / "result.json", result)
