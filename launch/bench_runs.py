@@ -1,6 +1,7 @@
 """Suites of ``launch.bench``: whole processes and whole runs."""
 
 import functools
+import importlib
 import json
 import os
 import pkgutil
@@ -93,6 +94,61 @@ def fashion_mnist(repeats: int) -> list[dict]:
     return [row for row in rows if row["NFE"]] + [floor]
 
 
+MAPS = {
+    "LSD": {"name": "lagrangian"},
+    "ESD, all stopped": {"name": "eulerian"},
+    "PSD-M": {"name": "progressive"},
+}
+JUMPS = (1, 2, 4, 8)
+
+
+def digits_maps(repeats: int) -> list[dict]:
+    """Flow maps of the digits, 2,000 steps from a flow by I-CFM, beside that flow at equal and at 16 times the NFE."""
+    return _maps("digits", "digits_flow", steps=2000, learning_rate=1e-3, seeds=4, samples=360)
+
+
+def fashion_mnist_maps(repeats: int) -> list[dict]:
+    """The same on Fashion-MNIST, from the flow of the suite ``fashion_mnist``, which must have been run."""
+    given = {"source_dir": os.environ.get("FASHION_MNIST")}
+    return _maps(
+        "fashion_mnist", "fashion_mnist_independent", steps=400, learning_rate=3e-4, seeds=3, samples=500, **given
+    )
+
+
+def _maps(name: str, flow: str, *, steps: int, learning_rate: float, seeds: int, samples: int, **data) -> list[dict]:
+    """Rows of the flow and of every map that starts as it; the runs are kept in ``workdir/bench`` and resumed there."""
+    from fmjax import evaluate, run
+
+    def config(**changes):
+        c = importlib.import_module(f"configs.{name}").get_config()
+        with c.unlocked(), c.ignore_type():
+            c.coupling, c.sample_every = "independent", 0
+            c.data.update(data)
+            c.sampling = {"seeds": seeds, "samples": samples}
+            for field, value in changes.items():
+                c[field] = value
+        return c
+
+    rows, start = [], f"workdir/bench/{flow}"
+    runs = {
+        "flow": (start, config(sampling={**config().sampling, "euler": sorted({*JUMPS, *(16 * n for n in JUMPS)})}))
+    }
+    for method, spec in MAPS.items():
+        changes = {"init": start, "method": spec, "steps": steps, "learning_rate": learning_rate}
+        changes |= {"sampling": {**config().sampling, "flow_map": JUMPS}}
+        runs[method] = (f"{start}_{''.join(a for a in method if a.isalnum())}", config(**changes))
+    for method, (folder, cfg) in runs.items():
+        run.fit(cfg, folder)
+        evaluate.main(cfg, folder)
+        table = _table(Path(folder, "evaluation.json"))
+        rows += [
+            {"method": method} | {k: v for k, v in row.items() if k != "corrections"} for row in table if row["NFE"]
+        ]
+    return rows + [
+        {"method": "-"} | {k: v for k, v in row.items() if k != "corrections"} for row in table if not row["NFE"]
+    ]
+
+
 def _table(file: Path) -> list[dict]:
     """The rows of a run's ``metrics.json`` or ``evaluation.json`` with their distances as ``mean ± se``."""
     found = json.loads(file.read_text())
@@ -101,4 +157,4 @@ def _table(file: Path) -> list[dict]:
     return [{"sampler": r.name, "NFE": r.nfe, "corrections": r.corrections} | told(r) for r in rows]
 
 
-SUITES = (imports, start, digits, fashion_mnist)
+SUITES = (imports, start, digits, fashion_mnist, digits_maps, fashion_mnist_maps)
