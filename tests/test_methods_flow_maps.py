@@ -75,7 +75,7 @@ def test_the_residual_of_the_exact_map_is_zero(path, frozen, x64):
     net = oracles.average_velocity(oracle)
     methods = [factory(net, path=path, pair=apart, diagonal=0.0, **options) for factory, options in cases]
     for case, aux in zip(cases, evaluate(methods, batch), strict=True):
-        assert np.sqrt(aux["residual"]).max() < 1e-12, case
+        assert np.sqrt(aux["per_example"]).max() < 1e-12, case
 
 
 def variances(path, t):
@@ -107,9 +107,9 @@ def test_where_data_speak_the_exact_map_has_their_conditional_variance(path, x64
     heavy = flow_map_matching(net, path=path, round_trip=100.0)  # the round trip of the exact map adds nothing
     *found, again = evaluate([method for method, _ in cases.values()] + [heavy], batch)
     for (name, (_, exact)), aux in zip(cases.items(), found, strict=True):
-        over = np.asarray(aux["residual"]) - exact(aux["s"], aux["t"]).mean(1)
+        over = np.asarray(aux["per_example"]) - exact(aux["s"], aux["t"]).mean(1)
         assert abs(over.mean()) < 4.5 * over.std() / n**0.5 and over.std() > 0.01, name
-    np.testing.assert_allclose(again["residual"], found[1]["residual"], rtol=0, atol=1e-20)
+    np.testing.assert_allclose(again["per_example"], found[1]["per_example"], rtol=0, atol=1e-20)
 
 
 # --- gradients by formula
