@@ -197,6 +197,9 @@ CASES = {
     "terminal_velocity_matching": map_case("terminal_velocity_matching", teacher=True),
 }
 
+# Their own tests hold their losses and gradients to formulas and to tested methods: the battery is run with -m slow.
+SLOW = {"consistency_trajectory", "continuous_consistency"}
+
 
 def case_of(name: str, path=None) -> Case:
     if name not in CASES:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import CASES, Alias, Case, assert_same_method, case_of, discover, factory
+from cases import CASES, SLOW, Alias, Case, assert_same_method, case_of, discover, factory
 
 from fmjax import checkpoint, paths, sharding, train
 from fmjax.types import Net, example_keys, expand, normal, over_batch
@@ -22,7 +22,10 @@ KEYS = jax.random.key(11)
 
 
 ALIASES = [name for name in discover() if isinstance(CASES.get(name), Alias)]
-every_method = pytest.mark.parametrize("name", [name for name in discover() if name not in ALIASES])
+every_method = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in discover() if n not in ALIASES],
+)
 both_paths = pytest.mark.parametrize("path", [paths.linear, paths.trigonometric])
 
 # Directions to be wrong in, functions of (x, s, t). The second group vanishes where s = t.
