@@ -319,6 +319,49 @@ def test_no_example_pays_for_two_terms(factory, options, off):
     assert sorted(asked) == [8] * off + [24]
 
 
+# --- kernels without a jvp
+
+
+@jax.custom_vjp
+def fused(a):
+    """As fused attention: a gradient of its own, and so no jvp."""
+    return jnp.tanh(a)
+
+
+fused.defvjp(lambda a: (jnp.tanh(a), a), lambda a, g: (g * (1 - jnp.tanh(a) ** 2),))
+
+
+def fused_mlp(params, x, s, t, cond=None, key=None):
+    wide = jnp.concatenate([x, expand(s, x) + 0 * x[:, :1], expand(t, x) + 0 * x[:, :1]], -1)
+    return fused(wide @ params["in"]) @ params["out"]
+
+
+@pytest.mark.parametrize(
+    ("factory", "options"),
+    [(lagrangian, {}), (eulerian, {}), (eulerian, {"stop": "jacobian"}), (progressive, {}), (flow_map_matching, {})],
+)
+def test_a_fused_kernel_is_used_where_no_jvp_is_taken_and_replaced_where_one_is(factory, options, setting):
+    """Gradients are those of the plain network; the kernel serves the diagonal; a bare one has no jvp, as jax says."""
+    p, q, batch, _ = setting
+    batch = jax.tree.map(lambda a: a[:4], batch)
+    keys = example_keys(KEYS, jnp.arange(4))
+    called = []
+
+    def net(*args):
+        called.append(len(args[1]))
+        return fused_mlp(*args)
+
+    loss = lambda net: lambda p: factory(net, diagonal=0.5, **options).loss(p, q, batch, keys)[0]
+    if factory is not progressive:
+        with pytest.raises(TypeError, match="forward-mode autodiff"):
+            jax.jit(loss(net))(p)
+    called.clear()
+    net.with_jvp = mlp
+    got, want = (jax.jit(jax.grad(loss(f)))(p) for f in (net, mlp))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), got, want)
+    assert len(called) == {lagrangian: 2, eulerian: 2, progressive: 4, flow_map_matching: 2}[factory]
+
+
 # --- use
 
 
