@@ -62,8 +62,11 @@ def self_consistent():
         yield progressive, {"split": split, "substeps": substeps}
 
 
-@both_paths
-@pytest.mark.parametrize("frozen", [False, True], ids=["own", "teacher"])
+@pytest.mark.parametrize(
+    ("path", "frozen"),
+    [(paths.linear(), False), (paths.trigonometric(), False), (paths.trigonometric(), True)],
+    ids=["linear", "trigonometric", "teacher"],
+)
 def test_the_residual_of_the_exact_map_is_zero(path, frozen, x64):
     """Against its own diagonal, or the exact velocity as a teacher that takes one time."""
     oracle = gaussian(path)
@@ -262,7 +265,7 @@ def test_annealing_bounds_the_jump_by_the_progress_and_ends(factory, setting):
     n = 64
     batch = Batch(jnp.tile(batch.x1, (11, 1))[:n])
     keys, progress = example_keys(KEYS, jnp.arange(n)), jnp.linspace(0, 0.2, n)
-    ends = (None, jnp.full(n, 0.4))
+    ends = (None, jnp.full(n, 0.4)) if factory is lagrangian else (jnp.full(n, 0.4),)
 
     @jax.jit
     def drawn(p):
@@ -366,10 +369,9 @@ def test_a_fused_kernel_is_used_where_no_jvp_is_taken_and_replaced_where_one_is(
 
 
 @both_paths
-@pytest.mark.parametrize("make", [lagrangian, eulerian, progressive, flow_map_matching])
-def test_few_steps_of_the_exact_map_are_exact_for_every_grid_in_both_directions(path, make, x64):
+def test_few_steps_of_the_exact_map_are_exact_for_every_grid_in_both_directions(path, x64):
     oracle = gaussian(path)
-    jump = make(oracles.average_velocity(oracle), path=path).flow_map(None)
+    jump = lagrangian(oracles.average_velocity(oracle), path=path).flow_map(None)
     x0 = jax.random.normal(KEYS, (5, 2))
     x1 = oracle.flow_map(x0, 0.0, 1.0)
     for grid in (times.uniform_grid(1), times.uniform_grid(2), times.uniform_grid(7), np.array([0, 0.05, 0.8, 1.0])):
