@@ -229,7 +229,7 @@ def train_one(name: str, row: str, seed: int) -> None:
     problem, how, path = PROBLEMS[name](), RECIPES.get(row) or RECIPES["flow"], folder(name, row, seed)
     if (path / "result.json").exists():
         return
-    teacher = folder(name, "teacher", seed) if how.taught else None
+    teacher = folder(name, "teacher", seed) / "round-0" if how.taught else None
     budget = problem.budget / (2 if how.taught or row == "teacher" else 1)
     history = []
     for i, method in enumerate(how.methods):

@@ -189,3 +189,16 @@ def test_fused_attention_is_refused_where_it_cannot_work(key):
         ValueError, match="attention='fused' needs a GPU and dtype bfloat16 or float16, got cpu and bflo"
     ):
         jax.eval_shape(model.init, key, jnp.zeros((1, 4, 4, 1)), jnp.zeros(1, "int32"))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there the kernel runs, in half precision")
+def test_a_fused_network_brings_the_same_network_with_xlas_attention_for_a_jvp(key):
+    fused = adapters.from_linen(dit.DiT(**SMALL, attention="fused")).net
+    model = adapters.from_linen(dit.DiT(**SMALL))
+    x, label = jax.random.normal(key, (2, 4, 4, 1)), jnp.zeros(2, "int32")
+    params = random_like(jax.eval_shape(model.init, key, x, label), "float32")
+    s, t = jnp.array([0.1, 0.3]), jnp.array([0.9, 0.5])
+    np.testing.assert_array_equal(fused.with_jvp(params, x, s, t, label), model.net(params, x, s, t, label))
+    assert not hasattr(model.net, "with_jvp")
+    with pytest.raises(ValueError, match="needs a GPU"):
+        fused(params, x, s, t, label)

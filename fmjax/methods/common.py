@@ -189,6 +189,11 @@ def semigradient(u: Array, g: Array, normalise: float = 0.0) -> tuple[Array, Arr
     return mse(u, jax.lax.stop_gradient(u - g)), residual if normalise else None
 
 
+def with_jvp(net: Net) -> Net:
+    """The net for a jvp: ``net.with_jvp`` where it has one, of the same parameters, since fused kernels have none."""
+    return getattr(net, "with_jvp", net)
+
+
 def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
     """``ValueError`` for a value that is none of the known ones, with the nearest."""
     if value not in known:

@@ -85,7 +85,7 @@ def eulerian(
         if "own" in (velocity, tangent):
             own = jax.lax.stop_gradient(teacher(target, x, s, s, batch.cond))
         v, w = (own if choice == "own" else conditional for choice in (velocity, tangent))
-        u_at = lambda x, s: net(params, x, s, t, batch.cond)
+        u_at = lambda x, s: c.with_jvp(net)(params, x, s, t, batch.cond)
         if stop == "jacobian":  # one primal for both derivatives; through the one in space goes no gradient
             u, along = jax.linearize(u_at, x, s)
             still = jax.lax.stop_gradient(along(w, jnp.zeros_like(s)))

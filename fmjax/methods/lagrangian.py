@@ -54,7 +54,7 @@ def lagrangian(
         s, t = c.draw_pair(pair, k_t, batch, anneal)
         x, _ = c.interpolant(path, k_x, batch, s)
         gap = expand(t - s, x)
-        u, du = jax.jvp(lambda t: net(params, x, s, t, batch.cond), (t,), (jnp.ones_like(t),))
+        u, du = jax.jvp(lambda t: c.with_jvp(net)(params, x, s, t, batch.cond), (t,), (jnp.ones_like(t),))
         y, dy = x + gap * u, u + gap * (jax.lax.stop_gradient(du) if stop == "tangent" else du)
         v = teacher(target, y if stop == "none" else jax.lax.stop_gradient(y), t, t, batch.cond)
         return c.Term(s, t, c.mse(dy, v if stop == "none" else jax.lax.stop_gradient(v)))

@@ -21,7 +21,9 @@ class Model(NamedTuple):
 def from_linen(module) -> Model:
     """A Flax Linen module ``module(x, s, t, cond, train=...)`` as a ``Model``; ``train`` holds when a key is given.
 
-    Only dropout draws from ``key`` (the first example's key seeds the masks of the whole batch).
+    Only dropout draws from ``key`` (the first example's key seeds the masks of the whole batch). Where the module has
+    ``attention="fused"``, a kernel without a jvp, ``net.with_jvp`` is the same network with XLA's attention: losses of
+    flow maps take it inside their jvp, and there alone.
     """
 
     def init(key, x, cond=None):
@@ -38,6 +40,8 @@ def from_linen(module) -> Model:
         rngs = None if key is None else {"dropout": key.ravel()[0]}
         return module.apply({"params": params}, x, s, t, cond, train=key is not None, rngs=rngs)
 
+    if getattr(module, "attention", None) == "fused":
+        net.with_jvp = from_linen(module.clone(attention="xla")).net
     return Model(init, net)
 
 

@@ -58,7 +58,7 @@ class DiT(nn.Module):
     """``x: [B, H, W, C] -> [B, H, W, outputs C]`` through ``(H / patch)(W / patch)`` tokens, ``size`` S, B, L or XL.
 
     ``width``, ``depth`` and ``heads``, where not zero, stand for those of the size. ``attention="fused"`` takes cuDNN's
-    kernel: on a GPU, in half precision, and where no jvp is taken (flow matching, sampling), since it has none.
+    kernel on a GPU in half precision; it has no jvp, so losses of flow maps take XLA's inside theirs (``from_linen``).
     ``classes``, ``guided``, ``outputs``, ``dropout``, ``dtype`` as in ``MLP``; times as in ``TwoTimes``, ``remat`` as
     in ``rematerialised``. The output starts at zero. ``DiT(size="XL", classes=1000, outputs=2)`` on latents
     ``[32, 32, 4]`` is the paper's DiT-XL/2 but for the second time and the norms of queries and keys.
