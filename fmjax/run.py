@@ -271,8 +271,10 @@ def train(
 
 
 def pictures(plan: Plan, directory: str | Path, *, every: int, count: int = 36, steps: int = 16) -> Hook:
-    """A hook that writes ``samples/step-N.png`` every ``every`` records' steps: Euler samples of the averaged flow.
+    """A hook that writes ``samples/step-N.png`` every ``every`` records' steps: samples of the averaged parameters.
 
+    Those of a flow map are one jump (of a method whose map knows other jumps only, a bad picture), those of a flow
+    ``steps`` Euler steps.
     Labels, where there are any, follow one another: 0, 1, ... Nothing for ``every = 0`` and for examples that are not
     images ``[H, W, C]``.
     """
@@ -284,8 +286,11 @@ def pictures(plan: Plan, directory: str | Path, *, every: int, count: int = 36, 
 
     @jax.jit
     def draw(params):
-        step = solvers.euler(plan.method.velocity(params))
-        return samplers.sample(step, normal(keys, plan.shape), times.uniform_grid(steps), cond=labels)
+        if plan.method.flow_map is not None:
+            step, n = plan.method.flow_map(params), 1
+        else:
+            step, n = solvers.euler(plan.method.velocity(params)), steps
+        return samplers.sample(step, normal(keys, plan.shape), times.uniform_grid(n), cond=labels)
 
     def hook(n: int, state: training.State) -> None:
         if every and n % every == 0 and len(plan.shape) == 3:

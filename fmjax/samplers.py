@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fmjax import times
-from fmjax.types import Cond, Corrector, FlowMapFn, as_keys, fold_in, over_batch
+from fmjax import paths, times
+from fmjax.types import Cond, Corrector, FlowMapFn, as_keys, fold_in, normal, over_batch
 
 
 class Cost(NamedTuple):
@@ -113,3 +113,31 @@ def sample(
     if n in at:
         x = sum(correct(x, n, grid[-1]))
     return jnp.concatenate([xs, x[None]]) if trajectory else x
+
+
+def renoised(flow_map: FlowMapFn, *, path: paths.Path | None = None, share: float = 1.0) -> FlowMapFn:
+    """A step that jumps past its end and returns by noise: ``x' = X_{s,t'}(x)``, then the interpolant's own kernel.
+
+    ``x_t = (beta_t / beta_t') x' + sqrt(alpha_t^2 - (beta_t alpha_t' / beta_t')^2) xi``, ``t' = t + share (1 - t)``: of
+    the law at ``t`` where ``x'`` is of that at ``t'``, for an independent N(0, I) source. ``share = 1`` jumps to the
+    data, the multi-step sampling of consistency models (arXiv 2303.01469, Algorithm 1), whose maps know no other end;
+    ``share = 0`` is ``flow_map``, between them lies the gamma-sampling of CTM (2310.02279). It draws: give
+    ``sample`` a key. Raises ``ValueError`` for ``share`` outside [0, 1] and a path with a latent.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share} of the way to the data must lie in [0, 1]")
+    path = path or paths.linear()
+    paths.refuse_latent("renoising", path)
+
+    def step(x, s, t, cond=None, key=None):
+        if key is None:
+            raise ValueError("renoising draws noise and needs a key: sample(..., key=jax.random.key(seed))")
+        s, t = over_batch(s, x), over_batch(t, x)
+        further = t + share * (1 - t)
+        alpha, beta, *_ = paths.coefficients(path, x, t)
+        alpha_, beta_, *_ = paths.coefficients(path, x, further)
+        kept = beta / beta_
+        noise = jnp.sqrt(jnp.maximum(alpha**2 - (kept * alpha_) ** 2, 0))
+        return kept * flow_map(x, s, further, cond) + noise * normal(key, x.shape[1:], x.dtype)
+
+    return step

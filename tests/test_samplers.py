@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fmjax import correctors, oracles, samplers, sharding, solvers, times
+from fmjax import correctors, oracles, paths, samplers, sharding, solvers, times
 from fmjax.types import as_keys, expand, fold_in, normal
 
 TS = [0.0, 0.5, 0.75, 1.0]
@@ -236,3 +236,32 @@ def test_the_condition_reaches_step_and_correction(key):
     fix = lambda key, x, t, cond=None: (x + 10 * expand(cond["a"], x), {})
     x = samplers.sample(step, jnp.zeros((2, 1)), TS, key=key, cond={"a": label}, corrector=fix, at=(1, 3))
     np.testing.assert_array_equal(x, 23 * label[:, None])
+
+
+@pytest.mark.parametrize("path", [paths.linear, paths.trigonometric])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_renoised_jump_of_the_exact_map_keeps_the_marginals(path, share, x64):
+    """Mean and variance of the Gaussian oracle at every time, 65,536 samples; and it is not the jump itself."""
+    mean, std, n = jnp.array([0.75, -0.5]), jnp.array([0.5, 1.5]), 1 << 16
+    oracle, ts = oracles.gaussian(mean, std, path=path()), np.array([0.0, 0.4, 0.7, 1.0])
+    step = samplers.renoised(oracle.flow_map, path=path(), share=share)
+    x0 = jax.random.normal(jax.random.key(0), (n, 2))
+    xs = samplers.sample(step, x0, ts, key=jax.random.key(1), trajectory=True)
+    for x, t in zip(xs, ts, strict=True):
+        alpha, beta = (float(a) for a in path().coefficients(jnp.asarray(t)))
+        var = alpha**2 + (beta * std) ** 2
+        assert np.abs((x.mean(0) - beta * mean) / np.sqrt(var / n)).max() < 4.5
+        assert np.abs((x.var(0) / var - 1) * (n / 2) ** 0.5).max() < 4.5
+    plain = samplers.sample(oracle.flow_map, x0, ts, trajectory=True)
+    assert np.abs(xs[1] - plain[1]).mean() > 0.1 and np.abs(xs[3] - plain[3]).mean() > 0.1
+
+
+def test_without_a_way_to_go_renoising_is_the_jump_and_its_ends_are_checked(key):
+    oracle = oracles.gaussian(0.3, 0.7)
+    x, step = jax.random.normal(key, (5, 2)), samplers.renoised(oracle.flow_map, share=0.0)
+    jumped = step(x, 0.2, 0.6, key=as_keys(key, 5))
+    np.testing.assert_allclose(jumped, oracle.flow_map(x, 0.2, 0.6), atol=2e-4)  # sqrt of a rounding error
+    with pytest.raises(ValueError, match="renoising draws noise and needs a key"):
+        step(x, 0.2, 0.6)
+    with pytest.raises(ValueError, match=r"share=1.5 of the way to the data must lie in \[0, 1\]"):
+        samplers.renoised(oracle.flow_map, share=1.5)
