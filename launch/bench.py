@@ -12,12 +12,11 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from launch import bench_costs, bench_maps, bench_nets, bench_runs
+from launch import bench_costs, bench_learned, bench_maps, bench_nets, bench_runs
 from launch.measure import markdown
 
-SUITES = {
-    suite.__name__: suite for module in (bench_costs, bench_maps, bench_nets, bench_runs) for suite in module.SUITES
-}
+MODULES = (bench_costs, bench_learned, bench_maps, bench_nets, bench_runs)
+SUITES = {suite.__name__: suite for module in MODULES for suite in module.SUITES}
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("suite", None, sorted(SUITES), "What to measure.", required=True)

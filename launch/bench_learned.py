@@ -60,6 +60,18 @@ RECIPES = {
     "EMD": recipe("eulerian", taught=True, diagonal=0.0, stop="jacobian"),
     "PFMM": rounds(),
 }
+BOARD = tuple(RECIPES)  # the rows of the checkerboard; the oracles have these too
+RECIPES |= {
+    "iMF": recipe("improved_mean_flow", time="uniform", pair="ordered_pair", power=0.0),
+    "TVM": recipe("terminal_velocity_matching"),
+    "AlphaFlow": recipe("alpha_flow"),
+    "SoFlow": recipe("soflow"),
+    "shortcut": recipe("shortcut"),
+    "AYF-EMD": recipe("align_your_flow", taught=True),
+    "ECT": recipe("consistency"),
+    "sCT": recipe("continuous_consistency"),
+}
+TO_DATA = ("ECT", "sCT")  # maps to t = 1 only
 
 
 class Problem(NamedTuple):
@@ -114,8 +126,7 @@ def board() -> Problem:
             result[str(n)] = {"KL": histogram.checkerboard_kl(x), "W2": two_sample.w2_exact(x[:2048], real)}
         return result
 
-    methods = tuple(RECIPES)
-    return Problem({"name": "plain"}, 512, 6000, functools.partial(drawn, sample, 512), evaluate, methods)
+    return Problem({"name": "plain"}, 512, 6000, functools.partial(drawn, sample, 512), evaluate, BOARD)
 
 
 def samples(n: int) -> int:
@@ -284,6 +295,63 @@ def results(name: str) -> dict[str, list[dict]]:
     read = lambda row: [json.loads((folder(name, row, seed) / "result.json").read_text()) for seed in SEEDS]
     return {row: read(row) for row in wanted}
 
+
+def checkerboard_maps(repeats: int) -> list[dict]:
+    """KL above that of as many perfect samples, and W2, by method and number of steps: mean and error over seeds."""
+    from fmjax import report
+    from fmjax.metrics import histogram, two_sample
+
+    def told(runs, n, metric):
+        if any("diverged" in r["result"] for r in runs):
+            return "diverged"
+        floor = histogram.checkerboard_floor(samples(n)) if metric == "KL" else 0
+        return report.plus_minus(*two_sample.mean_se([r["result"][str(n)][metric] - floor for r in runs]))
+
+    found = results("checkerboard")
+    rows = [
+        {"method": row} | {f"{metric}, N={n}": told(runs, n, metric) for metric in ("KL", "W2") for n in STEPS}
+        for row, runs in found.items()
+    ]
+    apart = [two_sample.w2_exact(*perfect(seed)) for seed in SEEDS]
+    floor = {f"KL, N={n}": f"({histogram.checkerboard_floor(samples(n)):.4f})" for n in STEPS}
+    floor |= {f"W2, N={n}": report.plus_minus(*two_sample.mean_se(apart)) for n in STEPS}
+    return [*rows, {"method": "perfect samples", **floor}]
+
+
+def perfect(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two sets of 2,048 points of the checkerboard."""
+    import jax
+
+    from fmjax.data import toy
+
+    draw = lambda base: np.asarray(toy.checkerboard(jax.random.key(seed + base), 2048))
+    return draw(2000), draw(3000)
+
+
+def oracle_maps(repeats: int) -> list[dict]:
+    """``|X_hat - X| / |X|`` of trained maps against exact ones, at a quarter of the budget and at its end."""
+    from fmjax import report
+    from fmjax.metrics import two_sample
+
+    found, rows = {name: results(name) for name in ("gaussian", "mixture")}, []
+    for row in RECIPES:
+        cells = {"method": row}
+        for name, runs in found.items():
+            if any("diverged" in r["result"] for r in runs[row]):
+                cells |= dict.fromkeys((f"{name}, 1/4 of the budget", f"{name}, s to t", f"{name}, 0 to 1"), "diverged")
+                continue
+            told = lambda values: report.plus_minus(*two_sample.mean_se(values))
+            early = told([r["history"][0][1]["s to t"] for r in runs[row]])
+            cells[f"{name}, 1/4 of the budget"] = "-" if row in TO_DATA else early
+            for where in ("s to t", "0 to 1"):
+                cells[f"{name}, {where}"] = (
+                    "-" if row in TO_DATA and where == "s to t" else told([r["result"][where] for r in runs[row]])
+                )
+        rows.append(cells)
+    return rows
+
+
+SUITES = (checkerboard_maps, oracle_maps)
 
 if __name__ == "__main__":
     train_one(sys.argv[1], sys.argv[2], int(sys.argv[3]))
