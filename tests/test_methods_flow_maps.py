@@ -299,7 +299,7 @@ def test_the_tangent_of_the_eulerian_loss_grows_over_the_warm_up_to_its_limit(se
         (lagrangian, {}, 2),
         (lagrangian, {"stop": "tangent"}, 2),
         (eulerian, {}, 2),
-        (eulerian, {"stop": "jacobian"}, 2),
+        (eulerian, {"stop": "jacobian"}, 3),
         (eulerian, dict.fromkeys(("velocity", "tangent"), "conditional"), 1),
         (eulerian, {"velocity": "conditional"}, 2),
         (progressive, {}, 3),

@@ -86,10 +86,10 @@ def eulerian(
             own = jax.lax.stop_gradient(teacher(target, x, s, s, batch.cond))
         v, w = (own if choice == "own" else conditional for choice in (velocity, tangent))
         u_at = lambda x, s: c.with_jvp(net)(params, x, s, t, batch.cond)
-        if stop == "jacobian":  # one primal for both derivatives; through the one in space goes no gradient
-            u, along = jax.linearize(u_at, x, s)
-            still = jax.lax.stop_gradient(along(w, jnp.zeros_like(s)))
-            du = still + along(jnp.zeros_like(x), jnp.ones_like(s))
+        if stop == "jacobian":  # ``u`` and its rate share a backward pass; XLA merges the primals of an unrolled net
+            u, in_time = jax.jvp(lambda s: u_at(x, s), (s,), (jnp.ones_like(s),))
+            _, in_space = jax.jvp(lambda x: u_at(x, s), (x,), (w,))
+            du = jax.lax.stop_gradient(in_space) + in_time
         else:
             u, du = jax.jvp(u_at, (x, s), (w, jnp.ones_like(s)))
         r = limit * jnp.ones_like(s) if not warmup else jnp.minimum(limit, c.progress(batch) / warmup)
