@@ -13,7 +13,7 @@ import numpy as np
 from fmjax import workdir
 from fmjax.train import GAPS
 
-BLOWN_UP = 1e3  # a term this many times the first record's loss is no training any more
+BLOWN_UP = 1e3  # a term this many times the first step's loss is no training any more
 
 
 class Diverged(RuntimeError):
@@ -21,13 +21,15 @@ class Diverged(RuntimeError):
 
 
 class Window:
-    """The running means since the last record, how fast the steps went, and the first record's loss."""
+    """The running means since the last record, how fast the steps went, and the first step's loss."""
 
     def __init__(self, sums: dict | None = None, count: int = 0, first: float | None = None):
         self.sums, self.count, self.first = dict(sums or {}), count, first
         self.since, self.timed = None, 0
 
     def add(self, steps: list[dict]) -> None:
+        if self.first is None and steps:
+            self.first = abs(float(steps[0]["loss"]))
         for metrics in steps:
             for name, value in metrics.items():
                 self.sums[name] = (np.asarray(self.sums.get(name, 0.0)) + np.asarray(value, np.float64)).tolist()
@@ -47,7 +49,6 @@ class Window:
                 means |= {gap: a / n for gap, a, n in zip(GAPS, *total, strict=True) if n}
             else:
                 means[name] = total / self.count
-        self.first = abs(means["loss"]) if self.first is None else self.first
         self.sums, self.count, self.since, self.timed = {}, 0, now, 0
         return means, speed
 
@@ -55,7 +56,7 @@ class Window:
         return {"sums": self.sums, "count": self.count, "first": self.first}
 
     def blown_up(self, means: dict[str, float]) -> list[str]:
-        """The terms of a loss that are ``BLOWN_UP`` times the loss of the first record and more."""
+        """The terms of a loss that are more than ``BLOWN_UP`` times the loss of the first step."""
         limit = BLOWN_UP * max(self.first, 1e-6)
         return [name for name, value in means.items() if name != "grad_norm" and abs(value) > limit]
 

@@ -201,7 +201,7 @@ def train(
     resumed run gives the numbers of an uninterrupted one, bit for bit (speeds apart). SIGTERM saves and exits with
     status 143.
 
-    Raises ``Diverged`` where a number is not finite, or a term of the loss in a record 1000 times the first record's
+    Raises ``Diverged`` where a number is not finite, or a term of the loss in a record 1000 times the first step's
     loss, naming step and term: nothing is saved after that step. Raises ``ValueError`` where start or teacher are not
     those that a run began with, ``CheckpointError`` and ``ValueError`` as ``checkpoint.restore`` does.
     """

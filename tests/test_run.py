@@ -166,7 +166,7 @@ def test_a_term_alone_is_named(tmp_path):
 
 
 def test_a_loss_that_blows_up_is_stopped_at_the_record_that_shows_it(tmp_path):
-    """A finite term, 1 at first and then 10^step: 1000 times the first record's loss at step 4."""
+    """A finite term, 1 at first and then 10^step: 1000 times the first step's loss at step 4."""
 
     def loss(params, target, batch, key):
         n = jnp.round(batch.progress * 12)
@@ -179,6 +179,10 @@ def test_a_loss_that_blows_up_is_stopped_at_the_record_that_shows_it(tmp_path):
     with pytest.raises(run.Diverged, match=told):
         run.train(plan, tmp_path, params={"w": jnp.ones(())})
     assert [r["residual_gap_0.25_0.5"] for r in records(tmp_path)] == [1, 10, 100, 1000]
+    with pytest.raises(
+        run.Diverged, match="flow diverged at step 6: .*; there is no checkpoint yet"
+    ):  # in its first record
+        run.train(plan._replace(log_every=6, save_every=12), tmp_path / "late", params={"w": jnp.ones(())})
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def improved_mean_flow(
     c.check_times(path, time)
     c.check_share(diagonal=diagonal, anneal=anneal)
 
-    def heads(params, x, s, t, cond=None, key=None):
+    def heads(params, x, s, t, cond=None, key=None, net=net):
         out = net(params, x, s, t, cond, key)
         if out.shape != (*x.shape[:-1], 2 * x.shape[-1]):
             raise ValueError(f"head=True needs a net of two heads (outputs=2): {x.shape} became {out.shape}")
@@ -98,7 +98,7 @@ def improved_mean_flow(
         x, v = c.interpolant(path, k_x, batch, s)
         goal = c.guided(guide, target, batch, x, s, v)
         w = jax.lax.stop_gradient(own(target, x, s, s, batch.cond))
-        u_at = lambda x, s: heads(params, x, s, t, batch.cond)
+        u_at = lambda x, s: heads(params, x, s, t, batch.cond, net=c.with_jvp(net))
         u, du, v = jax.jvp(u_at, (x, s), (w, jnp.ones_like(s)), has_aux=True)
         return errors(s, t, u - expand(t - s, x) * jax.lax.stop_gradient(du), v, goal)
 
