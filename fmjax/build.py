@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from fmjax import couplings, paths
+from fmjax import couplings, guidance, paths
 from fmjax.data import arrays
 from fmjax.nets import adapters
 from fmjax.types import Cond, FlowMapFn, Method, Net, VelocityFn
@@ -117,14 +117,17 @@ def path(spec: Spec) -> paths.Path:
 
 
 def method(
-    spec: Spec, net: Net, *, path: paths.Path | None = None, mean: Callable[[], np.ndarray] | None = None
+    spec: Spec, net: Net, *, path: paths.Path | None = None, mean: Callable | None = None, null: int | None = None
 ) -> Method:
-    """A method over ``net``; ``path``, and the data's ``mean()``, go to those that take one."""
-    factory = resolve("methods", _open("methods", spec)[0], takes=("net",))
-    given = {} if path is None else {"path": path}
-    if mean is not None and "mean" in _options(factory):
-        given["mean"] = mean()
-    return from_spec("methods", spec, net, takes=("net",), **given)
+    """A method over ``net``; ``path``, and the data's ``mean()``, go to those that take one.
+
+    ``null``, where the net is told the scale of guidance, goes to what guides itself; others get a guided teacher.
+    """
+    options = _options(resolve("methods", _open("methods", spec)[0], takes=("net",)))
+    teacher = None if null is None or "null" in options else guidance.guided_teacher(net, null=null)
+    given = {"path": path, "null": null, "teacher": teacher}
+    given["mean"] = mean() if mean is not None and "mean" in options else None
+    return from_spec("methods", spec, net, takes=("net",), **{k: v for k, v in given.items() if v is not None})
 
 
 def data(spec: Spec) -> arrays.Splits:

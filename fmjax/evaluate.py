@@ -141,7 +141,8 @@ def main(cfg, path: str | Path) -> None:
     check_sampling(s, data)
     plan, along = run.assemble(cfg, data=data), build.path(cfg.path)
     jumps = plan.method.flow_map is not None
-    if jumps and FLOW_MAP in s and cfg.guidance != 1:
+    told = run.told_the_scale(cfg.net)
+    if jumps and FLOW_MAP in s and cfg.guidance != 1 and not told:
         raise ValueError(
             f"guidance={cfg.guidance} is of the velocity: a learned map has none; take sampling.flow_map=()"
         )
@@ -171,7 +172,7 @@ def main(cfg, path: str | Path) -> None:
     rows, _ = compare(drawn, metrics, training_samples(data, seeds=s.seeds, samples=s.samples, seed=cfg.seed))
     # guidance asks the network twice, and an SDE step on a path with a latent once more, for the score
     latent = lambda row: models.path.gamma is not None and row.family in solvers.SDE_STAGES
-    rows = [row._replace(nfe=row.nfe * (1 + (cfg.guidance != 1) + latent(row))) for row in rows]
+    rows = [row._replace(nfe=row.nfe * (1 + (cfg.guidance != 1 and not told) + latent(row))) for row in rows]
     facts = {"step": str(step), "guidance": str(cfg.guidance), "samples": f"{s.seeds} seeds of {s.samples}"}
     if net is not None:
         accuracy = features.accuracy(net, data.test_x, data.test_y)

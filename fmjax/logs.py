@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fmjax import workdir
+from fmjax import checkpoint, workdir
 from fmjax.train import GAPS
 
 BLOWN_UP = 1e3  # a term this many times the first step's loss is no training any more
@@ -79,3 +79,19 @@ def recorder(directory: Path, start: int) -> Iterator[Callable[[dict], None]]:
                     board.add_scalar(name, value, record["step"])
 
         yield write
+
+
+def check_finite(n: int, metrics: dict, name: str, manager, checkpoints: Path) -> None:
+    """Raises ``Diverged`` for metrics of step ``n`` that are not finite, by name."""
+    bad = {term: float(np.sum(value)) for term, value in metrics.items() if not np.isfinite(value).all()}
+    if bad:
+        diverged(n, bad, name, manager, checkpoints)
+
+
+def diverged(n: int, bad: dict[str, float], name: str, manager, checkpoints: Path) -> None:
+    """Raises ``Diverged``, saying what is ``bad`` and which checkpoint is good."""
+    manager.wait_until_finished()
+    good = checkpoint.latest_step(checkpoints)
+    kept = f"the last good checkpoint is step {good} in {checkpoints}" if good else "there is no checkpoint yet"
+    values = ", ".join(f"{term} is {value:.4g}" for term, value in bad.items())
+    raise Diverged(f"{name} diverged at step {n}: {values}; {kept}; lower learning_rate or set clip")

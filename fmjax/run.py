@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from fmjax import build, checkpoint, guidance, logs, samplers, sharding, solvers, times, weighting, workdir
 from fmjax import train as training
 from fmjax.data import arrays
-from fmjax.logs import Diverged, Window
+from fmjax.logs import Window
 from fmjax.nets.adapters import Model
 from fmjax.types import Batch, Method, Params, as_keys, example_keys, normal
 
@@ -138,11 +138,13 @@ def assemble(
     spec = cfg.net if stage == "flow_map" else part.net  # a flow map starts from the flow's parameters
     model = build.net(spec, classes=classes)
     mean = None if data is None else functools.partial(arrays.mean, data.train_x)
-    method = build.method(part.method, model.net, path=build.path(cfg.path), mean=mean)
+    told = told_the_scale(spec)  # of guidance
+    null = classes if told else None
+    method = build.method(part.method, model.net, path=build.path(cfg.path), mean=mean, null=null)
     if part.weighting:
         method = build.from_spec("weighting", part.weighting, method, takes=("method",))
         model = weighting.with_log_variance(model) if part.weighting == "learned" else model
-    method = _conditional(method, cfg, classes)
+    method = _conditional(method, cfg, classes, told)
     if getattr(method, NEEDS[stage]) is None:
         name = part.method if isinstance(part.method, str) else part.method["name"]
         raise ValueError(f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {name!r} does not")
@@ -229,7 +231,7 @@ def train(
     def fetch():
         fetched = jax.device_get(pending)
         for n, metrics in fetched:
-            _check_finite(n, metrics, plan.name, manager, checkpoints)
+            logs.check_finite(n, metrics, plan.name, manager, checkpoints)
         window.add([metrics for _, metrics in fetched])
         pending.clear()
 
@@ -252,7 +254,7 @@ def train(
                 means, speed = window.close()
                 blown_up = {name: means[name] for name in window.blown_up(means)}
                 if blown_up:
-                    _diverged(n, blown_up, plan.name, manager, checkpoints)
+                    logs.diverged(n, blown_up, plan.name, manager, checkpoints)
                 progress.set_postfix(loss=f"{means['loss']:.4f}")
                 rates = {"learning_rate": float(plan.rate(n - 1)), "steps_per_s": speed}
                 record({"step": n, **means, **rates, "examples_per_s": speed * plan.batch_size})
@@ -319,15 +321,26 @@ def _step(plan: Plan):
     )
 
 
-def _conditional(method: Method, cfg, classes: int) -> Method:
-    """The method with label dropout in its loss and guidance in its velocity, as the config has them."""
-    if not classes and (cfg.label_dropout or cfg.guidance != 1):
+def told_the_scale(net) -> bool:
+    """Whether the network of a spec is told the scale of guidance, so that one evaluation is guided."""
+    return "guided" in getattr(net, "keys", tuple)() and net["guided"]
+
+
+def _conditional(method: Method, cfg, classes: int, told: bool) -> Method:
+    """The method with label dropout in its loss and guidance in its views, as the config has them."""
+    if not classes and (cfg.label_dropout or cfg.guidance != 1 or told):
         raise ValueError(
-            f"label_dropout={cfg.label_dropout} and guidance={cfg.guidance} need labels: set classes, or 0 and 1 here"
+            f"label_dropout={cfg.label_dropout}, guidance={cfg.guidance} and a guided net ({told}) need labels: set "
+            "classes, or 0, 1 and False here"
         )
-    if cfg.guidance != 1 and not cfg.label_dropout:
+    if (cfg.guidance != 1 or told) and not cfg.label_dropout:
         raise ValueError(f"guidance={cfg.guidance} needs a network that knows the null label: set label_dropout=0.1")
+    if told:
+        method = guidance.random_scale(method)
     method = guidance.label_dropout(method, rate=cfg.label_dropout, null=classes)
+    if told:
+        at = lambda view: view and (lambda params: guidance.at_scale(view(params), cfg.guidance))
+        return method._replace(velocity=at(method.velocity), flow_map=at(method.flow_map), score=None)
     if cfg.guidance == 1 or method.velocity is None:
         return method
     guided = lambda params: guidance.classifier_free(method.velocity(params), null=classes, scale=cfg.guidance)
@@ -355,20 +368,6 @@ def _trace(plan: Plan) -> None:
     share = lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype)
     keys = jax.eval_shape(lambda: example_keys(jax.random.key(0), jnp.arange(rows)))
     jax.eval_shape(plan.method.loss, params, params, jax.tree.map(share, plan.batch(0)), keys)
-
-
-def _check_finite(n: int, metrics: dict, name: str, manager, checkpoints: Path) -> None:
-    bad = {term: float(np.sum(value)) for term, value in metrics.items() if not np.isfinite(value).all()}
-    if bad:
-        _diverged(n, bad, name, manager, checkpoints)
-
-
-def _diverged(n: int, bad: dict[str, float], name: str, manager, checkpoints: Path) -> None:
-    manager.wait_until_finished()
-    good = checkpoint.latest_step(checkpoints)
-    kept = f"the last good checkpoint is step {good} in {checkpoints}" if good else "there is no checkpoint yet"
-    values = ", ".join(f"{term} is {value:.4g}" for term, value in bad.items())
-    raise Diverged(f"{name} diverged at step {n}: {values}; {kept}; lower learning_rate or set clip")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import build, checkpoint, run, sharding, workdir
+from fmjax import build, checkpoint, guidance, logs, run, sharding, workdir
 from fmjax.types import Batch, example_keys
 
 digits = pytest.importorskip("configs.digits")
@@ -62,8 +62,14 @@ def same(a, b):
         ("flow", {"negatives": "other"}, "there are no negatives 'other'; did you mean 'other_label'"),
         ("flow", {"coupling": "semidiscret"}, "did you mean 'semidiscrete'"),
         ("flow", {"classes": 9}, r"classes=9 is too few: the data have labels 0 \.\. 9"),
-        ("flow", {"label_dropout": 0.1}, "label_dropout=0.1 and guidance=1.0 need labels: set classes"),
+        (
+            "flow",
+            {"label_dropout": 0.1},
+            "label_dropout=0.1, guidance=1.0 and a guided net .* need labels: set classes",
+        ),
         ("flow", {"guidance": 2.0, "classes": 10}, "guidance=2.0 needs a network that knows the null label"),
+        ("flow", {"net": {"name": "mlp", "guided": True}}, "a guided net .True. need labels"),
+        ("flow", {"net": {"name": "mlp", "guided": True}, "classes": 10}, "needs a network that knows the null label"),
         ("flow", {"classes": 10, "label_dropout": 1.0}, "label_dropout=1.0 is the share"),
         ("flow", {"classes": 10, "net.classes": 10}, "is given 'classes' from a field of its own"),
         ("flow", {"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
@@ -145,7 +151,7 @@ def test_nan_stops_the_run_names_step_and_term_and_keeps_the_last_good_checkpoin
         b = good(step)
         return b._replace(x1=b.x1 + (np.nan if step == 9 else 0.0) * (np.arange(len(b.x1)) == 3)[:, None, None, None])
 
-    with pytest.raises(run.Diverged, match=r"flow diverged at step 10: .*loss is nan.*step 8 in .*learning_rate"):
+    with pytest.raises(logs.Diverged, match=r"flow diverged at step 10: .*loss is nan.*step 8 in .*learning_rate"):
         run.train(plan._replace(batch=poisoned), tmp_path)
     assert checkpoint.latest_step(tmp_path / "checkpoints") == 8
     assert [r["step"] for r in records(tmp_path)] == [5]
@@ -161,7 +167,7 @@ def test_a_term_alone_is_named(tmp_path):
 
     plan = small(steps=2)
     plan = plan._replace(method=plan.method._replace(loss=loss))
-    with pytest.raises(run.Diverged, match="step 1: penalty is inf; there is no checkpoint yet"):
+    with pytest.raises(logs.Diverged, match="step 1: penalty is inf; there is no checkpoint yet"):
         run.train(plan, tmp_path, params={"w": jnp.ones(())})
 
 
@@ -176,11 +182,11 @@ def test_a_loss_that_blows_up_is_stopped_at_the_record_that_shows_it(tmp_path):
     plan = small(log_every=1, save_every=3)
     plan = plan._replace(method=plan.method._replace(loss=loss))
     told = "flow diverged at step 5: residual_gap_0.25_0.5 is 1e.04, loss is 1e.04, residual is 1e.04; .* step 3 in"
-    with pytest.raises(run.Diverged, match=told):
+    with pytest.raises(logs.Diverged, match=told):
         run.train(plan, tmp_path, params={"w": jnp.ones(())})
     assert [r["residual_gap_0.25_0.5"] for r in records(tmp_path)] == [1, 10, 100, 1000]
     with pytest.raises(
-        run.Diverged, match="flow diverged at step 6: .*; there is no checkpoint yet"
+        logs.Diverged, match="flow diverged at step 6: .*; there is no checkpoint yet"
     ):  # in its first record
         run.train(plan._replace(log_every=6, save_every=12), tmp_path / "late", params={"w": jnp.ones(())})
 
@@ -240,6 +246,29 @@ def test_a_config_weighs_its_loss_and_records_the_residual_unweighted(tmp_path):
     (a,), (b,) = records(tmp_path / "a"), records(tmp_path / "b")
     np.testing.assert_allclose(b["residual"], a["loss"], rtol=1e-5)
     np.testing.assert_allclose(b["loss"], 1.0, atol=1e-2)  # d r / (d r + 0.01)
+
+
+@pytest.mark.parametrize("name", ["improved_mean_flow", "lagrangian"])
+def test_a_net_told_the_scale_is_trained_at_random_scales_and_asked_at_the_configs(name):
+    """The loss of a config is that of its parts put together by hand; a view is the net at (label, guidance)."""
+    net = {"name": "mlp", "width": 16, "depth": 1, "guided": True}
+    cfg = config(net=net, method=name, classes=10, label_dropout=0.25, guidance=3.0, coupling="independent")
+    plan = run.assemble(cfg)
+    options = {"teacher": guidance.guided_teacher(plan.model.net, null=10)} if name == "lagrangian" else {"null": 10}
+    method = build.from_spec("methods", {"name": name, **options}, plan.model.net)
+    method = guidance.label_dropout(guidance.random_scale(method), rate=0.25, null=10)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: a + 0.3 * rng.standard_normal(a.shape, np.float32), run.initial(plan))
+    keys, batch = example_keys(jax.random.key(0), jnp.arange(32)), jax.tree.map(jnp.asarray, plan.batch(0))
+    value, _ = jax.jit(plan.method.loss)(params, params, batch, keys)
+    np.testing.assert_allclose(value, jax.jit(method.loss)(params, params, batch, keys)[0], rtol=1e-6)
+    labels, half, w = batch.cond, jnp.full(32, 0.5), jnp.full(32, 3.0)
+    u = plan.model.net(params, batch.x1, half, 2 * half, (labels, w))
+    np.testing.assert_allclose(
+        plan.method.flow_map(params)(batch.x1, half, 2 * half, labels), batch.x1 + u / 2, rtol=1e-5
+    )
+    other = plan.model.net(params, batch.x1, half, half, (labels, w - 1))
+    assert np.abs(plan.method.velocity(params)(batch.x1, half, labels) - other).max() > 1e-3
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_the_numbers_stay(tmp_path):
