@@ -51,13 +51,14 @@ RECIPES = {
     "LSD": recipe("lagrangian"),
     "LSD, tangent stopped": recipe("lagrangian", stop="tangent"),
     "ESD": recipe("eulerian", stop="jacobian"),
+    "ESD, velocity stopped": recipe("eulerian", stop="velocity"),
     "ESD, all stopped": recipe("eulerian"),
     "mean flow": recipe("mean_flow", time="uniform", pair="ordered_pair", power=0.0),
     "PSD-M": recipe("progressive"),
     "PSD-U": recipe("progressive", split="uniform"),
     "FMM": recipe("flow_map_matching"),
     "LMD": recipe("lagrangian", taught=True, diagonal=0.0),
-    "EMD": recipe("eulerian", taught=True, diagonal=0.0, stop="jacobian"),
+    "EMD": recipe("eulerian", taught=True, diagonal=0.0, stop="velocity"),
     "PFMM": rounds(),
 }
 BOARD = tuple(RECIPES)  # the rows of the checkerboard; the oracles have these too
