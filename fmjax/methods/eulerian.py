@@ -43,7 +43,7 @@ def eulerian(
     method                            arguments
     ================================  ==========================================================================
     self-distillation (ESD)           ``stop="jacobian"`` as published
-    distillation (EMD, 2406.07507)    ``diagonal=0, stop="jacobian"``, ``target`` frozen: ``v`` of ``teacher``
+    distillation (EMD, 2406.07507)    ``diagonal=0, stop="velocity"``, ``target`` frozen: ``v`` of ``teacher``
     mean flow (2505.13447)            ``velocity="conditional", tangent="conditional"`` (``mean_flow``)
     improved mean flow (2512.02012)   ``velocity="conditional"`` (``improved_mean_flow``)
     AYF-EMD (2506.14603)              ``diagonal=0, normalise=0.1, warmup, limit=0.99`` (``align_your_flow``)
@@ -53,7 +53,9 @@ def eulerian(
     ``stop`` says what has no gradient beside ``v``: ``"all"`` of ``du`` (the gradient is ``g`` times that of ``u``, no
     backward pass through a jvp), ``"jacobian"`` the part ``w . grad u`` of it (through the spatial Jacobian it is
     unstable on images), ``"velocity"`` nothing more (ESD ``convex``). Both of the latter cost a backward pass through
-    a jvp.
+    a jvp. Only ``"velocity"`` descends a loss: a small error ``exp(i (k s + q x))`` of the map shrinks under it at the
+    rate ``(k + q v)^2``, under ``"jacobian"`` at ``k (k + q v)``, which is growth between ``k = 0`` and ``k = -q v``:
+    networks that resolve fine detail in space diverge so.
 
     ``guide(target, batch, x, t, dI_t)``, where given, is what stands for ``dI_t`` on and off the diagonal, without a
     gradient: a guided velocity. ``teacher(target, x, s, s, cond)`` is the net that the own velocity comes from, by
