@@ -22,11 +22,17 @@ KEYS = jax.random.key(11)
 
 
 ALIASES = [name for name in discover() if isinstance(CASES.get(name), Alias)]
-every_method = pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in discover() if n not in ALIASES],
-)
-both_paths = pytest.mark.parametrize("path", [paths.linear, paths.trigonometric])
+
+
+def over_methods(slow):
+    """Every method but special cases; those of ``slow`` with ``-m slow``."""
+    marked = lambda n: pytest.param(n, marks=[pytest.mark.slow] if n in slow else [])
+    return pytest.mark.parametrize("name", [marked(n) for n in discover() if n not in ALIASES])
+
+
+every_method = over_methods(SLOW)
+# The path with a velocity that changes is the harder one, and is enough by default.
+both_paths = pytest.mark.parametrize("path", [pytest.param(paths.linear, marks=pytest.mark.slow), paths.trigonometric])
 
 # Directions to be wrong in, functions of (x, s, t). The second group vanishes where s = t.
 ANYWHERE = {
@@ -273,7 +279,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(name, tmp_path):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@every_method
+@over_methods(
+    SLOW | {"alpha_flow", "eulerian", "flow_map_matching", "mean_flow", "progressive"}
+)  # split as lagrangian's is
 @pytest.mark.usefixtures("quick_compile")
 def test_loss_gradient_and_parameters_do_not_depend_on_the_devices(name, monkeypatch):
     """Two SGD steps, parameters whole or split over the devices, against ``jax.grad`` of the whole batch."""
