@@ -56,8 +56,11 @@ class Window:
         return {"sums": self.sums, "count": self.count, "first": self.first}
 
     def blown_up(self, means: dict[str, float]) -> list[str]:
-        """The terms of a loss that are more than ``BLOWN_UP`` times the loss of the first step."""
-        limit = BLOWN_UP * max(self.first, 1e-6)
+        """The terms of a loss that are more than ``BLOWN_UP`` times the loss of the first step, or than one.
+
+        An annealed or a distilled loss may well begin at nothing.
+        """
+        limit = BLOWN_UP * max(self.first, 1.0)
         return [name for name, value in means.items() if name != "grad_norm" and abs(value) > limit]
 
 

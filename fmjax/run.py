@@ -143,11 +143,12 @@ def assemble(
     method = build.method(part.method, model.net, path=build.path(cfg.path), mean=mean, null=null)
     if part.weighting:
         method = build.from_spec("weighting", part.weighting, method, takes=("method",))
-        model = weighting.with_log_variance(model) if part.weighting == "learned" else model
+        model = weighting.with_log_variance(model) if _name(part.weighting) == "learned" else model
     method = _conditional(method, cfg, classes, told)
     if getattr(method, NEEDS[stage]) is None:
-        name = part.method if isinstance(part.method, str) else part.method["name"]
-        raise ValueError(f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {name!r} does not")
+        raise ValueError(
+            f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {_name(part.method)!r} does not"
+        )
     if stage == "flow" and (part.target == "frozen") != bool(cfg.teacher):
         raise ValueError(
             f"target={part.target!r} and teacher={cfg.teacher!r}: target='frozen' needs a teacher, the workdir of a "
@@ -166,12 +167,6 @@ def assemble(
             x, y, batch_size=part.batch_size, seed=cfg.seed, couple=couple, negatives=cfg.negatives, flip=cfg.flip,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
-    drawn, steps = batch, part.steps
-
-    def batch(n: int) -> Batch:
-        found = drawn(n)
-        return found._replace(progress=np.full(len(found.x1), n / steps, np.float32))
-
     plan = Plan(
         stage, model, method, tx, functools.partial(build.learning_rate_at, peak=part.learning_rate, **schedule), batch,
         batch(0).x1.shape[1:], classes, part.batch_size, part.steps, cfg.seed, part.ema, part.target, cfg.fsdp,
@@ -203,8 +198,8 @@ def train(
     resumed run gives the numbers of an uninterrupted one, bit for bit (speeds apart). SIGTERM saves and exits with
     status 143.
 
-    Raises ``Diverged`` where a number is not finite, or a term of the loss in a record 1000 times the first step's
-    loss, naming step and term: nothing is saved after that step. Raises ``ValueError`` where start or teacher are not
+    Raises ``Diverged`` where a number is not finite, or a term of the loss in a record 1000 times the larger of one and
+    the first step's loss, naming step and term: nothing is saved after that step. Raises ``ValueError`` where start or teacher are not
     those that a run began with, ``CheckpointError`` and ``ValueError`` as ``checkpoint.restore`` does.
     """
     directory = Path(directory)
@@ -239,7 +234,7 @@ def train(
         checkpoint.writer(checkpoints, keep=plan.keep, after=start) as manager,
         logs.recorder(directory, first) as record,
         _sigterm() as stop,
-        contextlib.closing(arrays.prefetch(plan.batch, first, plan.steps)) as batches,
+        contextlib.closing(arrays.prefetch(functools.partial(_batch, plan), first, plan.steps)) as batches,
         bar(plan.name, plan.steps, first) as progress,
     ):
         for n, batch in enumerate(batches, first + 1):
@@ -321,6 +316,10 @@ def _step(plan: Plan):
     )
 
 
+def _name(spec) -> str:
+    return spec if isinstance(spec, str) else spec["name"]
+
+
 def told_the_scale(net) -> bool:
     """Whether the network of a spec is told the scale of guidance, so that one evaluation is guided."""
     return "guided" in getattr(net, "keys", tuple)() and net["guided"]
@@ -334,7 +333,8 @@ def _conditional(method: Method, cfg, classes: int, told: bool) -> Method:
             "classes, or 0, 1 and False here"
         )
     if (cfg.guidance != 1 or told) and not cfg.label_dropout:
-        raise ValueError(f"guidance={cfg.guidance} needs a network that knows the null label: set label_dropout=0.1")
+        what = "a guided net" if told else f"guidance={cfg.guidance}"
+        raise ValueError(f"{what} needs a network that knows the null label: set label_dropout=0.1")
     if told:
         method = guidance.random_scale(method)
     method = guidance.label_dropout(method, rate=cfg.label_dropout, null=classes)
@@ -345,6 +345,12 @@ def _conditional(method: Method, cfg, classes: int, told: bool) -> Method:
         return method
     guided = lambda params: guidance.classifier_free(method.velocity(params), null=classes, scale=cfg.guidance)
     return method._replace(velocity=guided)
+
+
+def _batch(plan: Plan, n: int) -> Batch:
+    """The plan's batch of step ``n``, told how far the training is."""
+    found = plan.batch(n)
+    return found._replace(progress=np.full(len(found.x1), n / plan.steps, np.float32))
 
 
 def _labels(y, classes: int):
@@ -367,7 +373,7 @@ def _trace(plan: Plan) -> None:
     params = jax.eval_shape(plan.model.init, jax.random.key(0), *_example(plan))
     share = lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype)
     keys = jax.eval_shape(lambda: example_keys(jax.random.key(0), jnp.arange(rows)))
-    jax.eval_shape(plan.method.loss, params, params, jax.tree.map(share, plan.batch(0)), keys)
+    jax.eval_shape(plan.method.loss, params, params, jax.tree.map(share, _batch(plan, 0)), keys)
 
 
 @contextlib.contextmanager

@@ -204,6 +204,24 @@ def test_an_evaluation_without_a_flow_says_so(tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
+def test_an_evaluation_of_a_map_jumps_with_it_and_guides_no_jump(tmp_path):
+    cfg = config(method="progressive", steps=2, coupling="independent")
+    with cfg.unlocked():
+        cfg.sampling = {"seeds": 2, "samples": 20, "flow_map": (1, 2)}
+    run.fit(cfg, tmp_path)
+    evaluate.main(cfg, tmp_path)
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert [(r["name"], r["nfe"]) for r in rows[:2]] == [("flow map, 1 step", 1), ("flow map, 2 steps", 2)]
+    plan, (_, ema, _) = run.assemble(cfg), checkpoint.restore(tmp_path / "checkpoints", part="ema")
+    x0 = normal(fold_in(evaluate.keys_of(cfg.seed, 0, 20), 0), plan.shape)
+    (drawn,) = (tmp_path / "draws").glob("flow-map--1-step*.npy")
+    np.testing.assert_allclose(np.load(drawn)[0], plan.method.flow_map(ema)(x0, 0.0, 1.0), rtol=1e-4, atol=1e-5)
+    with cfg.unlocked():
+        cfg.classes, cfg.label_dropout, cfg.guidance = 10, 0.1, 2.0
+    with pytest.raises(ValueError, match="guidance=2.0 is of the velocity: a learned map has none"):
+        evaluate.main(cfg, tmp_path)
+
+
 def test_an_sde_sampler_is_refused_where_the_velocity_has_not_the_score(tmp_path):
     cfg = config(coupling="minibatch_ot", **{"sampling.euler": (2,)})
     with cfg.unlocked():

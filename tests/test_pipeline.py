@@ -162,4 +162,6 @@ def test_a_config_of_a_flow_alone_is_sent_to_the_trainer(tmp_path):
         pipeline.main(checkerboard.get_config(), tmp_path / "w")
     with pytest.raises(ValueError, match="classes=10: the pipeline has no labels"):
         pipeline.main(config(**TINY, classes=10), tmp_path / "w")
+    with pytest.raises(ValueError, match="the pipeline trains its own flow: leave init and teacher empty"):
+        pipeline.main(config(**TINY, init=str(tmp_path)), tmp_path / "w")
     assert not (tmp_path / "w").exists()

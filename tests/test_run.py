@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fmjax import build, checkpoint, guidance, logs, run, sharding, workdir
-from fmjax.types import Batch, example_keys
+from fmjax import train as training
+from fmjax.types import Batch, as_keys, example_keys, normal
 
 digits = pytest.importorskip("configs.digits")
 SPEEDS = ("steps_per_s", "examples_per_s")
@@ -69,7 +70,11 @@ def same(a, b):
         ),
         ("flow", {"guidance": 2.0, "classes": 10}, "guidance=2.0 needs a network that knows the null label"),
         ("flow", {"net": {"name": "mlp", "guided": True}}, "a guided net .True. need labels"),
-        ("flow", {"net": {"name": "mlp", "guided": True}, "classes": 10}, "needs a network that knows the null label"),
+        (
+            "flow",
+            {"net": {"name": "mlp", "guided": True}, "classes": 10},
+            "a guided net needs a network that knows",
+        ),
         ("flow", {"classes": 10, "label_dropout": 1.0}, "label_dropout=1.0 is the share"),
         ("flow", {"classes": 10, "net.classes": 10}, "is given 'classes' from a field of its own"),
         ("flow", {"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
@@ -291,6 +296,32 @@ def test_pictures_are_written_while_training(tmp_path):
     assert files == ["step-0000002.png", "step-0000004.png"]
     with Image.open(tmp_path / "samples" / files[0]) as image:
         assert image.size == (6 * 42 + 2, 6 * 42 + 2)  # 36 digits, each pixel a square of 5, with gaps of 2
+
+
+def test_pictures_of_a_map_are_single_jumps_of_the_averaged_parameters(tmp_path):
+    from fmjax import figures
+
+    plan = small(method="progressive")
+    params = jax.tree.map(lambda a: a + 0.1 * jnp.sin(jnp.arange(a.size)).reshape(a.shape), run.initial(plan))
+    state = training.init(params, plan.tx, mesh=plan.mesh)._replace(ema=params)
+    run.pictures(plan, tmp_path, every=1, count=4)(1, state)
+    x0 = normal(as_keys(jax.random.fold_in(jax.random.key(plan.seed), 2), 4), plan.shape)
+    figures.save_png(tmp_path / "expected.png", np.asarray(plan.method.flow_map(params)(x0, 0.0, 1.0)))
+    figures.save_png(tmp_path / "noise.png", np.asarray(x0))
+    drawn = (tmp_path / "samples" / "step-0000001.png").read_bytes()
+    assert drawn == (tmp_path / "expected.png").read_bytes() != (tmp_path / "noise.png").read_bytes()
+
+
+def test_batches_given_later_are_told_the_progress_too(tmp_path):
+    """As those of the pipeline's corrector, whose marginals do not exist when it is assembled."""
+
+    def loss(params, target, batch, key):
+        return batch.progress.mean() + 0 * params["w"], {"per_example": batch.progress}
+
+    plan = small(steps=4, log_every=1)
+    plan = plan._replace(method=plan.method._replace(loss=loss), batch=lambda n: Batch(np.ones((8, 2), np.float32)))
+    run.train(plan, tmp_path, params={"w": jnp.ones(())})
+    assert [r["loss"] for r in records(tmp_path)] == [0, 0.25, 0.5, 0.75]
 
 
 def test_corrector_batches_can_be_given(tmp_path):

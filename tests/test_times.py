@@ -44,7 +44,8 @@ def test_laws_of_training_times_have_their_distribution(law, cdf, keys):
     t = np.asarray(law(keys), np.float64)
     assert stats.kstest(t, cdf).pvalue > LEVEL
     assert abs(np.corrcoef(t[1:], t[:-1])[0, 1]) * N**0.5 < 4.5
-    np.testing.assert_allclose(law(keys[17:20]), t[17:20], rtol=2e-7)
+    ulp = 2e-7 if getattr(law, "func", law) is times.noise_angle else 0  # XLA's tangent depends on the batch
+    np.testing.assert_allclose(law(keys[17:20]), t[17:20].astype(np.float32), rtol=ulp)
 
 
 def test_interior_times_keep_their_margin_and_a_margin_that_leaves_none_is_refused(keys):

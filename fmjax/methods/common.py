@@ -178,6 +178,12 @@ def progress(batch: Batch) -> Float[Array, " b"]:
     return jnp.ones(batch.x1.shape[0]) if batch.progress is None else batch.progress
 
 
+def warmed(batch: Batch, warmup: float, limit: float = 1.0) -> Float[Array, " b"]:
+    """``min(limit, progress / warmup)``, ``[B]``; ``limit`` where there is no warm-up."""
+    share = progress(batch)
+    return jnp.minimum(limit, share / warmup) if warmup else limit * jnp.ones_like(share)
+
+
 def semigradient(u: Array, g: Array, normalise: float = 0.0) -> tuple[Array, Array | None]:
     """Per example ``|u - sg(u - g)|^2``, whose gradient is ``2 g`` times that of ``u``, and ``|g|^2`` if that differs.
 

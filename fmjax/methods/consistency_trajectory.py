@@ -52,10 +52,10 @@ def consistency_trajectory(
         m = jnp.minimum(s + a * (t - s), t)  # not past t by rounding
         x, v = step(target, batch, k_x, s, m)
         still = jax.lax.stop_gradient(target if bootstrap == "target" else params)
-        jump = lambda params, x, s, t: x + expand(t - s, x) * net(params, x, s, t, batch.cond)
-        end = jnp.ones_like(t)
-        aim = jump(still, jump(still, x + expand(m - s, x) * v, m, t), t, end)
-        apart = c.mse(jump(still, jump(params, x, s, t), t, end), jax.lax.stop_gradient(aim))
+        bound, cond, end = c.jump(net), batch.cond, jnp.ones_like(t)
+        jump, jump_still = bound(params), bound(still)
+        aim = jump_still(jump_still(x + expand(m - s, x) * v, m, t, cond), t, end, cond)
+        apart = c.mse(jump_still(jump(x, s, t, cond), t, end, cond), jax.lax.stop_gradient(aim))
         return c.Term(s, t, apart / a**power, apart / a**2)
 
     return c.two_time(net, c.two_terms(c.matching(net, path, time), comparing, diagonal))

@@ -61,8 +61,7 @@ def continuous_consistency(
         # the factor is on the tangents, as the derivative alone may overflow in half precision
         tangents = slow * dx, slow.reshape(s.shape) * ds
         f, df = jax.jvp(lambda x, s: angular(c.with_jvp(net)(params, x, s, t, batch.cond), x, t - s), (x, s), tangents)
-        r = expand(jnp.minimum(1.0, c.progress(batch) / warmup) if warmup else jnp.ones_like(s), x)
-        g = -(cos**2) * (f - dx) - r * (slow * x + df)
+        g = -(cos**2) * (f - dx) - expand(c.warmed(batch, warmup), x) * (slow * x + df)
         return c.Term(s, t, *c.semigradient(f / sigma, -g, normalise))
 
     return c.two_time(net, c.two_terms(c.matching(net, path, time), turning, diagonal))

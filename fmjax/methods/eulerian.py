@@ -94,8 +94,7 @@ def eulerian(
             du = jax.lax.stop_gradient(in_space) + in_time
         else:
             u, du = jax.jvp(u_at, (x, s), (w, jnp.ones_like(s)))
-        r = limit * jnp.ones_like(s) if not warmup else jnp.minimum(limit, c.progress(batch) / warmup)
-        g = u - v - expand(r * (t - s), x) * du
+        g = u - v - expand(c.warmed(batch, warmup, limit) * (t - s), x) * du
         if stop == "all":
             return c.Term(s, t, *c.semigradient(u, g, normalise))
         return c.Term(s, t, c.mse(g, jnp.zeros_like(g)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fmjax import paths, times
 from fmjax.methods import common as c
-from fmjax.types import Method, Net, expand
+from fmjax.types import Method, Net
 
 
 def flow_map_matching(
@@ -40,9 +40,8 @@ def flow_map_matching(
         k_t, k_x = c.split(key, 2)
         s, t = c.draw_pair(pair, k_t, batch, anneal)
         x, velocity = c.interpolant(path, k_x, batch, t)
-        jump = lambda net, x, s, t: x + expand(t - s, x) * net(params, x, s, t, batch.cond)
-        y = jump(net, x, t, s)
-        back, along = jax.jvp(lambda t: jump(c.with_jvp(net), y, s, t), (t,), (jnp.ones_like(t),))
+        y, jump = c.jump(net)(params)(x, t, s, batch.cond), c.jump(c.with_jvp(net))(params)
+        back, along = jax.jvp(lambda t: jump(y, s, t, batch.cond), (t,), (jnp.ones_like(t),))
         return c.Term(s, t, c.mse(along, velocity) + round_trip * c.mse(back, x))
 
     return c.two_time(net, c.two_terms(c.matching(net, path, time), inverting, diagonal))
