@@ -199,8 +199,8 @@ def train(
     status 143.
 
     Raises ``Diverged`` where a number is not finite, or a term of the loss in a record 1000 times the larger of one and
-    the first step's loss, naming step and term: nothing is saved after that step. Raises ``ValueError`` where start or teacher are not
-    those that a run began with, ``CheckpointError`` and ``ValueError`` as ``checkpoint.restore`` does.
+    the first step's loss, naming step and term: nothing is saved after that step. Raises ``ValueError`` where start or
+    teacher are not those that a run began with, ``CheckpointError`` and ``ValueError`` as ``checkpoint.restore`` does.
     """
     directory = Path(directory)
     checkpoints = directory / "checkpoints"

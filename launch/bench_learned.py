@@ -7,6 +7,7 @@ that as many go side by side as there are cores. Runs live in ``workdir/bench/PR
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,7 @@ class Problem(NamedTuple):
     batch: Callable[[int, int], Any]
     evaluate: Callable[[Any, Any, int], dict]
     methods: tuple[str, ...]
+    history: bool = False  # also at the quarters of the last round, which then begins anew after an interruption
 
 
 def drawn(sample: Callable, batch_size: int, seed: int, n: int):
@@ -252,12 +254,14 @@ def train_one(name: str, row: str, seed: int) -> None:
         last = i == len(how.methods) - 1
 
         def hook(n, state, plan=plan, steps=steps):
-            if name != "checkerboard":
-                history.append([n / steps, problem.evaluate(plan.method, state.ema, seed)])
+            history.append([n / steps, problem.evaluate(plan.method, state.ema, seed)])
 
+        hooks = [hook] if last and problem.history else []
+        if hooks:
+            shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True, exist_ok=True)
         try:
-            state = run.train(plan, place, params=start, teacher=start, hooks=[hook] if last else [])
+            state = run.train(plan, place, params=start, teacher=start, hooks=hooks)
         except logs.Diverged as error:  # a result like another
             return workdir.write_json(path / "result.json", {"result": {"diverged": str(error)}, "history": []})
         teacher = place
