@@ -184,6 +184,7 @@ def oracle(name: str) -> Problem:
         functools.partial(drawn, sample, 256),
         found,
         tuple(RECIPES),
+        history=True,
     )
 
 
