@@ -198,7 +198,7 @@ CASES = {
 }
 
 # Their own tests hold their losses and gradients to formulas and to tested methods: the battery is run with -m slow.
-SLOW = {"consistency_trajectory", "continuous_consistency"}
+SLOW = {"consistency_trajectory", "continuous_consistency", "improved_mean_flow", "mean_flow"}
 
 
 def case_of(name: str, path=None) -> Case:

@@ -31,7 +31,7 @@ def over_methods(slow):
 
 
 every_method = over_methods(SLOW)
-SPLIT = {"alpha_flow", "eulerian", "flow_map_matching", "mean_flow", "progressive"}  # over devices as lagrangian is
+SPLIT = {"alpha_flow", "eulerian", "flow_map_matching", "progressive"}  # over devices as lagrangian is
 # The path with a velocity that changes is the harder one, and is enough by default.
 both_paths = pytest.mark.parametrize("path", [pytest.param(paths.linear, marks=pytest.mark.slow), paths.trigonometric])
 
