@@ -20,17 +20,19 @@ import numpy as np
 FOLDER = Path(os.environ.get("FMJAX_BENCH", "workdir/bench"))
 SEEDS = (0, 1, 2)
 STEPS = (1, 2, 4, 8, 16)
+LONG = 6  # times the budget, of the rows that say what a longer training is worth
 
 
 class Recipe(NamedTuple):
     """What a row of a table trains: a method for each round of its budget, the last ones from a frozen teacher.
 
     ``taught``: half the budget is the teacher's, a flow. The rounds share what is left; each is taught by the one
-    before it.
+    before it. ``times``: of the problem's budget, the teacher's too.
     """
 
     methods: tuple[dict[str, Any], ...]
     taught: bool = False
+    times: int = 1
 
 
 def recipe(name: str, *, taught: bool = False, **options: Any) -> Recipe:
@@ -62,7 +64,7 @@ RECIPES = {
     "EMD": recipe("eulerian", taught=True, diagonal=0.0, stop="velocity"),
     "PFMM": rounds(),
 }
-BOARD = tuple(RECIPES)  # the rows of the checkerboard; the oracles have these too
+BOARD = tuple(RECIPES)  # the oracles have these too
 RECIPES |= {
     "iMF": recipe("improved_mean_flow", time="uniform", pair="ordered_pair", power=0.0),
     "TVM": recipe("terminal_velocity_matching"),
@@ -73,6 +75,11 @@ RECIPES |= {
     "ECT": recipe("consistency"),
     "sCT": recipe("continuous_consistency"),
 }
+ORACLES = tuple(RECIPES)
+LONGER = tuple(f"{name}, {LONG} times as long" for name in ("LSD", "LMD"))
+RECIPES |= {row: RECIPES[row.split(",")[0]]._replace(times=LONG) for row in LONGER}
+TEACHERS = {1: "teacher", LONG: f"teacher, {LONG} times as long"}
+RECIPES |= {row: RECIPES["flow"]._replace(times=times) for times, row in TEACHERS.items()}
 TO_DATA = ("ECT", "sCT")  # maps to t = 1 only
 
 
@@ -129,7 +136,7 @@ def board() -> Problem:
             result[str(n)] = {"KL": histogram.checkerboard_kl(x), "W2": two_sample.w2_exact(x[:2048], real)}
         return result
 
-    return Problem({"name": "plain"}, 512, 12_000, functools.partial(drawn, sample, 512), evaluate, BOARD)
+    return Problem({"name": "plain"}, 512, 6000, functools.partial(drawn, sample, 512), evaluate, (*BOARD, *LONGER))
 
 
 def samples(n: int) -> int:
@@ -183,7 +190,7 @@ def oracle(name: str) -> Problem:
         3000,
         functools.partial(drawn, sample, 256),
         found,
-        tuple(RECIPES),
+        ORACLES,
         history=True,
     )
 
@@ -241,11 +248,11 @@ def train_one(name: str, row: str, seed: int) -> None:
     """Trains and evaluates one run; ``result.json`` is its end."""
     from fmjax import logs, run, workdir
 
-    problem, how, path = PROBLEMS[name](), RECIPES.get(row) or RECIPES["flow"], folder(name, row, seed)
+    problem, how, path = PROBLEMS[name](), RECIPES[row], folder(name, row, seed)
     if (path / "result.json").exists():
         return
-    teacher = folder(name, "teacher", seed) / "round-0" if how.taught else None
-    budget = problem.budget / (2 if how.taught or row == "teacher" else 1)
+    teacher = folder(name, TEACHERS[how.times], seed) / "round-0" if how.taught else None
+    budget = how.times * problem.budget / (2 if how.taught or row in TEACHERS.values() else 1)
     history = []
     for i, method in enumerate(how.methods):
         place = path / f"round-{i}"
@@ -296,7 +303,8 @@ def results(name: str) -> dict[str, list[dict]]:
             free.append(core)
 
     with ThreadPoolExecutor(len(cores)) as pool:
-        for rows in (("teacher",), wanted):
+        taught = {TEACHERS[RECIPES[row].times]: None for row in wanted if RECIPES[row].taught}
+        for rows in (tuple(taught), wanted):
             list(pool.map(lambda args: one(*args), [(row, seed) for seed in SEEDS for row in rows]))
     read = lambda row: [json.loads((folder(name, row, seed) / "result.json").read_text()) for seed in SEEDS]
     return {row: read(row) for row in wanted}
@@ -340,7 +348,7 @@ def oracle_maps(repeats: int) -> list[dict]:
     from fmjax.metrics import two_sample
 
     found, rows = {name: results(name) for name in ("gaussian", "mixture")}, []
-    for row in RECIPES:
+    for row in ORACLES:
         cells = {"method": row}
         for name, runs in found.items():
             if any("diverged" in r["result"] for r in runs[row]):
