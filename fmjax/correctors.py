@@ -219,7 +219,7 @@ def restart(
         def loop(x, k):
             k_noise, k_steps = split(k, 2)
             x = paths.renoise(path, x, normal(k_noise, x.shape[1:], x.dtype), t, early)
-            return jax.lax.scan(forth, x, (jnp.arange(steps), jnp.stack(split(k_steps, steps))))
+            return jax.lax.scan(forth, x, (jnp.arange(steps, dtype=t.dtype), jnp.stack(split(k_steps, steps))))
 
         y, _ = jax.lax.scan(loop, x, jnp.stack(split(key, loops)))
         return y, {"moved": _rms(y - x)}
@@ -236,7 +236,8 @@ def kernel_drift(
     the time of ``x``, ``h`` the ``bandwidth`` (drifting models, arXiv 2602.04770, with a Gaussian kernel). It is ``h^2
     (grad log q_h - grad log p_h)``, ``q_h`` and ``p_h`` the kernel density estimates (arXiv 2603.07514): a step of the
     classifier's kind, in displacement units and blind below ``h``. For Gaussians of variance ``C`` the mean moves by
-    ``alpha h^2 / (C + h^2)`` of the gap, where ``alpha`` is ``marginal_matching``'s.
+    ``alpha h^2 / (C + h^2)`` of the gap, where ``alpha`` is ``marginal_matching``'s. Where ``h`` is far below the
+    distance between neighbours, as it soon is for images, ``V`` is the difference of two single examples.
 
     The banks ``[examples, steps, ...]`` are as ``marginals.read`` has them (``m.x``; none may hold ``x`` itself),
     ``ts: [steps]`` the times of both. As parameters they are to be arguments of what is jitted around it. No network is
