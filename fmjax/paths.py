@@ -235,6 +235,18 @@ def refuse_latent(what: str, *given: Path) -> None:
         )
 
 
+def renoise(path: Path, x: Float[Array, "b ..."], z: Float[Array, "b ..."], t, earlier) -> Float[Array, "b ..."]:
+    """Back from ``t`` to ``earlier = s <= t`` by the path's own kernel: of the law at ``s`` for ``x`` of that at ``t``.
+
+    ``x_s = c x + sqrt(alpha_s^2 - c^2 alpha_t^2) z``, ``c = beta_s / beta_t``, for a source N(0, I) independent of the
+    data and ``z ~ N(0, I)`` of its own. ``nan`` where ``beta_t = 0``, which kept nothing of the data (``t = 0``).
+    """
+    alpha, beta, *_ = coefficients(path, x, t)
+    alpha_s, beta_s, *_ = coefficients(path, x, earlier)
+    kept = beta_s / beta
+    return kept * x + jnp.sqrt(jnp.maximum(alpha_s**2 - (kept * alpha) ** 2, 0)) * z
+
+
 def endpoints(
     path: Path, x: Float[Array, "b ..."], v: Float[Array, "b ..."], t
 ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:

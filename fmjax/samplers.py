@@ -49,6 +49,18 @@ def check_at(at: Iterable[int], n: int) -> tuple[int, ...]:
     return at
 
 
+def same_times(at: Iterable[int], ts, other) -> tuple[int, ...]:
+    """The steps of the grid ``other`` at the times that ``at`` names on ``ts``: a corrector's steps at another ``N``.
+
+    >>> same_times((0, 5, 10), times.uniform_grid(10), times.uniform_grid(50))
+    (0, 25, 50)
+
+    Raises ``ValueError`` for ``at`` outside of ``ts`` and for the first time that ``other`` does not have.
+    """
+    ts, other = times.check_grid(ts), times.check_grid(other)
+    return times.steps_at(other, ts[list(check_at(at, len(ts) - 1))])
+
+
 def sample(
     step: FlowMapFn,
     x0: Float[Array, "b ..."],
@@ -69,7 +81,8 @@ def sample(
     side by side. Skipped corrections cost nothing. Returns ``x: [B, ...]``, or with ``trajectory=True`` all
     ``[N + 1, B, ...]`` states (after their corrections). ``key`` is one key, or one per example; step ``n`` and
     correction ``n`` of an example have keys of their own. Raises ``ValueError`` for a grid that does not rise or fall
-    strictly, for ``at`` outside ``0 .. N``, for a corrector without ``at`` or without a key.
+    strictly, for ``at`` outside ``0 .. N``, for a corrector without ``at`` or without a key, and for times that
+    ``corrector.check``, where it has one, refuses.
     """
     ts = times.check_grid(ts)
     n = len(ts) - 1
@@ -80,6 +93,8 @@ def sample(
         raise ValueError(f"at={at} asks for corrections, but no corrector was given")
     if corrector is not None and key is None:
         raise ValueError("a corrector draws noise and needs a key: sample(..., key=jax.random.key(seed))")
+    with jax.ensure_compile_time_eval():  # the grid is static, so that times can be refused under jit too
+        getattr(corrector, "check", lambda ts: None)(ts[list(at)])
     keys = None if key is None else as_keys(key, x0.shape[0])
     sub = lambda i: None if keys is None else fold_in(keys, i)
     before = np.isin(np.arange(n), at)
@@ -134,10 +149,6 @@ def renoised(flow_map: FlowMapFn, *, path: paths.Path | None = None, share: floa
             raise ValueError("renoising draws noise and needs a key: sample(..., key=jax.random.key(seed))")
         s, t = over_batch(s, x), over_batch(t, x)
         further = t + share * (1 - t)
-        alpha, beta, *_ = paths.coefficients(path, x, t)
-        alpha_, beta_, *_ = paths.coefficients(path, x, further)
-        kept = beta / beta_
-        noise = jnp.sqrt(jnp.maximum(alpha**2 - (kept * alpha_) ** 2, 0))
-        return kept * flow_map(x, s, further, cond) + noise * normal(key, x.shape[1:], x.dtype)
+        return paths.renoise(path, flow_map(x, s, further, cond), normal(key, x.shape[1:], x.dtype), further, t)
 
     return step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -266,6 +267,45 @@ def uniform_grid(n: int, *, start: float = 0.0, stop: float = 1.0) -> np.ndarray
     if n < 1:
         raise ValueError(f"a grid needs at least one step, got n={n}")
     return np.linspace(start, stop, n + 1, dtype=np.float32)
+
+
+SAME = 1e-6  # times closer than this are one: float32 grids of other lengths differ by a rounding error
+
+
+def steps_at(ts, t) -> tuple[int, ...]:
+    """The indices of the times ``t: [K]`` in the grid ``ts: [S]``; ``ValueError`` for the first that is not there."""
+    ts, t = np.asarray(ts, np.float32), np.asarray(t, np.float32)
+    gap = np.abs(t[:, None] - ts)
+    if (gap > SAME).all(1).any():
+        k = int(np.argmax((gap > SAME).all(1)))
+        raise ValueError(
+            f"t={t[k]:g} is not among these {len(ts)} times, whose nearest is {ts[gap[k].argmin()]:g}; take a grid "
+            "that has it (uniform_grid(n) has all times of uniform_grid(m) where m divides n)"
+        )
+    return tuple(gap.argmin(1).tolist())
+
+
+def per_step(ts, values) -> Callable[[Array], Array]:
+    """A schedule given step by step: the function of time that is ``values[n]`` at ``ts[n]``, and ``nan`` elsewhere.
+
+    For ``alpha`` and ``beta`` of a correction that are arrays ``[steps]`` over the solver's grid. It is one on any
+    grid that has the times that are asked for; its ``check(t)`` raises ``ValueError`` for others. ``values`` may be
+    traced: a change compiles nothing. Raises ``ValueError`` for values that are not one a time.
+
+    >>> per_step(uniform_grid(2), [0.0, 0.25, 0.5])(jnp.array([1.0, 0.5, 0.7])).tolist()
+    [0.5, 0.25, nan]
+    """
+    ts, values = np.asarray(ts, np.float32), jnp.asarray(values)
+    if ts.shape != values.shape or ts.ndim != 1:
+        raise ValueError(f"per_step needs one value a time, got values {values.shape} for times {ts.shape}")
+
+    def at(t):
+        gap = jnp.abs(t[..., None] - ts)
+        value = values.astype(t.dtype)[jnp.argmin(gap, -1)]
+        return jnp.where(jnp.min(gap, -1) <= SAME, value, jnp.nan)
+
+    at.check = lambda t: steps_at(ts, t)
+    return at
 
 
 def check_grid(ts) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from scipy import special, stats
 
 from fmjax import correctors, oracles, paths, samplers, solvers, times
-from fmjax.types import as_keys, expand, normal
+from fmjax.types import as_keys, expand, normal, split
 
 N = 100_000
 
@@ -34,6 +34,9 @@ def test_a_corrected_gaussian_has_the_closed_form_std(alpha, beta, a, b, sigma, 
     assert_std(y, np.sqrt(a**2 + beta**2) * abs(1 - alpha * sigma**2 / (b**2 + sigma**2)))
     assert_std(info["noised"], np.sqrt(a**2 + beta**2))
     np.testing.assert_allclose(info["moved"], np.abs(y - info["noised"])[:, 0], atol=1e-6)
+    ratio = (1 + beta**2 / a**2) * (1 - alpha * sigma**2 / (b**2 + sigma**2)) ** 2
+    told = float(correctors.dispersion_ratio(x, y))
+    assert told == pytest.approx(ratio, rel=1e-4 if beta == 0 else 4.5 * (4 / N) ** 0.5)
 
 
 def linear_part(fix, key, x, t=0.5):
@@ -48,14 +51,76 @@ def test_the_langevin_preset_leaves_a_gaussian_fixed_to_leading_order(x64, key):
     keys, x = as_keys(key, 3), jnp.ones((3, 1))
     excess = []
     for sigma in (0.2, 0.1):
-        fix = correctors.marginal_matching(gaussian_direction(1.0, sigma), alpha=0.5, beta=sigma)
+        fix = correctors.marginal_matching(gaussian_direction(1.0, sigma), **correctors.preset("langevin", sigma))
         a, b = linear_part(fix, keys, x)
         excess.append(np.sqrt(a**2 + b**2) - 1)
         assert excess[-1] == pytest.approx(sigma**4 / 8, rel=2 * sigma**2)
     assert excess[0] / excess[1] == pytest.approx(16, rel=0.1)
-    tweedie = correctors.marginal_matching(gaussian_direction(1.0, 0.1), alpha=1.0, beta=0.1)
-    a, b = linear_part(tweedie, keys, x)
+    noisy = correctors.marginal_matching(gaussian_direction(1.0, 0.1), alpha=1.0, beta=0.1)
+    a, b = linear_part(noisy, keys, x)
     assert np.sqrt(a**2 + b**2) - 1 == pytest.approx(-(0.1**2) / 2, rel=0.02)  # contracts at the second order
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("tweedie", 1.0), ("w2", 0.5)])
+def test_presets_without_noise_contract_a_perfect_model_and_the_library_reports_it(name, alpha, x64, key):
+    """The summed variance over coordinates, each of which contracts by its own ``1 - alpha s^2 / (b^2 + s^2)``."""
+    b, sigma = jnp.array([0.5, 2.0]), 0.6
+    q = b * normal(as_keys(key, 1000), (2,), jnp.float64)
+    fix = correctors.marginal_matching(gaussian_direction(b, sigma), **correctors.preset(name, sigma))
+    var, shrunk = np.var(q, 0), 1 - alpha * sigma**2 / (np.asarray(b) ** 2 + sigma**2)
+    ratio = float(correctors.dispersion_ratio(q, fix(None, q, 0.5)[0]))
+    assert ratio == pytest.approx(float((var * shrunk**2).sum() / var.sum()), rel=1e-9) and ratio < 0.95
+    images = lambda x: (x + 3).reshape(-1, 2, 1)
+    assert float(correctors.dispersion_ratio(images(q), images(q))) == pytest.approx(1)
+
+
+def test_presets_by_name():
+    assert correctors.preset("tweedie", 0.3) == {"alpha": 1.0, "beta": 0.0}
+    assert correctors.preset("w2", 0.3) == {"alpha": 0.5, "beta": 0.0}
+    assert correctors.preset("langevin", 0.3) == {"alpha": 0.5, "beta": 0.3}
+    assert correctors.preset("paper", 0.3, alpha=0.7, beta=0.1) == {"alpha": 0.7, "beta": 0.1}
+    sigma = lambda t: 0.1 + t
+    assert correctors.preset("langevin", sigma)["beta"] is sigma
+    with pytest.raises(ValueError, match="no preset 'langevn'; did you mean 'langevin'"):
+        correctors.preset("langevn", 0.3)
+    with pytest.raises(ValueError, match="'paper' leaves alpha and beta to you"):
+        correctors.preset("paper", 0.3, alpha=0.5)
+    with pytest.raises(ValueError, match="'w2' fixes alpha and beta, got alpha=0.5, beta=None"):
+        correctors.preset("w2", 0.3, alpha=0.5)
+    with pytest.raises(ValueError, match="sigma, the corrector's noise level, must be positive, got 0"):
+        correctors.preset("langevin", 0.0)
+
+
+def test_the_langevin_preset_is_a_step_towards_q_and_other_sizes_rest_at_a_tempered_law(x64, key):
+    """``KL(p|q)`` falls by ``a I(p|q)``, ``a = sigma^2 / 2``, as after ``langevin(step=a)``, but for ``O(a^2)``.
+
+    At ``alpha`` and ``beta`` of other sizes the step rests at the variance of ``q^(2 alpha sigma^2 / beta^2)``.
+    """
+    b, wide = 1.0, 1.4
+    keys, x = as_keys(key, 3), jnp.ones((3, 1))
+    kl = lambda var: (var / b**2 - 1 - np.log(var / b**2)) / 2
+    fisher = wide**2 * (1 / b**2 - 1 / wide**2) ** 2
+
+    def squares(fix, k):
+        """``A^2`` and ``B^2`` of ``A x + B z``."""
+        still, moved = (np.asarray(fix(keys, c * x, 0.5)[0]) for c in (0, 1))
+        return ((moved - still) ** 2).mean(), ((still / np.asarray(normal(k, (1,), jnp.float64))) ** 2).mean()
+
+    off, apart = [], []
+    for sigma in (0.2, 0.1):
+        h = sigma**2 / 2
+        fix = correctors.marginal_matching(gaussian_direction(b, sigma), **correctors.preset("langevin", sigma))
+        kept, noise = squares(fix, keys)
+        off.append((kl(wide**2 * kept + noise) - kl(wide**2)) / h + fisher)
+        plain = correctors.langevin(lambda x, t, cond=None: -x / b**2, step=h)
+        kept_, noise_ = squares(plain, split(keys, 1)[0])
+        apart.append(wide**2 * (kept - kept_) + noise - noise_)
+    assert off[0] / off[1] == pytest.approx(4, rel=0.15)  # of order a, so nothing is left at a = 0
+    assert apart[0] / apart[1] == pytest.approx(16, rel=0.15)  # of order a^2
+
+    sigma, beta, alpha = 0.1, 0.1, 1.5
+    kept, noise = squares(correctors.marginal_matching(gaussian_direction(b, sigma), alpha=alpha, beta=beta), keys)
+    assert noise / (1 - kept) == pytest.approx(b**2 * beta**2 / (2 * alpha * sigma**2), rel=0.03)
 
 
 MEANS, STD, WEIGHTS = np.array([-1.5, 0.2, 2.0]), np.array([0.5, 0.8, 0.4]), np.array([0.3, 0.5, 0.2])
@@ -152,6 +217,37 @@ def test_the_score_of_a_velocity_is_the_score_of_its_law(path, x64, key):
     np.testing.assert_allclose(correctors.score_of(oracle.velocity, path=path)(x, t), oracle.score(x, t), rtol=1e-9)
     linear = oracles.gaussian(1.0, 0.5)
     np.testing.assert_allclose(correctors.score_of(linear.velocity)(x, t), linear.score(x, t), rtol=1e-9)
+
+
+def test_under_a_coupling_what_the_velocity_gives_is_not_the_score(x64, key):
+    """Pairs ``x1 = a x0``: ``-x / ((1 - t) m)``, ``m = 1 - t + a t``, in the place of ``-x / m^2``."""
+    a, x, t = 1.6, jax.random.normal(key, (9, 1), jnp.float64), jnp.linspace(0.1, 0.9, 9)
+    law = lambda rho: oracles.coupled(
+        jnp.zeros(1), jnp.zeros(1), jnp.array([[1.0, rho * a], [rho * a, a**2]]), path=paths.linear()
+    )
+    free, bound = law(0.0), law(1.0)
+    np.testing.assert_allclose(correctors.score_of(free.velocity)(x, t), free.score(x, t), rtol=1e-9)
+    m = (1 - t + a * t)[:, None]
+    np.testing.assert_allclose(bound.score(x, t), -x / m**2, rtol=1e-9)
+    np.testing.assert_allclose(correctors.score_of(bound.velocity)(x, t), -x / (m * (1 - t)[:, None]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("path", [paths.linear(), paths.trigonometric(), paths.vp()])
+def test_the_score_at_the_end_is_refused_where_it_is_asked_for(path, key):
+    """By the sampler before it starts, jitted; a path that ends in noise has it."""
+    x, ts = jnp.ones((2, 1)), times.uniform_grid(4)
+    oracle = oracles.gaussian(0.0, 0.5, path=path)
+
+    def run(x, at, path=path):
+        fix = correctors.langevin(correctors.score_of(oracle.velocity, path=path), step=0.01)
+        return samplers.sample(lambda x, s, t, cond=None, key=None: x, x, ts, key=key, corrector=fix, at=at)
+
+    assert np.isfinite(jax.jit(run, static_argnums=1)(x, (1, 3))).all()
+    with pytest.raises(ValueError, match="the score at t=1 is not in the velocity"):
+        jax.jit(run, static_argnums=1)(x, (1, 4))
+    assert correctors.score_of(oracle.velocity, path=paths.ve()).check(ts) is None
+    with pytest.raises(ValueError, match="score_of needs a path without a latent"):
+        correctors.score_of(oracle.velocity, path=paths.two_sided())
 
 
 def test_alpha_and_beta_may_depend_on_the_time_of_each_example(x64, key):

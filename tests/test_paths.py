@@ -369,3 +369,22 @@ def test_a_change_in_float32_keeps_its_dtype_and_its_condition(key):
     got = paths.change(velocity, paths.vp(), paths.linear())(x, t, "labels")
     assert seen == ["labels"] and got.dtype == jnp.float32
     np.testing.assert_allclose(got, law("mixture", paths.linear()).velocity(x, t), rtol=2e-4, atol=2e-4)
+
+
+@every_path
+def test_renoising_is_the_kernel_of_the_path(path, x64):
+    """Mean and variance of the law at the earlier time; twice is once in law; to where it is, it is the identity."""
+    one, zero = jnp.ones((1, 1)), jnp.zeros((1, 1))
+
+    def kernel(t, s):
+        return tuple(float(paths.renoise(path, a, b, t, s)[0, 0]) for a, b in ((one, zero), (zero, one)))
+
+    for t, m, s in ((0.9, 0.6, 0.2), (0.5, 0.4, 0.1), (0.99, 0.3, 0.0)):
+        (alpha, beta), (alpha_s, beta_s) = (map(float, path.coefficients(jnp.asarray(r))) for r in (t, s))
+        kept, noise = kernel(t, s)
+        assert kept * beta == pytest.approx(beta_s, abs=1e-12)
+        assert (kept * alpha) ** 2 + noise**2 == pytest.approx(alpha_s**2, rel=1e-12)
+        (first, early), (second, late) = kernel(t, m), kernel(m, s)
+        assert first * second == pytest.approx(kept, abs=1e-12)
+        assert (second * early) ** 2 + late**2 == pytest.approx(noise**2, rel=1e-9)
+        assert kernel(t, t) == pytest.approx((1, 0), abs=1e-7)

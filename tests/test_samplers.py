@@ -1,5 +1,7 @@
 """The interleaved scan against plain loops, its keys, what it evaluates and what it costs."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +110,102 @@ def test_what_is_evaluated_is_what_cost_says(at, parallel, key):
     jax.effects_barrier()
     cost = samplers.cost(4, at, step_nfe=solvers.nfe("midpoint"), parallel=parallel)
     assert (counts["step"] + counts["correction"], counts["correction"]) == (cost.nfe, cost.c_nfe)
+
+
+def always_run(text: str) -> str:
+    """The lines of a compiled program that run whatever its data: all but the branches of conditionals."""
+    bodies = {}
+    for line in text.splitlines():
+        if start := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = "ENTRY" if start[1] else start[2]
+            bodies[name] = []
+        elif bodies:
+            bodies[name].append(line)
+    reached, todo = [], ["ENTRY"]
+    while todo:
+        name = todo.pop()
+        if name in reached:
+            continue
+        reached.append(name)
+        for line in bodies[name]:
+            line = re.sub(r"(branch|true|false)_computations?=(\{.*?\}|\S+)", "", line)
+            todo += [word for word in re.findall(r"[\w.\-]+", line.split("metadata=")[0]) if word in bodies]
+    return "\n".join(line for name in reached for line in bodies[name])
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_skipped_correction_is_no_part_of_the_compiled_step(parallel, flow, key):
+    """Its operations are in a branch; all are of the loop where every step is corrected, none where no step is.
+
+    The program does not grow with the number of steps.
+    """
+    velocity, direction = flow
+
+    def marked(x, t, cond=None):
+        with jax.named_scope("correction"):
+            return direction(x, t) @ jnp.eye(2)
+
+    fix = correctors.marginal_matching(marked, alpha=0.5, beta=0.1)
+
+    def program(n, at):
+        run = lambda x: samplers.sample(
+            solvers.rk4(velocity), x, times.uniform_grid(n), key=key, corrector=fix, at=at, parallel=parallel
+        )
+        return jax.jit(run).lower(jnp.ones((4, 2))).compile().as_text()
+
+    none, some, every = program(6, ()), program(6, (0, 3)), program(6, range(6))
+    assert "correction/" not in none and "conditional(" not in none
+    assert "correction/" in some and "correction/" not in always_run(some)
+    assert "correction/" in always_run(every) and "conditional(" not in every
+    assert program(60, (0, 30)).count(" = ") == some.count(" = ")
+
+
+def test_correctors_of_one_grid_serve_another(flow, x64, key):
+    """Trained at N = 10, stepping with N = 50: the shared times, each with its own alpha and beta, times one factor."""
+    velocity, direction = flow
+    coarse, fine = times.uniform_grid(10), times.uniform_grid(50)
+    at = samplers.same_times((0, 5, 7, 10), coarse, fine)
+    assert at == (0, 25, 35, 50)
+    assert samplers.same_times(range(11), coarse, fine) == tuple(range(0, 51, 5))
+    assert samplers.same_times((3,), coarse, coarse[::-1]) == (7,)
+    alphas, betas = np.linspace(0.1, 1.1, 11), np.where(np.arange(11) % 5 == 0, 0.0, 0.3)
+    schedules = {"alpha": times.per_step(coarse, 0.4 * alphas), "beta": times.per_step(coarse, betas)}
+    fix = correctors.marginal_matching(direction, **schedules)
+    x = start = jax.random.normal(key, (4, 2), jnp.float64)
+    step = solvers.euler(velocity)
+    got = samplers.sample(step, x, fine, key=key, corrector=fix, at=at)
+    keys = as_keys(key, 4)
+    for n, t in enumerate(fine):
+        if n in at:
+            x = x + betas[n // 5] * normal(fold_in(keys, 2 * n), (2,), jnp.float64)
+            x = x + 0.4 * alphas[n // 5] * direction(x, t)
+        x = step(x, t, fine[n + 1]) if n < 50 else x
+    np.testing.assert_allclose(got, x, rtol=1e-6)  # the schedules are float32 on a float32 grid
+    with pytest.raises(ValueError, match="t=0.02 is not among these 11 times, whose nearest is 0"):
+        jax.jit(lambda x: samplers.sample(step, x, fine, key=key, corrector=fix, at=(0, 1)))(start)
+    with pytest.raises(ValueError, match="t=0.1 is not among these 5 times"):
+        samplers.same_times((0, 1, 10), coarse, times.uniform_grid(4))
+    with pytest.raises(ValueError, match="at=11 is not a step"):
+        samplers.same_times((11,), coarse, fine)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_noise_changes_a_sample_through_its_key_alone(parallel, flow, key):
+    """None: the same to the bit as without beta, by number and by step, whatever the key. Some: by the key."""
+    velocity, direction = flow
+    ts, x = times.uniform_grid(4), jax.random.normal(key, (8, 2))
+
+    def run(seed, **noise):
+        fix = correctors.marginal_matching(direction, alpha=0.5, **noise)
+        options = {"corrector": fix, "at": (0, 2, 4), "parallel": parallel}
+        return jax.jit(lambda x: samplers.sample(solvers.rk4(velocity), x, ts, key=jax.random.key(seed), **options))(x)
+
+    plain = run(0)
+    for seed in (0, 1):
+        np.testing.assert_array_equal(run(seed, beta=0.0), plain)
+        np.testing.assert_array_equal(run(seed, beta=times.per_step(ts, np.zeros(5))), plain)
+    np.testing.assert_array_equal(run(0, beta=0.1), run(0, beta=0.1))
+    assert (run(0, beta=0.1) != run(1, beta=0.1)).all() and (run(0, beta=0.1) != plain).all()
 
 
 @pytest.mark.parametrize(

@@ -309,3 +309,38 @@ def test_shares_of_noise_levels_are_shares_up_to_the_ends_and_refuse_what_makes_
             share(one, one, one, **options)
     with pytest.raises(ValueError, match="noise_angle needs sigma > 0"):
         times.noise_angle(as_keys(jax.random.key(0), 2), sigma=0.0)
+
+
+@pytest.mark.parametrize(("m", "n"), [(10, 50), (7, 21), (10, 10), (50, 1000)])
+def test_every_time_of_a_grid_is_found_on_one_that_refines_it(m, n):
+    coarse, fine = times.uniform_grid(m), times.uniform_grid(n)
+    assert times.steps_at(fine, coarse) == tuple(range(0, n + 1, n // m))
+    assert times.steps_at(fine[::-1], coarse[1:3]) == (n - n // m, n - 2 * n // m)
+    assert times.steps_at(fine, []) == ()
+
+
+def test_a_time_that_a_grid_does_not_have_is_named():
+    with pytest.raises(ValueError, match="t=0.5 is not among these 6 times, whose nearest is 0.4"):
+        times.steps_at(times.uniform_grid(5), times.uniform_grid(10)[[2, 5, 7]])
+
+
+def test_a_schedule_by_step_is_its_array_on_any_grid_with_those_times():
+    """And no number elsewhere. A change of the values compiles nothing."""
+    ts, values, traced = times.uniform_grid(10), np.linspace(-1, 2, 11), []
+
+    @jax.jit
+    def at(values, t):
+        traced.append(1)
+        return times.per_step(ts, values)(t)
+
+    for v in (values, values**2):
+        np.testing.assert_allclose(at(v, jnp.asarray(times.uniform_grid(50)[::5])), v, rtol=1e-6)
+    assert len(traced) == 1
+    assert np.isnan(times.per_step(ts, values)(jnp.array([0.05, 0.55, 1.1]))).all()
+    assert times.per_step(ts, values)(jnp.float32(0.3)) == np.float32(values[3])  # a scalar, too
+    times.per_step(ts, values).check(ts[2:4])
+    with pytest.raises(ValueError, match="t=0.25 is not among these 11 times"):
+        times.per_step(ts, values).check([0.2, 0.25])
+    for bad in (values[:-1], 0.5):
+        with pytest.raises(ValueError, match="per_step needs one value a time"):
+            times.per_step(ts, bad)
