@@ -29,7 +29,7 @@ import numpy as np
 from fmjax import couplings, guidance, paths
 from fmjax.data import arrays
 from fmjax.nets import adapters
-from fmjax.types import Cond, FlowMapFn, Method, Net, VelocityFn
+from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Net, VelocityFn
 
 Spec = Any  # a ConfigDict is no Mapping; what a spec may be is checked where it is opened
 
@@ -122,11 +122,14 @@ def method(
     """A method over ``net``; ``path``, and the data's ``mean()``, go to those that take one.
 
     ``null``, where the net is told the scale of guidance, goes to what guides itself; others get a guided teacher.
+    Raises ``ValueError`` for a net that gives a logit to a method that does not classify.
     """
-    options = _options(resolve("methods", _open("methods", spec)[0], takes=("net",)))
+    function = resolve("methods", _open("methods", spec)[0], takes=("net",))
+    if getattr(net, "logit", False) and typing.get_type_hints(function).get("net") is not LogitNet:
+        raise ValueError(f"{_label(function)} needs a net of x's shape, not a logit's: logit=False, or net 'unet'")
+    options = _options(function)
     teacher = None if null is None or "null" in options else guidance.guided_teacher(net, null=null)
-    given = {"path": path, "null": null, "teacher": teacher}
-    given["mean"] = mean() if mean is not None and "mean" in options else None
+    given = {"path": path, "null": null, "teacher": teacher, "mean": mean() if mean and "mean" in options else None}
     return from_spec("methods", spec, net, takes=("net",), **{k: v for k, v in given.items() if v is not None})
 
 
@@ -363,12 +366,9 @@ def _positional(function: Callable) -> tuple[str, ...]:
 
 
 def _label(function: Callable) -> str:
-    module = function.__module__.removeprefix("fmjax.")
-    return (
-        module
-        if module.rpartition(".")[2].replace("_", "") == function.__name__.replace("_", "").lower()
-        else f"{module}.{function.__name__}"
-    )
+    module, name = function.__module__.removeprefix("fmjax."), function.__name__
+    same = module.rpartition(".")[2].replace("_", "") == name.replace("_", "").lower()
+    return module if same else f"{module}.{name}"
 
 
 def _convert(what: str, value: Any, hint: Any) -> Any:

@@ -7,6 +7,9 @@ Any other scale costs two evaluations where there was one: count NFE twice. The 
 law: classifier-free guidance does not sample the tilted law ``p(x|null)^{1-w} p(x|c)^w`` at ``t = 1`` (two Gaussians of
 variances ``V0, Vc`` end at ``V0^{1-w} Vc^w``, the tilt has ``1 / ((1-w)/V0 + w/Vc)``); the two agree where the
 variances do. It is not the velocity of an unguided flow map either: guide the target such a map is trained on.
+
+Corrections of a velocity stand beside: ``added`` (a residual field) and ``density_ratio`` (a discriminator), whose
+scale is the share of the correction, 0 for none.
 """
 
 from __future__ import annotations
@@ -178,6 +181,42 @@ def autoguidance(strong: VelocityFn, weak: VelocityFn, *, scale: Scale) -> Veloc
     """
     _check_scale(scale)
     return strong if not callable(scale) and scale == 1 else _guide(strong, weak, scale)
+
+
+def added(velocity: VelocityFn, residual: VelocityFn) -> VelocityFn:
+    """The sum ``v + r`` of a frozen velocity and a residual one (``methods.residual``); costs an evaluation of each."""
+    return lambda x, t, cond=None: velocity(x, t, cond) + residual(x, t, cond)
+
+
+def density_ratio(
+    velocity: VelocityFn, gradient: VelocityFn, *, scale: Scale = 1.0, path: paths.Path | None = None
+) -> VelocityFn:
+    """Discriminator guidance: ``v + scale c(t) g``, ``g = grad log(D / (1 - D))`` (arXiv 2211.17091).
+
+    ``D`` tells data from samples of ``velocity``, both noised by ``path`` at ``t`` (``methods.discriminator``, whose
+    direction is ``g``). A velocity is affine in the score of its law, with the slope ``c = alpha W / beta``, ``W =
+    alpha beta' - alpha' beta`` (linear: ``(1 - t) / t``), for a source N(0, I) independent of the data; a latent of
+    ``path`` counts to it. With the exact ``g = S_data - S_model`` the sum is the velocity of the data. ``scale`` is a
+    number or a function of the times ``[B]``, 1 the whole correction and 0 none, which returns ``velocity`` itself.
+
+    Where ``beta = 0`` both laws are the source, and nothing is added. Just after, ``c`` is large, and so is what it
+    makes of a learned ``g``'s error: a ``scale`` that begins at 0 may be needed. Each evaluation costs three, a forward
+    and a backward pass of ``D`` more. Raises ``ValueError`` for a scale that is not finite.
+    """
+    if not callable(scale) and not math.isfinite(scale):
+        raise ValueError(f"the scale of a correction is a finite number or a function of time, got {scale}; 0 is none")
+    if not callable(scale) and scale == 0:
+        return velocity
+    path = paths.one_sided(path or paths.linear())
+
+    def guided(x, t, cond=None):
+        t = over_batch(t, x)
+        w = expand(scale(t), x).astype(x.dtype) if callable(scale) else scale
+        late = jnp.where(path.coefficients(t)[1] > 0, t, 1.0)  # alpha = 0 at t = 1, and with it c
+        push = paths.convert(path, jnp.zeros_like(x), gradient(x, t, cond), late, given="score", to="velocity")
+        return velocity(x, t, cond) + w * push
+
+    return guided
 
 
 def interval(

@@ -34,6 +34,13 @@ class Net(Protocol):
 
 
 @runtime_checkable
+class LogitNet(Protocol):
+    """An unbound network of one number an example, ``[B]``: the logit of a classifier. It is asked where ``s = t``."""
+
+    def __call__(self, params: Params, x: Array, s: Array, t: Array, cond: Cond = None, key=None) -> Array: ...
+
+
+@runtime_checkable
 class VelocityFn(Protocol):
     """A bound velocity ``v(x, t)``: all that solvers, likelihood and guidance see."""
 

@@ -17,9 +17,9 @@ import pytest
 
 from fmjax import methods, oracles, paths, times
 from fmjax.methods import consistency
-from fmjax.types import Batch, Method, Net
+from fmjax.types import Batch, Method, Net, expand, over_batch
 
-MEAN, STD, SIGMA = np.array([0.75, -0.5], np.float32), np.array([0.5, 1.5], np.float32), 0.6
+MEAN, STD, SIGMA = np.array([0.75, -0.5], np.float32), np.array([0.5, 1.5], np.float32), (0.4, 0.9, 0.6)
 
 
 def discover() -> list[str]:
@@ -42,7 +42,7 @@ class Case(NamedTuple):
     each view of ``Method`` to its closed form; ``standard(x, s)`` is N(0, I), independent of ``s``, where the net is
     asked at the right places (``x`` of the law of its source time ``s``); ``teacher``: the loss depends on its target;
     ``inverts``: it asks for jumps from ``t`` back to ``s`` as well; ``away``: from how far descent has to return, more
-    where the targets are noisier.
+    where the targets are noisier; ``draws``: the loss draws something from its keys.
     """
 
     make: Callable[[Net], Method]
@@ -53,12 +53,13 @@ class Case(NamedTuple):
     teacher: bool = False
     inverts: bool = False
     away: float = 0.2
+    draws: bool = True
 
 
-def centred(path, x, t, extra=0.0):
+def centred(path, x, t, extra=0.0, mean=MEAN, std=STD):
     """``x - E[I_t]`` for the Gaussian data, and the variance of ``I_t`` plus ``extra``."""
     alpha, beta, *_ = paths.coefficients(path, x, t)
-    return x - beta * MEAN, alpha**2 + (beta * STD) ** 2 + extra
+    return x - beta * mean, alpha**2 + (beta * std) ** 2 + extra
 
 
 standardise = lambda offset, var: offset / jnp.sqrt(var)
@@ -89,8 +90,9 @@ def map_case(name: str, **options) -> Callable[[Any], Case]:
 
 
 def score_case(path) -> Case:
-    """Marginals of the Gaussian's own flow at times ``t``, noised by sigma: N(beta m, C_t + sigma^2)."""
-    noised = lambda x, t: centred(path, x, t, SIGMA**2)
+    """Marginals of the Gaussian's own flow at times ``t``, noised by sigma(t): N(beta m, C_t + sigma^2)."""
+    sigma = lambda x, t: jnp.interp(expand(over_batch(t, x), x), np.linspace(0, 1, len(SIGMA)), np.array(SIGMA))
+    noised = lambda x, t: centred(path, x, t, sigma(x, t) ** 2)
 
     def batch(key, n):
         k_t, k_0, k_1 = jax.random.split(key, 3)
@@ -105,9 +107,65 @@ def score_case(path) -> Case:
     return Case(
         make=lambda net: factory("score_corrector")(net, sigma=SIGMA),
         batch=batch,
-        solution=lambda params, x, s, t, cond=None, key=None: -SIGMA * score(x, s),
-        uses={"direction": lambda x, t: SIGMA**2 * score(x, t)},
+        solution=lambda params, x, s, t, cond=None, key=None: -sigma(x, s) * score(x, s),
+        uses={"direction": lambda x, t: sigma(x, t) ** 2 * score(x, t), "score": score},
         standard=lambda x, s: standardise(*noised(x, s)),
+    )
+
+
+def log_odds_case(path, make) -> Case:
+    """Real data against those of another Gaussian: the logit is the sum of the net's coordinates.
+
+    Each is ``log N(x; m_t, C_t) - log N(x; m~_t, C~_t)``. The net gets the real half of its rows first.
+    """
+    made = {"mean": np.array([0.25, 0.0], np.float32), "std": np.array([0.75, 1.0], np.float32)}
+    real_at, made_at = functools.partial(centred, path), functools.partial(centred, path, **made)
+    log_density = lambda offset, var: -0.5 * (offset**2 / var + jnp.log(var))
+    score = lambda offset, var: -offset / var
+
+    def batch(key, n):
+        k_real, k_made = jax.random.split(key)
+        draw = lambda key, mean, std: mean + std * jax.random.normal(key, (n, 2))
+        return Batch(draw(k_real, MEAN, STD), draw(k_made, **made))
+
+    def standard(x, s):
+        half = len(x) // 2
+        return jnp.concatenate([standardise(*real_at(x[:half], s[:half])), standardise(*made_at(x[half:], s[half:]))])
+
+    def summed(net):
+        return lambda params, x, s, t, cond=None, key=None: net(params, x, s, t, cond, key).sum(-1)
+
+    return Case(
+        make=lambda net: make(summed(net)),
+        batch=batch,
+        solution=lambda params, x, s, t, cond=None, key=None: log_density(*real_at(x, s)) - log_density(*made_at(x, s)),
+        uses={"direction": lambda x, t: score(*real_at(x, t)) - score(*made_at(x, t))},
+        standard=standard,
+    )
+
+
+def classifier_case(path) -> Case:
+    """Both laws along their own flows at times ``t``, without an attack: nothing is left to draw."""
+    case = log_odds_case(path, lambda net: factory("classifier_corrector")(net, eps=0.0))
+
+    def batch(key, n):
+        k_t, k_0, k_1, k_data = jax.random.split(key, 4)
+        t = jax.random.randint(k_t, (n,), 0, 5) / 4.0
+        along = lambda key, x: paths.with_velocity(path, jax.random.normal(key, x.shape), x, t)[0]
+        data = case.batch(k_data, n)
+        return Batch(along(k_1, data.x1), along(k_0, data.x0), t=t)
+
+    return case._replace(batch=batch, draws=False)
+
+
+def residual_case(path) -> Case:
+    """Over the net itself: a half of the velocity, beside a frozen half."""
+    case = flow_case(path, "flow_matching", "velocity")
+    return case._replace(
+        make=lambda net: factory("residual")(net, path=path),
+        solution=lambda *args: case.solution(*args) / 2,
+        uses={"velocity": lambda x, t: case.uses["velocity"](x, t) / 2},
+        teacher=True,
     )
 
 
@@ -169,6 +227,7 @@ CASES = {
         solver="jump",
         teacher=True,
     ),
+    "classifier_corrector": classifier_case,
     "consistency": alias(
         "alpha_flow",
         diagonal=0.0,
@@ -182,6 +241,7 @@ CASES = {
     ),
     "continuous_consistency": map_case("continuous_consistency", velocity="own", diagonal=0.5, teacher=True),
     "contrastive": contrastive_case,
+    "discriminator": lambda path: log_odds_case(path, lambda net: factory("discriminator")(net, path=path)),
     "eulerian": map_case("eulerian", teacher=True),
     "flow_map_matching": map_case("flow_map_matching", inverts=True),
     "flow_matching": lambda path: flow_case(path, "flow_matching", "velocity", "score"),
@@ -190,6 +250,7 @@ CASES = {
     "mean_flow": map_case("mean_flow", away=2.0),
     "progressive": map_case("progressive", teacher=True),
     "progressive_distillation": alias("progressive", diagonal=0.0, pair=times.grid_pair),
+    "residual": residual_case,
     "score_corrector": score_case,
     "shortcut": alias("progressive", diagonal=7 / 8, pair=times.dyadic),
     "soflow": alias("alpha_flow", share=times.exponential_share, power=2.0),

@@ -25,9 +25,9 @@ HEAVY = (
 # what each room may import of fmjax, beside itself; packages stand for all their files
 BELOW = {
     "types": set(),
-    "weighting": {"types"},
+    **dict.fromkeys(("weighting", "attacks"), {"types"}),
     **dict.fromkeys(("paths", "times", "couplings", "oracles", "guidance"), {"types", "paths", "times"}),
-    "methods": {"types", "paths", "times", "weighting", "methods"},
+    "methods": {"types", "paths", "times", "weighting", "attacks", "methods"},
     "nets": {"types", "nets"},
     "solvers": {"types", "paths", "times"},
     **dict.fromkeys(("samplers", "correctors", "likelihood"), {"types", "paths", "times", "solvers"}),

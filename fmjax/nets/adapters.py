@@ -23,7 +23,7 @@ def from_linen(module) -> Model:
 
     Only dropout draws from ``key`` (the first example's key seeds the masks of the whole batch). Where the module has
     ``attention="fused"``, a kernel without a jvp, ``net.with_jvp`` is the same network with XLA's attention: losses of
-    flow maps take it inside their jvp, and there alone.
+    flow maps take it inside their jvp, and there alone. ``net.logit`` tells whether it gives one number an example.
     """
 
     def init(key, x, cond=None):
@@ -40,6 +40,7 @@ def from_linen(module) -> Model:
         rngs = None if key is None else {"dropout": key.ravel()[0]}
         return module.apply({"params": params}, x, s, t, cond, train=key is not None, rngs=rngs)
 
+    net.logit = getattr(module, "logit", False)
     if getattr(module, "attention", None) == "fused":
         net.with_jvp = from_linen(module.clone(attention="xla")).net
     return Model(init, net)

@@ -16,7 +16,8 @@ class MLP(nn.Module):
 
     ``classes > 0`` adds an embedding of integer labels ``cond: [B]`` (label ``classes`` is the null class), ``guided``
     one of guidance scales, of ``cond = (labels, scale)`` (see ``embedding.condition``).
-    ``outputs > 1`` gives ``[B, ..., outputs C]`` for ``x: [B, ..., C]``, for methods that learn several fields at once.
+    ``outputs > 1`` gives ``[B, ..., outputs C]`` for ``x: [B, ..., C]``, for methods that learn several fields at once;
+    ``logit`` gives one number an example, ``[B]``, for those that classify.
     The output layer starts at zero. ``dtype`` is the compute type; parameters and times are float32.
     """
 
@@ -25,6 +26,7 @@ class MLP(nn.Module):
     classes: int = 0
     guided: bool = False
     outputs: int = 1
+    logit: bool = False
     dropout: float = 0.0
     dtype: str = "float32"
 
@@ -42,6 +44,8 @@ class MLP(nn.Module):
             r = nn.Dropout(self.dropout, deterministic=not train)(r)
             h += dense(self.width, name=f"down_{i}")(r)
         h = nn.LayerNorm(dtype=self.dtype)(h)
-        shape = (*x.shape[:-1], self.outputs * x.shape[-1])
+        if self.logit and self.outputs != 1:
+            raise ValueError(f"logit=True gives one number an example: outputs={self.outputs} must then be 1")
+        shape = x.shape[:1] if self.logit else (*x.shape[:-1], self.outputs * x.shape[-1])
         out = nn.Dense(math.prod(shape[1:]), kernel_init=nn.initializers.zeros, name="output")(h)
         return out.reshape(shape).astype(x.dtype)

@@ -98,25 +98,8 @@ class Attention(nn.Module):
         return x + nn.Dense(c, dtype=self.dtype, name="out", kernel_init=nn.initializers.zeros)(out)
 
 
-class UNet(nn.Module):
-    """``x: [B, H, W, C] -> [B, H, W, outputs C]``; a level per entry of ``multipliers``, each half as wide as the last.
-
-    ``attention`` lists the resolutions (heights) that get attention, of ``heads`` heads, or of as many as make each
-    ``head_channels`` wide; it also stands in the middle where ``middle``. ``film`` and ``per_group`` as in ``Block``,
-    ``spectrum`` as in ``TwoTimes``, ``remat`` as in ``rematerialised``. Levels are joined by a convolution
-    (``resample="conv"``) or a residual block (``"block"``). ``classes``, ``guided``, ``outputs``, ``dropout``,
-    ``dtype`` as in ``MLP``. The last convolution starts at zero.
-
-    torchcfm's U-Net, weights and all (``fmjax.convert.torchcfm``), is ``film=False, per_group=1, spectrum="slow"``;
-    its CIFAR-10 network, 35,746,307 parameters beside those of the second time, adds ``channels=128,
-    multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), head_channels=64, dropout=0.1``.
-
-    On a CPU a training step costs, per image 28x28x1 and core (x86_64, AVX-512, jax 0.10.2, float32), 23 ms with
-    ``channels=32``, 18 ms without the attention of the ``middle``, and 9 ms with ``channels=16, multipliers=(1, 2, 4)``
-    of as many parameters (0.67M). XLA's convolutions there take one thread each: give JAX a virtual device per core,
-    ``NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=2``. Its repeated blocks differ in their channels, so
-    that there is no scan to make of them.
-    """
+class Levels(nn.Module):
+    """The way down of a U-Net and its middle: what ``UNet`` and ``Encoder`` share; the options are told there."""
 
     channels: int = 64
     multipliers: Sequence[int] = (1, 2)
@@ -131,7 +114,6 @@ class UNet(nn.Module):
     resample: str = "conv"
     classes: int = 0
     guided: bool = False
-    outputs: int = 1
     dropout: float = 0.0
     remat: str = "none"
     dtype: str = "float32"
@@ -151,50 +133,83 @@ class UNet(nn.Module):
             raise ValueError(f"{name}={n} does not divide the {channels} channels that attention has in this U-Net")
         return channels // n if self.head_channels else n
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
-        self._check(x)
-        common = {"dtype": self.dtype, "per_group": self.per_group}
-        res_block = rematerialised(Block, self.remat, static=(3,))
-        attention = rematerialised(Attention, self.remat)
-
-        def block(h, features, name, resample=None):
-            return res_block(features, self.dropout, film=self.film, resample=resample, name=name, **common)(
-                h, e, train
-            )
-
-        def attend(h, name, here=None):
-            here = h.shape[1] in self.attention if here is None else here
-            return attention(self._heads(h.shape[-1]), name=f"{name}_attention", **common)(h) if here else h
-
+    def _embedding(self, s: Array, t: Array, cond) -> Array:
         e = TwoTimes(4 * self.channels, 64 if self.spectrum == "wide" else self.channels, self.spectrum)(s, t)
-        e = nn.silu(condition(e, cond, classes=self.classes, guided=self.guided))
+        return nn.silu(condition(e, cond, classes=self.classes, guided=self.guided))
 
-        conv = lambda h, name, **kw: nn.Conv(h.shape[-1], (3, 3), padding=1, dtype=self.dtype, name=name, **kw)(h)
-        width = self.channels * self.multipliers[0]
-        h = nn.Conv(width, (3, 3), dtype=self.dtype, name="input")(x)
+    def _block(self, h: Array, e: Array, train: bool, features: int, name: str, resample: str | None = None) -> Array:
+        block = rematerialised(Block, self.remat, static=(3,))
+        common = {"dtype": self.dtype, "per_group": self.per_group, "film": self.film}
+        return block(features, self.dropout, resample=resample, name=name, **common)(h, e, train)
+
+    def _attend(self, h: Array, name: str, here: bool | None = None) -> Array:
+        if not (h.shape[1] in self.attention if here is None else here):
+            return h
+        attention = rematerialised(Attention, self.remat)
+        common = {"dtype": self.dtype, "per_group": self.per_group}
+        return attention(self._heads(h.shape[-1]), name=f"{name}_attention", **common)(h)
+
+    def _conv(self, h: Array, name: str, **options) -> Array:
+        return nn.Conv(h.shape[-1], (3, 3), padding=1, dtype=self.dtype, name=name, **options)(h)
+
+    def _descend(self, x: Array, e: Array, train: bool) -> tuple[Array, list[Array]]:
+        """What comes out of the middle, and the way's intermediate results."""
+        self._check(x)
+        h = nn.Conv(self.channels * self.multipliers[0], (3, 3), dtype=self.dtype, name="input")(x)
         skips = [h]
         for level, m in enumerate(self.multipliers):
             if level and self.resample == "conv":
-                h = conv(h, f"down_{level}", strides=2)
+                h = self._conv(h, f"down_{level}", strides=2)
             elif level:
-                h = block(h, h.shape[-1], f"down_{level}", "down")
+                h = self._block(h, e, train, h.shape[-1], f"down_{level}", "down")
             if level:
                 skips.append(h)
             for i in range(self.blocks):
-                h = attend(block(h, m * self.channels, f"in_{level}_{i}"), f"in_{level}_{i}")
+                h = self._block(h, e, train, m * self.channels, f"in_{level}_{i}")
+                h = self._attend(h, f"in_{level}_{i}")
                 skips.append(h)
-        h = block(h, h.shape[-1], "middle_0")
+        h = self._block(h, e, train, h.shape[-1], "middle_0")
         if self.middle:
-            h = block(attend(h, "middle", True), h.shape[-1], "middle_1")
+            h = self._attend(h, "middle", True)
+            h = self._block(h, e, train, h.shape[-1], "middle_1")
+        return h, skips
+
+
+class UNet(Levels):
+    """``x: [B, H, W, C] -> [B, H, W, outputs C]``; a level per entry of ``multipliers``, each half as wide as the last.
+
+    ``attention`` lists the resolutions (heights) that get attention, of ``heads`` heads, or of as many as make each
+    ``head_channels`` wide; it also stands in the middle where ``middle``. ``film`` and ``per_group`` as in ``Block``,
+    ``spectrum`` as in ``TwoTimes``, ``remat`` as in ``rematerialised``. Levels are joined by a convolution
+    (``resample="conv"``) or a residual block (``"block"``). ``classes``, ``guided``, ``outputs``, ``dropout``,
+    ``dtype`` as in ``MLP``. The last convolution starts at zero.
+
+    torchcfm's U-Net, weights and all (``fmjax.convert.torchcfm``), is ``film=False, per_group=1, spectrum="slow"``;
+    its CIFAR-10 network, 35,746,307 parameters beside those of the second time, adds ``channels=128,
+    multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), head_channels=64, dropout=0.1``.
+
+    On a CPU a training step costs, per image 28x28x1 and core (x86_64, AVX-512, jax 0.10.2, float32), 23 ms with
+    ``channels=32``, 18 ms without the attention of the ``middle``, and 9 ms with ``channels=16, multipliers=(1, 2, 4)``
+    of as many parameters (0.67M). XLA's convolutions there take one thread each: give JAX a virtual device per core,
+    ``NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=2``. Its repeated blocks differ in their channels, so
+    that there is no scan to make of them.
+    """
+
+    outputs: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
+        e = self._embedding(s, t, cond)
+        h, skips = self._descend(x, e, train)
         for level, m in reversed(list(enumerate(self.multipliers))):
             for i in range(self.blocks + 1):
-                h = block(jnp.concatenate([h, skips.pop()], -1), m * self.channels, f"out_{level}_{i}")
-                h = attend(h, f"out_{level}_{i}")
+                h = jnp.concatenate([h, skips.pop()], -1)
+                h = self._block(h, e, train, m * self.channels, f"out_{level}_{i}")
+                h = self._attend(h, f"out_{level}_{i}")
             if level and self.resample == "conv":
-                h = conv(_double(h), f"up_{level}")
+                h = self._conv(_double(h), f"up_{level}")
             elif level:
-                h = block(h, h.shape[-1], f"up_{level}", "up")
+                h = self._block(h, e, train, h.shape[-1], f"up_{level}", "up")
         h = nn.silu(GroupNorm(self.per_group, self.dtype)(h))
         out = nn.Conv(self.outputs * x.shape[-1], (3, 3), kernel_init=nn.initializers.zeros, name="output")(h)
         return out.astype(x.dtype)
