@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, checkpoint, evaluate, marginals, report, run, times, workdir
+from fmjax import build, checkpoint, evaluate, marginals, report, run, times, trajectories, workdir
 from fmjax.data import arrays
 from fmjax.evaluate import Models, Setting
 from fmjax.metrics import features, two_sample
@@ -49,7 +49,7 @@ def setup(cfg) -> Setup:
         raise ValueError(f"this config trains a flow alone (it has no {missing[0]}); start it by launch.train")
     data = build.data(cfg.data)
     ts = times.uniform_grid(cfg.solver_steps)
-    marginals.check_how("backward", cfg.solver, cfg.backward_map)
+    trajectories.check_how("backward", cfg.solver, cfg.backward_map)
     size = cfg.corrector.batch_size
     marginal = Batch(x1=np.resize(data.train_x, (size, *data.train_x.shape[1:])), t=np.resize(ts, size))
     s = cfg.sampling

@@ -1,7 +1,11 @@
-"""Arrays on disk that survive a kill at any moment: ArrayRecord shards and a manifest of what they were made from.
+"""Arrays on disk that survive a kill at any moment: ArrayRecord shards and manifests of what they were made from.
 
-A shard is written under a temporary name, synced, renamed and only then entered in ``manifest.json`` with its SHA-256,
-so that a name means a whole file. Record ``i`` is example ``i``.
+A shard is written under a temporary name, synced, renamed and only then entered in a manifest with its SHA-256, so that
+a name means a whole file. Record ``i`` is example ``i``.
+
+Shard ``i`` belongs to process ``i mod P``. Each of ``P`` processes enters its shards in a manifest of its own, so that
+no file has two writers and nobody waits; one process writes ``manifest.json``. What is there is what any manifest of
+the directory names with the SHA-256 that the file has, whatever ``P`` was.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import difflib
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +25,7 @@ import numpy as np
 
 VERSION = 1
 MANIFEST = "manifest.json"
+BLOCK = 2**16  # bytes: what ArrayRecord's files are made of
 OPTIONS = "group_size:1,uncompressed"  # noise does not compress, and the bytes depend on no compressor's version
 log = logging.getLogger(__name__)
 
@@ -66,8 +72,20 @@ def ranges(m: Manifest) -> dict[str, tuple[int, int]]:
     return {f"shard-{i:05d}-of-{n:05d}.array_record": b for i, b in enumerate(bounds)}
 
 
-def resume(directory: str | os.PathLike, m: Manifest) -> dict[str, Shard]:
-    """The complete shards of an earlier build of ``m``; one that is missing or torn is named in the log and left out.
+def size(m: Manifest, names: Iterable[str]) -> int:
+    """Bytes of these shards on disk, from above, within two blocks of 64 KiB a shard."""
+    record = len(m.steps) * math.prod(m.shape) * np.dtype(m.dtype).itemsize + 64  # and its header and index
+    counts = (stop - start for start, stop in (ranges(m)[name] for name in names))
+    return sum(BLOCK * (2 + math.ceil(count * record * (1 + 32 / BLOCK) / BLOCK)) for count in counts)
+
+
+def own(m: Manifest, process_index: int, process_count: int) -> dict[str, tuple[int, int]]:
+    """The ``ranges`` that a process builds."""
+    return dict(list(ranges(m).items())[process_index::process_count])
+
+
+def resume(directory: str | os.PathLike, m: Manifest, names: Iterable[str]) -> dict[str, Shard]:
+    """Those of the shards ``names`` that earlier builds of ``m`` completed; a missing or torn one is named in the log.
 
     Makes the directory. Raises ``OSError`` where it cannot be written, ``ValueError`` (naming each field that differs)
     where it holds something else.
@@ -80,18 +98,21 @@ def resume(directory: str | os.PathLike, m: Manifest) -> dict[str, Shard]:
         raise OSError(f"cannot write to {directory}: {e}; {advice}") from e
     if not os.access(directory, os.W_OK):
         raise OSError(f"cannot write to {directory}: no permission; {advice}")
+    stray = sorted(directory.glob("shard-*.array_record"))  # before the manifests: other processes write theirs first
     old = load(directory)
     if old is None:
-        if stray := sorted(directory.glob("shard-*.array_record")):
+        if stray:
             raise ValueError(f"{directory} holds {stray[0].name} but no {MANIFEST}; build in an empty directory")
         return {}
     check(directory, old, {name: getattr(m, name) for name in IDENTITY})
-    good = {}
-    for shard in old.shards:
-        if fault := _fault(directory, shard):
-            log.warning("%s %s; building it again", directory / shard.file, fault)
-        else:
-            good[shard.file] = shard
+    good, told = {}, _told(old)
+    for name in names:
+        if name in told:
+            found = _whole(directory, name, told[name])
+            if isinstance(found, Shard):
+                good[name] = found
+            else:
+                log.warning("%s %s; building it again", directory / name, found)
     return good
 
 
@@ -110,11 +131,19 @@ def write(directory: str | os.PathLike, name: str, records: Iterable[bytes]) -> 
     return shard
 
 
-def save(directory: str | os.PathLike, m: Manifest, shards: dict[str, Shard]) -> Manifest:
-    """Writes the manifest of ``m`` with the complete ``shards``, atomically, and returns it."""
+def save(
+    directory: str | os.PathLike,
+    m: Manifest,
+    shards: dict[str, Shard],
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Manifest:
+    """Writes a process's manifest of ``m`` with the complete ``shards``, atomically, and returns it."""
     m = m._replace(shards=tuple(shards[name] for name in sorted(shards)))
-    path = Path(directory) / MANIFEST
-    unfinished = path.with_name(f"{MANIFEST}.tmp")
+    name = MANIFEST if process_count == 1 else f"manifest-{process_index:05d}-of-{process_count:05d}.json"
+    path = Path(directory) / name
+    unfinished = path.with_name(f"{name}.tmp")
     fields = m._asdict() | {"shards": [shard._asdict() for shard in m.shards]}
     unfinished.write_text(json.dumps(fields, indent=1) + "\n")
     _commit(unfinished, path)
@@ -122,17 +151,28 @@ def save(directory: str | os.PathLike, m: Manifest, shards: dict[str, Shard]) ->
 
 
 def load(directory: str | os.PathLike) -> Manifest | None:
-    """The manifest of a directory, ``None`` without one; ``ValueError`` for one that cannot be used."""
-    path = Path(directory) / MANIFEST
-    if not path.exists():
+    """What a directory's manifests say together, ``None`` without one; ``ValueError`` for what cannot be used.
+
+    A shard that was built again, by another process, may be named twice.
+    """
+    directory = Path(directory)
+    found = {path.name: _load(path) for path in sorted(directory.glob("manifest*.json"))}
+    if not found:
         return None
+    first, *others = found.values()
+    for m in others:
+        check(directory, m, {name: getattr(first, name) for name in IDENTITY})
+    return first._replace(shards=tuple(sorted({shard for m in found.values() for shard in m.shards})))
+
+
+def _load(path: Path) -> Manifest:
     try:
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
         if fields["version"] != VERSION:
             raise ValueError(f"format version {fields['version']}; this library reads {VERSION}")
         return Manifest(**fields)._replace(shards=tuple(Shard(**shard) for shard in fields["shards"]))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise ValueError(f"{path} cannot be used ({e}); remove {directory} and build the marginals again") from e
+        raise ValueError(f"{path} cannot be used ({e}); remove {path.parent} and build the marginals again") from e
 
 
 def check(directory: str | os.PathLike, m: Manifest, expect: dict) -> None:
@@ -154,23 +194,50 @@ def check(directory: str | os.PathLike, m: Manifest, expect: dict) -> None:
         )
 
 
-def read(directory: str | os.PathLike, m: Manifest) -> np.ndarray:
-    """All records ``[M, steps, ...]``, every shard checked; ``RuntimeError`` naming one that is missing or torn."""
-    from array_record.python.array_record_module import ArrayRecordReader
+class Records:
+    """A set on disk as if it were an array ``[M, steps, ...]``: ``x[rows]`` reads examples, ``x[rows, n]`` one step.
 
-    directory, parts, shards = Path(directory), ranges(m), {shard.file: shard for shard in m.shards}
-    again = "run the same build again"
-    if missing := [name for name in parts if name not in shards]:
-        raise RuntimeError(
-            f"the marginals in {directory} are unfinished: {len(missing)} of {len(parts)} shards are to be built, "
-            f"first {missing[0]}; {again}, it goes on from there"
-        )
-    x = np.empty((m.count, len(m.steps), *m.shape), m.dtype)
-    for name, (start, stop) in parts.items():
-        if fault := _fault(directory, shards[name]):
-            raise RuntimeError(f"{directory / name} {fault}; {again}, it rebuilds this shard alone")
-        records = ArrayRecordReader(str(directory / name)).read_all()
-        x[start:stop] = np.frombuffer(b"".join(records), m.dtype).reshape(stop - start, *x.shape[1:])
+    ``rows`` is a slice, indices ``[k]`` or one index, so that it is a source for grain too. Every shard is checked
+    when the set is opened: ``RuntimeError`` naming one that is missing or torn.
+    """
+
+    def __init__(self, directory: str | os.PathLike, m: Manifest):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        directory, told, again = Path(directory), _told(m), "run the same build again"
+        if missing := [name for name in ranges(m) if name not in told]:
+            raise RuntimeError(
+                f"the marginals in {directory} are unfinished: {len(missing)} of {len(ranges(m))} shards are to be "
+                f"built, first {missing[0]}; {again}, it goes on from there"
+            )
+        for name in ranges(m):
+            if isinstance(fault := _whole(directory, name, told[name]), str):
+                raise RuntimeError(f"{directory / name} {fault}; {again}, it rebuilds this shard alone")
+        self.source = ArrayRecordDataSource([str(directory / name) for name in ranges(m)])
+        self.shape, self.dtype = (m.count, len(m.steps), *m.shape), np.dtype(m.dtype)
+        self.ndim = len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, at) -> np.ndarray:
+        rows, n = at if isinstance(at, tuple) else (at, None)
+        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+        rows = np.where(rows < 0, rows + len(self), rows)
+        records = self.source.__getitems__(rows.ravel().tolist()) if rows.size else []
+        x = np.frombuffer(b"".join(records), self.dtype).reshape(*rows.shape, *self.shape[1:])
+        return x if n is None else x[n] if rows.ndim == 0 else x[np.arange(len(rows)), n]
+
+    def __array__(self, *args, **kwargs):
+        raise ValueError(f"{len(self)} examples on disk are read by rows, x[rows]; for an array set stream=False")
+
+
+def read(directory: str | os.PathLike, m: Manifest) -> np.ndarray:
+    """All records ``[M, steps, ...]``, every shard checked as ``Records`` does."""
+    records = Records(directory, m)
+    x = np.empty(records.shape, records.dtype)
+    for start, stop in ranges(m).values():
+        x[start:stop] = records[start:stop]
     return x
 
 
@@ -179,12 +246,23 @@ def _short(value) -> str:
     return text if len(text) <= 120 else f"{text[:80]} ... {text[-30:]}"
 
 
-def _fault(directory: Path, shard: Shard) -> str | None:
-    path = directory / shard.file
+def _told(m: Manifest) -> dict[str, list[Shard]]:
+    """The entries of each shard."""
+    told: dict[str, list[Shard]] = {}
+    for shard in m.shards:
+        told.setdefault(shard.file, []).append(shard)
+    return told
+
+
+def _whole(directory: Path, name: str, told: list[Shard]) -> Shard | str:
+    """The entry that a shard's bytes agree with, or what is wrong with them."""
+    path = directory / name
     if not path.exists():
         return "is missing"
     found = _sha256(path)
-    return None if found == shard.sha256 else f"is torn or was changed (sha256 {found[:12]}, not {shard.sha256[:12]})"
+    expected = ", ".join(shard.sha256[:12] for shard in told)
+    torn = f"is torn or was changed (sha256 {found[:12]}, not {expected})"
+    return next((shard for shard in told if shard.sha256 == found), torn)
 
 
 def _commit(unfinished: Path, path: Path) -> None:

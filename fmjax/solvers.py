@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fmjax import paths, times
+from fmjax import fixed_point, paths, times
 from fmjax.types import Cond, FlowMapFn, VelocityFn, expand, normal, over_batch
 
 
@@ -239,16 +239,18 @@ def _noise(key, x):
     return normal(key, x.shape[1:], x.dtype)
 
 
-def inverse(step: FlowMapFn, *, iterations: int = 20) -> FlowMapFn:
-    """The exact inverse of a step by fixed point: ``x <- x + (y - step(x))`` from the reverse step of ``y``.
+def inverse(step: FlowMapFn, *, iterations: int = 20, start: FlowMapFn | None = None) -> FlowMapFn:
+    """The exact inverse of a step: ``inverse(step)(y, s, t)`` finds ``x`` with ``step(x, t, s) = y``.
 
-    ``inverse(step)(y, s, t)`` finds ``x`` with ``step(x, t, s) = y``. Converges where ``step - id`` is a contraction
-    (small enough steps); costs ``iterations + 1`` steps.
+    The fixed point ``x <- x + (y - step(x))``, accelerated (``fixed_point.solve``), from ``start(y, s, t)``, by default
+    the reverse step of ``y``. It converges for small enough steps; where it does not, what it found of least residual
+    is returned. Costs ``iterations + 1`` steps beside the start.
     """
+    start = step if start is None else start
 
     def back(y, s, t, cond=None, key=None):
-        improve = lambda _, x: x + (y - step(x, t, s, cond, key))
-        return jax.lax.fori_loop(0, iterations, improve, step(y, s, t, cond, key))
+        residual = lambda x: y - step(x, t, s, cond, key)
+        return fixed_point.solve(residual, start(y, s, t, cond, key), iterations=iterations)
 
     return back
 

@@ -29,7 +29,8 @@ BELOW = {
     **dict.fromkeys(("paths", "times", "couplings", "oracles", "guidance"), {"types", "paths", "times"}),
     "methods": {"types", "paths", "times", "weighting", "attacks", "methods"},
     "nets": {"types", "nets"},
-    "solvers": {"types", "paths", "times"},
+    "fixed_point": set(),
+    "solvers": {"types", "paths", "times", "fixed_point"},
     **dict.fromkeys(("samplers", "correctors", "likelihood"), {"types", "paths", "times", "solvers"}),
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fmjax import marginals, oracles, shards, times
+from fmjax import marginals, oracles, shards, times, trajectories
 from fmjax.types import example_keys, normal
 
 S = 0.5  # the data are N(0, S^2 I) unless said otherwise
@@ -195,8 +195,8 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_eight_devices(tmp_path, way, monkeypatch):
     """The same numbers on 1 and 8 devices, and no communication in the program."""
-    lower, programs, found = marginals._lower, [], []
-    monkeypatch.setattr(marginals, "_lower", lambda *args: programs.append(lower(*args)) or programs[-1])
+    lower, programs, found = trajectories.lower, [], []
+    monkeypatch.setattr(trajectories, "lower", lambda *args: programs.append(lower(*args)) or programs[-1])
     for n in (1, 8):
         options = {"mesh": Mesh(np.array(jax.devices()[:n]), ("data",)), "batch": 32, "shard_size": 50} | WAYS[way]
         found.append(build_read(tmp_path / str(n), mlp, MLP, times.uniform_grid(4), **options).x)

@@ -20,7 +20,7 @@ class Crash(BaseException):
 
 
 def write_all(directory):
-    good = shards.resume(directory, M)
+    good = shards.resume(directory, M, shards.ranges(M))
     shards.save(directory, M, good)
     for name, (start, stop) in shards.ranges(M).items():
         if name not in good:
