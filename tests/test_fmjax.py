@@ -31,6 +31,8 @@ BELOW = {
     "nets": {"types", "nets"},
     "solvers": {"types", "paths", "times"},
     **dict.fromkeys(("samplers", "correctors", "likelihood"), {"types", "paths", "times", "solvers"}),
+    "mismatch": {"types", "oracles", "solvers"},
+    "tune": {"types", "workdir"},
 }
 
 
