@@ -94,21 +94,21 @@ def mixture(
     log_w = jnp.log(weights / weights.sum())
 
     def law(x, t):
-        """Offsets ``x - beta m_k: [B, K, d]``, log joint ``[B, K]``, variances ``[B, K]`` and derivatives."""
+        """Offsets ``x - beta m_k: [B, d, K]``, log joint ``[B, K]``, variances ``[B, K]`` and derivatives."""
         beta, d_beta, noise, d_noise = _noise(path, x, t)
         var, d_var = noise + beta**2 * std**2, d_noise + 2 * beta * d_beta * std**2
-        offset = x[:, None, :] - beta[..., None] * means
-        log_joint = log_w - 0.5 * ((offset**2).sum(-1) / var + d * jnp.log(2 * jnp.pi * var))
+        offset = x[:, :, None] - beta[..., None] * means.T  # the modes last: twice as fast as the coordinates last
+        log_joint = log_w - 0.5 * ((offset**2).sum(1) / var + d * jnp.log(2 * jnp.pi * var))
         return offset, log_joint, var, d_var, d_beta
 
     def velocity(x, t, cond=None):
         offset, log_joint, var, d_var, d_beta = law(x, t)
-        r = jax.nn.softmax(log_joint, -1)[..., None]
-        return (r * (d_beta[..., None] * means + (d_var / (2 * var))[..., None] * offset)).sum(1)
+        r = jax.nn.softmax(log_joint, -1)
+        return d_beta * (r @ means) + ((r * d_var / (2 * var))[:, None] * offset).sum(-1)
 
     def score(x, t):
         offset, log_joint, var, _, _ = law(x, t)
-        return -(jax.nn.softmax(log_joint, -1)[..., None] * offset / var[..., None]).sum(1)
+        return -((jax.nn.softmax(log_joint, -1) / var)[:, None] * offset).sum(-1)
 
     def log_density(x, t):
         return jax.nn.logsumexp(law(x, t)[1], -1)
@@ -127,6 +127,15 @@ def finite(points: Float[Array, "k d"], *, path: paths.Path | None = None) -> Or
     ``v = beta' E[x1|x] + alpha' E[x0|x]``, a softmax over the points; every sample ends on a point.
     """
     return mixture(points, 0.0, path=path)
+
+
+def ring(*, radius: float = 2.0, std: float = 0.2, modes: int = 8) -> Oracle:
+    """The mixture of equal Gaussians on a circle, ``radius (cos, sin)(2 pi k / modes) + std N(0, I)``.
+
+    By default the law of ``data.toy.eight_gaussians``.
+    """
+    angle = jnp.arange(modes) * (2 * jnp.pi / modes)
+    return mixture(radius * jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1), std)
 
 
 def coupled(

@@ -32,6 +32,8 @@ BELOW = {
     "fixed_point": set(),
     "solvers": {"types", "paths", "times", "fixed_point"},
     **dict.fromkeys(("samplers", "correctors", "likelihood"), {"types", "paths", "times", "solvers"}),
+    "mismatch": {"types", "oracles", "solvers"},
+    "tune": {"types", "workdir"},
 }
 
 
