@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "checkpoint", "convert", "correctors", "couplings", "data", "evaluate", "guidance", "likelihood", "marginals",
-    "methods", "metrics", "nets", "oracles", "paths", "pipeline", "report", "run", "samplers", "sharding", "solvers",
-    "times", "train", "types", "weighting", "workdir",
+    "methods", "metrics", "nets", "oracles", "paths", "pipeline", "report", "run", "samplers", "segments", "sharding",
+    "solvers", "times", "train", "types", "weighting", "workdir",
 ]  # fmt: skip
 
 
