@@ -1,9 +1,17 @@
 """Few-step flow models in JAX: flow matching, flow maps and marginal correction.
 
-The public names are those of ``__all__ = [
+The public names are those of ``__all__``: modules, imported at first use. ``fmjax.samplers.sample`` and
+``from fmjax import samplers`` both work.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+__all__ = [
     "attacks", "checkpoint", "convert", "correctors", "couplings", "data", "evaluate", "guidance", "likelihood",
     "marginals", "methods", "metrics", "mismatch", "nets", "oracles", "paths", "pipeline", "report", "run", "samplers",
-    "sharding", "solvers", "times", "train", "tune", "types", "weighting", "workdir",
+    "segments", "sharding", "solvers", "times", "train", "tune", "types", "weighting", "workdir",
 ]  # fmt: skip
 
 

@@ -34,6 +34,19 @@ def logit_normal(key: Key[Array, " b"], *, mean: float = 0.0, std: float = 1.0) 
     return jax.vmap(lambda k: jax.nn.sigmoid(mean + std * jax.random.normal(k)))(key)
 
 
+def u_shaped(key: Key[Array, " b"], *, sharpness: float = 4.0) -> Float[Array, " b"]:
+    """Times with the density ``a (e^{a t} + e^{a (1 - t)}) / (2 (e^a - 1))``, most at both ends (arXiv 2405.20320).
+
+    ``u = log(1 + U (e^a - 1)) / a`` for uniform ``U``, turned to ``1 - u`` half of the time. ``ValueError`` for
+    ``sharpness = a <= 0``.
+    """
+    if not sharpness > 0:
+        raise ValueError(f"u_shaped needs sharpness > 0, got {sharpness}")
+    u, turn = _two(key, _uniform, _uniform)
+    u = jnp.log1p(u * math.expm1(sharpness)) / sharpness
+    return jnp.where(turn < 0.5, u, 1 - u)
+
+
 def noise_level(key: Key[Array, " b"], *, mean: float = -1.1, std: float = 2.0) -> Float[Array, " b"]:
     """``t = 1 / (1 + sigma)``, ``log sigma ~ N(mean, std^2)``: noise levels of consistency models (arXiv 2406.14548).
 

@@ -203,6 +203,30 @@ def interpolant_case(path) -> Case:
     return case._replace(make=lambda net: factory("stochastic_interpolant")(two_heads(net), path=latent))
 
 
+def straight_case(path) -> Case:
+    """Lines from x0 to ``MEAN + STD x0``, the Gaussian flow's own pairs: they do not cross, so one x0 leads to x."""
+
+    def batch(key, n):
+        x0 = jax.random.normal(key, (n, 2))
+        return Batch(MEAN + STD * x0, x0=x0, t=jnp.zeros(n))
+
+    def start(x, s):
+        alpha, beta, *_ = paths.coefficients(path, x, s)
+        return (x - beta * MEAN) / (alpha + beta * STD)
+
+    def velocity(x, s):
+        x0 = start(x, s)
+        return paths.with_velocity(path, x0, MEAN + STD * x0, s)[1]
+
+    return Case(
+        make=lambda net: factory("straighten")(net, path=path),
+        batch=batch,
+        solution=lambda params, x, s, t, cond=None, key=None: velocity(x, s),
+        uses={"velocity": velocity},
+        standard=start,
+    )
+
+
 class Alias(NamedTuple):
     """A method that is another one with arguments: ``factory(name)(net)`` is ``factory(of)(net, **options)``."""
 
@@ -255,6 +279,7 @@ CASES = {
     "shortcut": alias("progressive", diagonal=7 / 8, pair=times.dyadic),
     "soflow": alias("alpha_flow", share=times.exponential_share, power=2.0),
     "stochastic_interpolant": interpolant_case,
+    "straighten": straight_case,
     "terminal_velocity_matching": map_case("terminal_velocity_matching", teacher=True),
 }
 
