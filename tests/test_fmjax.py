@@ -30,7 +30,8 @@ BELOW = {
     "methods": {"types", "paths", "times", "weighting", "methods"},
     "nets": {"types", "nets"},
     "solvers": {"types", "paths", "times"},
-    **dict.fromkeys(("samplers", "correctors", "likelihood"), {"types", "paths", "times", "solvers"}),
+    **dict.fromkeys(("samplers", "correctors", "likelihood", "diffusion"), {"types", "paths", "times", "solvers"}),
+    "schedules": {"types", "paths", "times"},
 }
 
 
