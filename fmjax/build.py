@@ -32,7 +32,6 @@ from fmjax.nets import adapters
 from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Net, VelocityFn
 
 Spec = Any  # a ConfigDict is no Mapping; what a spec may be is checked where it is opened
-
 Names = tuple[str, ...]
 SCHEDULES = ("constant", "cosine")
 NO_FIELD = "the config has no field"
@@ -163,15 +162,17 @@ def coupling(
 def step(
     spec: Spec, *, path: paths.Path | None = None, score: VelocityFn | None = None
 ) -> Callable[[VelocityFn], FlowMapFn]:
-    """A solver's step, still to be given its velocity: ``"rk4"``, ``{"name": "from_diffrax", "solver": "Dopri5"}``.
+    """A step of ``solvers`` or ``diffusion`` without its velocity: ``"rk4"``, ``{"name": "ddim", "eta": 1.0}``.
 
-    ``path`` goes to those that take one, steps of an SDE, which find the score along it; along a path with a latent
-    they cannot, and get ``score``.
+    ``path`` goes to those that take one; along a path with a latent SDE steps find no score and get ``score``.
     """
-    made = _partial("solvers", spec, takes=("velocity",))
+    diffusion = tuple(_offered("diffusion", None, ("velocity",), None))
+    room = "diffusion" if _open("solvers", spec)[0] in diffusion else "solvers"
+    made = _partial(room, spec, takes=("velocity",), also=diffusion)
     if path is None or "path" not in _options(made):
         return made
-    return functools.partial(made, path=path) if path.gamma is None else functools.partial(made, score=score)
+    latent = path.gamma is not None and "score" in _options(made)
+    return functools.partial(made, **({"score": score} if latent else {"path": path}))
 
 
 def optimiser(
@@ -188,8 +189,7 @@ def optimiser(
 
     The rate of step ``n = 0 ..`` is ``learning_rate min(1, (n + 1) / warmup)``, with ``"cosine"`` times
     ``(1 + cos(pi (n - warmup) / (steps - warmup))) / 2`` after the warm-up. The clip sees the gradients it is given:
-    they must be whole, not one device's shard. Returns an ``optax.GradientTransformation``. Raises ``ValueError`` for
-    values that make no sense, by name.
+    they must be whole, not one device's shard. Raises ``ValueError`` for values that make no sense, by name.
     """
     options = check_options(optimiser, dict(locals()))
     import jax

@@ -1,6 +1,7 @@
 """Sampling: a scan that interleaves corrections with steps, and what it costs.
 
-A step is anything with the signature of a flow map: an RK4 step of a velocity, a diffrax solve or a learned jump.
+A step is anything with the signature of a flow map: an RK4 step of a velocity, a diffrax solve or a learned jump. Steps
+that use earlier ones bring a memory (``types.Multistep``), which the scan carries.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fmjax import paths, times
-from fmjax.types import Cond, Corrector, FlowMapFn, as_keys, fold_in, normal, over_batch
+from fmjax.types import Cond, Corrector, FlowMapFn, Multistep, as_keys, fold_in, normal, over_batch
 
 
 class Cost(NamedTuple):
@@ -62,7 +63,7 @@ def same_times(at: Iterable[int], ts, other) -> tuple[int, ...]:
 
 
 def sample(
-    step: FlowMapFn,
+    step: FlowMapFn | Multistep,
     x0: Float[Array, "b ..."],
     ts,
     *,
@@ -98,6 +99,7 @@ def sample(
     keys = None if key is None else as_keys(key, x0.shape[0])
     sub = lambda i: None if keys is None else fold_in(keys, i)
     before = np.isin(np.arange(n), at)
+    init, move = step if isinstance(step, Multistep) else (lambda x: None, lambda memory, *now: (step(*now), None))
 
     def correct(x, i, t):
         fixed, info = corrector(sub(2 * i), x, over_batch(t, x), cond)
@@ -110,21 +112,21 @@ def sample(
     def skip(x, i, t):
         return x, jnp.zeros_like(x)
 
-    def body(x, now):
-        i, fix, s, t = now
+    def body(carry, now):
+        (x, memory), (i, fix, s, t) = carry, now
         if before.all():
             x, push = correct(x, i, s)
         elif before.any():
             x, push = jax.lax.cond(fix, correct, skip, x, i, s)  # a skipped correction is not computed
         else:
             push = None
-        moved = step(x, over_batch(s, x), over_batch(t, x), cond, sub(2 * i + 1))
+        moved, memory = move(memory, x, over_batch(s, x), over_batch(t, x), cond, sub(2 * i + 1))
         if parallel and push is not None:
-            return moved + push, x + push if trajectory else None
-        return moved, x if trajectory else None
+            return (moved + push, memory), x + push if trajectory else None
+        return (moved, memory), x if trajectory else None
 
     grid = jnp.asarray(ts)
-    x, xs = jax.lax.scan(body, x0, (jnp.arange(n), jnp.asarray(before), grid[:-1], grid[1:]))
+    (x, _), xs = jax.lax.scan(body, (x0, init(x0)), (jnp.arange(n), jnp.asarray(before), grid[:-1], grid[1:]))
     if n in at:
         x = sum(correct(x, n, grid[-1]))
     return jnp.concatenate([xs, x[None]]) if trajectory else x

@@ -35,7 +35,8 @@ HEUN = Tableau(((), (1,)), (1 / 2, 1 / 2), (0, 1))
 RK4 = Tableau(((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0, 1 / 2, 1 / 2, 1))
 RK38 = Tableau(((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8), (0, 1 / 3, 2 / 3, 1))
 TABLEAUS = {"euler": EULER, "midpoint": MIDPOINT, "heun": HEUN, "rk4": RK4, "rk38": RK38}
-SDE_STAGES = {"euler_maruyama": 1, "stochastic_heun": 2}
+SDE_STAGES = {"euler_maruyama": 1, "stochastic_heun": 2, "reverse_diffusion": 1}
+DIFFUSION_STAGES = {"ddim": 1, "edm_heun": 2, "dpmpp_2m": 1, "ipndm": 1}
 
 
 def tableau(name: str) -> Tableau:
@@ -48,8 +49,8 @@ def tableau(name: str) -> Tableau:
 
 
 def nfe(solver: str) -> int:
-    """Network evaluations of one step: the number of stages (of an SDE step without a ``score`` of its own)."""
-    return SDE_STAGES[solver] if solver in SDE_STAGES else len(tableau(solver).b)
+    """Network evaluations of one step (of an SDE step without a ``score`` of its own); those of ``diffusion`` too."""
+    return (SDE_STAGES | DIFFUSION_STAGES).get(solver) or len(tableau(solver).b)
 
 
 def runge_kutta(velocity: VelocityFn, method: Tableau) -> FlowMapFn:
@@ -145,7 +146,7 @@ def euler_maruyama(
         g, _ = gain(s)
         v, push = fields(x, s, g, cond)
         wide = lambda a: expand(a, x).astype(x.dtype)
-        return x + wide(h) * v + wide(jnp.abs(h)) * push + wide(g * jnp.sqrt(jnp.abs(h))) * _noise(key, x)
+        return x + wide(h) * v + wide(jnp.abs(h)) * push + wide(g * jnp.sqrt(jnp.abs(h))) * draw_noise(key, x)
 
     return step
 
@@ -172,7 +173,7 @@ def stochastic_heun(
         wide = lambda a: expand(a, x).astype(x.dtype)
         h, (g_s, noisy), (g_t, open_) = wide(t - s), gain(s), gain(t)
         middle = jnp.where(noisy, gain((s + t) / 2)[0], 0)
-        noise = wide(middle * jnp.sqrt(jnp.abs(t - s))) * _noise(key, x)
+        noise = wide(middle * jnp.sqrt(jnp.abs(t - s))) * draw_noise(key, x)
 
         def stage(carry, now):
             y, before, moved = carry
@@ -233,9 +234,10 @@ def _sde(velocity, strength, path, score):
     return fields, gain
 
 
-def _noise(key, x):
+def draw_noise(key, x: Array) -> Array:
+    """The noise of a step, ``N(0, I)`` of the shape of ``x`` from its keys ``[B]``; ``ValueError`` without them."""
     if key is None:
-        raise ValueError("an SDE step draws noise and needs a key: sample(..., key=jax.random.key(seed))")
+        raise ValueError("this step draws noise and needs a key: sample(..., key=jax.random.key(seed))")
     return normal(key, x.shape[1:], x.dtype)
 
 

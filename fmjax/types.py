@@ -54,6 +54,17 @@ class FlowMapFn(Protocol):
     def __call__(self, x: Array, s: Array, t: Array, cond: Cond = None, key=None) -> Array: ...
 
 
+class Multistep(NamedTuple):
+    """A step that uses earlier ones: a ``FlowMapFn`` with a memory, which ``samplers.sample`` carries along the grid.
+
+    ``init(x)`` is the memory before the first step, ``step(memory, x, s, t, cond, key)`` gives ``(x, memory)``: arrays
+    of one shape all along, so that the scan compiles one step. A grid starts with an empty memory.
+    """
+
+    init: Callable[[Array], Any]
+    step: Callable[..., tuple[Array, Any]]
+
+
 @runtime_checkable
 class DirectionFn(Protocol):
     """Where a corrector pushes ``x`` at time ``t``, in displacement units."""

@@ -187,6 +187,36 @@ def contrastive_case(path, weight=0.3) -> Case:
     )
 
 
+def edm_case(path) -> Case:
+    """``F`` of the linear path's own velocity, told ``log(sigma) / 4``; its views are those on ``path``."""
+    linear, sigma_data, far = gaussian_along(paths.linear()), 0.8, 1e-14
+    case = flow_case(path, "flow_matching", "velocity", "score")
+
+    def placed(x, noise):
+        """``x`` and ``t`` of the linear path, and the scale of EDM's input."""
+        t = jax.nn.sigmoid(-4 * noise)
+        scale = jnp.sqrt((1 - t) ** 2 + (sigma_data * t) ** 2)[:, None]
+        return x * scale, t, scale
+
+    def solution(params, x, s, t, cond=None, key=None):
+        x, t, scale = placed(x, over_batch(s, x))
+        rate = (sigma_data**2 * t - (1 - t))[:, None] / scale**2
+        return (linear.velocity(x, t) - rate * x) * scale / sigma_data
+
+    return case._replace(
+        make=lambda net: factory("edm")(net, path=path, sigma_data=sigma_data, sigma_min=far, sigma_max=1 / far),
+        solution=solution,
+        standard=lambda x, s: standardise(*centred(paths.linear(), *placed(x, s)[:2])),
+    )
+
+
+def noise_case(path) -> Case:
+    """The noise prediction of Gaussian data along a path."""
+    case, oracle = flow_case(path, "denoising", "velocity", "score"), gaussian_along(path)
+    noise = lambda params, x, s, t, cond=None, key=None: paths.endpoints(path, x, oracle.velocity(x, s), s)[0]
+    return case._replace(solution=noise)
+
+
 def interpolant_case(path) -> Case:
     """With a latent beside the N(0, I) source the second head, ``E[z|x] = -gamma S``, is a function of the first."""
     latent = path._replace(gamma=paths.two_sided().gamma)
@@ -265,7 +295,9 @@ CASES = {
     ),
     "continuous_consistency": map_case("continuous_consistency", velocity="own", diagonal=0.5, teacher=True),
     "contrastive": contrastive_case,
+    "denoising": noise_case,
     "discriminator": lambda path: log_odds_case(path, lambda net: factory("discriminator")(net, path=path)),
+    "edm": edm_case,
     "eulerian": map_case("eulerian", teacher=True),
     "flow_map_matching": map_case("flow_map_matching", inverts=True),
     "flow_matching": lambda path: flow_case(path, "flow_matching", "velocity", "score"),

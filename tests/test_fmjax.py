@@ -31,7 +31,8 @@ BELOW = {
     "nets": {"types", "nets"},
     "fixed_point": set(),
     "solvers": {"types", "paths", "times", "fixed_point"},
-    **dict.fromkeys(("samplers", "correctors", "likelihood"), {"types", "paths", "times", "solvers"}),
+    **dict.fromkeys(("samplers", "correctors", "likelihood", "diffusion"), {"types", "paths", "times", "solvers"}),
+    "schedules": {"types", "paths", "times"},
     "mismatch": {"types", "oracles", "solvers"},
     "tune": {"types", "workdir"},
 }

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from affine import MEAN, STD, moments, slopes
 
 from fmjax import build, oracles, paths, samplers, solvers, times
 from fmjax.types import as_keys, normal, over_batch
@@ -13,42 +14,7 @@ PLAIN = {"euler_maruyama": solvers.euler, "stochastic_heun": solvers.heun}
 ORDER = {"euler_maruyama": 1, "stochastic_heun": 2}
 STRENGTHS = {"0.5": 0.5, "2": 2.0, "rising": lambda t: 0.5 + t**2, "memoryless": "memoryless"}
 every_step = pytest.mark.parametrize("name", STEPS)
-MEAN, STD = 0.7, 0.4
 MEANS, STDS, WEIGHTS = jnp.array([[2.0, 0.5], [-1.5, 1.0], [0.3, -2.0]]), jnp.array([0.3, 0.4, 0.6]), (0.5, 0.2, 0.3)
-
-
-def moments(step, grids, mean, var):
-    """Mean and variance at the end of each grid, and the covariance with the start: exact, no draws.
-
-    The step is affine in ``x`` and in its noise, ``x' = a x + b + c z``: three examples an interval give a, b and c.
-    """
-    s, t = (np.concatenate([np.asarray(grid, float)[i] for grid in grids]) for i in (slice(-1), slice(1, None)))
-    keys = as_keys(jax.random.key(3), 2)
-    z = np.asarray(normal(keys, (1,), jnp.float64))[:, 0]
-    x = np.repeat([0.0, 0.0, 1.0], len(s))[:, None]
-    moved = jax.jit(step)(x, np.tile(s, 3), np.tile(t, 3), None, jnp.repeat(keys[jnp.array([0, 1, 0])], len(s)))
-    first, second, one = np.asarray(moved).reshape(3, len(s))
-    c = (second - first) / (z[1] - z[0])
-    rows = np.stack([one - first, first - c * z[0], c], 1)
-    ends = []
-    for part in np.split(rows, np.cumsum([len(grid) - 1 for grid in grids])[:-1]):
-        m, v, memory = mean, var, var
-        for a, b, c in part:
-            m, v, memory = a * m + b, a**2 * v + c**2, a * memory
-        ends.append([m, v, memory])
-    return np.array(ends)
-
-
-def marginal(path, t):
-    alpha, beta = path.coefficients(jnp.asarray(t, float))
-    return float(beta * MEAN), float(alpha**2 + (beta * STD) ** 2)
-
-
-def slopes(step, path, start, stop, n=160):
-    """Orders at which the errors of mean and variance fall from ``n`` steps to ``2 n``, and the errors there."""
-    grids = [np.linspace(start, stop, n + 1), np.linspace(start, stop, 2 * n + 1)]
-    coarse, fine = np.abs(moments(step, grids, *marginal(path, start))[:, :2] - marginal(path, stop))
-    return np.log2(coarse / fine), fine
 
 
 @every_step
