@@ -28,7 +28,7 @@ import numpy as np
 
 from fmjax import couplings, guidance, paths
 from fmjax.data import arrays
-from fmjax.nets import adapters
+from fmjax.nets import adapters, preconditioning
 from fmjax.types import Cond, FlowMapFn, Method, Net, VelocityFn
 
 Spec = Any  # a ConfigDict is no Mapping; what a spec may be is checked where it is opened
@@ -103,12 +103,18 @@ def from_spec(package: str, spec: Spec, *args: Any, takes: Names | None = None, 
 def net(spec: Spec, *, classes: int = 0) -> adapters.Model:
     """A network: ``{"name": "unet", "channels": 64}`` is ``from_linen(UNet(channels=64))``.
 
-    ``classes`` goes to the network's own; ``ValueError`` where it takes no labels.
+    ``classes`` goes to the network's own; ``ValueError`` where it takes no labels. With ``"preconditioning"``, a spec
+    of ``nets.preconditioning`` (``"edm"``), any network is the denoiser of that name, as a velocity.
     """
-    name, _ = _open("nets", spec)
+    name, options = _open("nets", spec)
+    how = options.pop("preconditioning", None)
     if classes and "classes" not in _options(resolve("nets", name)):
         raise ValueError(f"classes={classes} needs a network that takes labels, which {name!r} does not")
-    return adapters.from_linen(from_spec("nets", spec, **({"classes": classes} if classes else {})))
+    model = adapters.from_linen(
+        from_spec("nets", {"name": name, **options}, **({"classes": classes} if classes else {}))
+    )
+    denoiser = how and from_spec("nets.preconditioning", how, takes=())
+    return model._replace(net=preconditioning.preconditioned(model.net, denoiser)) if denoiser else model
 
 
 def path(spec: Spec) -> paths.Path:
@@ -364,11 +370,8 @@ def _positional(function: Callable) -> tuple[str, ...]:
 
 def _label(function: Callable) -> str:
     module = function.__module__.removeprefix("fmjax.")
-    return (
-        module
-        if module.rpartition(".")[2].replace("_", "") == function.__name__.replace("_", "").lower()
-        else f"{module}.{function.__name__}"
-    )
+    same = module.rpartition(".")[2].replace("_", "") == function.__name__.replace("_", "").lower()
+    return module if same else f"{module}.{function.__name__}"
 
 
 def _convert(what: str, value: Any, hint: Any) -> Any:
