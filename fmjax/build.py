@@ -79,7 +79,7 @@ def check_options(function: Callable, options: Any) -> dict[str, Any]:
     for name, value in options.items():
         default = getattr(known[name], "func", known[name])  # of a functools.partial
         if inspect.isfunction(default) and (isinstance(value, str) or hasattr(value, "items")):
-            checked[name] = _like(default, value)
+            checked[name] = _partial(default.__module__.removeprefix("fmjax."), value, like=default)
         else:
             checked[name] = _convert(f"{name} of {what}", value, hints.get(name, Any))
     return checked
@@ -110,11 +110,10 @@ def net(spec: Spec, *, classes: int = 0) -> adapters.Model:
     how = options.pop("preconditioning", None)
     if classes and "classes" not in _options(resolve("nets", name)):
         raise ValueError(f"classes={classes} needs a network that takes labels, which {name!r} does not")
-    model = adapters.from_linen(
-        from_spec("nets", {"name": name, **options}, **({"classes": classes} if classes else {}))
-    )
-    denoiser = how and from_spec("nets.preconditioning", how, takes=())
-    return model._replace(net=preconditioning.preconditioned(model.net, denoiser)) if denoiser else model
+    given = {"classes": classes} if classes else {}
+    model = adapters.from_linen(from_spec("nets", {"name": name, **options}, **given))
+    how = how and from_spec("nets.preconditioning", how, takes=())
+    return model._replace(net=preconditioning.preconditioned(model.net, how)) if how else model
 
 
 def path(spec: Spec) -> paths.Path:
@@ -305,10 +304,6 @@ def _partial(package: str, spec: Spec, **wanted: Any) -> Callable:
     function = resolve(package, name, **wanted)
     options = check_options(function, options)
     return functools.partial(function, **options) if options else function
-
-
-def _like(default: Callable, spec: Spec) -> Callable:
-    return _partial(default.__module__.removeprefix("fmjax."), spec, like=default)
 
 
 def _open(package: str, spec: Spec) -> tuple[str, dict[str, Any]]:

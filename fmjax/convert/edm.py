@@ -148,7 +148,7 @@ def _fields(state: _State, adm: bool) -> tuple[int, dict[str, Any]]:
     if len(first) != 1:
         state.shape("enc.32x32_conv.weight")  # raises where there is none
     size = int(first[0][1])
-    channels = state.shape(f"map_layer0.weight")[1] if adm else state.shape(first[0][0])[0]
+    channels = state.shape("map_layer0.weight")[1] if adm else state.shape(first[0][0])[0]
     levels = 1
     while f"enc.{size >> levels}x{size >> levels}_down.norm0.weight" in state:
         levels += 1

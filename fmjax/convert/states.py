@@ -47,7 +47,7 @@ class State:
         return {"kernel": self.take(f"{name}.weight").transpose(2, 3, 1, 0), "bias": self.take(f"{name}.bias")}
 
     def checked(self, module: nn.Module, params: Params, size: int) -> Params:
-        """``params`` as JAX arrays, where they are those of ``module`` on images of height ``size`` and nothing is left.
+        """``params`` as JAX arrays, if they are those of ``module`` on images of height ``size`` and nothing is left.
 
         Raises ``ValueError`` naming what is left over, missing or of another shape.
         """

@@ -51,7 +51,7 @@ SAFETENSORS = {
 
 
 def read(path: str | Path, *, extra: Mapping[str, Callable] | None = None) -> Any:
-    """What ``torch.save``, ``pickle.dump`` or ``safetensors`` wrote: dictionaries, lists, tuples, numbers; numpy arrays.
+    """What ``torch.save``, ``pickle.dump`` or ``safetensors`` wrote: dictionaries, lists, tuples, numbers, arrays.
 
     ``extra`` maps further names a pickle may call (``"module.name"``) to what stands for them here: a function given
     the pickled arguments, best one that only keeps them.

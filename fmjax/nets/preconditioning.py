@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -33,10 +32,10 @@ class Preconditioner(NamedTuple):
 
 
 def edm(*, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Preconditioner:
-    """``c_skip = d^2 / (sigma^2 + d^2)``, ``c_out = sigma d / sqrt(sigma^2 + d^2)``, ``c_in = 1 / sqrt(sigma^2 + d^2)``.
+    """EDM's own: ``c_skip = d^2 / r^2``, ``c_out = sigma d / r``, ``c_in = 1 / r``, ``c_noise = ln(sigma) / 4``.
 
-    ``c_noise = ln(sigma) / 4``, ``d = sigma_data`` the standard deviation of the data: inputs and targets of the
-    network have variance one (arXiv 2206.00364, table 1). Raises ``ValueError`` unless ``sigma_data > 0`` and
+    ``r^2 = sigma^2 + d^2``, ``d = sigma_data`` the standard deviation of the data: inputs and targets of the network
+    have variance one (arXiv 2206.00364, table 1). Raises ``ValueError`` unless ``sigma_data > 0`` and
     ``0 < sigma_min < sigma_max``.
     """
     if not 0 < sigma_data < math.inf:
