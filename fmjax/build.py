@@ -28,7 +28,7 @@ import numpy as np
 
 from fmjax import couplings, guidance, paths
 from fmjax.data import arrays
-from fmjax.nets import adapters
+from fmjax.nets import adapters, preconditioning
 from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Net, VelocityFn
 
 Spec = Any  # a ConfigDict is no Mapping; what a spec may be is checked where it is opened
@@ -78,7 +78,7 @@ def check_options(function: Callable, options: Any) -> dict[str, Any]:
     for name, value in options.items():
         default = getattr(known[name], "func", known[name])  # of a functools.partial
         if inspect.isfunction(default) and (isinstance(value, str) or hasattr(value, "items")):
-            checked[name] = _like(default, value)
+            checked[name] = _partial(default.__module__.removeprefix("fmjax."), value, like=default)
         else:
             checked[name] = _convert(f"{name} of {what}", value, hints.get(name, Any))
     return checked
@@ -102,12 +102,17 @@ def from_spec(package: str, spec: Spec, *args: Any, takes: Names | None = None, 
 def net(spec: Spec, *, classes: int = 0) -> adapters.Model:
     """A network: ``{"name": "unet", "channels": 64}`` is ``from_linen(UNet(channels=64))``.
 
-    ``classes`` goes to the network's own; ``ValueError`` where it takes no labels.
+    ``classes`` goes to the network's own; ``ValueError`` where it takes no labels. With ``"preconditioning"``, a spec
+    of ``nets.preconditioning`` (``"edm"``), any network is the denoiser of that name, as a velocity.
     """
-    name, _ = _open("nets", spec)
+    name, options = _open("nets", spec)
+    how = options.pop("preconditioning", None)
     if classes and "classes" not in _options(resolve("nets", name)):
         raise ValueError(f"classes={classes} needs a network that takes labels, which {name!r} does not")
-    return adapters.from_linen(from_spec("nets", spec, **({"classes": classes} if classes else {})))
+    given = {"classes": classes} if classes else {}
+    model = adapters.from_linen(from_spec("nets", {"name": name, **options}, **given))
+    how = how and from_spec("nets.preconditioning", how, takes=())
+    return model._replace(net=preconditioning.preconditioned(model.net, how)) if how else model
 
 
 def path(spec: Spec) -> paths.Path:
@@ -302,10 +307,6 @@ def _partial(package: str, spec: Spec, **wanted: Any) -> Callable:
     function = resolve(package, name, **wanted)
     options = check_options(function, options)
     return functools.partial(function, **options) if options else function
-
-
-def _like(default: Callable, spec: Spec) -> Callable:
-    return _partial(default.__module__.removeprefix("fmjax."), spec, like=default)
 
 
 def _open(package: str, spec: Spec) -> tuple[str, dict[str, Any]]:

@@ -125,9 +125,7 @@ def jump_costs(
     return costs
 
 
-def best_steps(
-    costs: np.ndarray, n: int, *, growth: float = 1.0, through: Sequence[int] = ()
-) -> tuple[int, ...]:
+def best_steps(costs: np.ndarray, n: int, *, growth: float = 1.0, through: Sequence[int] = ()) -> tuple[int, ...]:
     """The ``n`` jumps ``0 = i_0 < i_1 < ... < i_n = S - 1`` of least ``sum_k growth^k c[i_k, i_{k+1}]``, as indices.
 
     By dynamic programming from the end, ``V_j^k = min_{i > j} c[j, i] + growth V_i^{k-1}``. ``growth`` above 1 (GITS:

@@ -147,7 +147,7 @@ def test_a_law_of_times_is_named_with_its_own_options(key):
     for time, message in [
         (
             "ordered_pair",
-            r"no 'ordered_pair' \(there are earlier, interior, logit_normal, noise_angle, noise_level, u_shaped, uniform",
+            r"no 'ordered_pair' \(there are earlier, interior, logit_normal, noise_angle, noise_level, u_shaped",
         ),
         ("logit", "did you mean 'logit_normal'"),
         ({"name": "logit_normal", "men": 1.0}, "times.logit_normal has no option 'men'; did you mean 'mean'"),

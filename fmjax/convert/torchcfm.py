@@ -5,44 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fmjax.nets.adapters import from_linen
+from fmjax.convert.states import State
 from fmjax.nets.unet import UNet
 from fmjax.types import Params
 
 
-class _State:
-    """A state dict that knows what of it has been used; tensors leave it in the layout of Flax."""
-
-    def __init__(self, state: Mapping[str, Any]):
-        self.left = {name.removeprefix("module."): np.asarray(a) for name, a in state.items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.left
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.left:
-            raise ValueError(f"not a state dict of torchcfm's U-Net: it has no {name!r} ({_some(self.left)})")
-        return self.left[name].shape
-
-    def take(self, name: str) -> np.ndarray:
-        self.shape(name)
-        return self.left.pop(name).astype(np.float32)
-
-    def norm(self, name: str) -> dict[str, np.ndarray]:
-        return {"scale": self.take(f"{name}.weight"), "bias": self.take(f"{name}.bias")}
-
-    def dense(self, name: str) -> dict[str, np.ndarray]:
-        """A linear layer or a convolution of one pixel: ``[out, in, 1 ...]`` to ``[in, out]``."""
-        w = self.take(f"{name}.weight")
-        return {"kernel": w.reshape(w.shape[:2]).T, "bias": self.take(f"{name}.bias")}
-
-    def conv(self, name: str) -> dict[str, np.ndarray]:
-        """``[out, in, height, width]`` to ``[height, width, in, out]``."""
-        return {"kernel": self.take(f"{name}.weight").transpose(2, 3, 1, 0), "bias": self.take(f"{name}.bias")}
+class _State(State):
+    """Its blocks, as parameters."""
 
     def block(self, name: str, film: bool) -> Params:
         p = {"GroupNorm_0": self.norm(f"{name}.in_layers.0"), "first": self.conv(f"{name}.in_layers.2")}
@@ -57,11 +28,6 @@ class _State:
             for key, a in qkv.items():
                 qkv[key] = a.reshape(*a.shape[:-1], heads, 3, -1).swapaxes(-3, -2).reshape(a.shape)
         return {"GroupNorm_0": self.norm(f"{name}.norm"), "qkv": qkv, "out": self.dense(f"{name}.proj_out")}
-
-
-def _some(names) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing left"
 
 
 def unet(
@@ -82,7 +48,7 @@ def unet(
 
     Raises ``ValueError`` for a name that is missing, left over or of a shape that the U-Net does not have.
     """
-    state = _State(state)
+    state = _State(state, "torchcfm's U-Net")
     fields = _fields(state, size, heads, head_channels, null_class)
     net = UNet(**fields)
     params = {"TwoTimes_0": {"source": state.dense("time_embed.0"), "mix": state.dense("time_embed.2")}}
@@ -127,10 +93,7 @@ def unet(
         if level:
             join(f"up_{level}", last, "conv")
     params |= {"GroupNorm_0": state.norm("out.0"), "output": state.conv("out.2")}
-    if state.left:
-        raise ValueError(f"this is more than torchcfm's U-Net: {_some(state.left)} has no place in {_told(fields)}")
-    _check(fields, params, size)
-    return jax.tree.map(jnp.asarray, params), fields
+    return state.checked(net, params, size), fields
 
 
 def _fields(state: _State, size: int, heads: int, head_channels: int, null_class: bool) -> dict[str, Any]:
@@ -170,19 +133,3 @@ def _fields(state: _State, size: int, heads: int, head_channels: int, null_class
         "classes": classes,
         "outputs": outputs // colours,
     }
-
-
-def _told(fields: dict[str, Any]) -> str:
-    return f"UNet({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
-
-
-def _check(fields: dict[str, Any], params: Params, size: int) -> None:
-    net = UNet(**fields)
-    x = jnp.zeros((1, size, size, params["input"]["kernel"].shape[2]))
-    cond = jnp.zeros(1, "int32") if net.classes else None
-    want = jax.eval_shape(from_linen(net).init, jax.random.key(0), x, cond)
-    flat = lambda tree: {jax.tree_util.keystr(k): a.shape for k, a in jax.tree_util.tree_leaves_with_path(tree)}
-    want, got = flat(want), flat(params)
-    for name in sorted(want | got):
-        if want.get(name) != got.get(name):
-            raise ValueError(f"{name} has shape {got.get(name)} here and {want.get(name)} in {_told(fields)}")

@@ -1,8 +1,9 @@
-"""Weights from files of PyTorch (``.pt``, ``.pth``, ``.ckpt``) and ``.safetensors``, nothing in them executed.
+"""Weights from files of PyTorch (``.pt``, ``.pth``, ``.ckpt``, ``.pkl``) and ``.safetensors``, nothing executed.
 
-A ``.pt`` file is a zip archive of one pickle and the raw bytes of its tensors. A pickle is a program; this reader knows
-the handful of names that rebuild tensors and dictionaries and refuses a file that asks for any other, before it is
-called. So a file can give wrong numbers, but run no code.
+A ``.pt`` file is a zip archive of one pickle and the raw bytes of its tensors, a ``.pkl`` file a pickle with the bytes
+in it. A pickle is a program; this reader knows the handful of names that rebuild tensors and dictionaries and refuses a
+file that asks for any other, before it is called. What it does call cannot be changed by the file, and takes memory of
+the order of the file's size: so a file can give wrong numbers, but run no code.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import math
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from fmjax.workdir import write_bytes
 
 STORAGES = {
     "FloatStorage": np.float32,
@@ -47,7 +51,7 @@ SAFETENSORS = {
 
 
 def read(path: str | Path, *, extra: Mapping[str, Callable] | None = None) -> Any:
-    """What ``torch.save`` or ``safetensors`` wrote: dictionaries, lists, tuples, numbers, strings; tensors as numpy.
+    """What ``torch.save``, ``pickle.dump`` or ``safetensors`` wrote: dictionaries, lists, tuples, numbers, arrays.
 
     ``extra`` maps further names a pickle may call (``"module.name"``) to what stands for them here: a function given
     the pickled arguments, best one that only keeps them.
@@ -59,19 +63,30 @@ def read(path: str | Path, *, extra: Mapping[str, Callable] | None = None) -> An
         with path.open("rb") as file:
             if path.suffix == ".safetensors":
                 return _safetensors(file.read())
+            if path.suffix == ".pkl":
+                return _pickled(file.read(), {**KNOWN, "torch.storage._load_from_bytes": _storage, **(extra or {})})
             if not zipfile.is_zipfile(file):
                 raise ValueError(
                     "it is no zip archive; save it by torch.save of PyTorch 1.6 or newer, or as .safetensors"
                 )
             with zipfile.ZipFile(file) as archive:
-                return _archive(archive, {**KNOWN, **(extra or {})})
+                return _archive(archive, path.stat().st_size, {**KNOWN, **(extra or {})})
     except OSError:
         raise
     except Exception as error:  # a damaged file can fail anywhere
         raise ValueError(f"{path} cannot be read as weights: {error or type(error).__name__}") from error
 
 
-class _Tensor:
+class _Fixed:
+    """What a pickle gets hold of here, and may not set the state of: the default would write to its attributes."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state):
+        raise ValueError("it changes what rebuilds its tensors")
+
+
+class _Tensor(_Fixed):
     """A rebuilt tensor, until the pickle has ended: an object without methods that a pickle could call."""
 
     __slots__ = ("array",)
@@ -80,7 +95,7 @@ class _Tensor:
         self.array = array
 
 
-class _Storage:
+class _Storage(_Fixed):
     """The type of a storage, named by a pickle; or its elements, once loaded."""
 
     __slots__ = ("elements",)
@@ -89,8 +104,20 @@ class _Storage:
         self.elements = elements
 
 
+class _Call(_Fixed):
+    """A function that a pickle may call."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
 def _rebuild(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> _Tensor:
-    """A view into the storage, only if all of it lies inside."""
+    """A view into the storage, only if all of it lies inside and it has no more elements than the storage."""
     elements, size, stride = storage.elements, tuple(size), tuple(stride)
     whole = all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) and len(size) == len(stride)
     if not isinstance(elements, np.ndarray) or not whole:
@@ -98,6 +125,8 @@ def _rebuild(storage, offset, size, stride, requires_grad=False, hooks=None, met
     end = offset + sum((n - 1) * m for n, m in zip(size, stride, strict=True)) + 1 if math.prod(size) else offset
     if end > elements.size:
         raise ValueError(f"a tensor reaches to element {end} of a storage of {elements.size}")
+    if math.prod(size) > elements.size:
+        raise ValueError(f"a tensor of size {size} repeats the {elements.size} elements of its storage")
     strides = [m * elements.itemsize for m in stride]
     return _Tensor(np.lib.stride_tricks.as_strided(elements[offset:], size, strides, writeable=False))
 
@@ -112,7 +141,7 @@ KNOWN = {
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, fetch: Callable[[Any, str, int], np.ndarray], known: Mapping[str, Any]):
+    def __init__(self, file, known: Mapping[str, Any], fetch: Callable[[Any, str, int], np.ndarray] | None = None):
         super().__init__(file, encoding="utf-8")
         self.fetch, self.known, self.fetched = fetch, known, {}
 
@@ -123,18 +152,65 @@ class _Unpickler(pickle.Unpickler):
                 f"it asks for {whole}, which is not among the names that rebuild tensors and dictionaries; "
                 "save its state dict alone, or say in extra what stands for it"
             )
-        return self.known[whole]
+        found = self.known[whole]
+        return found if isinstance(found, (type, _Fixed)) else _Call(found)
 
     def persistent_load(self, reference: Any) -> _Storage:
-        if type(reference) is not tuple or [type(r) for r in reference[1:]] != [_Storage, str, str, int]:
+        kinds = [type(r) for r in reference[1:5]] if type(reference) is tuple else None
+        if self.fetch is None or kinds != [_Storage, str, str, int] or any(r is not None for r in reference[5:]):
             raise ValueError(f"it refers to {reference!r}, which is no storage")
-        _, storage, key, _, count = reference
+        _, storage, key, _, count = reference[:5]
         if key not in self.fetched:
             self.fetched[key] = _Storage(self.fetch(storage.elements, key, count))
         return self.fetched[key]
 
 
-def _archive(archive: zipfile.ZipFile, known: Mapping[str, Any]) -> Any:
+def _check_memo(data: bytes, start: int = 0) -> None:
+    """Refuses a pickle that numbers a memo beyond its opcodes, for which Python would make a table of that length."""
+    file = io.BytesIO(data)
+    file.seek(start)
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+            raise ValueError(f"its opcode {count} writes to place {argument} of the memo")
+
+
+def _pickled(data: bytes, known: Mapping[str, Any]) -> Any:
+    _check_memo(data)
+    return _plain(_Unpickler(io.BytesIO(data), known).load())
+
+
+def _storage(data: bytes) -> _Storage:
+    """What a pickled tensor has of its storage: five pickles (magic number, version, machine, type, key), then bytes.
+
+    The format of ``torch.save`` before 1.6, which ``pickle.dump`` still writes for a storage.
+    """
+    if type(data) is not bytes:
+        raise ValueError(f"a storage is bytes, got {type(data).__name__}")
+    file, types = io.BytesIO(data), {name: kind for name, kind in KNOWN.items() if isinstance(kind, _Storage)}
+
+    def load(fetch=None):
+        _check_memo(data, file.tell())
+        return _Unpickler(file, types, fetch).load()
+
+    if load() != 0x1950A86A20F9469CFC6C or load() != 1001:
+        raise ValueError("a storage begins with another magic number or version than PyTorch's")
+    if load().get("little_endian") is not True:
+        raise ValueError("it was written on a big-endian machine, whose byte order is not read here")
+    told = []
+    storage = load(lambda dtype, key, count: told.append((np.dtype(dtype), key, count)))
+    if len(told) != 1 or type(storage) is not _Storage or load() != [told[0][1]]:
+        raise ValueError("what stands for a storage holds something else")
+    dtype, _, count = told[0]
+    length, raw = file.read(8), file.read()
+    if length != count.to_bytes(8, "little", signed=True) or len(raw) != count * dtype.itemsize:
+        raise ValueError(f"a storage of {count} elements has {len(raw)} bytes")
+    storage.elements = np.frombuffer(raw, dtype)
+    return storage
+
+
+def _archive(archive: zipfile.ZipFile, size: int, known: Mapping[str, Any]) -> Any:
+    if (unpacked := sum(info.file_size for info in archive.infolist())) > size:
+        raise ValueError(f"it unpacks to {unpacked} bytes from {size}, and PyTorch does not compress its archives")
     pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1:
         raise ValueError(f"it holds {len(pickles)} files data.pkl, and a checkpoint of PyTorch has one")
@@ -148,15 +224,31 @@ def _archive(archive: zipfile.ZipFile, known: Mapping[str, Any]) -> Any:
             raise ValueError(f"storage {key} of {count} elements has {len(raw)} bytes")
         return np.frombuffer(raw, dtype)
 
-    return _plain(_Unpickler(io.BytesIO(archive.read(pickles[0])), fetch, known).load())
+    program = archive.read(pickles[0])
+    _check_memo(program)
+    return _plain(_Unpickler(io.BytesIO(program), known, fetch).load())
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, done: dict[int, Any] | None = None) -> Any:
+    """Tensors as arrays, in dictionaries, lists and tuples; each once, however often the pickle refers to it."""
+    done = {} if done is None else done
+    if isinstance(value, _Fixed) and not isinstance(value, _Tensor):
+        raise ValueError("it holds what rebuilds tensors, and no tensor of it")
     if isinstance(value, _Tensor):
         return value.array
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+    if not isinstance(value, dict) and type(value) not in (list, tuple):
+        return value
+    if id(value) not in done:
+        done[id(value)] = _OPEN
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        plain = {key: _plain(v, done) for key, v in parts}
+        done[id(value)] = plain if isinstance(value, dict) else type(value)(plain.values())
+    if done[id(value)] is _OPEN:
+        raise ValueError("it holds a container that contains itself")
+    return done[id(value)]
+
+
+_OPEN = object()  # of a container that is being made plain
 
 
 def _safetensors(data: bytes) -> dict[str, np.ndarray]:
@@ -176,3 +268,32 @@ def _safetensors(data: bytes) -> dict[str, np.ndarray]:
             raise ValueError(f"{name} of shape {entry['shape']} and type {entry['dtype']} has {len(raw)} bytes")
         found[name] = np.frombuffer(raw, dtype).reshape(entry["shape"])
     return found
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """The strings beside the tensors of a ``.safetensors`` file; raises ``ValueError`` as ``read``."""
+    with Path(path).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            return json.loads(file.read(length)).get("__metadata__", {})
+        except (ValueError, AttributeError, MemoryError, OverflowError) as error:
+            raise ValueError(f"{path} cannot be read as weights: {error}") from error
+
+
+def write(path: str | Path, arrays: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes arrays as ``.safetensors``, wide types first, with strings beside them: the file is a function of these.
+
+    Raises ``ValueError`` for a type that the format has not.
+    """
+    names = {np.dtype(kind): name for name, kind in SAFETENSORS.items()}
+    arrays = {name: np.asarray(a) for name, a in arrays.items()}
+    table, parts, at = {"__metadata__": dict(metadata)} if metadata else {}, [], 0
+    for name, a in sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        if a.dtype not in names:
+            raise ValueError(f"{name} has type {a.dtype}; a safetensors file holds {', '.join(map(str, names))}")
+        parts.append(a.tobytes())
+        table[name] = {"dtype": names[a.dtype], "shape": a.shape, "data_offsets": [at, at + a.nbytes]}
+        at += a.nbytes
+    head = json.dumps(table).encode()
+    head += b" " * (-len(head) % 8)  # tensors begin at a multiple of eight
+    write_bytes(path, len(head).to_bytes(8, "little") + head + b"".join(parts))

@@ -14,18 +14,27 @@ def sinusoid(t: Float[Array, " b"], dim: int, *, max_frequency: float = 16.0) ->
 
     Times stay in [0, 1]: multiplying them by 1000, as diffusion networks do, makes the time derivative explode.
     """
-    return _waves(t, jnp.exp(jnp.linspace(0.0, jnp.log(max_frequency), dim // 2)))
+    return waves(t, jnp.exp(jnp.linspace(0.0, jnp.log(max_frequency), dim // 2)))
 
 
-def slow_sinusoid(t: Float[Array, " b"], dim: int, *, max_period: float = 1e4) -> Float[Array, "b d"]:
+def slow_sinusoid(
+    t: Float[Array, " b"], dim: int, *, max_period: float = 1e4, endpoint: bool = False
+) -> Float[Array, "b d"]:
     """``[cos(w t), sin(w t)]`` with ``w_i = max_period^(-i / (dim / 2))``: from 1 radian down (arXiv 2006.11239).
 
-    What torchcfm's U-Net sees: the sinusoids of DDPM at times in [0, 1], most of them nearly straight lines.
+    What torchcfm's U-Net sees: the sinusoids of DDPM at times in [0, 1], most of them nearly straight lines. With
+    ``endpoint`` the last frequency is ``1 / max_period`` itself, the divisor ``dim / 2 - 1`` (score SDE's networks).
     """
-    return _waves(t, jnp.exp(-jnp.log(max_period) * jnp.arange(dim // 2) / (dim // 2)))
+    return waves(t, jnp.exp(-jnp.log(max_period) * jnp.arange(dim // 2) / (dim // 2 - endpoint)))
 
 
-def _waves(t: Array, w: Array) -> Array:
+def jump_waves(gap: Float[Array, " b"]) -> Float[Array, "b 64"]:
+    """``sinusoid(gap) - sinusoid(0)``, 64 numbers: what a network sees of a jump, nothing of one of no length."""
+    return sinusoid(gap, 64) - sinusoid(jnp.zeros_like(gap), 64)
+
+
+def waves(t: Float[Array, " b"], w: Float[Array, " f"]) -> Float[Array, "b d"]:
+    """``[cos(w t), sin(w t)]``, at least float32."""
     angle = t.astype(jnp.promote_types(t.dtype, jnp.float32))[:, None] * w
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], 1)
 
@@ -47,9 +56,8 @@ class TwoTimes(nn.Module):
         if self.spectrum not in SPECTRA:
             raise ValueError(f"spectrum of the times must be one of {', '.join(SPECTRA)}, got {self.spectrum!r}")
         source = {"wide": sinusoid, "slow": slow_sinusoid}[self.spectrum]
-        jump = sinusoid(t - s, 64) - sinusoid(jnp.zeros_like(t), 64)
         e = nn.Dense(self.features, name="source")(source(s, self.frequencies))
-        e += nn.Dense(self.features, name="jump", use_bias=False, kernel_init=nn.initializers.zeros)(jump)
+        e += nn.Dense(self.features, name="jump", use_bias=False, kernel_init=nn.initializers.zeros)(jump_waves(t - s))
         return nn.Dense(self.features, name="mix")(nn.silu(e))
 
 
@@ -72,6 +80,5 @@ def condition(e: Float[Array, "b d"], cond, *, classes: int, guided: bool = Fals
     e += nn.Embed(classes + 1, features, **({} if init is None else {"embedding_init": init}))(labels)
     if guided:
         gain = jnp.zeros(e.shape[0]) if scale is None else 1 - 1 / scale
-        waves = sinusoid(gain, 64) - sinusoid(jnp.zeros_like(gain), 64)
-        e += nn.Dense(features, name="scale", use_bias=False, kernel_init=nn.initializers.zeros)(waves)
+        e += nn.Dense(features, name="scale", use_bias=False, kernel_init=nn.initializers.zeros)(jump_waves(gain))
     return e
