@@ -1,4 +1,4 @@
-"""Handwritten digits, 8x8, offline: a flow by OT-CFM, its marginals, a score corrector and a two-time flow map.
+"""Handwritten digits, 8x8, offline: a flow by OT-CFM, its marginals, correctors and a two-time flow map.
 
 python -m launch.pipeline --config=configs/digits.py --workdir=workdir/digits   # the whole road
 python -m launch.train --config=configs/digits.py --workdir=workdir/flow        # the flow alone
@@ -34,24 +34,34 @@ def get_config() -> ConfigDict:
     # its marginals on the solver's grid: backward ones of the training data, as many forward ones as seeds x samples
     c.solver, c.solver_steps, c.backward_map = "rk4", 8, "reverse"
 
-    # the score corrector, trained on the backward marginals
-    c.corrector = {**train, "method": {"name": "score_corrector", "sigma": 0.2}, "steps": 1500, "learning_rate": 2e-3}
-    c.corrector.net = {"name": "mlp", "width": 256, "depth": 4}
+    # correctors: the score of the backward marginals, and a robust classifier of backward against forward ones
+    score = {"method": {"name": "score_corrector", "sigma": 0.2}, "steps": 1500, "learning_rate": 2e-3}
+    robust = {"method": {"name": "classifier_corrector", "eps": 0.5, "steps": 3}, "steps": 600, "learning_rate": 1e-3}
+    c.correctors = {"score": {**train, **score}, "classifier": {**train, **robust, "weight_decay": 0.05}}
+    c.correctors.score.net = {"name": "mlp", "width": 256, "depth": 4}
+    c.correctors.classifier.net = {"name": "mlp", "width": 128, "depth": 3, "logit": True}
 
     # the flow map, from the flow's averaged parameters
     c.flow_map = {**train, "method": {"name": "lagrangian", "diagonal": 0.75}, "steps": 2000, "learning_rate": 1e-3}
 
     # what is drawn and compared
     c.sampling = {"seeds": 4, "samples": 400, "euler": (4, 8, 16, 32), "rk4": (2, 4, 8), "flow_map": (1, 2, 4)}
-    # corrections: steps of the sampler's own grid, alpha and beta picked by hand from a small grid, on other noise
+    # corrections: steps of the sampler's own grid, numbers picked by hand from a small grid, on other noise
     rk4, jump = {"solver": "rk4", "steps": 8}, {"solver": "flow_map", "steps": 4}
+    push = lambda by, alpha, beta=0.0: {"by": by, "alpha": alpha, "beta": beta}
     c.corrections = {
-        "start": {**rk4, "at": (0,), "alpha": 0.5, "beta": 0.4},
-        "end": {**rk4, "at": (8,), "alpha": 0.5, "beta": 0.0},
-        "three": {**rk4, "at": (0, 4, 8), "alpha": 0.1, "beta": 0.1},
-        "all": {**rk4, "at": tuple(range(9)), "alpha": 0.1, "beta": 0.1},
-        "map_start": {**jump, "at": (0,), "alpha": 0.5, "beta": 0.4},
-        "map_end": {**jump, "at": (4,), "alpha": 0.5, "beta": 0.0},
-        "map_three": {**jump, "at": (0, 2, 4), "alpha": 0.1, "beta": 0.1},
+        "start": {**rk4, "at": (0,), **push("score", 0.5, 0.4)},
+        "end": {**rk4, "at": (8,), **push("score", 0.5)},
+        "three": {**rk4, "at": (0, 4, 8), **push("score", 0.1, 0.1)},
+        "all": {**rk4, "at": tuple(range(9)), **push("score", 0.1, 0.1)},
+        "apart_end": {**rk4, "at": (8,), **push("classifier", 0.1)},
+        "apart_three": {**rk4, "at": (0, 4, 8), **push("classifier", 0.03)},
+        "drift": {**rk4, "at": (8,), **push("drift", 0.5), "bandwidth": 1.0},
+        "map_start": {**jump, "at": (0,), **push("score", 0.5, 0.4)},
+        "map_end": {**jump, "at": (4,), **push("score", 0.5)},
+        "map_three": {**jump, "at": (0, 2, 4), **push("score", 0.1, 0.1)},
+        "map_apart": {**jump, "at": (4,), **push("classifier", 0.1)},
+        "map_drift": {**jump, "at": (4,), **push("drift", 0.5), "bandwidth": 1.0},
+        "map_restart": {**jump, "at": (3,), "by": "restart", "to": 0.25},
     }
     return c.lock()

@@ -23,9 +23,11 @@ from fmjax.data import arrays
 from fmjax.metrics import features, frechet, two_sample
 from fmjax.metrics.two_sample import mean_se
 from fmjax.report import Row, Verdict
-from fmjax.types import Method, Params, as_keys, fold_in, normal
+from fmjax.types import Corrector, FlowMapFn, Method, Params, as_keys, fold_in, normal
 
 FLOW_MAP = "flow_map"  # the solver of settings that jump with the learned map
+# corrections that nobody trains, and their options with what stands for one that is not given (None: it must be)
+UNTRAINED = {"drift": {"alpha": None, "bandwidth": None, "beta": 0.0}, "restart": {"to": None, "inner": 1, "loops": 1}}
 SHOWN = 36  # examples in a grid of samples
 CHUNK = 512  # examples in flight: no sample depends on it
 Metric = Callable[[np.ndarray], float]
@@ -40,9 +42,13 @@ NOTES = [
 
 
 class Setting(NamedTuple):
-    """A sampler: ``steps`` of ``solver`` (or of the flow map), corrected at the steps ``at`` with ``alpha``, ``beta``.
+    """A sampler: ``steps`` of ``solver`` (or of the flow map), corrected at the steps ``at`` by ``by``.
 
-    ``alpha = 0`` is the noise of a correction alone. ``baseline`` names the setting that it is judged against.
+    ``by`` is the name of a trained corrector or of one that needs no training: ``"drift"``, the kernel drift between
+    stored marginals with the ``bandwidth``, and ``"restart"``, back to the time ``to`` and forth by ``inner`` of the
+    setting's own steps, ``loops`` times. ``alpha`` and ``beta`` are those of ``correctors.marginal_matching``, ``alpha
+    = 0`` the noise of a correction alone. ``each`` counts the network evaluations of a direction. ``baseline`` names
+    the setting that it is judged against.
     """
 
     name: str
@@ -53,38 +59,55 @@ class Setting(NamedTuple):
     alpha: float = 0.0
     beta: float = 0.0
     baseline: str | None = None
+    by: str = "score"
+    each: int = 1
+    bandwidth: float = 0.0
+    to: float = 0.0
+    inner: int = 1
+    loops: int = 1
 
     def cost(self) -> samplers.Cost:
-        """NFE and corrections; a flow map evaluates its network once a step, a score corrector once a correction."""
+        """NFE and corrections; a step of a flow map evaluates its network once."""
         stages = 1 if self.solver == FLOW_MAP else solvers.nfe(self.solver)
-        return samplers.cost(self.steps, self.at if self.alpha else (), step_nfe=stages)
+        if self.by == "restart":
+            each = correctors.nfe("restart", each=stages, steps=self.inner, loops=self.loops)
+            return samplers.cost(self.steps, self.at, step_nfe=stages, corrector_nfe=each)
+        return samplers.cost(self.steps, self.at if self.alpha else (), step_nfe=stages, corrector_nfe=self.each)
 
 
 class Models(NamedTuple):
-    """The methods of a flow, its map and its corrector, and their parameters under the same names.
+    """The methods of a flow, its map and its correctors, and their parameters under the same names.
 
-    With ``classes`` the ``i``-th sample has the label ``i mod classes``. ``path`` is the flow's, for SDE steps.
+    ``params["drift"]`` holds the banks ``p`` and ``q`` of the kernel drift, stored at the times ``ts``. With
+    ``classes`` the ``i``-th sample has the label ``i mod classes``. ``path`` is the flow's, for SDE steps and restarts.
     """
 
     flow: Method
     flow_map: Method | None
-    corrector: Method | None
+    correctors: dict[str, Method]
     params: dict[str, Params]
     shape: tuple[int, ...]
     classes: int = 0
     path: paths.Path | None = None
+    ts: np.ndarray | None = None
 
 
-def settings(plain: dict[str, Sequence[int]], corrected: dict[str, dict[str, Any]]) -> list[Setting]:
+def settings(
+    plain: dict[str, Sequence[int]], corrected: dict[str, dict[str, Any]], trained: dict[str, int] | None = None
+) -> list[Setting]:
     """The settings of a config: ``plain`` maps solvers to numbers of steps, ``corrected`` names to their options.
+
+    ``trained`` are the names of trained correctors and what a direction of each costs in network evaluations.
 
     A correction that adds noise comes with a control, the same noise without the push, and is judged against it: noise
     alone can help a flow that is too narrow, and the corrector shall have no credit for that. The control, and a
     correction without noise, are judged against the plain sampler.
 
-    Raises ``ValueError`` for an unknown solver (with the nearest), steps that are not positive, ``at`` outside
-    ``0 .. steps``, and a corrected setting whose plain one is not among ``plain``.
+    Raises ``ValueError`` for an unknown solver or corrector (with the nearest), steps that are not positive, ``at``
+    outside ``0 .. steps``, options of another corrector, and a corrected setting whose plain one is not among
+    ``plain``.
     """
+    trained = trained or {}
     words = lambda solver, n: f"{title(solver)}, {n} step{'s' if n > 1 else ''}"
     found = []
     for solver, counts in plain.items():
@@ -93,7 +116,7 @@ def settings(plain: dict[str, Sequence[int]], corrected: dict[str, dict[str, Any
             times.uniform_grid(n)
             found.append(Setting(words(solver, n), title(solver), solver, n))
     names = [s.name for s in found]
-    fewest_first = lambda item: (item[1]["solver"], len(item[1]["at"]), tuple(item[1]["at"]))
+    fewest_first = lambda item: (item[1]["solver"], item[1]["by"], len(item[1]["at"]), tuple(item[1]["at"]))
     for key, c in sorted(corrected.items(), key=fewest_first):
         solver, n, at = c["solver"], c["steps"], samplers.check_at(c["at"], c["steps"])
         base = words(solver, n)
@@ -101,21 +124,42 @@ def settings(plain: dict[str, Sequence[int]], corrected: dict[str, dict[str, Any
             known = ", ".join(names)
             raise ValueError(f"correction {key!r} needs its plain sampler {base!r} to be drawn too; there are {known}")
         where = "at every step" if len(at) == n + 1 else f"at {', '.join(map(str, at))}"
-        correctors.marginal_matching(lambda x, t, cond=None: x, alpha=c["alpha"], beta=c["beta"])  # checks beta
-        if not (c["alpha"] and at):
-            raise ValueError(f"correction {key!r} corrects nothing: give steps in 'at' and alpha other than 0")
-        push = Setting(
-            f"{base}, corrected {where}", f"{title(solver)} + corrections", solver, n, at, c["alpha"], c["beta"], base
-        )
-        if c["beta"]:
-            noise = push._replace(name=f"{base}, noise {c['beta']:g} {where}", alpha=0.0, baseline=base)
+        options = _options_of(key, c, trained)
+        push = Setting(f"{base}, {c['by']} {where}", f"{title(solver)} + corrections", solver, n, at, baseline=base)
+        push = push._replace(by=c["by"], each=trained.get(c["by"], 0), **options)
+        if push.beta:
+            noise = push._replace(name=f"{base}, noise {push.beta:g} {where}", alpha=0.0, baseline=base)
+            noise = noise._replace(by="noise", each=0, bandwidth=0.0)
             push = push._replace(baseline=noise.name)
-            found.append(noise)
+            if noise not in found:
+                found.append(noise)
         found.append(push)
     repeated = sorted({s.name for s in found if [other.name for other in found].count(s.name) > 1})
     if repeated:
         raise ValueError(f"two samplers are both {repeated[0]!r}; drop one")
     return found
+
+
+def _options_of(key: str, c: dict[str, Any], trained: dict[str, int]) -> dict[str, Any]:
+    """The options of a correction, complete, checked by those who take them."""
+    known = {**dict.fromkeys(trained, {"alpha": None, "beta": 0.0}), **UNTRAINED}
+    if c["by"] not in known:
+        near = build.nearest(c["by"], known)
+        raise ValueError(f"correction {key!r}: no corrector {c['by']!r}{near} (there are {', '.join(known)})")
+    wanted, given = known[c["by"]], {k: v for k, v in c.items() if k not in ("solver", "steps", "at", "by")}
+    if wrong := [name for name in given if name not in wanted]:
+        raise ValueError(f"correction {key!r}: {c['by']!r} has no {wrong[0]!r}; it takes {', '.join(wanted)}")
+    if missing := [name for name, value in wanted.items() if value is None and name not in given]:
+        raise ValueError(f"correction {key!r}: {c['by']!r} needs {missing[0]!r}")
+    options = wanted | given
+    if "alpha" in options:
+        correctors.marginal_matching(lambda x, t, cond=None: x, alpha=options["alpha"], beta=options["beta"])
+    else:
+        grid = times.uniform_grid(c["steps"])[list(c["at"])]
+        correctors.restart(lambda x, s, t, cond=None, key=None: x, to=options["to"], loops=options["loops"]).check(grid)
+    if not (c["at"] and options.get("alpha", 1)):
+        raise ValueError(f"correction {key!r} corrects nothing: give steps in 'at' and alpha other than 0")
+    return options
 
 
 def check_sampling(s, data: arrays.Splits) -> None:
@@ -158,7 +202,7 @@ def main(cfg, path: str | Path) -> None:
     data = arrays.in_memory(data, train=50_000, test=10_000, seed=cfg.seed)
     step, flow, metadata = checkpoint.restore(Path(path) / "checkpoints", part="ema", fallback=True)
     path = workdir.open_workdir(path, cfg.to_dict(), free=(*run.free(cfg), *run.SAMPLING))
-    models = Models(plan.method, plan.method, None, {"flow": flow, FLOW_MAP: flow}, plan.shape, plan.classes, along)
+    models = Models(plan.method, plan.method, {}, {"flow": flow, FLOW_MAP: flow}, plan.shape, plan.classes, along)
     identity = f"{metadata['digest']['ema']} guidance {cfg.guidance}"
     drawn = {}
     with run.bar("samples", len(found), unit="sampler") as progress:
@@ -225,16 +269,26 @@ def sampler(setting: Setting, models: Models, *, trajectory: bool = False) -> Ca
         else:
             score = models.flow.score(params["flow"]) if models.flow.score else None
             step = build.step(setting.solver, path=models.path, score=score)(models.flow.velocity(params["flow"]))
-        fix = None
-        if setting.at:
-            direction = models.corrector.direction(params["corrector"])
-            fix = correctors.marginal_matching(direction, alpha=setting.alpha, beta=setting.beta)
+        fix = _correction(setting, models, step, params) if setting.at else None
         grid = times.uniform_grid(setting.steps)
         return samplers.sample(
             step, x0, grid, key=fold_in(keys, 1), cond=cond, corrector=fix, at=setting.at, trajectory=trajectory
         )
 
     return draw
+
+
+def _correction(setting: Setting, models: Models, step: FlowMapFn, params: dict[str, Params]) -> Corrector:
+    """The corrector of a setting; ``step`` is the setting's own."""
+    if setting.by == "restart":
+        return correctors.restart(step, to=setting.to, steps=setting.inner, loops=setting.loops, path=models.path)
+    if setting.by == "noise":
+        direction = lambda x, t, cond=None: x
+    elif setting.by == "drift":
+        direction = correctors.kernel_drift(**params["drift"], ts=models.ts, bandwidth=setting.bandwidth)
+    else:
+        direction = models.correctors[setting.by].direction(params[setting.by])
+    return correctors.marginal_matching(direction, alpha=setting.alpha, beta=setting.beta)
 
 
 def draw(

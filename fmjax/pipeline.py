@@ -1,4 +1,4 @@
-"""The whole road, resumable: flow, marginals, corrector, flow map, samples, comparison and report.
+"""The whole road, resumable: flow, marginals, correctors, flow map, samples, comparison and report.
 
 Everything is checked before the first step of the first stage. A stage that is complete is read, not run again.
 """
@@ -16,16 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, checkpoint, evaluate, marginals, report, run, times, trajectories, workdir
+from fmjax import best, build, checkpoint, evaluate, marginals, report, run, times, trajectories, workdir
 from fmjax.data import arrays
 from fmjax.evaluate import Models, Setting
-from fmjax.metrics import features, two_sample
+from fmjax.metrics import classifier, features, two_sample
 from fmjax.types import Batch
 
 ROWS = 8  # trajectories shown
+HELD_OUT = 5  # one of so many examples of each set is kept from a classifier, to say how well it tells them apart
 NOTES = [
     *evaluate.NOTES,
-    "An RK4 step costs 4 NFE, a step of the flow map 1, a correction 1; a correction is judged by paired differences.",
+    "An RK4 step costs 4 NFE, a step of the flow map 1, a score's correction 1, a classifier's 2 (forward and "
+    "backward), a kernel drift 0, a restart what its steps cost; a correction is judged by paired differences.",
     "Backward marginals q_n start at the training images and follow the flow back in time; forward marginals p_n start "
     "at noise. For a perfect flow both are one law.",
 ]
@@ -36,7 +38,7 @@ class Setup(NamedTuple):
 
     data: arrays.Splits
     flow: run.Plan
-    corrector: run.Plan
+    correctors: dict[str, run.Plan]
     flow_map: run.Plan
     settings: list[Setting]
     ts: np.ndarray
@@ -44,14 +46,12 @@ class Setup(NamedTuple):
 
 def setup(cfg) -> Setup:
     """Assembles and checks every stage of a config; raises ``ValueError`` of one sentence."""
-    missing = [name for name in ("solver_steps", "corrector", "flow_map", "corrections") if name not in cfg]
+    missing = [name for name in ("solver_steps", "correctors", "flow_map", "corrections") if name not in cfg]
     if missing:
         raise ValueError(f"this config trains a flow alone (it has no {missing[0]}); start it by launch.train")
     data = build.data(cfg.data)
     ts = times.uniform_grid(cfg.solver_steps)
     trajectories.check_how("backward", cfg.solver, cfg.backward_map)
-    size = cfg.corrector.batch_size
-    marginal = Batch(x1=np.resize(data.train_x, (size, *data.train_x.shape[1:])), t=np.resize(ts, size))
     s = cfg.sampling
     evaluate.check_sampling(s, data)
     if cfg.classes:
@@ -59,12 +59,19 @@ def setup(cfg) -> Setup:
     if cfg.init or cfg.teacher:
         raise ValueError("the pipeline trains its own flow: leave init and teacher empty, or use launch.train")
     plain = {solver: s[solver] for solver in ("euler", "rk4", evaluate.FLOW_MAP)}
+    trained = {}
+    for name, part in cfg.correctors.items():
+        x = np.resize(data.train_x, (part.batch_size, *data.train_x.shape[1:]))
+        marginal = Batch(x1=x, x0=x, t=np.resize(ts, part.batch_size))
+        trained[name] = run.assemble(cfg, f"correctors.{name}", batch=lambda step, marginal=marginal: marginal)
     return Setup(
         data,
         run.assemble(cfg, "flow", data=data),
-        run.assemble(cfg, "corrector", batch=lambda step: marginal),
+        trained,
         run.assemble(cfg, "flow_map", data=data),
-        evaluate.settings(plain, cfg.corrections.to_dict()),
+        evaluate.settings(
+            plain, cfg.corrections.to_dict(), {name: 1 + _classifies(plan) for name, plan in trained.items()}
+        ),
         ts,
     )
 
@@ -97,11 +104,11 @@ def main(cfg, path: str | Path) -> None:
         counts = f"{len(forward.x)} forward, {len(backward.x)} backward"
         tell(f"{counts} on {len(ready.ts)} times, round trip {round_trip:.1e}")
 
-    with _stage(3, "corrector") as tell:
-        draws = marginals.batches(backward, batch_size=cfg.corrector.batch_size, seed=cfg.seed)
-        plan = ready.corrector._replace(batch=draws)
-        corrector = run.train(plan, path / "corrector", teacher=_teacher(plan, flow)).ema
-        tell(f"{plan.steps} steps of {plan.batch_size}, {_last_loss(path / 'corrector')}")
+    with _stage(3, "correctors") as tell:
+        trained, told_apart = {}, {}
+        for name, plan in ready.correctors.items():
+            trained[name], told_apart[name] = _corrector(plan, path / "correctors" / name, forward, backward, flow)
+        tell("; ".join(f"{name} {_last_loss(path / 'correctors' / name)}" for name in trained))
 
     with _stage(4, "flow map") as tell:
         plan = ready.flow_map
@@ -110,16 +117,18 @@ def main(cfg, path: str | Path) -> None:
         tell(f"{plan.steps} steps of {plan.batch_size}, {_last_loss(path / 'flow_map')}")
 
     with _stage(5, "samples") as tell:
-        params = {"flow": flow, "corrector": corrector, "flow_map": flow_map}
-        models = Models(
-            ready.flow.method, ready.flow_map.method, ready.corrector.method, params, ready.data.train_x.shape[1:]
-        )
+        params = {"flow": flow, "flow_map": flow_map, **trained}
+        if any(setting.by == "drift" for setting in ready.settings):
+            params["drift"] = {"p": jnp.asarray(forward.x), "q": jnp.asarray(backward.x)}
+        fixes = {name: plan.method for name, plan in ready.correctors.items()}
+        shape = ready.data.train_x.shape[1:]
+        models = Models(ready.flow.method, ready.flow_map.method, fixes, params, shape, ts=forward.ts)
         drawn = _draw(cfg, ready.settings, models, path / "samples")
         tell(f"{len(drawn)} samplers x {cfg.sampling.seeds} seeds x {cfg.sampling.samples}")
 
     with _stage(6, "comparison") as tell:
         found = _compare(cfg, ready.data, drawn, forward, backward)
-        found["round_trip"] = round_trip
+        found |= {"round_trip": round_trip, "auc": {name: a for name, a in told_apart.items() if a is not None}}
         workdir.write_json(path / "metrics.json", _as_json(found) | {"environment": workdir.environment()})
         seconds = time.perf_counter() - began
         report.write(page, _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds))
@@ -134,6 +143,30 @@ def _stage(i: int, name: str) -> Iterator[Any]:
     told, start = [], time.perf_counter()
     yield told.append
     print(f"[{i}/6] {name}: {told[0]} ({time.perf_counter() - start:.1f} s)", flush=True)
+
+
+def _classifies(plan: run.Plan) -> bool:
+    return getattr(plan.model.net, "logit", False)
+
+
+def _corrector(plan: run.Plan, directory: Path, forward, backward, flow):
+    """The averaged parameters of a corrector, and of a classifier its AUC on held-out examples, one a time.
+
+    Those of a classifier are the best of its training by the held-out cross-entropy.
+    """
+    if not _classifies(plan):
+        plan = plan._replace(batch=marginals.pairs(forward, backward, batch_size=plan.batch_size, seed=plan.seed))
+        return run.train(plan, directory, teacher=_teacher(plan, flow)).ema, None
+    cut = lambda m: -(len(m.x) // HELD_OUT)
+    rows = slice(None, max(cut(forward), cut(backward)))
+    draws = marginals.pairs(forward, backward, batch_size=plan.batch_size, seed=plan.seed, examples=rows)
+    apart = lambda params: classifier.by_step(
+        plan.model.net, params, backward.x[rows.stop :], forward.x[rows.stop :], forward.ts
+    )
+    hook = best.keep(directory / "best", lambda ema: float(apart(ema).bce.mean()))
+    run.train(plan._replace(batch=draws), directory, teacher=_teacher(plan, flow), hooks=[hook])
+    params = run.given(plan, directory / "best")
+    return params, apart(params).auc
 
 
 def _teacher(plan: run.Plan, flow):
@@ -249,9 +282,11 @@ def _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds
         jumps.name: np.asarray(evaluate.sampler(jumps, models, trajectory=True)(models.params, keys)),
     }
     curves = {}
-    for stage in ("flow", "corrector", "flow_map"):
+    for stage in ("flow", *(f"correctors/{name}" for name in ready.correctors), "flow_map"):
         records = workdir.read_jsonl(path / stage / "metrics.jsonl")
-        curves[stage.replace("_", " ")] = tuple(np.array([r[name] for r in records]) for name in ("step", "loss"))
+        curves[stage.rpartition("/")[2].replace("_", " ")] = tuple(
+            np.array([r[name] for r in records]) for name in ("step", "loss")
+        )
     sizes = {name: sum(a.size for a in jax.tree.leaves(p)) for name, p in models.params.items()}
     facts = {
         "data": f"{len(data.train_x)} training, {len(data.test_x)} held-out images",
@@ -259,6 +294,10 @@ def _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds
         "parameters": ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
         "round trip": f"{found['round_trip']:.2e} (rms norm over an example, {cfg.solver}, {cfg.solver_steps} steps)",
         "straightness defect": ", ".join(f"{x:.3g}" for x in found["straightness"]) + " along the grid",
+        **{
+            f"AUC of the {name} on held-out marginals": ", ".join(f"{a:.3f}" for a in auc) + " along the grid"
+            for name, auc in found["auc"].items()
+        },
         "summed variance of the pixels": "; ".join(f"{name}: {x:.3g}" for name, x in found["variance"].items()),
         "classifier of FD-small": f"held-out accuracy {found['accuracy']:.3f}, weights {found['features'][:12]}",
         "time of this process": f"{seconds:.0f} s",

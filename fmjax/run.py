@@ -30,7 +30,7 @@ from fmjax.logs import Window
 from fmjax.nets.adapters import Model
 from fmjax.types import Batch, Method, Params, as_keys, example_keys, normal
 
-NEEDS = {"flow": "velocity", "corrector": "direction", "flow_map": "flow_map"}  # what a stage's method must give
+NEEDS = {"flow": "velocity", "correctors": "direction", "flow_map": "flow_map"}  # what a stage's method must give
 FREE = (
     "log_every",
     "save_every",
@@ -122,11 +122,11 @@ def assemble(
 ) -> Plan:
     """The plan of one stage of a config: ``"flow"`` reads the config's own fields, the others those of ``cfg.STAGE``.
 
-    ``data`` saves loading the data set again; ``batch`` replaces the stage's batches (a corrector trains on
-    marginals). All names, options, numbers and shapes are checked, the loss being traced on one device's share of a
-    batch. Raises ``ValueError`` of one sentence, before anything is compiled.
+    ``"correctors.NAME"`` is ``cfg.correctors.NAME``. ``data`` saves loading the data set again; ``batch`` replaces the
+    stage's batches (a corrector trains on marginals). All names, options, numbers and shapes are checked, the loss
+    being traced on one device's share of a batch. Raises ``ValueError`` of one sentence, before anything is compiled.
     """
-    part = cfg if stage == "flow" else cfg[stage]
+    part = cfg if stage == "flow" else functools.reduce(lambda part, name: part[name], stage.split("."), cfg)
     mesh = sharding.make_mesh()
     for name, value in [("steps", part.steps), *((name, cfg[name]) for name in ("log_every", "save_every", "keep"))]:
         if value < 1:
@@ -145,9 +145,10 @@ def assemble(
         method = build.from_spec("weighting", part.weighting, method, takes=("method",))
         model = weighting.with_log_variance(model) if _name(part.weighting) == "learned" else model
     method = _conditional(method, cfg, classes, told)
-    if getattr(method, NEEDS[stage]) is None:
+    needed = NEEDS[stage.split(".")[0]]
+    if getattr(method, needed) is None:
         raise ValueError(
-            f"the method of the stage {stage!r} must give a {NEEDS[stage]}, which {_name(part.method)!r} does not"
+            f"the method of the stage {stage!r} must give a {needed}, which {_name(part.method)!r} does not"
         )
     if stage == "flow" and (part.target == "frozen") != bool(cfg.teacher):
         raise ValueError(

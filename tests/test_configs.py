@@ -65,7 +65,7 @@ def test_a_config_is_locked_flat_and_tells_its_command(name):
     assert re.search(rf"^python -m launch\.train --config=configs/{name}\.py --workdir=\S+", documented, re.M)
     assert c.data.name == name
     # fields of the flow are those of the digits: no config lacks one, none has one of its own
-    stages = {"corrector", "flow_map", "corrections", "solver", "solver_steps", "backward_map"}
+    stages = {"correctors", "flow_map", "corrections", "solver", "solver_steps", "backward_map"}
     assert set(c) - stages == set(get("digits")) - stages
 
 

@@ -14,7 +14,8 @@ from fmjax.types import Method, fold_in, normal
 
 MEAN, STD, SIGMA = 1.5, 0.5, 0.4
 PLAIN = {"euler": (4,), "rk4": (2, 8), "flow_map": (1, 2)}
-END = {"solver": "rk4", "steps": 2, "at": (2,), "alpha": 0.5, "beta": 0.1}
+END = {"solver": "rk4", "steps": 2, "at": (2,), "by": "score", "alpha": 0.5, "beta": 0.1}
+TRAINED = {"score": 1, "classifier": 2}
 
 
 @pytest.fixture
@@ -25,24 +26,27 @@ def models():
     return Models(
         Method(loss=None, velocity=lambda p: lambda x, t, cond=None: p * oracle.velocity(x, t, cond)),
         Method(loss=None, flow_map=lambda p: lambda x, s, t, cond=None, key=None: p * oracle.flow_map(x, s, t)),
-        Method(loss=None, direction=push),
-        {"flow": jnp.ones(()), "flow_map": jnp.ones(()), "corrector": jnp.ones(())},
+        {"score": Method(loss=None, direction=push)},
+        {"flow": jnp.ones(()), "flow_map": jnp.ones(()), "score": jnp.ones(())},
         (3,),
     )
 
 
 def test_settings_have_names_costs_and_baselines():
-    found = {s.name: s for s in evaluate.settings(PLAIN, {"end": END | {"beta": 0.0}, "all": END | {"at": (0, 1, 2)}})}
+    found = {
+        s.name: s
+        for s in evaluate.settings(PLAIN, {"end": END | {"beta": 0.0}, "all": END | {"at": (0, 1, 2)}}, TRAINED)
+    }
     assert list(found) == [
         "euler, 4 steps", "rk4, 2 steps", "rk4, 8 steps", "flow map, 1 step", "flow map, 2 steps",
-        "rk4, 2 steps, corrected at 2", "rk4, 2 steps, noise 0.1 at every step",
-        "rk4, 2 steps, corrected at every step",
+        "rk4, 2 steps, score at 2", "rk4, 2 steps, noise 0.1 at every step",
+        "rk4, 2 steps, score at every step",
     ]  # fmt: skip
     assert [s.cost().nfe for s in found.values()] == [4, 8, 32, 1, 2, 9, 8, 11]
     assert [s.cost().corrections for s in found.values()] == [0, 0, 0, 0, 0, 1, 0, 3]
     control = "rk4, 2 steps, noise 0.1 at every step"
     assert [s.baseline for s in found.values()] == [None] * 5 + ["rk4, 2 steps"] * 2 + [control]
-    push, noise = found["rk4, 2 steps, corrected at every step"], found[control]
+    push, noise = found["rk4, 2 steps, score at every step"], found[control]
     assert (noise.alpha, noise.beta, noise.at) == (0.0, push.beta, push.at)
     assert {s.family for s in found.values()} == {"euler", "rk4", "flow map", "rk4 + corrections"}
 
@@ -61,7 +65,7 @@ def test_settings_have_names_costs_and_baselines():
 )
 def test_bad_settings_are_refused(plain, corrected, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.settings(plain, corrected)
+        evaluate.settings(plain, corrected, TRAINED)
 
 
 def test_samplers_share_their_noise_and_find_the_law(models):
@@ -178,7 +182,7 @@ def test_an_evaluation_draws_each_label_in_turn_from_the_averaged_flow(evaluated
     x0 = normal(fold_in(keys, 0), plan.shape)
     x = samplers.sample(step, x0, times.uniform_grid(2), cond=jnp.arange(50) % 10)
     drawn = evaluate.draw(
-        Setting("euler, 2 steps", "euler", "euler", 2), Models(plan.method, None, None, {"flow": ema}, plan.shape, 10),
+        Setting("euler, 2 steps", "euler", "euler", 2), Models(plan.method, None, {}, {"flow": ema}, plan.shape, 10),
         seeds=2, samples=50, seed=cfg.seed, directory=path / "again", identity="",
     )  # fmt: skip
     np.testing.assert_allclose(drawn[1], x, rtol=1e-4, atol=1e-5)
@@ -239,8 +243,8 @@ def test_an_sde_sampler_takes_its_score_along_the_path_of_the_flow():
     oracle = oracles.gaussian(jnp.full(3, MEAN), jnp.full(3, STD), path=path)
     flow = Method(loss=None, velocity=lambda p: oracle.velocity)
     setting = Setting("sde", "sde", "euler_maruyama", 100)
-    x = evaluate.sampler(setting, Models(flow, None, None, {"flow": ()}, (3,), path=path))
-    wrong = evaluate.sampler(setting, Models(flow, None, None, {"flow": ()}, (3,)))
+    x = evaluate.sampler(setting, Models(flow, None, {}, {"flow": ()}, (3,), path=path))
+    wrong = evaluate.sampler(setting, Models(flow, None, {}, {"flow": ()}, (3,)))
     error = lambda draw: abs(float(draw({"flow": ()}, evaluate.keys_of(0, 0, n)).std()) / STD - 1)
     assert error(x) < 4 / (2 * 3 * n) ** 0.5 + 0.01 < error(wrong)  # 1 %: the bias of 100 steps of weak order 1
     assert [s.cost().nfe for s in evaluate.settings({"euler_maruyama": (5,), "stochastic_heun": (5,)}, {})] == [5, 10]
@@ -250,7 +254,7 @@ def test_an_sde_sampler_on_a_path_with_a_latent_takes_the_learned_score():
     path = paths.two_sided()
     oracle = oracles.gaussian(jnp.full(3, MEAN), jnp.full(3, STD), path=path)
     flow = Method(loss=None, velocity=lambda p: oracle.velocity, score=lambda p: lambda x, t, cond=None: p + 0 * x)
-    x = evaluate.sampler(Setting("sde", "sde", "euler_maruyama", 1), Models(flow, None, None, {}, (3,), path=path))
+    x = evaluate.sampler(Setting("sde", "sde", "euler_maruyama", 1), Models(flow, None, {}, {}, (3,), path=path))
     keys = evaluate.keys_of(0, 0, 8)
     pushed, plain = (x({"flow": jnp.full((), p)}, keys) for p in (2.0, 0.0))
     np.testing.assert_allclose(pushed - plain, np.full((8, 3), 1.0), atol=1e-5)  # h g^2 / 2 of the score

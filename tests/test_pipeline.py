@@ -10,11 +10,18 @@ from test_run import config
 from fmjax import build, checkpoint, marginals, pipeline, run, workdir
 
 TINY = {
-    "batch_size": 16, "flow_map.batch_size": 32, "corrector.batch_size": 16, "steps": 4, "corrector.steps": 4,
+    "batch_size": 16, "flow_map.batch_size": 32, "correctors.score.batch_size": 16, "steps": 4,
+    "correctors.score.steps": 4, "correctors.classifier.batch_size": 16, "correctors.classifier.steps": 4,
     "flow_map.steps": 4, "solver_steps": 2, "sampling.seeds": 2, "sampling.samples": 64, "sampling.euler": (2,),
     "sampling.rk4": (2,), "sampling.flow_map": (1, 2),
-    "corrections": {"end": {"solver": "rk4", "steps": 2, "at": (2,), "alpha": 0.5, "beta": 0.1}},
+    "corrections": {
+        "end": {"solver": "rk4", "steps": 2, "at": (2,), "by": "score", "alpha": 0.5, "beta": 0.1},
+        "apart": {"solver": "rk4", "steps": 2, "at": (1, 2), "by": "classifier", "alpha": 0.1},
+        "drift": {"solver": "flow_map", "steps": 2, "at": (2,), "by": "drift", "alpha": 0.5, "bandwidth": 1.0},
+        "restart": {"solver": "flow_map", "steps": 2, "at": (1,), "by": "restart", "to": 0.25},
+    },
 }  # fmt: skip
+STAGES = ("flow", "correctors/score", "correctors/classifier", "flow_map")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +51,7 @@ def numbers(path):
 
 
 def test_every_stage_leaves_its_work(finished, tiny):
-    for stage in ("flow", "corrector", "flow_map"):
+    for stage in STAGES:
         assert [r["step"] for r in workdir.read_jsonl(finished / stage / "metrics.jsonl")] == [4]
     forward, backward = (marginals.read(finished / "marginals" / d) for d in ("forward", "backward"))
     assert forward.x.shape == (128, 3, 8, 8, 1) and backward.x.shape == (1437, 3, 8, 8, 1)
@@ -57,11 +64,12 @@ def test_corrector_and_flow_map_are_trained_from_what_came_before(finished, tiny
     ready = pipeline.setup(tiny)
     digest = lambda path: checkpoint.restore(path / "checkpoints", part="ema")[2]["digest"]["ema"]
     backward = marginals.read(finished / "marginals" / "backward")
-    draws = marginals.batches(backward, batch_size=16, seed=tiny.seed)
-    run.train(ready.corrector._replace(batch=draws), tmp_path / "corrector")
+    forward = marginals.read(finished / "marginals" / "forward")
+    draws = marginals.pairs(forward, backward, batch_size=16, seed=tiny.seed)
+    run.train(ready.correctors["score"]._replace(batch=draws), tmp_path / "correctors" / "score")
     _, flow, _ = checkpoint.restore(finished / "flow" / "checkpoints", part="ema")
     run.train(ready.flow_map, tmp_path / "flow_map", params=flow)
-    for stage in ("corrector", "flow_map"):
+    for stage in ("correctors/score", "flow_map"):
         assert digest(tmp_path / stage) == digest(finished / stage)
 
 
@@ -70,7 +78,8 @@ def test_the_numbers_are_there_with_errors_floor_and_verdicts(finished):
     rows = {r["name"]: r for r in found["rows"]}
     assert {n: r["nfe"] for n, r in rows.items()} == {
         "euler, 2 steps": 2, "rk4, 2 steps": 8, "flow map, 1 step": 1, "flow map, 2 steps": 2,
-        "rk4, 2 steps, noise 0.1 at 2": 8, "rk4, 2 steps, corrected at 2": 9, "training data": 0,
+        "rk4, 2 steps, noise 0.1 at 2": 8, "rk4, 2 steps, score at 2": 9, "rk4, 2 steps, classifier at 1, 2": 12,
+        "flow map, 2 steps, drift at 2": 2, "flow map, 2 steps, restart at 1": 3, "training data": 0,
     }  # fmt: skip
     floor = rows["training data"]["distances"]
     for name, row in rows.items():
@@ -96,7 +105,7 @@ def test_the_page_stands_alone_and_names_every_sampler(finished):
         "held-out images",
         "forward: from noise",
         "backward: from training",
-        "corrector",
+        "classifier",
         "energy distance",
     ):
         assert picture in page
@@ -115,7 +124,7 @@ def test_a_road_that_lost_its_end_goes_on_to_the_same_numbers(finished, tiny, tm
     """Corrector, samples and comparison are lost, and a shard is torn; flow and flow map are read, not trained."""
     parts = tmp_path / "parts"
     shutil.copytree(finished, parts)
-    shutil.rmtree(parts / "corrector")
+    shutil.rmtree(parts / "correctors")
     shutil.rmtree(parts / "samples")
     (parts / "metrics.json").unlink()
     shard = next((parts / "marginals" / "backward").glob("shard*"))
@@ -139,14 +148,14 @@ def test_marginals_of_another_flow_are_refused(finished, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"corrector.method": {"name": "score_corector", "sigma": 0.1}}, "did you mean 'score_corrector'"),
+        ({"correctors.score.method": {"name": "score_corector", "sigma": 0.1}}, "did you mean 'score_corrector'"),
         ({"flow_map.batch_size": 16}, "cannot be split at 0.75"),
         ({"solver_steps": 0}, "at least one step"),
         ({"sampling.samples": 10_000}, r"sampling.samples=10000 in 2..1437"),
         ({"sampling.seeds": 0}, "sampling.seeds=0 must be 1 or more"),
         ({"solver": "rk5"}, "did you mean 'rk4'"),
         ({"backward_map": "revers"}, "backward_map='revers' is not one of"),
-        ({"corrections": {"x": {"solver": "rk4", "steps": 2, "at": (5,), "alpha": 0.5, "beta": 0.0}}}, "at=5 is not"),
+        ({"corrections": {"x": {"solver": "rk4", "steps": 2, "at": (5,), "by": "score", "alpha": 0.5}}}, "at=5 is not"),
     ],
 )
 def test_what_a_late_stage_would_refuse_is_refused_before_the_first(changes, message, tmp_path):

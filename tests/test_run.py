@@ -19,7 +19,13 @@ def config(**changes):
     """The digits' config, small; dotted names change fields."""
     c = digits.get_config()
     small = {"net.width": 16, "net.depth": 1, "batch_size": 32, "steps": 12, "warmup": 2, "log_every": 5}
-    small |= {"save_every": 4, "sample_every": 0, "ema": 0.9, "flow_map.batch_size": 32, "corrector.batch_size": 32}
+    small |= {
+        "save_every": 4,
+        "sample_every": 0,
+        "ema": 0.9,
+        "flow_map.batch_size": 32,
+        "correctors.score.batch_size": 32,
+    }
     for name, value in (small | changes).items():
         *parents, last = name.split(".")
         node = c
@@ -81,8 +87,12 @@ def same(a, b):
         ("flow", {"method": {"name": "score_corrector", "sigma": 0.1}}, "must give a velocity"),
         ("flow_map", {"flow_map.method": "flow_matching"}, "must give a flow_map"),
         ("flow_map", {"flow_map.batch_size": 16}, "batch of 2 per device cannot be split at 0.75; use a multiple of 4"),
-        ("corrector", {}, "its batches need their times"),
-        ("corrector", {"corrector.method": {"name": "score_corrector", "sigma": 0.0}}, "sigma .* must be positive"),
+        ("correctors.score", {}, "its batches need their times"),
+        (
+            "correctors.score",
+            {"correctors.score.method": {"name": "score_corrector", "sigma": 0.0}},
+            "sigma .* must be positive",
+        ),
     ],
 )
 def test_a_bad_config_is_refused_in_one_sentence_before_anything_is_compiled(stage, changes, message, tmp_path):
@@ -326,9 +336,11 @@ def test_batches_given_later_are_told_the_progress_too(tmp_path):
 
 def test_corrector_batches_can_be_given(tmp_path):
     plan = run.assemble(
-        config(), "corrector", batch=lambda step: Batch(np.ones((32, 8, 8, 1), np.float32), t=np.ones(32, np.float32))
+        config(),
+        "correctors.score",
+        batch=lambda step: Batch(np.ones((32, 8, 8, 1), np.float32), t=np.ones(32, np.float32)),
     )
-    assert plan.shape == (8, 8, 1) and plan.steps == digits.get_config().corrector.steps
+    assert plan.shape == (8, 8, 1) and plan.steps == digits.get_config().correctors.score.steps
 
 
 def test_every_field_of_the_workdir_s_config_is_plain_json(tmp_path):
