@@ -68,7 +68,7 @@ def curvature(velocity: VelocityFn, xs: Float[Array, "s b ..."], ts, *, cond: Co
 
 
 def even_grid(n: int, ts, density: np.ndarray) -> np.ndarray:
-    """``n`` steps with equal shares of ``int density dt``, from ``ts[0]`` to ``ts[-1]``.
+    """``n`` steps with equal shares of ``int density dt``, from ``ts[0]`` to ``ts[-1]`` (either order).
 
     ``density`` is known at the times ``ts`` and taken as its mean over each interval. With ``curvature`` every step has
     the same share of it; with its fourth root, ``sqrt |d^2 x / dt^2|``, Euler's errors ``h^2 |d^2 x / dt^2| / 2`` are
@@ -81,7 +81,7 @@ def even_grid(n: int, ts, density: np.ndarray) -> np.ndarray:
     if n < 1:
         raise ValueError(f"a grid needs at least one step, got n={n}")
     at, density = ts.astype(np.float64), density if density.any() else np.ones_like(density)
-    mass = np.append(0, np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(at)))
+    mass = np.append(0, np.cumsum((density[1:] + density[:-1]) / 2 * np.abs(np.diff(at))))
     return times.check_grid(np.interp(np.linspace(0, 1, n + 1) * mass[-1], mass, at))
 
 
@@ -125,9 +125,7 @@ def jump_costs(
     return costs
 
 
-def best_steps(
-    costs: np.ndarray, n: int, *, growth: float = 1.0, through: Sequence[int] = ()
-) -> tuple[int, ...]:
+def best_steps(costs: np.ndarray, n: int, *, growth: float = 1.0, through: Sequence[int] = ()) -> tuple[int, ...]:
     """The ``n`` jumps ``0 = i_0 < i_1 < ... < i_n = S - 1`` of least ``sum_k growth^k c[i_k, i_{k+1}]``, as indices.
 
     By dynamic programming from the end, ``V_j^k = min_{i > j} c[j, i] + growth V_i^{k-1}``. ``growth`` above 1 (GITS:
