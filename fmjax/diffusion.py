@@ -221,7 +221,8 @@ def dpmpp_2m(velocity: VelocityFn, *, path: paths.Path | None = None) -> Multist
         bent = jnp.where(jnp.isfinite(ahead) & jnp.isfinite(behind), ahead / (2 * behind), 0)
         kept = alpha / alpha_s
         x = kept * x + (beta - beta_s * kept) * (data + bent * (data - before))
-        return x, (data, level.reshape(level_before.shape))
+        # inside shard_map the memory must vary over devices as x does, and times need not
+        return x, (data, jnp.zeros_like(level_before) + level.reshape(level_before.shape))
 
     return Multistep(init, step)
 

@@ -68,7 +68,7 @@ def curvature(velocity: VelocityFn, xs: Float[Array, "s b ..."], ts, *, cond: Co
 
 
 def even_grid(n: int, ts, density: np.ndarray) -> np.ndarray:
-    """``n`` steps with equal shares of ``int density dt``, from ``ts[0]`` to ``ts[-1]``.
+    """``n`` steps with equal shares of ``int density dt``, from ``ts[0]`` to ``ts[-1]`` (either order).
 
     ``density`` is known at the times ``ts`` and taken as its mean over each interval. With ``curvature`` every step has
     the same share of it; with its fourth root, ``sqrt |d^2 x / dt^2|``, Euler's errors ``h^2 |d^2 x / dt^2| / 2`` are
@@ -81,7 +81,7 @@ def even_grid(n: int, ts, density: np.ndarray) -> np.ndarray:
     if n < 1:
         raise ValueError(f"a grid needs at least one step, got n={n}")
     at, density = ts.astype(np.float64), density if density.any() else np.ones_like(density)
-    mass = np.append(0, np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(at)))
+    mass = np.append(0, np.cumsum((density[1:] + density[:-1]) / 2 * np.abs(np.diff(at))))
     return times.check_grid(np.interp(np.linspace(0, 1, n + 1) * mass[-1], mass, at))
 
 

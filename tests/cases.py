@@ -210,11 +210,11 @@ def edm_case(path) -> Case:
     )
 
 
-def noise_case(path) -> Case:
-    """The noise prediction of Gaussian data along a path."""
+def denoising_case(path) -> Case:
+    """The v-prediction of Gaussian data along a path."""
     case, oracle = flow_case(path, "denoising", "velocity", "score"), gaussian_along(path)
-    noise = lambda params, x, s, t, cond=None, key=None: paths.endpoints(path, x, oracle.velocity(x, s), s)[0]
-    return case._replace(solution=noise)
+    turned = lambda x, s: paths.convert(path, x, oracle.velocity(x, s), s, given="velocity", to="v_prediction")
+    return case._replace(solution=lambda params, x, s, t, cond=None, key=None: turned(x, s))
 
 
 def interpolant_case(path) -> Case:
@@ -295,7 +295,7 @@ CASES = {
     ),
     "continuous_consistency": map_case("continuous_consistency", velocity="own", diagonal=0.5, teacher=True),
     "contrastive": contrastive_case,
-    "denoising": noise_case,
+    "denoising": denoising_case,
     "discriminator": lambda path: log_odds_case(path, lambda net: factory("discriminator")(net, path=path)),
     "edm": edm_case,
     "eulerian": map_case("eulerian", teacher=True),

@@ -35,6 +35,7 @@ def test_names_resolve_by_module_path():
 
 
 METHODS = ", ".join(discover()[:3])
+STEPS = "ddim, dpmpp_2m, edm_heun, euler, euler_maruyama, from_diffrax, heun, ipndm"
 
 
 @pytest.mark.parametrize(
@@ -53,8 +54,9 @@ METHODS = ", ".join(discover()[:3])
         (build.path, "endpoints", None, ALL_PATHS),
         (build.coupling, "minibatch", "minibatch_ot", "independent, minibatch_ot, semidiscrete"),
         (build.coupling, "squared_cost", None, "independent, minibatch_ot, semidiscrete"),
-        (build.step, "rk5", "rk4", "euler, euler_maruyama, from_diffrax, heun"),
-        (build.step, "inverse", None, "euler, euler_maruyama, from_diffrax, heun"),
+        (build.step, "rk5", "rk4", STEPS),
+        (build.step, "inverse", None, STEPS),
+        (build.step, "denoiser", None, STEPS),
     ],
 )
 def test_unknown_names_and_helpers_are_refused_with_what_there_is(door, spec, near, all_):
@@ -185,7 +187,8 @@ def test_couplings_and_steps_take_their_options(key):
 
 
 def test_every_default_is_an_option_the_checks_let_through():
-    doors = [("methods", ("net",)), ("nets", None), ("paths", ()), ("couplings", ()), ("solvers", ("velocity",))]
+    doors = [("methods", ("net",)), ("nets", None), ("paths", ()), ("couplings", ())]
+    doors += [("solvers", ("velocity",)), ("diffusion", ("velocity",))]
     seen = 0
     for package, takes in doors:
         for function in build._offered(package, None, takes, None).values():

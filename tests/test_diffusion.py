@@ -132,12 +132,12 @@ def test_edms_sampler_is_its_algorithm_2(name, options, x64, key):
     grid = schedules.edm_grid(18, path=None if name == "linear" else path).astype(float)
     alpha, beta = (np.asarray(a) for a in path.coefficients(jnp.asarray(grid)))
     law = mixture(paths.Path(lambda s: (s, jnp.ones_like(s))))  # x1 + s x0: times are levels
-    denoise = lambda x, sigma: x + sigma**2 * law.score(x, sigma)
+    denoise = jax.jit(lambda x, sigma: x + sigma**2 * law.score(x, sigma))
     draws = lambda i: normal(fold_in(keys, 2 * i + 1), (2,), jnp.float64)
     numbers = dict(zip(("churn", "low", "high", "inflate"), options.values(), strict=False))
     want = algorithm_2(denoise, z * alpha[0] / beta[0], alpha / beta, draws, **numbers)
     step = diffusion.edm_heun(mixture(path).velocity, path=path, steps=18, **options)
-    got = samplers.sample(step, alpha[0] * z, grid, key=keys)
+    got = jax.jit(lambda x: samplers.sample(step, x, grid, key=keys))(alpha[0] * z)
     np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-8)
 
 
@@ -165,7 +165,7 @@ def test_what_is_evaluated_is_what_is_stated(name, key):
     """Counted on the host; on EDM's grid, whose last step ends in the data."""
     velocity, seen = counted(mixture().velocity)
     made = getattr(diffusion, name)(velocity)
-    for n in (1, 6, 18):
+    for n in (1, 18):
         seen.clear()
         run = lambda x, n=n: samplers.sample(made, x, schedules.edm_grid(n), key=key)
         jax.block_until_ready(jax.jit(run)(jnp.ones((2, 2))))
@@ -278,19 +278,19 @@ def test_every_stochastic_step_ends_in_the_mixture(name, key):
     assert np.abs((a - b) / np.hypot(sa, sb)).max() < 4
 
 
-def test_draws_belong_to_their_example_and_falling_steps_of_ddim_go_back(x64, key):
-    law, keys, x = mixture(), as_keys(key, 6), jax.random.normal(key, (6, 2))
+def test_draws_belong_to_their_example_and_falling_steps_go_back(x64, key):
+    law, keys, x = oracles.gaussian(MEAN, STD), as_keys(key, 6), jax.random.normal(key, (6, 2))
     for made in (diffusion.ddim(law.velocity, eta=0.7), diffusion.reverse_diffusion(law.velocity)):
-        whole = made(x, 0.3, 0.5, None, keys)
-        np.testing.assert_allclose(made(x[2:4], 0.3, 0.5, None, keys[2:4]), whole[2:4], rtol=1e-12)
+        step = jax.jit(made)
+        whole = step(x, 0.3, 0.5, None, keys)
+        np.testing.assert_allclose(step(x[2:4], 0.3, 0.5, None, keys[2:4]), whole[2:4], rtol=1e-12)
         with pytest.raises(ValueError, match="draws noise and needs a key"):
             made(x, 0.3, 0.5)
-    ddim = diffusion.ddim(law.velocity)
-    gap = jax.jit(lambda h: jnp.abs(ddim(ddim(x, 0.5, 0.5 + h), 0.5 + h, 0.5) - x).max())
-    assert gap(0.01) < 0.3 * gap(0.02)  # an error of the second order
-    gaussian = oracles.gaussian(MEAN, STD)
-    falling = walk(diffusion.edm_heun(gaussian.velocity), x, np.linspace(1, 0, 81))
-    np.testing.assert_allclose(falling, gaussian.flow_map(x, 1.0, 0.0), atol=0.02)
+    exact = law.flow_map(x, 1.0, 0.0)
+    for make, order in ((diffusion.ddim, 1), (diffusion.edm_heun, 2)):
+        step = make(law.velocity)
+        coarse, fine = (np.abs(walk(step, x, np.linspace(1, 0, n + 1)) - exact).max() for n in (80, 160))
+        assert abs(np.log2(coarse / fine) - order) < 0.2
 
 
 def test_a_condition_reaches_the_velocity_of_every_step(x64, key):
@@ -298,13 +298,13 @@ def test_a_condition_reaches_the_velocity_of_every_step(x64, key):
     tell = lambda x, t, cond: expand(cond, x) + 0 * x  # on the linear path data less noise
     x, grid = jnp.zeros((2, 1)), schedules.edm_grid(5)
     for made in (diffusion.ddim(tell), diffusion.edm_heun(tell), diffusion.dpmpp_2m(tell), diffusion.ipndm(tell)):
-        end = samplers.sample(made, x, grid, cond=cond)
+        end = jax.jit(lambda x, made=made: samplers.sample(made, x, grid, cond=cond))(x)
         assert np.sign(end[:, 0]).tolist() == [1, -1] and end[1, 0] / end[0, 0] == pytest.approx(-3)
 
 
 def test_steps_are_named_in_a_config_and_take_the_path_of_the_run(x64, key):
     path = PATHS["vp"]
-    law, x, keys = mixture(path), jax.random.normal(key, (3, 2)), as_keys(key, 3)
+    law, x, keys = oracles.gaussian(MEAN, STD, path=path), jax.random.normal(key, (3, 2)), as_keys(key, 3)
     step = build.step({"name": "ddim", "eta": 1.0}, path=path)(law.velocity)
     want = diffusion.ddim(law.velocity, path=path, eta=1.0)(x, 0.3, 0.5, None, keys)
     np.testing.assert_array_equal(step(x, 0.3, 0.5, None, keys), want)
@@ -336,10 +336,10 @@ def test_what_cannot_be_is_refused(make, options, message):
 def test_a_uniform_grid_from_pure_noise_to_the_data_has_no_hole_at_its_ends(key):
     """Where a noise level is infinite or zero, on a path whose ends are both exact and on one with a rounded end."""
     x = jax.random.normal(key, (64, 1))
-    for path in (paths.linear(), paths.trigonometric()):
+    for path in (PATHS["linear"], PATHS["trigonometric"]):
         law = oracles.gaussian(MEAN, STD, path=path)
         exact = law.flow_map(x, 0.0, 1.0)
         for name in ("ddim", "edm_heun", "dpmpp_2m", "ipndm"):
             step = getattr(diffusion, name)(law.velocity, path=path)
-            end = samplers.sample(step, x, times.uniform_grid(100))
+            end = jax.jit(lambda x, step=step: samplers.sample(step, x, times.uniform_grid(100)))(x)
             assert np.abs(end - exact).max() < 0.03, (name, path)

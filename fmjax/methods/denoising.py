@@ -9,15 +9,15 @@ from fmjax.types import Method, Net, expand, over_batch
 PREDICTS = ("noise", "data", "v_prediction")
 
 
-def denoising(net: Net, *, path: paths.Path | None = None, time=times.uniform, predict: str = "noise") -> Method:
-    """``E |u(I_t, t, t) - y|^2`` with ``y`` the noise ``x0``, the data ``x1`` or ``beta x0 - alpha x1``.
+def denoising(net: Net, *, path: paths.Path | None = None, time=times.uniform, predict: str = "v_prediction") -> Method:
+    """``E |u(I_t, t, t) - y|^2`` with ``y = beta x0 - alpha x1``, or ``"noise"`` ``x0``, or ``"data"`` ``x1``.
 
-    DDPM's simple loss (arXiv 2006.11239) on ``paths.vp``, and the other two of 2202.00512. At equal ``x`` the errors
-    are that of the noise times 1, ``(alpha / beta)^2`` and ``beta^2 (1 + (alpha / beta)^2)^2``: what differs is the
-    weight of a time, and where the velocity can be read off (``paths.convert``): with ``"noise"`` where
-    ``beta > 0``, so not at ``t = 0`` of the linear path, with ``"data"`` where ``alpha > 0``, with ``"v_prediction"``
-    everywhere. Nothing in the loss is infinite at the data's end of ``vp``, as its velocity is. The source must be
-    N(0, I), independent of the data, for the ``score``. Raises ``ValueError`` for another prediction
+    These are the three of arXiv 2202.00512; ``"noise"`` on ``paths.vp`` is DDPM's simple loss (2006.11239). At equal
+    ``x`` the errors are those of the noise times 1, ``(alpha / beta)^2`` (data) and ``beta^2 (1 + (alpha / beta)^2)^2``
+    (v): what differs is the weight of a time, and where the velocity can be read off (``paths.convert``): with
+    ``"noise"`` where ``beta > 0``, so not at ``t = 0`` of the linear path, with ``"data"`` where ``alpha > 0``, with
+    ``"v_prediction"`` everywhere. Nothing in the loss is infinite at the data's end of ``vp``, as its velocity is. The
+    source must be N(0, I), independent of the data, for the ``score``. Raises ``ValueError`` for another prediction
     (``flow_matching`` predicts the velocity) and a path with a latent.
     """
     path = path or paths.linear()
