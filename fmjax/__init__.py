@@ -9,9 +9,9 @@ import importlib
 __version__ = "0.1.0"
 
 __all__ = [
-    "checkpoint", "convert", "correctors", "couplings", "data", "evaluate", "guidance", "likelihood", "marginals",
-    "methods", "metrics", "nets", "oracles", "paths", "pipeline", "report", "run", "samplers", "sharding", "solvers",
-    "times", "train", "types", "weighting", "workdir",
+    "checkpoint", "convert", "correctors", "couplings", "data", "evaluate", "guidance", "interpolated", "likelihood",
+    "marginal_sets", "marginals", "methods", "metrics", "nets", "oracles", "paths", "pipeline", "report", "run",
+    "samplers", "sharding", "solvers", "times", "train", "types", "weighting", "workdir",
 ]  # fmt: skip
 
 
