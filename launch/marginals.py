@@ -16,7 +16,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 DIRECTION = flags.DEFINE_enum("direction", "both", ["both", "forward", "backward"], "Which marginals.")
 OUT = flags.DEFINE_string("out", None, "Where to, by default W/marginals: another grid needs another folder.")
-STEPS = flags.DEFINE_list("steps", None, "The grid's indices to store, by default all: 0,8 for interpolated ones.")
+STEPS = flags.DEFINE_multi_integer("steps", None, "An index of the grid to store, repeated; by default all.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "The numbers that are stored.")
 TOL = flags.DEFINE_float("tol", 1e-4, "The residual at which an inverse step has converged, relative rms.")
 flags.mark_flag_as_required("config")

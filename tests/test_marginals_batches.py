@@ -152,3 +152,12 @@ def test_half_precision_trains_in_single(tmp_path):
     small(tmp_path, dtype="float16")
     batch = marginals.batches(marginals.read(tmp_path), batch_size=8, seed=0)(0)
     assert batch.x1.dtype == batch.t.dtype == np.float32
+
+
+@pytest.mark.slow
+def test_memory_is_flat_in_the_number_of_examples():
+    """Eight times as many: building forward and backward, and reading shuffled batches from a set of 0.5 GB."""
+    bench = pytest.importorskip("launch.bench_costs")
+    rows = bench.marginal_memory(1)
+    assert [row["examples"] for row in rows] == [1000, 8000] * 3
+    assert all(row["ratio"] < 1.1 for row in rows), rows  # 0.4 GB more would be a ratio of two
