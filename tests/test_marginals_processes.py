@@ -137,6 +137,23 @@ def test_processes_at_the_same_time(tmp_path):
         np.testing.assert_array_equal(shards.read(tmp_path / str(n), shards.load(tmp_path / str(n))), X)
 
 
+def test_a_process_that_looks_while_another_starts_is_not_misled(tmp_path, monkeypatch):
+    """The other's manifest and shard come just after this one found no manifest."""
+    real, calls = shards.load, []
+
+    def load(folder):
+        found = real(folder)
+        calls.append(found)
+        if len(calls) == 1:
+            write_part(folder, 1, 2)
+        return found
+
+    monkeypatch.setattr(shards, "load", load)
+    write_part(tmp_path, 0, 2)
+    assert calls[0] is None
+    np.testing.assert_array_equal(shards.read(tmp_path, real(tmp_path)), X)
+
+
 CHILD = """
 import os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
