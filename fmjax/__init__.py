@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "attacks", "checkpoint", "convert", "correctors", "couplings", "data", "diffusion", "evaluate", "guidance",
-    "likelihood", "marginals", "methods", "metrics", "mismatch", "nets", "oracles", "paths", "pipeline", "report",
-    "run", "samplers", "schedules", "segments", "sharding", "solvers", "times", "train", "tune", "types", "weighting",
-    "workdir",
+    "interpolated", "likelihood", "marginal_sets", "marginals", "methods", "metrics", "mismatch", "nets", "oracles",
+    "paths", "pipeline", "report", "run", "samplers", "schedules", "segments", "sharding", "solvers", "times", "train",
+    "tune", "types", "weighting", "workdir",
 ]  # fmt: skip
 
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from fmjax import checkpoint
 from fmjax.data.arrays import Rows
-from fmjax.marginals import Marginals, fractions
+from fmjax.marginals import Marginals
+from fmjax.trajectories import fractions
 
 
 class Between:

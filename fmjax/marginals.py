@@ -32,7 +32,6 @@ from fmjax.data.arrays import Rows
 from fmjax.shards import Manifest
 from fmjax.types import Batch, FlowMapFn, Params, VelocityFn
 
-CHUNK = 1024  # examples in memory, where all are looked at
 View = Callable[[Params], VelocityFn | FlowMapFn]
 
 
@@ -131,7 +130,7 @@ def build(
         if name not in good:
             good[name] = shards.write(directory, name, records(start, stop))
             shards.save(directory, m, good, **who)
-    found = {shard.file: shard for shard in shards.load(directory).shards} | good
+    found = {shard.file: shard for shard in getattr(shards.load(directory), "shards", ())} | good
     return m._replace(shards=tuple(found[name] for name in sorted(found)))
 
 
@@ -293,17 +292,7 @@ def straightness_defect(m: Marginals) -> Float[np.ndarray, " steps"]:
     last = len(m.manifest.ts) - 1
     if m.manifest.steps[0] != 0 or m.manifest.steps[-1] != last:
         raise ValueError(f"the straightness defect needs steps 0 and {last}, but the set stores {m.manifest.steps}")
-    k, total = fractions(m.ts)[:, None], np.zeros(len(m.ts))
-    for start in range(0, len(m.x), CHUNK):
-        x = np.asarray(m.x[start : start + CHUNK], np.float32)
-        x = x.reshape(*x.shape[:2], -1)
-        total += (((1 - k) * x[:, :1] + k * x[:, -1:] - x) ** 2).sum(-1).sum(0, dtype=np.float64)
-    return np.sqrt(total / len(m.x))
-
-
-def fractions(ts: np.ndarray) -> Float[np.ndarray, " n"]:
-    """``k_n``, the fraction of time that has passed at each of the times."""
-    return (ts - ts[0]) / (ts[-1] - ts[0])
+    return trajectories.straightness(m.x, m.ts)
 
 
 def _specify(ts, direction, flow, data, count, shape, seed, solver, backward_map, steps, shard_size, dtype):

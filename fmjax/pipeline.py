@@ -6,6 +6,7 @@ Everything is checked before the first step of the first stage. A stage that is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import best, build, checkpoint, evaluate, marginals, report, run, times, trajectories, workdir
+from fmjax import best, build, checkpoint, evaluate, marginal_sets, marginals, report, run, times, workdir
 from fmjax.data import arrays
 from fmjax.evaluate import Models, Setting
 from fmjax.metrics import classifier, features, two_sample
@@ -49,15 +50,17 @@ def setup(cfg) -> Setup:
     missing = [name for name in ("solver_steps", "correctors", "flow_map", "corrections") if name not in cfg]
     if missing:
         raise ValueError(f"this config trains a flow alone (it has no {missing[0]}); start it by launch.train")
-    data = build.data(cfg.data)
-    ts = times.uniform_grid(cfg.solver_steps)
-    trajectories.check_how("backward", cfg.solver, cfg.backward_map)
-    s = cfg.sampling
-    evaluate.check_sampling(s, data)
     if cfg.classes:
         raise ValueError(f"classes={cfg.classes}: the pipeline has no labels; train and evaluate with launch.train")
+    data = build.data(cfg.data)
+    ts = times.uniform_grid(cfg.solver_steps)
+    marginal_sets.check(cfg)
+    s = cfg.sampling
+    evaluate.check_sampling(s, data)
     if cfg.init or cfg.teacher:
         raise ValueError("the pipeline trains its own flow: leave init and teacher empty, or use launch.train")
+    flow = run.assemble(cfg, "flow", data=data)
+    marginal_sets.view_of(flow.method, cfg.solver)
     plain = {solver: s[solver] for solver in ("euler", "rk4", evaluate.FLOW_MAP)}
     trained = {}
     for name, part in cfg.correctors.items():
@@ -66,7 +69,7 @@ def setup(cfg) -> Setup:
         trained[name] = run.assemble(cfg, f"correctors.{name}", batch=lambda step, marginal=marginal: marginal)
     return Setup(
         data,
-        run.assemble(cfg, "flow", data=data),
+        flow,
         trained,
         run.assemble(cfg, "flow_map", data=data),
         evaluate.settings(
@@ -100,7 +103,8 @@ def main(cfg, path: str | Path) -> None:
     with _stage(2, "marginals") as tell:
         forward, backward = _marginals(cfg, ready, path / "marginals", flow)
         start, how = jnp.asarray(ready.data.train_x[:256]), {"solver": cfg.solver, "backward_map": cfg.backward_map}
-        round_trip = marginals.round_trip(plan.method.velocity, flow, start, ready.ts, **how)
+        view = marginal_sets.view_of(plan.method, cfg.solver)
+        round_trip = marginals.round_trip(view, flow, start, ready.ts, **how)
         counts = f"{len(forward.x)} forward, {len(backward.x)} backward"
         tell(f"{counts} on {len(ready.ts)} times, round trip {round_trip:.1e}")
 
@@ -179,34 +183,13 @@ def _last_loss(directory: Path) -> str:
 
 def _marginals(cfg, ready: Setup, directory: Path, flow):
     """The forward and backward sets of the flow, built or read."""
-    plan, x = ready.flow, ready.data.train_x
-    common = {
-        "flow": checkpoint.digest(flow),
-        "solver": cfg.solver,
-        "mesh": plan.mesh,
-        "batch": 512 // plan.mesh.size * plan.mesh.size,
-    }
-    starts = {
-        "forward": {"count": cfg.sampling.seeds * cfg.sampling.samples, "shape": x.shape[1:], "seed": cfg.seed},
-        "backward": {"data": np.concatenate([x, x[:, :, ::-1]]) if cfg.flip else x, "backward_map": cfg.backward_map},
-    }
+    view, digest = marginal_sets.view_of(ready.flow.method, cfg.solver), checkpoint.digest(flow)
     sets = []
-    for direction, start in starts.items():
-        total = start["count"] if direction == "forward" else len(start["data"])
-        with run.bar(f"{direction} marginals", total, unit="example") as progress:
-            tick = lambda done, total, progress=progress: progress.update(done - progress.n)
-            folder = directory / direction
-            marginals.build(
-                plan.method.velocity,
-                flow,
-                ready.ts,
-                directory=folder,
-                direction=direction,
-                progress=tick,
-                **common,
-                **start,
-            )
-        sets.append(marginals.read(folder, expect={"flow": common["flow"], "ts": ready.ts}))
+    for direction, how in marginal_sets.recipe(cfg, ready.flow, ready.data.train_x).items():
+        folder = directory / direction
+        make = functools.partial(marginals.build, view, flow, ready.ts, directory=folder, flow=digest, **how)
+        marginal_sets.with_bar(make, direction)
+        sets.append(marginals.read(folder, expect={"flow": digest, "ts": ready.ts}))
     return sets
 
 

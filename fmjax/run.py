@@ -37,7 +37,8 @@ FREE = (
     "sample_every",
     "keep",
 )  # no number of a run depends on them: a resume may change them
-SAMPLING = ("sampling", "guidance")  # no number of a flow's training depends on how it is sampled
+# no number of a flow's training depends on how it is sampled, nor on the grid of its marginals
+SAMPLING = ("sampling", "guidance", "solver", "solver_steps", "backward_map")
 FETCH = 32  # steps between two looks at the metrics: NaN is found soon, and few steps are in flight
 TERMINATED = 143  # exit status after SIGTERM, as a shell has it
 

@@ -18,10 +18,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from fmjax import samplers, solvers, times
+from fmjax.data.arrays import Rows
 from fmjax.shards import Manifest
 from fmjax.types import FlowMapFn, Params, VelocityFn, example_keys, normal, over_batch
 
 FLOW_MAP = "flow_map"  # the solver of what is a flow map itself
+CHUNK = 1024  # examples in memory, where all are looked at
 ITERATIONS = {True: 40, False: 20}  # of the inverse of a jump and of a solver's step: jumps are longer, and cheaper
 
 
@@ -49,8 +51,9 @@ def carry(
         back = solvers.inverse(step, iterations=ITERATIONS[learned], start=start)
         xs = samplers.sample(back, x, grid, trajectory=True)[::-1]
         rms = lambda y: jnp.sqrt(jnp.mean(y.reshape(len(y), -1) ** 2, 1))
-        residual = lambda now: rms(step(now[0], now[2], now[3]) - now[1]) / (1 + rms(now[1]))
-        defect = jax.lax.map(residual, (xs[:-1], xs[1:], jnp.asarray(ts[:-1]), jnp.asarray(ts[1:])))
+        residual = lambda a, b, s, t: rms(step(a, over_batch(s, x), over_batch(t, x)) - b) / (1 + rms(b))
+        rows = (xs[:-1], xs[1:], jnp.asarray(ts[:-1]), jnp.asarray(ts[1:]))
+        defect = jax.lax.map(lambda row: residual(*row), rows)
         return xs, None, defect.max(0)
     if learned:
         xs, result = samplers.sample(bound, x, grid, trajectory=True), None
@@ -93,6 +96,21 @@ def lower(view: Callable[[Params], VelocityFn | FlowMapFn], params: Params, m: M
 
     start = ((), np.int32) if m.direction == "forward" else (m.shape, np.float32)
     return by_rows(solve, mesh).lower(params, jax.ShapeDtypeStruct((batch, *start[0]), start[1]))
+
+
+def straightness(x: Rows, ts: np.ndarray) -> Float[np.ndarray, " n"]:
+    """``(E |(1 - k_n) x_0 + k_n x_N - x_n|^2)^(1/2)`` of trajectories ``x: [M, N + 1, ...]``, some at a time."""
+    k, total = fractions(ts)[:, None], np.zeros(len(ts))
+    for start in range(0, len(x), CHUNK):
+        xs = np.asarray(x[start : start + CHUNK], np.float32)
+        xs = xs.reshape(*xs.shape[:2], -1)
+        total += (((1 - k) * xs[:, :1] + k * xs[:, -1:] - xs) ** 2).sum(-1).sum(0, dtype=np.float64)
+    return np.sqrt(total / len(x))
+
+
+def fractions(ts: np.ndarray) -> Float[np.ndarray, " n"]:
+    """``k_n``, the fraction of time that has passed at each of the times."""
+    return (ts - ts[0]) / (ts[-1] - ts[0])
 
 
 def seconds(view: Callable[[Params], VelocityFn | FlowMapFn], params: Params, m: Manifest, mesh: Mesh, batch: int):

@@ -1,8 +1,12 @@
 """Suites of ``launch.bench``: what the library costs beside the bare network."""
 
 import functools
+import resource
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -248,4 +252,61 @@ def marginal_sets(repeats: int) -> list[dict]:
     return rows
 
 
-SUITES = (couplings, sampler, train_step, marginal_sets)
+class Noise:
+    """``[n, 32, 32, 3]`` normal numbers that are made when they are asked for: data that fit in no memory."""
+
+    dtype, ndim = np.dtype(np.float32), 4
+
+    def __init__(self, n: int):
+        self.shape = (n, 32, 32, 3)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows) -> np.ndarray:
+        rows = range(*rows.indices(len(self))) if isinstance(rows, slice) else rows
+        return np.stack([np.random.default_rng(int(i)).standard_normal(self.shape[1:], np.float32) for i in rows])
+
+
+def use_set(what: str, count: int, folder: str) -> float:
+    """Builds a set of five times of Euler's in ``folder``, or reads batches from it; this process's peak in MB."""
+    if what == "read":
+        batch = marginals.batches(marginals.read(folder, stream=True), batch_size=128, seed=0)
+        for step in range(count // 64):  # about twice as many examples as there are
+            batch(step)
+    else:
+        given = {"count": count, "shape": (32, 32, 3)} if what == "forward" else {"data": Noise(count)}
+        velocity = lambda params: lambda x, t, cond=None: params * x
+        how = {"direction": what, "solver": "euler", "batch": 128, "shard_size": 512, "flow": "bench"}
+        marginals.build(velocity, jnp.float32(0.1), times.uniform_grid(4), directory=folder, **how, **given)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def marginal_memory(repeats: int) -> list[dict]:
+    """The peak of memory, of a process of its own, that builds a set, or reads shuffled batches from it (``stream``).
+
+    Flat in the number of examples: goal, the larger set's peak at most 1.05 of the smaller one's. Measured once,
+    whatever ``repeats``.
+    """
+    rows = []
+    for what in ("forward", "backward", "read"):
+        peaks = []
+        for count in (1000, 8000):
+            with tempfile.TemporaryDirectory() as folder:
+                for part in ("backward", "read") if what == "read" else (what,):
+                    code = f"from launch import bench_costs as b; print(b.use_set({part!r}, {count}, {folder!r}))"
+                    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+                size = sum(p.stat().st_size for p in Path(folder).iterdir()) / 2**20
+            peaks.append(float(done.stdout.split()[-1]))
+            row = {
+                "what": what,
+                "examples": count,
+                "disk_MB": size,
+                "peak_MB": peaks[-1],
+                "ratio": peaks[-1] / peaks[0],
+            }
+            rows.append(row | {"goal": 1.05})
+    return rows
+
+
+SUITES = (couplings, sampler, train_step, marginal_sets, marginal_memory)

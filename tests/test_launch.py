@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -91,6 +92,9 @@ def test_a_run_that_is_killed_or_terminated_resumes_to_the_same_bits(sign, code,
         ("launch.pipeline", ["--config.solver=rk5"], "did you mean 'rk4'"),
         ("launch.pipeline", ["--config.flow_map.batch_size=130"], "cannot be split at 0.75"),
         ("launch.train", ["--config=configs/digit.py"], "configs/digit.py"),
+        ("launch.marginals", ["--config.backward_map=revers"], "backward_map='revers' is not one of"),
+        ("launch.marginals", ["--direction=sideways"], "value should be one of <both|forward|backward>"),
+        ("launch.marginals", [], "no checkpoint in"),
     ],
 )
 def test_a_bad_command_line_ends_with_one_line(module, flags, message, tmp_path):
@@ -147,3 +151,29 @@ def test_two_processes_stop_together_at_sigterm_and_resume_to_the_same_bits(tmp_
     assert at < 120 and all(f"SIGTERM after step {at}; saved" in err for *_, err in ended)
     assert [finish(p)[0] for p in pair(parts)] == [0, 0]
     assert numbers(parts) == numbers(whole)
+
+
+@pytest.mark.slow
+def test_marginals_of_a_killed_and_of_two_processes_are_those_of_a_whole_run(uninterrupted, tmp_path):
+    """SIGKILL when the first shard is complete, then two processes on loopback: the files' bytes are those of one."""
+    arguments = ("launch.marginals", f"--workdir={uninterrupted}", "--config.steps=400", *SMALL)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    status, out, err = finish(start(*arguments, f"--out={whole}"))
+    assert status == 0, err[-2000:]
+    assert re.search(r"^forward: 1600 examples, at most .* MB, 32 NFE each .*\nbackward: 1437 examples", out)
+    assert re.search(r"round-trip error \S+\nstraightness defect 0, .* along the grid$", out.strip())
+    first = start(*arguments, f"--out={parts}")
+    wait_for(lambda: any(parts.glob("forward/shard*.array_record")), first)
+    first.kill()
+    finish(first)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = {"FMJAX_DISTRIBUTED": "1", "FMJAX_COORDINATOR": f"127.0.0.1:{port}", "FMJAX_PROCESSES": "2"}
+    both = [start(*arguments, f"--out={parts}", **where, FMJAX_PROCESS=str(i)) for i in range(2)]
+    (status, again, err), (other, silent, _) = [finish(p) for p in both]
+    assert (status, other) == (0, 0), err[-2000:]
+    assert again.splitlines()[-2:] == out.splitlines()[-2:] and "examples" not in silent
+    files = sorted(p.relative_to(whole) for p in whole.rglob("shard*"))
+    assert len(files) == 4
+    assert all((whole / p).read_bytes() == (parts / p).read_bytes() for p in files)

@@ -380,39 +380,6 @@ def test_half_precision(tmp_path, built):
     small(tmp_path / "half", dtype="float16")
     half, full = marginals.read(tmp_path / "half"), marginals.read(built)
     np.testing.assert_array_equal(half.x, full.x.astype(np.float16))
-    batch = marginals.batches(half, batch_size=8, seed=0)(0)
-    assert batch.x1.dtype == batch.t.dtype == np.float32
-
-
-def numbered(count=50, steps=5):
-    """A set whose entries say which example and step they are."""
-    x = (1000 * np.arange(steps)[None, :] + np.arange(count)[:, None]).astype(np.float32)
-    return marginals.Marginals(x[..., None], np.linspace(0, 1, steps, dtype=np.float32), None)
-
-
-def test_batches_are_uniform_and_paired():
-    m = numbered()
-    f = marginals.batches(m, batch_size=100, seed=3)
-    drawn = [f(step) for step in range(100)]
-    label = np.concatenate([b.x1[:, 0] for b in drawn]).astype(int)
-    n, example = label // 1000, label % 1000
-    np.testing.assert_array_equal(np.concatenate([b.t for b in drawn]), m.ts[n])
-    for counts, dof in ((np.bincount(n), 4), (np.bincount(example), 49), (np.bincount(n * 50 + example), 249)):
-        expected = 10_000 / (dof + 1)
-        chi2 = ((counts - expected) ** 2 / expected).sum()
-        assert len(counts) == dof + 1 and abs(chi2 - dof) < 4.5 * np.sqrt(2 * dof)
-
-
-def test_batches_resume_and_split():
-    m = numbered()
-    whole = marginals.batches(m, batch_size=12, seed=3)
-    parts = [marginals.batches(m, batch_size=12, seed=3, process_index=i, process_count=3)(7) for i in range(3)]
-    np.testing.assert_array_equal(np.concatenate([b.x1 for b in parts]), whole(7).x1)
-    np.testing.assert_array_equal(np.concatenate([b.t for b in parts]), whole(7).t)
-    assert (whole(7).x1 != whole(8).x1).any()
-    assert (whole(7).x1 != marginals.batches(m, batch_size=12, seed=4)(7).x1).any()
-    with pytest.raises(ValueError, match="batch_size=12 must be a positive multiple of process_count=5"):
-        marginals.batches(m, batch_size=12, seed=3, process_count=5)
 
 
 def test_straightness_defect(gaussians):

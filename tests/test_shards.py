@@ -1,5 +1,6 @@
 """Shards and manifests: what survives a crash at each file operation, and what is refused."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -39,30 +40,36 @@ def test_round_trip(tmp_path):
     assert list(shards.ranges(M).values()) == [(0, 4), (4, 8), (8, 10)]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_crash_at_every_file_operation(tmp_path, monkeypatch, when):
-    """However often and wherever it dies, a build ends with the bytes of one that did not, or says it is unfinished."""
-    write_all(tmp_path / "whole")
-    whole, seen = contents(tmp_path / "whole"), set()
-    calls = {}
+@contextlib.contextmanager
+def crashing_operations(monkeypatch, when, at):
+    """The ``at``-th file operation raises ``Crash``, before or after it was done."""
+    calls = {"n": 0}
 
     def crashing(name, real):
         def call(*args, **kwargs):
             calls["n"] += 1
             if when == "after":
                 result = real(*args, **kwargs)
-            if calls["n"] == calls["at"]:
+            if calls["n"] == at:
                 raise Crash(name)
             return real(*args, **kwargs) if when == "before" else result
 
         return call
 
+    with monkeypatch.context() as patch:
+        for owner, name in ((os, "fsync"), (os, "replace"), (Path, "write_text"), (shards, "_sha256")):
+            patch.setattr(owner, name, crashing(name, getattr(owner, name)))
+        yield
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_crash_at_every_file_operation(tmp_path, monkeypatch, when):
+    """However often and wherever it dies, a build ends with the bytes of one that did not, or says it is unfinished."""
+    write_all(tmp_path / "whole")
+    whole, seen = contents(tmp_path / "whole"), set()
     for at in range(1, 100):
         directory = tmp_path / str(at)
-        calls.update(n=0, at=at)
-        with monkeypatch.context() as patch:
-            for owner, name in ((os, "fsync"), (os, "replace"), (Path, "write_text"), (shards, "_sha256")):
-                patch.setattr(owner, name, crashing(name, getattr(owner, name)))
+        with crashing_operations(monkeypatch, when, at):
             try:
                 write_all(directory)
                 break
