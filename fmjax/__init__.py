@@ -9,7 +9,7 @@ import importlib
 __version__ = "0.1.0"
 
 __all__ = [
-    "attacks", "checkpoint", "convert", "correctors", "couplings", "data", "evaluate", "guidance", "likelihood",
+    "attacks", "best", "checkpoint", "convert", "correctors", "couplings", "data", "evaluate", "guidance", "likelihood",
     "marginals", "methods", "metrics", "nets", "oracles", "paths", "pipeline", "report", "run", "samplers", "sharding",
     "solvers", "times", "train", "types", "weighting", "workdir",
 ]  # fmt: skip
