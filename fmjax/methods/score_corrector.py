@@ -50,6 +50,7 @@ def level(sigma: float | Sequence[float], t: Float[Array, " b"]) -> Float[Array,
 
     With one value a step of a uniform grid, ``N + 1`` of them, these are ``sigma_n`` at ``t_n = n / N``.
 
+    >>> import jax.numpy as jnp
     >>> level((0.25, 0.75), jnp.array([0.0, 0.25, 1.0])).tolist()
     [0.25, 0.375, 0.75]
     """
