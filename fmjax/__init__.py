@@ -9,7 +9,7 @@ import importlib
 __version__ = "0.1.0"
 
 __all__ = [
-    "attacks", "checkpoint", "convert", "correctors", "couplings", "data", "diffusion", "evaluate", "guidance",
+    "attacks", "best", "checkpoint", "convert", "correctors", "couplings", "data", "diffusion", "evaluate", "guidance",
     "interpolated", "likelihood", "marginal_sets", "marginals", "methods", "metrics", "mismatch", "nets", "oracles",
     "paths", "pipeline", "report", "run", "samplers", "schedules", "segments", "sharding", "solvers", "times", "train",
     "tune", "types", "weighting", "workdir",

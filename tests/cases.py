@@ -316,7 +316,14 @@ CASES = {
 }
 
 # Their own tests hold their losses and gradients to formulas and to tested methods: the battery is run with -m slow.
-SLOW = {"consistency_trajectory", "continuous_consistency", "improved_mean_flow", "mean_flow"}
+SLOW = {
+    "consistency_trajectory",
+    "continuous_consistency",
+    "discriminator",
+    "improved_mean_flow",
+    "mean_flow",
+    "residual",
+}
 
 
 def case_of(name: str, path=None) -> Case:

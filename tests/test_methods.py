@@ -283,8 +283,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(name, tmp_path):
 
 
 @over_methods(
-    SLOW | {"alpha_flow", "eulerian", "flow_map_matching", "mean_flow", "progressive"} | {"discriminator", "residual"}
-)  # split as lagrangian's is; losses of classifier_corrector and flow_matching
+    SLOW | {"alpha_flow", "eulerian", "flow_map_matching", "mean_flow", "progressive"}
+)  # split as lagrangian's is
 @pytest.mark.usefixtures("quick_compile")
 def test_loss_gradient_and_parameters_do_not_depend_on_the_devices(name, monkeypatch):
     """Two SGD steps, parameters whole or split over the devices, against ``jax.grad`` of the whole batch."""

@@ -28,9 +28,9 @@ def score_corrector(net: Net, *, sigma: float | Sequence[float]) -> Method:
         if batch.t is None:
             raise ValueError("the score corrector trains on marginals: its batches need their times in Batch.t")
         k_noise, k_net = c.split(key, 2)
-        z = normal(k_noise, batch.x1.shape[1:], batch.x1.dtype)
-        noised = batch.x1 + expand(level(sigma, batch.t), z) * z
-        return c.reduce(c.mse(net(params, noised, batch.t, batch.t, batch.cond, k_net), z), t=batch.t)
+        z, t = normal(k_noise, batch.x1.shape[1:], batch.x1.dtype), over_batch(batch.t, batch.x1)
+        noised = batch.x1 + expand(level(sigma, t), z) * z
+        return c.reduce(c.mse(net(params, noised, t, t, batch.cond, k_net), z), t=t)
 
     def over_sigma(power):  # -sigma^power eps: the displacement for 1, the score for -1
         def bind(params):
@@ -50,6 +50,7 @@ def level(sigma: float | Sequence[float], t: Float[Array, " b"]) -> Float[Array,
 
     With one value a step of a uniform grid, ``N + 1`` of them, these are ``sigma_n`` at ``t_n = n / N``.
 
+    >>> import jax.numpy as jnp
     >>> level((0.25, 0.75), jnp.array([0.0, 0.25, 1.0])).tolist()
     [0.25, 0.375, 0.75]
     """

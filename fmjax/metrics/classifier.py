@@ -56,8 +56,8 @@ class ByStep(NamedTuple):
 def by_step(
     net: LogitNet,
     params: Params,
-    positive: Float[np.ndarray, "n steps ..."],
-    negative: Float[np.ndarray, "m steps ..."],
+    positive: Float[np.ndarray, "n ..."],
+    negative: Float[np.ndarray, "m ..."],
     ts: Float[np.ndarray, " steps"],
     *,
     attack: Callable | None = None,

@@ -1,0 +1,91 @@
+"""The residual velocity: it starts at the flow, leaves it alone, and learns what it lacks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmjax import guidance, oracles, paths, run, sharding, workdir
+from fmjax.methods.flow_matching import flow_matching
+from fmjax.methods.residual import residual
+from fmjax.nets.adapters import from_linen
+from fmjax.nets.mlp import MLP
+from fmjax.nets.plain import Plain
+from fmjax.types import Batch, as_keys, expand
+
+
+def moved(params, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: a + 0.3 * rng.standard_normal(a.shape, np.float32), params)
+
+
+def test_the_sum_starts_as_the_base_to_the_bit_whatever_the_base(key):
+    """The base is of another architecture; the loss of the first step is flow matching's of the base alone."""
+    base, net, x = from_linen(Plain(width=16, depth=2)), from_linen(MLP(width=8, depth=0)), jnp.ones((8, 2))
+    theta, first = moved(base.init(key, x)), net.init(key, x)
+    method, frozen = residual(net.net, base=base.net), flow_matching(base.net)
+    velocity = frozen.velocity(theta)
+    total = guidance.added(velocity, method.velocity(first))
+    x, t = jax.random.normal(key, (8, 2)), jnp.linspace(0, 1, 8)
+    assert velocity(x, t).any()
+    np.testing.assert_array_equal(total(x, t), velocity(x, t))
+    keys = as_keys(key, 8)
+    _, ours = method.loss(first, theta, Batch(x), keys)
+    _, theirs = frozen.loss(theta, theta, Batch(x), keys)
+    np.testing.assert_array_equal(ours["per_example"], theirs["per_example"])
+
+
+def test_no_gradient_reaches_the_base_and_one_reaches_the_residual(key):
+    net = from_linen(Plain(width=16, depth=2))
+    x = jax.random.normal(key, (8, 2))
+    theta, first = moved(net.init(key, x)), net.init(key, x)
+    loss = lambda params, theta: residual(net.net).loss(params, theta, Batch(x), as_keys(key, 8))[0]
+    to_params, to_theta = jax.grad(loss, (0, 1))(first, theta)
+    assert not any(a.any() for a in jax.tree.leaves(to_theta))
+    assert to_params["output"]["kernel"].any()
+    assert loss(first, theta) != loss(first, moved(theta, 1))
+
+
+@pytest.mark.parametrize("path", [paths.linear(), paths.trigonometric()])
+@pytest.mark.parametrize("t", [0.2, 0.7])
+def test_the_minimiser_is_what_the_base_lacks(path, t, key):
+    """Base ``v* + 0.3 x - 0.2``, model ``r = a x + b``: least squares gives ``a = -0.3, b = 0.2``, to their errors."""
+    n, oracle = 40_000, oracles.gaussian(0.5, 0.6, path=path)
+    base = lambda theta, x, s, t, cond=None, key=None: oracle.velocity(x, s) + theta[0] * x + theta[1]
+    net = lambda r, x, s, t, cond=None, key=None: r[0] * x + r[1]
+    method = residual(net, base=base, path=path, time=lambda key: jnp.full(key.shape, t))
+    batch, keys = Batch(oracle.sample(jax.random.key(1), n)[:, None]), as_keys(key, n)
+    theta = jnp.array([0.3, -0.2])
+    gradient = jax.jit(jax.grad(lambda r: method.loss(r, theta, batch, keys)[0]))
+    start = gradient(jnp.zeros(2))
+    hessian = jnp.stack([gradient(e) - start for e in jnp.eye(2)])  # the loss is a parabola in r
+    found = -jnp.linalg.solve(hessian, start)
+    left = method.loss(-theta, theta, batch, keys)[0]  # at the minimiser: the variance of dI_t given I_t
+    se = np.sqrt(left / n * np.diag(np.linalg.inv(np.asarray(hessian, np.float64) / 2)))
+    assert (np.abs(found + theta) < 4.5 * se).all() and (se < 0.02).all()
+    x = jnp.linspace(-1, 1, 5)[:, None]
+    total = guidance.added(lambda x, t, cond=None: base(theta, x, t, t), method.velocity(-theta))
+    np.testing.assert_allclose(total(x, jnp.full(5, t)), oracle.velocity(x, t), atol=1e-6)
+
+
+def test_the_sum_passes_the_condition_to_both():
+    tell = lambda c: lambda x, t, cond=None: x + c * expand(cond, x) + expand(t, x)
+    x, t, cond = jnp.zeros((3, 2)), jnp.array([0.0, 0.5, 1.0]), jnp.array([1.0, 2.0, 3.0])
+    want = 5 * cond[:, None] + 2 * t[:, None] + jnp.zeros((3, 2))
+    np.testing.assert_allclose(guidance.added(tell(2), tell(3))(x, t, cond), want)
+
+
+def test_a_config_trains_it_beside_the_run_that_is_its_teacher(tmp_path):
+    digits = pytest.importorskip("configs.digits")
+    cfg = digits.get_config()
+    with cfg.unlocked(), cfg.ignore_type():
+        cfg.update(method="residual", target="frozen", teacher="flow", batch_size=32, steps=2, log_every=1, warmup=0)
+        cfg.net = {"name": "mlp", "width": 16, "depth": 1}
+    plan = run.assemble(cfg)._replace(mesh=sharding.make_mesh(jax.devices()[:1]))
+    theta = moved(run.initial(plan))
+    state = run.train(plan, tmp_path, teacher=theta)
+    assert not (np.asarray(state.params["output"]["kernel"]) == 0).all()
+    keys = as_keys(jax.random.fold_in(jax.random.fold_in(jax.random.key(plan.seed), 1), 0), 32)
+    batch = jax.tree.map(jnp.asarray, plan.batch(0))
+    want, _ = jax.jit(flow_matching(plan.model.net).loss)(theta, theta, batch, keys)
+    assert workdir.read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"] == pytest.approx(float(want), rel=1e-5)
