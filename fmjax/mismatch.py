@@ -1,10 +1,10 @@
 """Flows with a known error, and the exact gap between their forward and backward marginals.
 
 ``v = v* + e`` with ``v*`` the exact velocity of a law (``fmjax.oracles``, linear path) and ``e`` an error field. Noise
-carried forward along ``v`` has the law ``p_t``, data carried backward ``q_t``: ``p_0`` is N(0, I), ``q_1`` the law of
-the data, and the two would be one for ``e = 0``. The classifier that tells them apart best has the logit ``log q_t /
-p_t``, which is constant along trajectories, so that every f-divergence of ``p_t`` and ``q_t`` is the same at all times
-(marginal matching, OpenReview kRjLBXWn1T). All functions take ``x: [B, d]`` and times ``[B]`` or a scalar.
+carried forward along ``v`` has the law ``p_t``, data carried backward ``q_t``: ``p_0 = N(0, I)``, ``q_1`` is the law of
+the data, and the two would be one for ``e = 0``. The best classifier between them has the logit ``log q_t / p_t``. It
+is constant along trajectories, so that every f-divergence of ``p_t`` and ``q_t`` is the same at all times (marginal
+matching, OpenReview kRjLBXWn1T). All functions take ``x: [B, d]`` and times ``[B]`` or a scalar.
 """
 
 from __future__ import annotations

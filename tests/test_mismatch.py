@@ -110,8 +110,7 @@ def test_the_default_steps_solve_within_a_thousandth_and_with_order_four(x64, ke
 
     exact = fields(x, 128)
     relative = lambda a, b: jnp.sqrt(((a - b) ** 2).mean() / (b**2).mean())
-    error = lambda steps: [relative(a, b) for a, b in zip(fields(x, steps), exact, strict=True)]
-    default, half = error(None), error(8)
+    default, half = ([relative(a, b) for a, b in zip(fields(x, k), exact, strict=True)] for k in (None, 8))
     assert max(default) < 1e-3
     assert half[0] / default[0] > 2**3.5
 
