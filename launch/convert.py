@@ -11,7 +11,7 @@ import json
 
 from absl import app, flags
 
-from fmjax import build
+from fmjax import command_line
 from fmjax.convert import workdirs
 
 SOURCE = flags.DEFINE_string("source", None, "The file to convert: .pkl, .pt, .pth, .ckpt or .safetensors.")
@@ -38,4 +38,4 @@ def convert() -> None:
 
 
 if __name__ == "__main__":
-    app.run(lambda _: build.in_one_line(convert))
+    app.run(lambda _: command_line.in_one_line(convert))

@@ -7,7 +7,7 @@ samplers than the training's: ``--config.sampling.euler="(2, 4)"``, ``--config.g
 from absl import app, flags
 from ml_collections import config_flags
 
-from fmjax import build, evaluate
+from fmjax import command_line, evaluate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
@@ -16,8 +16,8 @@ flags.mark_flag_as_required("config")
 
 def main(_):
     """Evaluates."""
-    build.in_one_line(evaluate.main, CONFIG.value, WORKDIR.value)
+    command_line.in_one_line(evaluate.main, CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=build.parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -10,7 +10,7 @@ import functools
 from absl import app, flags
 from ml_collections import config_flags
 
-from fmjax import build, marginal_sets, sharding
+from fmjax import command_line, marginal_sets, sharding
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
@@ -24,12 +24,12 @@ flags.mark_flag_as_required("config")
 
 def main(_):
     """Builds."""
-    build.in_one_line(sharding.start)
+    command_line.in_one_line(sharding.start)
     how = {"out": OUT.value, "steps": STEPS.value, "dtype": DTYPE.value, "tol": TOL.value}
-    build.in_one_line(
+    command_line.in_one_line(
         functools.partial(marginal_sets.main, direction=DIRECTION.value, **how), CONFIG.value, WORKDIR.value
     )
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=build.parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -7,7 +7,7 @@ resume.
 from absl import app, flags
 from ml_collections import config_flags
 
-from fmjax import build, pipeline, sharding
+from fmjax import command_line, pipeline, sharding
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
@@ -16,9 +16,9 @@ flags.mark_flag_as_required("config")
 
 def main(_):
     """Runs the pipeline."""
-    build.in_one_line(sharding.start)
-    build.in_one_line(pipeline.main, CONFIG.value, WORKDIR.value)
+    command_line.in_one_line(sharding.start)
+    command_line.in_one_line(pipeline.main, CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=build.parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)

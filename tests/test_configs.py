@@ -12,7 +12,7 @@ import numpy as np
 import originals
 import pytest
 
-from fmjax import build, checkpoint, run, sharding, workdir
+from fmjax import build, checkpoint, command_line, run, sharding, workdir
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "configs").is_dir():
@@ -38,7 +38,7 @@ def parse(monkeypatch, name, *overrides):
     argv = ["train", f"--config={ROOT / 'configs' / name}.py", *(f"--config.{o}" for o in overrides)]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(flags, "FLAGS", values)
-    build.parse_flags(argv)
+    command_line.parse_flags(argv)
     return values.config
 
 
