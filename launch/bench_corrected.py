@@ -34,6 +34,7 @@ from fmjax.data import arrays
 from fmjax.marginals import Marginals
 from fmjax.metrics import features, neighbours, two_sample
 from fmjax.types import Method, Params, as_keys, fold_in, normal
+from launch import bench_runs
 
 FOLDER = Path(os.environ.get("FMJAX_BENCH", "workdir/bench"))
 SIGMA, SHORT, LONG = 0.2, 10, 50  # the score's noise; steps of the grids
@@ -60,7 +61,6 @@ class Problem(NamedTuple):
 
 
 MLP = {"name": "mlp", "width": 256, "depth": 4}
-DIT = {"name": "dit", "width": 128, "depth": 4, "heads": 4, "patch": 7}
 PROBLEMS = {
     "digits": Problem(
         "digits",
@@ -75,8 +75,8 @@ PROBLEMS = {
     ),
     "mnist": Problem(
         "mnist",
-        {"net": DIT, "coupling": "minibatch_ot", "steps": 5000, "learning_rate": 2e-3},
-        DIT,
+        bench_runs.MNIST,
+        bench_runs.SMALL_DIT,
         {"name": "mlp", "width": 256, "depth": 3, "logit": True},
         {"score": 1500, "classifier": 1500, "residual": 1000},
         (5000, 1500),
