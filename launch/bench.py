@@ -12,10 +12,10 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from launch import bench_corrected, bench_costs, bench_learned, bench_maps, bench_nets, bench_runs
+from launch import bench_corrected, bench_costs, bench_learned, bench_maps, bench_mismatch, bench_nets, bench_runs
 from launch.measure import markdown
 
-MODULES = (bench_corrected, bench_costs, bench_learned, bench_maps, bench_nets, bench_runs)
+MODULES = (bench_corrected, bench_costs, bench_learned, bench_maps, bench_mismatch, bench_nets, bench_runs)
 SUITES = {suite.__name__: suite for module in MODULES for suite in module.SUITES}
 
 FLAGS = flags.FLAGS
