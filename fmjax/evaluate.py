@@ -226,11 +226,12 @@ def main(cfg, path: str | Path) -> None:
     )
     records = workdir.read_jsonl(path / "metrics.jsonl")
     curve = tuple(np.array([r[name] for r in records]) for name in ("step", "loss"))
+    curves = {"flow": curve} if records else {}  # a converted network was not trained here
     shown = {"held-out data": data.test_x[:SHOWN]} | {s.name: x[0, :SHOWN] for s, x in drawn.items()}
     facts |= {"config": json.dumps(cfg.to_dict(), indent=1, default=list)}
     title = f"fmjax: {cfg.data if isinstance(cfg.data, str) else cfg.data.name}"
     grids = shown if len(plan.shape) == 3 or plan.shape == (2,) else {}
-    contents = report.Contents(title, best(rows), rows, [], grids, {}, {"flow": curve}, {}, facts, NOTES)
+    contents = report.Contents(title, best(rows), rows, [], grids, {}, curves, {}, facts, NOTES)
     report.write(path / "report.html", contents)
     for row in rows:
         told = ", ".join(f"{metric} {report.plus_minus(*d)}" for metric, d in row.distances.items())

@@ -12,6 +12,9 @@
                 "shared": a[1, :, 1:3], "empty": a[:0], "scalar": torch.tensor(7.0), "kinds": kinds, "step": 3,
                 "rest": [None, ("x", 1.5)], "betas": a.shape}, "tests/weights.pt")
     safetensors.torch.save_file({**kinds, "a": a}, "tests/weights.safetensors", metadata={"format": "pt"})
+
+and ``weights.pkl`` by ``pickle.dump({"parameter": torch.nn.Parameter(a[0]), "transposed": a.mT, "kinds": kinds, "step":
+3}, file)``.
 """
 
 import io
@@ -60,12 +63,58 @@ def test_what_safetensors_saved_is_read_to_the_bit():
     same_kinds(got)
 
 
+def test_what_pickle_dumped_is_read_to_the_bit():
+    got = weights.read(HERE / "weights.pkl")
+    assert list(got) == ["parameter", "transposed", "kinds", "step"] and got["step"] == 3
+    np.testing.assert_array_equal(got["parameter"], A[0])
+    np.testing.assert_array_equal(got["transposed"], A.swapaxes(1, 2))
+    same_kinds(got["kinds"])
+
+
+def test_what_is_written_as_safetensors_is_what_safetensors_wrote_and_is_read_back(tmp_path):
+    arrays = weights.read(HERE / "weights.safetensors")
+    weights.write(tmp_path / "a.safetensors", arrays, metadata={"format": "pt"})
+    again = weights.read(tmp_path / "a.safetensors")
+    assert set(again) == set(arrays) and all(again[name].dtype == arrays[name].dtype for name in arrays)
+    for name, a in arrays.items():
+        np.testing.assert_array_equal(again[name], a)
+    assert weights.metadata(tmp_path / "a.safetensors") == {"format": "pt"}
+    assert (tmp_path / "a.safetensors").read_bytes() == (HERE / "weights.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="w has type complex64; a safetensors file holds int64"):
+        weights.write(tmp_path / "b.safetensors", {"w": np.zeros(2, "complex64")})
+    weights.write(tmp_path / "c.safetensors", {"w": np.zeros(2)})
+    assert weights.metadata(tmp_path / "c.safetensors") == {}
+
+
 def archive(path, program, **files):
     with zipfile.ZipFile(path, "w") as z:
         z.writestr("x/data.pkl", program)
         for name, data in files.items():
             z.writestr(f"x/data/{name}" if name.startswith("_") else f"x/{name}", data)
     return path
+
+
+def text(s):
+    return b"X" + len(s).to_bytes(4, "little") + s.encode()
+
+
+def number(n):
+    return b"J" + n.to_bytes(4, "little", signed=True)
+
+
+FOUR = np.arange(4, dtype="<f4").tobytes()
+
+
+def tensor(offset, size, stride, count=4, key="_0"):
+    """The pickle of a tensor, as torch writes it."""
+    out = io.BytesIO()
+    out.write(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(")
+    out.write(
+        b"(X\x07\0\0\0storagectorch\nFloatStorage\n" + text(key) + text("cpu") + b"J" + count.to_bytes(4, "little")
+    )
+    out.write(b"tQ" + number(offset) + b"(" + b"".join(map(number, size)) + b"t(")
+    out.write(b"".join(map(number, stride)) + b"t\x89NtR.")
+    return out.getvalue()
 
 
 class Calls:
@@ -93,32 +142,128 @@ def test_a_file_that_asks_for_anything_else_is_refused_by_name_and_nothing_runs(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (b"\x80\x02ctorch\nFloatStorage\nN}X\x08\0\0\0elementsX\x03\0\0\0oops\x86b.", "changes what rebuilds"),
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\0\0\0functionNs\x86b.", "changes what rebuilds"),
+        (b"\x80\x02ccollections\nOrderedDict\nN}X\x01\0\0\0aNs\x86b.", "cannot be read as weights"),
+        (b"\x80\x02ctorch\nFloatStorage\n.", "it holds what rebuilds tensors"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "its opcode 2 writes to place 2147483647 of the memo"),
+        (b"\x80\x02]p99999999999\n.", "its opcode 2 writes to place 99999999999 of the memo"),
+        (b"\x80\x02]q\0h\0a.", "it holds a container that contains itself"),
+        (b"\x80\x02h\x07.", "cannot be read as weights"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "it asks for os.system"),
+        (b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.fromkeys\x93.", "asks for collections.OrderedDict.fromkeys"),
+        (b"(cos\nsystem\nS'touch ran'\no.", "it asks for os.system"),
+        (b"(S'touch ran'\nios\nsystem\n.", "it asks for os.system"),
+        (b"\x80\x02\x82\x01.", "cannot be read as weights"),
+        (b"\x80\x02})" + 10**6 * b"\x85" + b"Ns.", "it nests tuples more than 500 deep"),
+        (b"\x80\x02})" + 10**5 * b"N\x86q\0h\0" + b"Ns.", "it nests tuples more than 500 deep"),
+        (b"\x80\x02}(ctorch\nSize\n)" + 10**5 * b"\x85R" + b"Ns.", "cannot be read as weights"),
+        (b"", "cannot be read as weights"),
+        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.", "cannot be read as weights"),
+        (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7fx.", "cannot be read as weights"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["pt", "pkl"])
+def test_a_program_that_reaches_beyond_tensors_is_refused(program, message, ending, tmp_path, monkeypatch):
+    """State set on what the reader lends, places in the memo, cycles, old and new ways to call, lengths that lie."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / f"a.{ending}"
+    archive(file, program) if ending == "pt" else file.write_bytes(program)
+    with pytest.raises(ValueError, match=message):
+        weights.read(file)
+    assert not (tmp_path / "ran").exists()
+    np.testing.assert_array_equal(weights.read(HERE / "weights.pkl")["parameter"], A[0])  # the reader is what it was
+
+
+def test_what_a_pickle_repeats_is_made_once(tmp_path):
+    """Each list holds the former twice: 2^60 lists, if every path were followed."""
+    value = []
+    for _ in range(60):
+        value = [value, value]
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(value))
+    got = weights.read(tmp_path / "a.pkl")
+    assert got[0] is got[1] and got[0][0] is got[1][1]
+
+
+def test_a_nest_too_deep_to_follow_is_refused(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02]" + 100_000 * b"]" + 100_000 * b"a" + b".")
+    with pytest.raises(ValueError, match="recursion"):
+        weights.read(tmp_path / "a.pkl")
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("x/data.pkl", tensor(0, [2], [1], count=25_000_000))
+        z.writestr("x/data/_0", bytes(100_000_000))
+    assert (tmp_path / "a.pt").stat().st_size < 200_000
+    with pytest.raises(ValueError, match="it unpacks to 100000[0-9]* bytes from [0-9]{5,6}, and PyTorch does not"):
+        weights.read(tmp_path / "a.pt")
+
+
+def storage(
+    *, magic=0x1950A86A20F9469CFC6C, little=True, body=None, keys=("k",), count=4, length=None, raw=None, after=b""
+):
+    """The bytes of four floats, as ``pickle.dump`` has them of a tensor."""
+    kind = text("storage") + b"ctorch\nFloatStorage\n"
+    body = body or b"(" + kind + text("k") + text("cpu") + number(count) + b"NtQ."
+    parts = [pickle.dumps(v, 2) for v in (magic, 1001, {"protocol_version": 1001, "little_endian": little})]
+    length = (count if length is None else length).to_bytes(8, "little", signed=True)
+    return b"".join([*parts, b"\x80\x02", body, pickle.dumps([*keys], 2), length, FOUR if raw is None else raw, after])
+
+
+def holding(data):
+    """A pickle of ``_load_from_bytes(data)`` as a tensor's storage."""
+    head = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(ctorch.storage\n_load_from_bytes\n"
+    tail = number(0) + b"(" + number(4) + b"t(" + number(1) + b"t\x89NtR."
+    return head + b"B" + len(data).to_bytes(4, "little") + data + b"\x85R" + tail
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (storage(), None),
+        (storage(magic=7), "another magic number or version"),
+        (storage(little=False), "big-endian"),
+        (storage(body=pickle.dumps(Calls(os.system, "touch ran"), 2)[2:]), "it asks for (posix|nt).system"),
+        (storage(body=b"ctorch._utils\n_rebuild_tensor_v2\n."), "it asks for torch._utils._rebuild_tensor_v2"),
+        (storage(body=b"ctorch.storage\n_load_from_bytes\n."), "it asks for torch.storage._load_from_bytes"),
+        (storage(body=b"ctorch\nFloatStorage\n."), "what stands for a storage holds something else"),
+        (storage(body=b"]r\xff\xff\xff\x7f."), "of the memo"),
+        (storage(keys=()), "what stands for a storage holds something else"),
+        (storage(keys=("k", "k")), "what stands for a storage holds something else"),
+        (storage(length=5), "a storage of 4 elements has 16 bytes"),
+        (storage(count=2**31 - 1), "a storage of 2147483647 elements has 16 bytes"),
+        (storage(count=-4, raw=b""), "cannot be read as weights"),
+        (storage(raw=FOUR[:-1]), "a storage of 4 elements has 15 bytes"),
+        (storage(after=b"x"), "a storage of 4 elements has 17 bytes"),
+        (storage()[:60], "cannot be read as weights"),
+    ],
+)
+def test_a_storage_within_a_pickle_is_its_bytes_and_nothing_else(data, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pkl").write_bytes(holding(data))
+    if message is None:
+        np.testing.assert_array_equal(weights.read(tmp_path / "a.pkl"), [0, 1, 2, 3])
+    else:
+        with pytest.raises(ValueError, match=message):
+            weights.read(tmp_path / "a.pkl")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_beginning_of_a_pickle_is_refused(tmp_path):
+    data = (HERE / "weights.pkl").read_bytes()
+    for end in range(0, len(data) - 1, 37):
+        (tmp_path / "a.pkl").write_bytes(data[:end])
+        with pytest.raises(ValueError, match="cannot be read as weights"):
+            weights.read(tmp_path / "a.pkl")
+
+
 def test_extra_names_are_called_as_told(tmp_path):
     file = archive(tmp_path / "more.pt", pickle.dumps({"of": Calls(os.getenv, "HOME")}))
     assert weights.read(file, extra={"os.getenv": lambda *a: a}) == {"of": ("HOME",)}
-
-
-def tensor(offset, size, stride, count=4, key="_0"):
-    """The pickle of a tensor, as torch writes it."""
-    out = io.BytesIO()
-    out.write(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(")
-    out.write(
-        b"(X\x07\0\0\0storagectorch\nFloatStorage\n" + text(key) + text("cpu") + b"J" + count.to_bytes(4, "little")
-    )
-    out.write(b"tQ" + number(offset) + b"(" + b"".join(map(number, size)) + b"t(")
-    out.write(b"".join(map(number, stride)) + b"t\x89NtR.")
-    return out.getvalue()
-
-
-def text(s):
-    return b"X" + len(s).to_bytes(4, "little") + s.encode()
-
-
-def number(n):
-    return b"J" + n.to_bytes(4, "little", signed=True)
-
-
-FOUR = np.arange(4, dtype="<f4").tobytes()
 
 
 @pytest.mark.parametrize(
@@ -130,6 +275,7 @@ FOUR = np.arange(4, dtype="<f4").tobytes()
         (tensor(-1, [2], [1]), {"_0": FOUR}, r"there is no tensor of size \(2,\) and stride \(1,\)"),
         (tensor(3, [2], [-1]), {"_0": FOUR}, r"there is no tensor of size \(2,\) and stride \(-1,\)"),
         (tensor(0, [2, 2], [1]), {"_0": FOUR}, "there is no tensor of size"),
+        (tensor(0, [1000, 1000], [0, 0]), {"_0": FOUR}, r"of size \(1000, 1000\) repeats the 4 elements"),
         (tensor(0, [2], [1], count=5), {"_0": FOUR}, "storage _0 of 5 elements has 16 bytes"),
         (tensor(0, [2], [1], key="_9"), {"_0": FOUR}, "x/data/_9"),
         (tensor(0, [2], [1]), {"_0": FOUR, "byteorder": b"big"}, "big-endian"),
@@ -175,7 +321,7 @@ def test_another_format_is_refused(name, data, message, tmp_path):
         ('{"dtype":"F32","shape":[3],"data_offsets":[0,8]}', r"w of shape \[3\] and type F32 has 8 bytes"),
         ('{"dtype":"F32","shape":[4],"data_offsets":[0,16]}', "has 8 bytes"),
         ('{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}', "w of shape"),
-        ('{"dtype":"Q4","shape":[2],"data_offsets":[0,8]}', "w has type Q4; known are F64, F32"),
+        ('{"dtype":"Q4","shape":[2],"data_offsets":[0,8]}', "w has type Q4; known are I64, F64"),
     ],
 )
 def test_a_safetensors_table_that_does_not_fit_its_bytes_is_refused(entry, message, tmp_path):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fmjax import checkpoint, workdir
@@ -113,6 +114,33 @@ def test_an_unwritable_workdir_ends_with_one_line(tmp_path):
 def test_the_workdir_tells_what_it_ran_on(uninterrupted):
     environment = json.loads((uninterrupted / "environment.json").read_text())
     assert environment["versions"]["jax"] and environment["devices"].startswith("1 x ")
+
+
+def test_convert_takes_a_run_to_a_file_and_the_file_to_a_run(tmp_path):
+    """The parameters of a run, written, read into another workdir and written again, are the same file."""
+    with checkpoint.writer(tmp_path / "w" / "checkpoints") as manager:
+        checkpoint.save(manager, 3, {"ema": {"a": {"kernel": np.arange(6.0)}}})
+
+    def convert(workdir_, *flags):
+        env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-m", "launch.convert", f"--workdir={tmp_path / workdir_}", *flags]
+        return finish(subprocess.Popen(command, cwd=ROOT, env=env, stdout=-1, stderr=-1, text=True))
+
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for workdir_, flag, told in (
+        ("w", f"--to={a}", "6 parameters in"),
+        ("v", f"--source={a}", "6 parameters of kind safetensors"),
+        ("v", f"--to={b}", "6 parameters in"),
+    ):
+        code, out, err = convert(workdir_, flag)
+        assert code == 0 and told in out, err[-2000:]
+    assert a.read_bytes() == b.read_bytes()
+    for flags, message in (
+        ([], "give --source=FILE to convert it"),
+        ([f"--source={a}", "--options={"], "--options={ is no JSON"),
+    ):
+        code, _, err = convert("u", *flags)
+        assert code == 1 and message in err and "Traceback" not in err and not (tmp_path / "u").exists()
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda p: p.name)

@@ -7,18 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax.nets import adapters, dit, embedding, mlp, unet
+from fmjax.nets import adapters, dit, embedding, mlp, song_unet, unet
 from fmjax.types import as_keys
 
 CLASSES = 3
 CASES = {
     "mlp": (mlp.MLP, {"width": 16, "depth": 2}, (5,)),
     "unet": (unet.UNet, {"channels": 4, "multipliers": (1, 2), "heads": 1}, (4, 4, 2)),
+    "song_unet": (
+        song_unet.SongUNet,
+        {"channels": 4, "multipliers": (2,), "blocks": 0},  # levels and encoders: test_nets_song_unet
+        (4, 4, 2),
+    ),
     "dit": (dit.DiT, {"width": 16, "depth": 2, "heads": 2}, (4, 4, 2)),
 }
 SMOOTH = {
     "mlp": {},
     "unet": {"middle": False, "blocks": 0},
+    "song_unet": {"middle": False},
     "dit": {"patch": 4, "depth": 1},
 }  # jax's attention takes its softmax in float32: see test_nets_unet and test_nets_dit
 pytestmark = pytest.mark.parametrize("name", CASES)
@@ -195,7 +201,7 @@ def test_dropout_is_on_exactly_when_a_key_is_given(name):
 def test_what_is_dropped_is_the_inside_of_a_residual_block(name):
     """With everything dropped the network is the one whose last weights in each block are zero."""
     net, params, args = make(name, dropout=1.0)
-    last = {"mlp": ("down_",), "unet": ("second",), "dit": ("'out'", "'down'")}[name]
+    last = {"mlp": ("down_",), "unet": ("second",), "song_unet": ("second",), "dit": ("'out'", "'down'")}[name]
     kernel = lambda path: any(n in path for n in last) and "kernel" in path
     zero = lambda path, a: 0 * a if kernel(jax.tree_util.keystr(path)) else a
     gone = net(jax.tree_util.tree_map_with_path(zero, params), *args)
@@ -224,6 +230,11 @@ def test_half_precision_is_of_the_computation_alone(name):
     only = lambda m, method: isinstance(m, embedding.TwoTimes)
     see = lambda *args: module.apply({"params": params}, *args, capture_intermediates=only, mutable="intermediates")
     half, seen = jax.jit(see)(*args)
+    _, whole = jax.jit(
+        lambda *args: module.clone(dtype="float32").apply(
+            {"params": params}, *args, capture_intermediates=only, mutable="intermediates"
+        )
+    )(*args)
     kinds = list(products(jax.make_jaxpr(see)(*args).jaxpr))
     assert len(kinds) > 9 and kinds.count({"float32"}) == 4  # source, jump and mix of the times; the output
     assert kinds.count({"bfloat16"}) == len(kinds) - 4
@@ -231,8 +242,6 @@ def test_half_precision_is_of_the_computation_alone(name):
     assert half.dtype == jnp.float32
     error = float(jnp.linalg.norm(half - full) / jnp.linalg.norm(full))
     assert 1e-5 < error < 2.0**-8 * 8  # a rounding of 2^-9 in each of some dozens of operations, added in squares
-    (e,) = seen["intermediates"]["TwoTimes_0"]["__call__"]
-    seen_by = params["TwoTimes_0"]["source"]["kernel"].shape[0]
-    want = embedding.TwoTimes(e.shape[1], seen_by).apply({"params": params["TwoTimes_0"]}, args[1], args[2])
+    (e,), (want,) = (caught["intermediates"]["TwoTimes_0"]["__call__"] for caught in (seen, whole))
     assert e.dtype == jnp.float32
     np.testing.assert_allclose(e, want, rtol=1e-6, atol=1e-6)

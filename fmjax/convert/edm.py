@@ -63,6 +63,7 @@ def _number(dtype: _Dtype, data: bytes) -> int | float | bool:
 STAND_INS = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "torch.nn.modules.container.ModuleDict": _Modules,
+    "builtins.set": set,
     "numpy.dtype": _Dtype,
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,
@@ -204,8 +205,7 @@ def _mapping(state: _State, module: nn.Module) -> Params:
     """The embeddings of time and label; that of the jump is zero."""
     p = {"source": state.dense("map_layer0"), "mix": state.dense("map_layer1")}
     p["jump"] = {"kernel": np.zeros((64, 4 * module.channels), np.float32)}
-    song = isinstance(module, SongUNet)
-    p = p if song else {"TwoTimes_0": p}
+    p, song = {"TwoTimes_0": p}, isinstance(module, SongUNet)
     if song and module.embedding == "fourier":
         p["freqs"] = state.take("map_noise.freqs")
     if song and module.augment:

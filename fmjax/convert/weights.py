@@ -36,18 +36,20 @@ STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-SAFETENSORS = {
+SAFETENSORS = {  # in the order in which a file has its tensors
+    "I64": np.int64,
     "F64": np.float64,
     "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
     "I32": np.int32,
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
     "I16": np.int16,
     "I8": np.int8,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+NESTING = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET", "REDUCE", "OBJ", "INST", "NEWOBJ", "NEWOBJ_EX")
+DEEPEST = 500
 
 
 def read(path: str | Path, *, extra: Mapping[str, Callable] | None = None) -> Any:
@@ -165,17 +167,39 @@ class _Unpickler(pickle.Unpickler):
         return self.fetched[key]
 
 
-def _check_memo(data: bytes, start: int = 0) -> None:
-    """Refuses a pickle that numbers a memo beyond its opcodes, for which Python would make a table of that length."""
-    file = io.BytesIO(data)
+def _check(data: bytes, start: int = 0) -> None:
+    """Refuses a pickle that would take memory or stack out of proportion, before any of it is loaded.
+
+    Which is one that numbers a place of the memo beyond its opcodes (Python makes a table of that length), or nests
+    tuples deeper than ``DEEPEST``, whose hash overflows the stack. Depths are followed opcode by opcode.
+    """
+    file, depths, memo = io.BytesIO(data), [], {}  # depths of what is on the stack, None for a mark
     file.seek(start)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
-            raise ValueError(f"its opcode {count} writes to place {argument} of the memo")
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            if argument > count:
+                raise ValueError(f"its opcode {count} writes to place {argument} of the memo")
+            memo[argument] = depths[-1]
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = depths[-1]
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            depths.append(memo[argument])
+        elif opcode.name == "MARK":
+            depths.append(None)
+        else:
+            before = opcode.stack_before
+            least = before.index(pickletools.markobject) if pickletools.markobject in before else len(before)
+            if least < len(before):
+                least += len(depths) - max(i for i, depth in enumerate(depths) if depth is None)
+            used = [depths.pop() for _ in range(least)]
+            deep = max((depth for depth in used if depth is not None), default=0) + (opcode.name in NESTING)
+            if deep > DEEPEST:
+                raise ValueError(f"it nests tuples more than {DEEPEST} deep")
+            depths += [deep] * len(opcode.stack_after)
 
 
 def _pickled(data: bytes, known: Mapping[str, Any]) -> Any:
-    _check_memo(data)
+    _check(data)
     return _plain(_Unpickler(io.BytesIO(data), known).load())
 
 
@@ -189,7 +213,7 @@ def _storage(data: bytes) -> _Storage:
     file, types = io.BytesIO(data), {name: kind for name, kind in KNOWN.items() if isinstance(kind, _Storage)}
 
     def load(fetch=None):
-        _check_memo(data, file.tell())
+        _check(data, file.tell())
         return _Unpickler(file, types, fetch).load()
 
     if load() != 0x1950A86A20F9469CFC6C or load() != 1001:
@@ -225,7 +249,7 @@ def _archive(archive: zipfile.ZipFile, size: int, known: Mapping[str, Any]) -> A
         return np.frombuffer(raw, dtype)
 
     program = archive.read(pickles[0])
-    _check_memo(program)
+    _check(program)
     return _plain(_Unpickler(io.BytesIO(program), known, fetch).load())
 
 
@@ -281,19 +305,21 @@ def metadata(path: str | Path) -> dict[str, str]:
 
 
 def write(path: str | Path, arrays: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes arrays as ``.safetensors``, wide types first, with strings beside them: the file is a function of these.
+    """Writes arrays as ``.safetensors``, with strings beside them: byte for byte what package safetensors writes.
 
     Raises ``ValueError`` for a type that the format has not.
     """
     names = {np.dtype(kind): name for name, kind in SAFETENSORS.items()}
     arrays = {name: np.asarray(a) for name, a in arrays.items()}
-    table, parts, at = {"__metadata__": dict(metadata)} if metadata else {}, [], 0
-    for name, a in sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+    for name, a in arrays.items():
         if a.dtype not in names:
             raise ValueError(f"{name} has type {a.dtype}; a safetensors file holds {', '.join(map(str, names))}")
-        parts.append(a.tobytes())
+    order = sorted(arrays, key=lambda name: ([*names].index(arrays[name].dtype), name))
+    table, at = {"__metadata__": dict(metadata)} if metadata else {}, 0
+    for name in order:
+        a = arrays[name]
         table[name] = {"dtype": names[a.dtype], "shape": a.shape, "data_offsets": [at, at + a.nbytes]}
         at += a.nbytes
-    head = json.dumps(table).encode()
+    head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)  # tensors begin at a multiple of eight
-    write_bytes(path, len(head).to_bytes(8, "little") + head + b"".join(parts))
+    write_bytes(path, b"".join([len(head).to_bytes(8, "little"), head, *(arrays[name].tobytes() for name in order)]))

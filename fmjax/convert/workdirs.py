@@ -51,6 +51,8 @@ def convert(
         raise ValueError(f"{source} is no file of kind {kind!r}: its names are those of {found!r}")
     params, net = _BY_KIND[found](state, source, options)
     classes = None if net is None else net.pop("classes", 0)
+    if net is not None:
+        build.net(net, classes=classes)  # refuses what cannot be built
     told = {"kind": found, "source": source.name, "net": net, "classes": classes, "parameters": _count(params)}
     directory = Path(path)
     with checkpoint.writer(directory / "checkpoints") as manager:
@@ -73,7 +75,7 @@ def export(path: str | Path, file: str | Path) -> int:
     for name in (TOLD, "config.json"):  # of a converted run, or one that was trained there
         if (path / name).exists():
             config = json.loads((path / name).read_text())
-            told = {"net": json.dumps(config["net"]), "classes": json.dumps(config["classes"])}
+            told = {key: json.dumps(config[key]) for key in ("net", "classes") if config.get("net")}
     weights.write(file, _flatten(params), metadata={"format": "fmjax", **told})
     return _count(params)
 
@@ -115,8 +117,10 @@ def _own(state, source: Path, options) -> tuple[Params, dict[str, Any] | None]:
         )
     if options:
         raise ValueError(f"a file of fmjax's own takes no options, got {', '.join(options)}")
-    net = {**json.loads(told["net"]), "classes": json.loads(told["classes"])} if "net" in told else None
-    return _nest(state), net
+    if "net" not in told:
+        return _nest(state), None
+    net = json.loads(told["net"])
+    return _nest(state), {**({"name": net} if isinstance(net, str) else net), "classes": json.loads(told["classes"])}
 
 
 _BY_KIND: dict[str, Callable[..., Any]] = {"torchcfm": _torchcfm, "edm": _edm, "safetensors": _own}

@@ -44,21 +44,26 @@ class TwoTimes(nn.Module):
 
     It vanishes on the diagonal whatever ``W`` is, so a flow-matching checkpoint is a flow map whose jump is one Euler
     step, and training on the diagonal leaves ``W`` alone. ``e`` sees ``frequencies`` numbers of ``sinusoid``
-    (``spectrum="wide"``) or ``slow_sinusoid`` (``"slow"``); the jump is always seen widely, 64 numbers of it.
+    (``spectrum="wide"``) or ``slow_sinusoid`` (``"slow"``), or ``seen`` where it is given; the jump is always seen
+    widely, 64 numbers of it.
     """
 
     features: int
     frequencies: int = 64
     spectrum: str = "wide"
+    init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
-    def __call__(self, s: Float[Array, " b"], t: Float[Array, " b"]) -> Float[Array, "b d"]:
+    def __call__(
+        self, s: Float[Array, " b"], t: Float[Array, " b"], seen: Float[Array, "b f"] | None = None
+    ) -> Float[Array, "b d"]:
         if self.spectrum not in SPECTRA:
             raise ValueError(f"spectrum of the times must be one of {', '.join(SPECTRA)}, got {self.spectrum!r}")
-        source = {"wide": sinusoid, "slow": slow_sinusoid}[self.spectrum]
-        e = nn.Dense(self.features, name="source")(source(s, self.frequencies))
+        if seen is None:
+            seen = {"wide": sinusoid, "slow": slow_sinusoid}[self.spectrum](s, self.frequencies)
+        e = nn.Dense(self.features, name="source", kernel_init=self.init)(seen)
         e += nn.Dense(self.features, name="jump", use_bias=False, kernel_init=nn.initializers.zeros)(jump_waves(t - s))
-        return nn.Dense(self.features, name="mix")(nn.silu(e))
+        return nn.Dense(self.features, name="mix", kernel_init=self.init)(nn.silu(e))
 
 
 def condition(e: Float[Array, "b d"], cond, *, classes: int, guided: bool = False, init=None) -> Float[Array, "b d"]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fmjax.nets.embedding import condition, jump_waves, slow_sinusoid, waves
+from fmjax.nets.embedding import TwoTimes, condition, slow_sinusoid, waves
 from fmjax.nets.remat import rematerialised
 from fmjax.nets.unet import Attention, GroupNorm
 
@@ -18,7 +18,6 @@ EMBEDDINGS = ("positional", "fourier")
 ENCODERS = ("standard", "residual")
 HALF = math.sqrt(0.5)  # what the sum of two branches is multiplied by
 XAVIER = nn.initializers.xavier_uniform()
-SMALL = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")  # 1e-5 times Xavier's
 QKV = nn.initializers.variance_scaling(0.2, "fan_avg", "uniform")
 
 
@@ -85,13 +84,13 @@ class Block(nn.Module):
         resample = {"down": halve, "up": double, None: lambda x, taps: x}[self.resample]
         h = conv("first", XAVIER)(resample(nn.silu(_norm(x, self.dtype)), self.taps))
         h = nn.silu(_norm(h + dense("shift")(e)[:, None, None], self.dtype))
-        h = conv("second", SMALL)(nn.Dropout(self.dropout, deterministic=not train)(h))
+        h = conv("second", nn.initializers.zeros)(nn.Dropout(self.dropout, deterministic=not train)(h))
         if self.resample or x.shape[-1] != self.features:
             x = dense("skip")(resample(x, self.taps))
         x = (x + h) * HALF
         if not self.attention:
             return x
-        how = {"groups": _groups(x), "epsilon": 1e-6, "qkv_init": QKV, "out_init": SMALL}
+        how = {"groups": _groups(x), "epsilon": 1e-6, "qkv_init": QKV}
         return Attention(1, self.dtype, name="attention", **how)(x) * HALF
 
 
@@ -103,15 +102,15 @@ class SongUNet(nn.Module):
     55,733,891 and 56,397,827 parameters beside those of the jump, and with ``multipliers=(1, 2, 2, 2)`` for 64 x 64.
 
     ``attention`` lists the resolutions (heights) that get it, on the way down in every block and on the way up in the
-    last; the middle has it always. The embedding of ``s``, ``noise`` times ``channels`` wide, is one of sinusoids
-    (``"positional"``: slow ones, ``"fourier"``: random ones of standard deviation 16, parameters ``freqs`` that are
-    not trained); labels and the ``augment`` numbers of an augmentation (zeros where none are given, as in sampling) are
-    added to it. A zero-initialised one of the jump ``t - s`` enters the layer after, so that the diagonal is the
-    published network, its noise label ``s`` (``nets.preconditioning`` sets that in a denoiser). With the ``"residual"``
-    encoder the image itself, filtered and halved, is added at each level.
+    last; the middle has it unless ``middle=False``. The embedding of ``s``, ``noise`` times ``channels`` wide, is one
+    of sinusoids (``"positional"``: slow ones, ``"fourier"``: random ones of standard deviation 16, parameters ``freqs``
+    that are not trained); labels and the ``augment`` numbers of an augmentation (zeros where none are given, as in
+    sampling) are added to it before ``TwoTimes``, whose diagonal makes the published network of noise label ``s``
+    (``nets.preconditioning`` makes a denoiser of it). With the ``"residual"`` encoder the image itself, filtered and
+    halved, is added at each level.
 
     ``classes``, ``guided``, ``outputs``, ``dropout``, ``dtype`` as in ``MLP``, ``remat`` as in ``rematerialised``. The
-    last convolution of a block, of an attention and of the network start at 1e-5 of Xavier's, as published. Weights:
+    last layer of a block, of an attention and of the network starts at zero (published: at 1e-5 of Xavier's). Weights:
     ``fmjax.convert.edm``.
     """
 
@@ -119,6 +118,7 @@ class SongUNet(nn.Module):
     multipliers: Sequence[int] = (1, 2, 2, 2)
     blocks: int = 4
     attention: Sequence[int] = (16,)
+    middle: bool = True
     embedding: str = "positional"
     noise: int = 1
     encoder: str = "standard"
@@ -156,10 +156,7 @@ class SongUNet(nn.Module):
         if self.augment:
             augment = jnp.zeros((len(s), self.augment), e.dtype) if augment is None else augment
             e += nn.Dense(dim, use_bias=False, kernel_init=XAVIER, name="augment_labels")(augment)
-        width = 4 * self.channels
-        e = nn.Dense(width, kernel_init=XAVIER, name="source")(e)
-        e += nn.Dense(width, use_bias=False, kernel_init=nn.initializers.zeros, name="jump")(jump_waves(t - s))
-        return nn.silu(nn.Dense(width, kernel_init=XAVIER, name="mix")(nn.silu(e)))
+        return nn.silu(TwoTimes(4 * self.channels, init=XAVIER)(s, t, e))
 
     @nn.compact
     def __call__(
@@ -189,7 +186,7 @@ class SongUNet(nn.Module):
             for i in range(self.blocks):
                 h = block(h, m * self.channels, f"in_{level}_{i}", attention=h.shape[1] in self.attention)
                 skips.append(h)
-        h = block(h, h.shape[-1], "middle_0", attention=True)
+        h = block(h, h.shape[-1], "middle_0", attention=self.middle)
         h = block(h, h.shape[-1], "middle_1")
         for level, m in reversed(list(enumerate(self.multipliers))):
             for i in range(self.blocks + 1):
@@ -198,5 +195,5 @@ class SongUNet(nn.Module):
                 h = block(both, m * self.channels, f"out_{level}_{i}", attention=attention)
             if level:
                 h = block(h, h.shape[-1], f"up_{level}", "up")
-        out = conv(self.outputs * x.shape[-1], "output", SMALL, dtype=None)(nn.silu(_norm(h, self.dtype)))
-        return out.astype(x.dtype)
+        h = nn.silu(_norm(h, self.dtype))
+        return conv(self.outputs * x.shape[-1], "output", nn.initializers.zeros, dtype=None)(h).astype(x.dtype)

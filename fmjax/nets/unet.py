@@ -99,7 +99,6 @@ class Attention(nn.Module):
     groups: int = 0
     epsilon: float = 1e-5
     qkv_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    out_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -108,7 +107,7 @@ class Attention(nn.Module):
         qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv", kernel_init=self.qkv_init)(y)
         q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, c // self.heads), 2, 0)
         out = jax.nn.dot_product_attention(q, k, v, implementation="xla").reshape(b, h, w, c)
-        return x + nn.Dense(c, dtype=self.dtype, name="out", kernel_init=self.out_init)(out)
+        return x + nn.Dense(c, dtype=self.dtype, name="out", kernel_init=nn.initializers.zeros)(out)
 
 
 class Levels(nn.Module):

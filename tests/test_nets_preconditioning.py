@@ -1,0 +1,169 @@
+"""Preconditioners against the properties that define them; denoisers as velocities, exact for a Gaussian."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmjax import build, oracles, paths
+from fmjax.nets import preconditioning as pc
+
+MEAN, STD = jnp.array([0.7, -1.2]), jnp.array([0.3, 0.9])
+LOW, HIGH = 0.002, 80.0
+SIGMAS = np.geomspace(LOW, HIGH, 41)
+
+
+def exact(x, sigma, cond=None):
+    """The denoiser of ``N(MEAN, STD^2)``."""
+    square = jnp.asarray(sigma)[:, None] ** 2
+    return (STD**2 * x + square * MEAN) / (STD**2 + square)
+
+
+@pytest.fixture
+def points(x64):
+    return 2 * jax.random.normal(jax.random.key(0), (41, 2), jnp.float64)
+
+
+def test_edm_keeps_inputs_and_targets_at_variance_one(x64):
+    """Of data of variance ``d^2``: ``c_in^2 (s^2 + d^2) = 1``, and what ``F`` must give has the variance one."""
+    d = 0.7
+    skip, out, scale, label = pc.edm(sigma_data=d).coefficients(jnp.asarray(SIGMAS))
+    np.testing.assert_allclose(scale**2 * (SIGMAS**2 + d**2), 1, rtol=1e-12)
+    np.testing.assert_allclose(((1 - skip) ** 2 * d**2 + skip**2 * SIGMAS**2) / out**2, 1, rtol=1e-10)
+    np.testing.assert_allclose(jnp.exp(4 * label), SIGMAS, rtol=1e-12)
+
+
+def test_the_label_of_vp_is_the_time_of_its_path(x64):
+    how, tau = pc.vp(), jnp.linspace(1e-5, 1, 50)
+    alpha, beta = paths.vp().coefficients(1 - tau)
+    skip, out, scale, label = how.coefficients(alpha / beta)
+    np.testing.assert_allclose(label, 999 * tau, rtol=1e-9)
+    np.testing.assert_allclose(scale, beta, rtol=1e-12)
+    np.testing.assert_allclose([how.sigma_min, how.sigma_max], (alpha / beta)[jnp.array([0, -1])], rtol=1e-9)
+    np.testing.assert_array_equal(out, -alpha / beta)
+
+
+def test_the_label_of_iddpm_is_the_nearest_step_of_the_cosine_schedule(x64):
+    """Where the ratio is not clipped ``u_j^2 + 1 = a_M / a_j``, which is the product of the recursion."""
+    j = np.arange(3, 1001)
+    a = lambda j: np.sin(np.pi / 2 * j / (1000 * 1.008)) ** 2
+    u = np.sqrt(a(1000) / a(j) - 1)
+    for nudge in (1.0, 1 + 1e-4, 1 - 1e-4):
+        label = pc.iddpm().coefficients(jnp.asarray(u * nudge))[3]
+        np.testing.assert_array_equal(label, 999 - j)
+    assert pc.iddpm().sigma_min == pytest.approx(u[-2], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "new",
+    [paths.linear(), paths.trigonometric(), paths.vp(), paths.sub_vp(), paths.ve(sigma_min=0.01, sigma_max=50.0)],
+    ids=["linear", "trigonometric", "vp", "sub_vp", "ve"],
+)
+def test_a_denoiser_is_the_velocity_on_every_path(new, points):
+    t = jnp.linspace(0.12, 0.98, 41)  # noise levels that EDM knows, on each of them
+    v = paths.change(pc.velocity(exact), paths.linear(), new)
+    want = oracles.gaussian(MEAN, STD, path=new).velocity(points, t)
+    np.testing.assert_allclose(v(points, t), want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_velocity_is_a_denoiser_and_back(points):
+    linear = oracles.gaussian(MEAN, STD).velocity
+    x = points * SIGMAS[:, None]
+    np.testing.assert_allclose(pc.from_velocity(linear)(x, SIGMAS), exact(x, SIGMAS), rtol=1e-12, atol=1e-12)
+    back = pc.from_velocity(pc.velocity(exact))
+    np.testing.assert_allclose(back(x, SIGMAS), exact(x, SIGMAS), rtol=1e-11, atol=1e-11)
+
+
+def test_beyond_the_levels_it_is_the_change_of_path_from_edms_own(points):
+    """``dx/dsigma = (x - D) / sigma`` on ``paths.ve``, carried to the linear path: at both ends, too."""
+    own = paths.ve(sigma_min=LOW, sigma_max=HIGH)
+
+    def v(x, t, cond=None):
+        sigma, _, rate, _ = paths.coefficients(own, x, t)
+        return rate * (x - exact(x, sigma[:, 0])) / sigma
+
+    t = np.r_[0.0, 1e-4, 1 / (1 + HIGH), np.linspace(0.02, 0.997, 35), 1 - LOW, 1 - 1e-4, 1.0]
+    want = paths.change(v, own, paths.linear())(points, t)
+    np.testing.assert_allclose(pc.velocity(exact)(points, t), want, rtol=1e-7, atol=1e-9)
+
+
+def test_no_network_at_all_is_the_velocity_of_centred_gaussian_data(points):
+    """EDM with ``F = 0`` denoises ``N(0, sigma_data^2)`` exactly."""
+    zero = lambda params, x, s, t, cond=None, key=None: jnp.zeros_like(x)
+    net = pc.preconditioned(zero, pc.edm(sigma_data=0.7))
+    t = jnp.linspace(1 / 81, 0.998, 41)
+    want = oracles.gaussian(jnp.zeros(2), jnp.full(2, 0.7)).velocity(points, t)
+    np.testing.assert_allclose(net(None, points, t, t), want, rtol=1e-9, atol=1e-9)
+
+
+def told(params, x, s, t, cond=None, key=None):
+    """A network that tells what it was asked."""
+    return params * x + s[:, None] + 10 * (t - s)[:, None] + (0 if cond is None else cond[:, None])
+
+
+@pytest.mark.parametrize("name", ["edm", "vp", "ve", "iddpm"])
+def test_a_preconditioned_net_is_its_denoiser_on_the_diagonal_and_sees_the_jump(name, points):
+    how = getattr(pc, name)()
+    net, cond, t = pc.preconditioned(told, how), jnp.arange(41.0), jnp.linspace(0.05, 0.95, 41)
+    bound = lambda x, sigma, cond: pc.denoiser(told, how)(0.3, x, sigma, cond)
+    v = pc.velocity(bound, sigma_min=how.sigma_min, sigma_max=how.sigma_max)
+    np.testing.assert_array_equal(net(0.3, points, t, t, cond), v(points, t, cond))
+    sigma = (1 - t) / t
+    skip, out, scale, label = (a[:, None] for a in how.coefficients(sigma))
+    tilde = points / t[:, None]
+    data = skip * tilde + out * (0.3 * scale * tilde + label + cond[:, None])
+    np.testing.assert_allclose(v(points, t, cond), (data - points) / (1 - t)[:, None], rtol=1e-9)
+    gained = net(0.3, points, t, t + 0.04, cond) - net(0.3, points, t, t, cond)
+    np.testing.assert_allclose(gained, jnp.broadcast_to(out * 0.4 / (1 - t)[:, None], gained.shape), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["edm", "vp", "ve", "iddpm"])
+def test_it_and_its_derivatives_are_finite_at_both_ends(name):
+    net = pc.preconditioned(told, getattr(pc, name)())
+    x, t = jnp.ones((4, 2)), jnp.array([0.0, 1e-6, 1.0, 0.5])
+    f = lambda p, x, t: net(p, x, t, t)
+    y, dy = jax.jvp(lambda x, t: f(0.3, x, t), (x, t), (x, jnp.ones(4)))
+    grads = jax.grad(lambda p, x, t: jnp.sum(f(p, x, t) ** 2), (0, 1, 2))(0.3, x, t)
+    assert all(bool(jnp.isfinite(a).all()) for a in (y, dy, *grads))
+
+
+def test_a_kernel_without_a_jvp_has_its_other_self_preconditioned_too():
+    def fused(*args):
+        return told(*args)
+
+    fused.with_jvp = lambda params, *args: told(params + 1, *args)
+    net = pc.preconditioned(fused, pc.edm())
+    x, t = jnp.ones((2, 2)), jnp.array([0.2, 0.7])
+    np.testing.assert_array_equal(net.with_jvp(0.3, x, t, t), net(1.3, x, t, t))
+    assert not hasattr(pc.preconditioned(told, pc.edm()), "with_jvp")
+
+
+def test_in_a_config_it_is_an_option_of_any_network(key):
+    x, t, y = jnp.ones((2, 3)), jnp.array([0.2, 0.7]), jnp.zeros(2, "int32")
+    how = {"name": "edm", "sigma_data": 1}
+    spec = {"name": "mlp", "width": 8, "depth": 1}
+    model, plain = build.net({**spec, "preconditioning": how}, classes=2), build.net(spec, classes=2)
+    params = jax.tree.map(jnp.ones_like, model.init(key, x, y))
+    want = pc.preconditioned(plain.net, pc.edm(sigma_data=1.0))(params, x, t, t, y)
+    np.testing.assert_array_equal(model.net(params, x, t, t, y), want)
+    for bad, message in (
+        ("edn", "has no 'edn'; did you mean 'edm'.*there are edm, iddpm, ve, vp"),
+        ({"name": "edm", "sigma": 1.0}, "nets.preconditioning.edm has no option 'sigma'; did you mean 'sigma_m"),
+        ("velocity", "has no 'velocity'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build.net({**spec, "preconditioning": bad})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pc.edm(sigma_data=0.0), "edm needs sigma_data > 0, the standard deviation of the data, got 0.0"),
+        (lambda: pc.edm(sigma_min=0.0), "edm needs noise levels 0 < sigma_min < sigma_max, got 0.0 and 80.0"),
+        (lambda: pc.ve(sigma_max=0.01), "ve needs noise levels 0 < sigma_min < sigma_max, got 0.02 and 0.01"),
+        (lambda: pc.velocity(exact, sigma_max=jnp.inf), "velocity needs noise levels"),
+    ],
+)
+def test_levels_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
