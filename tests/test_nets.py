@@ -27,7 +27,10 @@ SMOOTH = {
     "song_unet": {"middle": False},
     "dit": {"patch": 4, "depth": 1},
 }  # jax's attention takes its softmax in float32: see test_nets_unet and test_nets_dit
-pytestmark = pytest.mark.parametrize("name", CASES)
+SLOW = ("song_unet",)  # what it shares with the U-Net is compiled once a run; of its own: test_nets_song_unet
+pytestmark = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
+)
 
 
 @functools.cache

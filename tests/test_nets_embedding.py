@@ -28,6 +28,9 @@ def test_slow_sinusoids_are_those_of_ddpm_at_times_in_0_1(x64):
     angle = t[:, None] * np.array([1, 0.1, 0.01, 0.001])
     want = np.concatenate([np.cos(angle), np.sin(angle)], 1)
     np.testing.assert_allclose(embedding.slow_sinusoid(jnp.asarray(t), 8), want, atol=1e-13)
+    angle = t[:, None] * 1e4 ** -(np.arange(4) / 3)  # to the end of the range, as score SDE has them
+    want = np.concatenate([np.cos(angle), np.sin(angle)], 1)
+    np.testing.assert_allclose(embedding.slow_sinusoid(jnp.asarray(t), 8, endpoint=True), want, atol=1e-13)
 
 
 def test_an_unknown_spectrum_is_refused(key):
@@ -55,6 +58,8 @@ def test_two_times_are_a_source_and_a_jump_that_vanishes_at_zero(x64, key):
     e = phi(s) @ p["source"]["kernel"] + p["source"]["bias"] + (phi(t - s) - phi(0 * s)) @ p["jump"]["kernel"]
     want = e / (1 + np.exp(-e)) @ p["mix"]["kernel"] + p["mix"]["bias"]
     np.testing.assert_allclose(module.apply({"params": params}, s, t), want, atol=1e-12)
+    seen = jnp.asarray(phi(s))  # given, it is not asked of s
+    np.testing.assert_allclose(module.apply({"params": params}, s - 1, t - 1, seen), want, atol=1e-12)
     assert sum(a.size for a in jax.tree.leaves(params)) == (64 * 12 + 12) + 64 * 12 + (12 * 12 + 12)
 
 

@@ -94,12 +94,18 @@ def test_the_published_networks_have_the_published_number_of_parameters(module, 
     assert sum(a.size for a in jax.tree.leaves(params)) == published + null
 
 
-def test_augmentations_are_seen_and_zero_is_none_and_fourier_frequencies_are_used_and_not_trained(key):
+def test_what_is_embedded_is_used_zero_augmentations_are_none_and_frequencies_are_not_trained(key):
+    """The jump alone is not seen where its kernel is zero, and nowhere on the diagonal."""
     sizes = {"channels": 8, "multipliers": (1,), "blocks": 0, "middle": False, "embedding": "fourier", "augment": 9}
     module, x, s = song_unet.SongUNet(**sizes), jax.random.normal(key, (2, 4, 4, 1)), jnp.array([-1.0, 0.7])
     params = random_like(jax.eval_shape(module.init, key, x, s, s)["params"])
-    out = jax.jit(lambda p, a: module.apply({"params": p}, x, s, s, None, a))
+    out = jax.jit(lambda p, a, t=s: module.apply({"params": p}, x, s, t, None, a))
     without, zeros, ones = (out(params, a) for a in (None, jnp.zeros((2, 9)), jnp.ones((2, 9))))
+    kernel = params["TwoTimes_0"]["jump"]["kernel"]
+    still = params | {"TwoTimes_0": params["TwoTimes_0"] | {"jump": {"kernel": 0 * kernel}}}
+    np.testing.assert_array_equal(out(still, None, s + 0.5), out(still, None, s))
+    np.testing.assert_array_equal(out(still, None, s), out(params, None, s))
+    assert np.abs(out(params, None, s + 0.5) - without).max() > 0.01
     np.testing.assert_allclose(without, zeros, rtol=1e-5, atol=1e-5)
     other = out(params | {"freqs": params["freqs"] + 0.1}, jnp.zeros((2, 9)))
     assert np.abs(ones - zeros).max() > 0.01 and np.abs(other - zeros).max() > 0.01

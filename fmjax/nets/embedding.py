@@ -51,7 +51,7 @@ class TwoTimes(nn.Module):
     features: int
     frequencies: int = 64
     spectrum: str = "wide"
-    init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(
@@ -61,9 +61,9 @@ class TwoTimes(nn.Module):
             raise ValueError(f"spectrum of the times must be one of {', '.join(SPECTRA)}, got {self.spectrum!r}")
         if seen is None:
             seen = {"wide": sinusoid, "slow": slow_sinusoid}[self.spectrum](s, self.frequencies)
-        e = nn.Dense(self.features, name="source", kernel_init=self.init)(seen)
+        e = nn.Dense(self.features, name="source", kernel_init=self.kernel_init)(seen)
         e += nn.Dense(self.features, name="jump", use_bias=False, kernel_init=nn.initializers.zeros)(jump_waves(t - s))
-        return nn.Dense(self.features, name="mix", kernel_init=self.init)(nn.silu(e))
+        return nn.Dense(self.features, name="mix", kernel_init=self.kernel_init)(nn.silu(e))
 
 
 def condition(e: Float[Array, "b d"], cond, *, classes: int, guided: bool = False, init=None) -> Float[Array, "b d"]:

@@ -156,7 +156,7 @@ class SongUNet(nn.Module):
         if self.augment:
             augment = jnp.zeros((len(s), self.augment), e.dtype) if augment is None else augment
             e += nn.Dense(dim, use_bias=False, kernel_init=XAVIER, name="augment_labels")(augment)
-        return nn.silu(TwoTimes(4 * self.channels, init=XAVIER)(s, t, e))
+        return nn.silu(TwoTimes(4 * self.channels, kernel_init=XAVIER)(s, t, e))
 
     @nn.compact
     def __call__(
