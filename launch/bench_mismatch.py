@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from fmjax import correctors, mismatch, oracles, report, samplers, solvers, times, train, tune
+from fmjax.methods.classifier_corrector import classifier_corrector
 from fmjax.methods.score_corrector import score_corrector
 from fmjax.metrics import two_sample
 from fmjax.nets.adapters import from_linen
@@ -46,15 +47,18 @@ class World(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """A corrector to train: its method, the grid of its alpha, and how many values its network gives a point."""
+    """A corrector to train: its method, the grid of its alpha, and whether its network gives a logit."""
 
     make: Callable[[Net], Method]
     alphas: tuple[float, ...]
+    logit: bool = False
 
 
 SCORE, CLASSIFIER = tune.grid(0, 1.5, 0.05), tune.grid(0, 0.3, 0.01)
 LEARNED = {
     "score": Learned(functools.partial(score_corrector, sigma=SIGMA), SCORE),
+    "classifier": Learned(functools.partial(classifier_corrector, eps=0.0), CLASSIFIER, logit=True),
+    "robust classifier": Learned(functools.partial(classifier_corrector, eps=0.1, steps=3), CLASSIFIER, logit=True),
 }
 
 
@@ -103,8 +107,8 @@ ROWS = {
         matching(lambda w: w.learned["score"], SIGMA), (0.5,), everywhere=True, exact=False, euler=True
     ),
 }
-MODEL = from_linen(Plain(width=96, depth=4, waves=1))
-METHODS = {name: how.make(MODEL.net) for name, how in LEARNED.items()}
+MODELS = {name: from_linen(Plain(width=96, depth=4, waves=1, logit=how.logit)) for name, how in LEARNED.items()}
+METHODS = {name: how.make(MODELS[name].net) for name, how in LEARNED.items()}
 
 
 def world(coefficients, params) -> World:
@@ -196,7 +200,7 @@ def bank(coefficients, key):
 
 def trained(name: str, steps: int = 2500, batch_size: int = 512) -> dict[str, Callable]:
     """``fit(coefficients) -> averaged parameters`` of a learned corrector; compiled once."""
-    method = METHODS[name]
+    method, model = METHODS[name], MODELS[name]
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     step, ts = train.make_step(method.loss, tx, mesh=mesh, ema=0.99), np.asarray(times.uniform_grid(GRID))
@@ -204,7 +208,7 @@ def trained(name: str, steps: int = 2500, batch_size: int = 512) -> dict[str, Ca
     def fit(coefficients):
         p, q = (np.asarray(x) for x in bank(coefficients, jax.random.key(3)))
         rng = np.random.default_rng(0)
-        state = train.init(MODEL.init(jax.random.key(4), q[0, :1]), tx, mesh=mesh)
+        state = train.init(model.init(jax.random.key(4), q[0, :1]), tx, mesh=mesh)
         for _ in range(steps):
             n = rng.integers(GRID + 1, size=batch_size)
             of_p, of_q = rng.integers(p.shape[1], size=(2, batch_size))
