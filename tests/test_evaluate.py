@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from test_run import config
 
-from fmjax import checkpoint, evaluate, oracles, paths, report, run, samplers, solvers, times
+from fmjax import checkpoint, correctors, evaluate, oracles, paths, report, run, samplers, solvers, times
 from fmjax.evaluate import Models, Setting
 from fmjax.types import Method, fold_in, normal
 
 MEAN, STD, SIGMA = 1.5, 0.5, 0.4
 PLAIN = {"euler": (4,), "rk4": (2, 8), "flow_map": (1, 2)}
 END = {"solver": "rk4", "steps": 2, "at": (2,), "by": "score", "alpha": 0.5, "beta": 0.1}
+JUMP = {"solver": "flow_map", "steps": 2, "at": (1, 2)}
 TRAINED = {"score": 1, "classifier": 2}
 
 
@@ -61,6 +62,11 @@ def test_settings_have_names_costs_and_baselines():
         (PLAIN, {"x": END | {"beta": -1.0}}, "beta is a standard deviation"),
         (PLAIN, {"x": END | {"alpha": 0.0}}, "correction 'x' corrects nothing"),
         (PLAIN, {"x": END, "y": END}, "two samplers are both"),
+        (PLAIN, {"x": END | {"by": "scor"}}, "no corrector 'scor'; did you mean 'score'"),
+        (PLAIN, {"x": END | {"bandwidth": 1.0}}, "'score' has no 'bandwidth'; it takes alpha, beta"),
+        (PLAIN, {"x": {**JUMP, "by": "drift", "alpha": 1.0}}, "'drift' needs 'bandwidth'"),
+        (PLAIN, {"x": {**JUMP, "at": (0,), "by": "restart", "to": 0.5}}, "restart at t=0 cannot go back"),
+        (PLAIN, {"x": {**JUMP, "by": "restart", "to": 1.5}}, "a time in .0, 1."),
     ],
 )
 def test_bad_settings_are_refused(plain, corrected, message):
@@ -88,6 +94,44 @@ def test_a_correction_pulls_as_its_formula_says(models):
     run = lambda **kw: np.asarray(evaluate.sampler(Setting("", "", "rk4", 2, **kw), models)(models.params, keys))
     plain, corrected = run(), run(at=(2,), alpha=0.5)
     np.testing.assert_allclose(corrected, plain + 0.5 * SIGMA**2 * (MEAN - plain) / (STD**2 + SIGMA**2), atol=1e-6)
+
+
+def test_every_corrector_costs_what_it_evaluates():
+    found = evaluate.settings(
+        PLAIN,
+        {
+            "score": END,
+            "classifier": END | {"by": "classifier", "at": (0, 2), "beta": 0.0},
+            "drift": {**JUMP, "by": "drift", "alpha": 1.0, "bandwidth": 0.5},
+            "jump": {**JUMP, "by": "restart", "to": 0.25, "loops": 3},
+            "ode": {"solver": "rk4", "steps": 2, "at": (2,), "by": "restart", "to": 0.25, "inner": 2},
+        },
+        TRAINED,
+    )
+    costs = {s.name: tuple(s.cost()[:2]) for s in found[len(evaluate.settings(PLAIN, {})) :]}
+    assert costs == {
+        "flow map, 2 steps, drift at 1, 2": (2, 2), "flow map, 2 steps, restart at 1, 2": (8, 2),
+        "rk4, 2 steps, classifier at 0, 2": (12, 2), "rk4, 2 steps, restart at 2": (16, 1),
+        "rk4, 2 steps, noise 0.1 at 2": (8, 0), "rk4, 2 steps, score at 2": (9, 1),
+    }  # fmt: skip
+
+
+def test_a_restart_is_that_of_the_settings_own_step_and_a_drift_that_of_the_banks(models):
+    keys, rng = evaluate.keys_of(0, 0, 64), np.random.default_rng(0)
+    ts, noise = times.uniform_grid(2), normal(fold_in(keys, 0), (3,))
+    bank = {name: jnp.asarray(rng.standard_normal((50, 3, 3)), jnp.float32) for name in ("p", "q")}
+    models = models._replace(params=models.params | {"drift": bank}, ts=ts)
+    jump = models.flow_map.flow_map(jnp.ones(()))
+    drift = correctors.kernel_drift(**bank, ts=ts, bandwidth=0.7)
+    wanted = {
+        Setting("", "", "flow_map", 2, (2,), by="restart", to=0.3, loops=2): correctors.restart(jump, to=0.3, loops=2),
+        Setting("", "", "flow_map", 2, (2,), 0.5, 0.1, by="drift", bandwidth=0.7): correctors.marginal_matching(
+            drift, alpha=0.5, beta=0.1
+        ),
+    }
+    for setting, fix in wanted.items():
+        x = samplers.sample(jump, noise, ts, key=fold_in(keys, 1), corrector=fix, at=(2,))
+        np.testing.assert_allclose(evaluate.sampler(setting, models)(models.params, keys), x, rtol=1e-5, atol=1e-5)
 
 
 def test_the_noise_of_a_correction_is_not_that_of_the_start(models):
