@@ -245,18 +245,23 @@ def test_a_config_builds_it_over_a_net_of_a_logit_and_refuses_other_pairs():
     digits = pytest.importorskip("configs.digits")
     cfg = digits.get_config()
     with cfg.unlocked(), cfg.ignore_type():
-        cfg.corrector.method = {"name": "classifier_corrector", "eps": 0.5, "direction": "logprob", "clip": 1.0}
-        cfg.corrector.net = {"name": "encoder", "channels": 8, "multipliers": (1, 2), "heads": 2}
-        cfg.corrector.batch_size = 16
+        cfg.correctors.classifier.method = {
+            "name": "classifier_corrector",
+            "eps": 0.5,
+            "direction": "logprob",
+            "clip": 1.0,
+        }
+        cfg.correctors.classifier.net = {"name": "encoder", "channels": 8, "multipliers": (1, 2), "heads": 2}
+        cfg.correctors.classifier.batch_size = 16
     x = np.zeros((16, 8, 8, 1), np.float32)
     pairs = lambda step: Batch(x, x0=x, t=np.zeros(16, np.float32))
-    assert run.assemble(cfg, "corrector", batch=pairs).model.net.logit
+    assert run.assemble(cfg, "correctors.classifier", batch=pairs).model.net.logit
     with pytest.raises(ValueError, match="its batches need backward examples in Batch.x1, forward ones in Batch.x0"):
-        run.assemble(cfg, "corrector", batch=lambda step: pairs(step)._replace(x0=None))
+        run.assemble(cfg, "correctors.classifier", batch=lambda step: pairs(step)._replace(x0=None))
     with cfg.unlocked(), cfg.ignore_type():
-        cfg.corrector.net = {"name": "mlp", "width": 8}
+        cfg.correctors.classifier.net = {"name": "mlp", "width": 8}
     with pytest.raises(ValueError, match=r"a net of one number an example, \(4,\), got \(4, 8, 8, 1\)"):
-        run.assemble(cfg, "corrector", batch=pairs)  # two rows of both classes a device
+        run.assemble(cfg, "correctors.classifier", batch=pairs)  # two rows of both classes a device
     with cfg.unlocked(), cfg.ignore_type():
         cfg.net, cfg.coupling = {"name": "mlp", "logit": True}, "independent"
     for name in ("flow_matching", "lagrangian", "residual"):
