@@ -152,10 +152,8 @@ def edm_heun(
         sigma = alpha / beta
         raised, _ = paths.match_snr(path, paths.linear(), 1 / (1 + (1 + gamma) * sigma))
         raised = jnp.where((s_min <= sigma) & (sigma <= s_max) & jnp.isfinite(sigma), raised, s)
-        (alpha, beta), (alpha_, beta_) = _coefficients(path, x, s), _coefficients(path, x, raised)
-        kept = jnp.where(expand(raised == s, x), 1, beta_ / beta)
-        added = jnp.sqrt(jnp.maximum(alpha_**2 - (kept * alpha) ** 2, 0))
-        return kept * x + s_noise * added * draw_noise(key, x), raised
+        noisier = paths.renoise(path, x, s_noise * draw_noise(key, x), s, raised)
+        return jnp.where(expand(raised == s, x), x, noisier), raised
 
     def step(x, s, t, cond=None, key=None):
         s, t = over_batch(s, x), over_batch(t, x)

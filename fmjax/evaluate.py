@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, checkpoint, correctors, paths, report, run, samplers, solvers, times, workdir
+from fmjax import build, checkpoint, correctors, logs, paths, report, run, samplers, solvers, times, workdir
 from fmjax.data import arrays
 from fmjax.metrics import features, frechet, two_sample
 from fmjax.metrics.two_sample import mean_se
@@ -205,7 +205,7 @@ def main(cfg, path: str | Path) -> None:
     models = Models(plan.method, plan.method, {}, {"flow": flow, FLOW_MAP: flow}, plan.shape, plan.classes, along)
     identity = f"{metadata['digest']['ema']} guidance {cfg.guidance}"
     drawn = {}
-    with run.bar("samples", len(found), unit="sampler") as progress:
+    with logs.bar("samples", len(found), unit="sampler") as progress:
         for setting in found:
             drawn[setting] = draw(
                 setting, models, seeds=s.seeds, samples=s.samples, seed=cfg.seed, directory=path / "draws",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,3 +99,14 @@ def diverged(n: int, bad: dict[str, float], name: str, manager, checkpoints: Pat
     kept = f"the last good checkpoint is step {good} in {checkpoints}" if good else "there is no checkpoint yet"
     values = ", ".join(f"{term} is {value:.4g}" for term, value in bad.items())
     raise Diverged(f"{name} diverged at step {n}: {values}; {kept}; lower learning_rate or set clip")
+
+
+def bar(name: str, total: int, start: int = 0, unit: str = "step"):
+    """A progress bar on stderr; on one process only, and with few lines where stderr is a file."""
+    from tqdm import tqdm
+
+    calm = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total, initial=start, desc=name, unit=unit, dynamic_ncols=True, mininterval=calm,
+        disable=jax.process_index() != 0,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fmjax import build, checkpoint, marginals, run, times, trajectories, workdir
+from fmjax import build, checkpoint, logs, marginals, run, times, trajectories, workdir
 from fmjax.marginals import Estimate, View
 from fmjax.types import Method
 
@@ -130,7 +130,7 @@ def sentence(e: Estimate) -> str:
 
 def with_bar(build_set: Callable[..., Any], direction: str) -> Any:
     """Calls ``build_set(progress=...)`` under a progress bar of examples."""
-    with run.bar(f"{direction} marginals", 0, unit="example") as bar:
+    with logs.bar(f"{direction} marginals", 0, unit="example") as bar:
 
         def tick(done: int, total: int) -> None:
             bar.total = total

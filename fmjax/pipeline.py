@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import best, build, checkpoint, evaluate, marginal_sets, marginals, report, run, times, workdir
+from fmjax import best, build, checkpoint, evaluate, logs, marginal_sets, marginals, report, run, times, workdir
 from fmjax.data import arrays
 from fmjax.evaluate import Models, Setting
 from fmjax.metrics import classifier, features, two_sample
@@ -196,7 +196,7 @@ def _marginals(cfg, ready: Setup, directory: Path, flow):
 def _draw(cfg, settings: list[Setting], models: Models, directory: Path) -> dict[Setting, np.ndarray]:
     s, identity = cfg.sampling, checkpoint.digest(models.params)
     drawn = {}
-    with run.bar("samples", len(settings), unit="sampler") as progress:
+    with logs.bar("samples", len(settings), unit="sampler") as progress:
         for setting in settings:
             drawn[setting] = evaluate.draw(
                 setting, models, seeds=s.seeds, samples=s.samples, seed=cfg.seed, directory=directory, identity=identity
@@ -270,7 +270,8 @@ def _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds
         curves[stage.rpartition("/")[2].replace("_", " ")] = tuple(
             np.array([r[name] for r in records]) for name in ("step", "loss")
         )
-    sizes = {name: sum(a.size for a in jax.tree.leaves(p)) for name, p in models.params.items()}
+    networks = {name: p for name, p in models.params.items() if name != "drift"}  # which has examples, no parameters
+    sizes = {name: sum(a.size for a in jax.tree.leaves(p)) for name, p in networks.items()}
     facts = {
         "data": f"{len(data.train_x)} training, {len(data.test_x)} held-out images",
         "samples": f"{cfg.sampling.seeds} seeds of {cfg.sampling.samples}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,12 +32,8 @@ from fmjax.nets.adapters import Model
 from fmjax.types import Batch, Method, Params, as_keys, example_keys, normal
 
 NEEDS = {"flow": "velocity", "correctors": "direction", "flow_map": "flow_map"}  # what a stage's method must give
-FREE = (
-    "log_every",
-    "save_every",
-    "sample_every",
-    "keep",
-)  # no number of a run depends on them: a resume may change them
+FREE = ("log_every", "save_every", "sample_every", "keep")  # no number of a run depends on them: a resume may change
+PREDICTIONS = ("edm", "denoising")  # methods whose network is no velocity, of which they make one
 # no number of a flow's training depends on how it is sampled, nor on the grid of its marginals
 SAMPLING = ("sampling", "guidance", "solver", "solver_steps", "backward_map")
 FETCH = 32  # steps between two looks at the metrics: NaN is found soon, and few steps are in flight
@@ -78,10 +75,23 @@ def fit(cfg, path: str | Path) -> training.State:
     Raises as ``assemble``, ``workdir.open_workdir`` and ``train`` do, the first two before anything is written.
     """
     plan = assemble(cfg)
-    start, teacher = (given(plan, cfg[name], name) if cfg[name] else None for name in ("init", "teacher"))
+    start, teacher = (_named(plan, cfg, name) for name in ("init", "teacher"))
     path = workdir.open_workdir(path, cfg.to_dict(), free=(*free(cfg), *SAMPLING))
     hooks = [pictures(plan, path, every=cfg.sample_every)]
     return train(plan, path, params=start, teacher=teacher, hooks=hooks)
+
+
+def _named(plan: Plan, cfg, name: str) -> Params | None:
+    """``given`` of a config's field; ``ValueError`` where a prediction's network would be taken for a velocity's."""
+    if not cfg[name]:
+        return None
+    file = Path(cfg[name]) / "config.json"
+    kinds = {_name(cfg.method), _name(json.loads(file.read_text())["method"]) if file.is_file() else _name(cfg.method)}
+    if len(kinds) > 1 and kinds & set(PREDICTIONS):
+        told = " and ".join(map(repr, sorted(kinds)))
+        what = f"{name}={cfg[name]!r}: networks of {told} are not of one kind"
+        raise ValueError(f"{what}; diffusion.as_flow or edm.preconditioned makes a flow's of a prediction's, in Python")
+    return given(plan, cfg[name], name)
 
 
 def given(plan: Plan, path: str | Path, what: str = "init") -> Params:
@@ -237,7 +247,7 @@ def train(
         logs.recorder(directory, first) as record,
         _sigterm() as stop,
         contextlib.closing(arrays.prefetch(functools.partial(_batch, plan), first, plan.steps)) as batches,
-        bar(plan.name, plan.steps, first) as progress,
+        logs.bar(plan.name, plan.steps, first) as progress,
     ):
         for n, batch in enumerate(batches, first + 1):
             state, metrics = step(state, batch, key, teacher)
@@ -299,17 +309,6 @@ def pictures(plan: Plan, directory: str | Path, *, every: int, count: int = 36, 
                 figures.save_png(folder / f"step-{n:07d}.png", jax.device_get(images))
 
     return hook
-
-
-def bar(name: str, total: int, start: int = 0, unit: str = "step"):
-    """A progress bar on stderr; on one process only, and with few lines where stderr is a file."""
-    from tqdm import tqdm
-
-    calm = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(
-        total=total, initial=start, desc=name, unit=unit, dynamic_ncols=True, mininterval=calm,
-        disable=jax.process_index() != 0,
-    )  # fmt: skip
 
 
 def _step(plan: Plan):

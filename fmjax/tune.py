@@ -5,11 +5,12 @@ and its distance or loss, less being better. The mean over the tuning keys is wh
 measured on other keys. Every evaluation is kept in a file, so that a search that was killed goes on.
 
 One compilation serves all strengths: let ``alpha`` and ``beta`` be traced arrays ``[N + 1]``, zero where nothing is
-corrected (``Setting.dense``), and functions of time close over them (``schedule``):
+corrected (``Setting.dense``), and functions of time close over them (``times.per_step``):
 
     @jax.jit
     def draw(key, alpha, beta):
-        fix = correctors.marginal_matching(h, alpha=tune.schedule(ts, alpha), beta=tune.schedule(ts, beta))
+        over = functools.partial(times.per_step, ts)
+        fix = correctors.marginal_matching(h, alpha=over(alpha), beta=over(beta))
         return samplers.sample(step, x0(key), ts, key=key, corrector=fix, at=range(len(ts)))
 
     evaluate = lambda setting, key: distance(draw(key, *setting.dense(len(ts) - 1)))
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -146,17 +146,6 @@ def _space(n, steps, alpha, beta) -> Space:
     if not steps or steps[0] < 0 or steps[-1] > n:
         raise ValueError(f"steps={steps} must be some of 0 .. {n}: with {n} solver steps nothing else can be corrected")
     return Space(n, steps, alpha, beta)
-
-
-def schedule(ts, values: Float[Array, " n1"]) -> Callable[[Array], Array]:
-    """``values[n]`` at the time of ``ts: [N + 1]`` nearest to each of ``t: [B]``: a corrector's ``alpha`` or ``beta``.
-
-    ``values`` may be traced. Raises ``ValueError`` unless there is one value a time.
-    """
-    ts, values = jnp.asarray(ts), jnp.asarray(values)
-    if ts.shape != values.shape:
-        raise ValueError(f"one value a time: ts has shape {ts.shape} and values {values.shape}")
-    return lambda t: values[jnp.abs(t[:, None] - ts).argmin(1)]
 
 
 class Evaluations:

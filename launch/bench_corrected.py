@@ -6,8 +6,6 @@ by the first metric, and what is reported is measured on others, from the same n
 """
 
 import functools
-import importlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,13 +33,19 @@ from fmjax.marginals import Marginals
 from fmjax.metrics import features, neighbours, two_sample
 from fmjax.types import Method, Params, as_keys, fold_in, normal
 from launch import bench_runs
+from launch.measure import FOLDER
 
-FOLDER = Path(os.environ.get("FMJAX_BENCH", "workdir/bench"))
-SIGMA, SHORT, LONG = 0.2, 10, 50  # the score's noise; steps of the grids
+SIGMA, SHORT, LONG, LANGEVIN = 0.2, 10, 50, 20  # the score's noise; steps of the grids, and of Langevin
 ALL = tuple(range(SHORT + 1))
 AT = {"score": ((10,), (0, 5, 10), ALL), "classifier": ((10,), (0, 5, 10), (0, 2, 5, 8, 10), ALL)}
-ALPHAS = {"score": (0.1, 0.25, 0.5, 1.0), "classifier": (0.05, 0.2, 1.0, 4.0), "drift": (0.25, 0.5, 1.0)}
-BETAS = {"score": (0.0, SIGMA / 2, SIGMA), "classifier": (0.0,), "drift": (0.0,)}
+AT["plain classifier"] = ((10,), ALL)  # not robust, an ablation
+ALPHAS = {
+    "score": (0.1, 0.25, 0.5, 1.0),
+    "classifier": (0.05, 0.2, 1.0, 4.0),
+    "plain classifier": (0.01, 0.05, 0.2, 1.0),
+    "drift": (0.25, 0.5, 1.0),
+}
+BETAS = {"score": (0.0, SIGMA / 2, SIGMA)}  # others draw none
 SHARES = (0.1, 0.25, 0.5, 1.0)  # of alpha, where correctors of one grid serve another
 TUNING, SEED = 11, 12
 
@@ -110,18 +114,22 @@ def bed(name: str) -> Bed:
     real = told(data.test_x)
     for i, metric in enumerate(("precision", "recall")):
         metrics[metric] = lambda x, i=i: neighbours.precision_recall(real[: len(x)], told(x)[: len(real)])[i]
+    away = float(nearest(data.test_x, data.train_x))
+    metrics["to training"] = lambda x: float(nearest(x, data.train_x)) / away  # below 1: nearer than held-out data are
     return Bed(problem, plan, data, flow, metrics, folder)
 
 
 def config(problem: Problem, **changes):
-    """The problem's config; a folder in the environment under the data's name, in capitals, holds its files."""
-    cfg = importlib.import_module(f"configs.{problem.config}").get_config()
-    with cfg.unlocked(), cfg.ignore_type():
-        for field, value in {**problem.fields, "sample_every": 0, **changes}.items():
-            cfg[field] = value
-        if problem.config.upper() in os.environ:
-            cfg.data.source_dir = os.environ[problem.config.upper()]
-    return cfg
+    """The problem's config."""
+    return bench_runs.config(problem.config, problem.fields | changes)
+
+
+@jax.jit
+def nearest(x, others):
+    """The mean distance of examples to the nearest of others."""
+    x, others = (a.reshape(len(a), -1) for a in (x, others))
+    square = (x**2).sum(1)[:, None] - 2 * x @ others.T + (others**2).sum(1)
+    return jnp.sqrt(jnp.maximum(square.min(1), 0)).mean()
 
 
 def sets(b: Bed, name: str, view, params: Params, ts, count: int, **options) -> tuple[Marginals, Marginals]:
@@ -140,17 +148,17 @@ def sets(b: Bed, name: str, view, params: Params, ts, count: int, **options) -> 
 
 def corrector(b: Bed, kind: str, name: str, p: Marginals, q: Marginals) -> tuple[Method, Params]:
     """Trains a corrector on a pair of sets, or reads it."""
+    apart = lambda **how: {
+        "method": {"name": "classifier_corrector", **how}, "net": b.problem.classifier, "weight_decay": 0.05
+    }  # fmt: skip
     spec = {
         "score": {"method": {"name": "score_corrector", "sigma": SIGMA}, "net": b.problem.score},
-        "classifier": {
-            "method": {"name": "classifier_corrector", "eps": 0.5, "steps": 3},
-            "net": b.problem.classifier,
-            "weight_decay": 0.05,
-        },
+        "classifier": apart(eps=0.5, steps=3),
+        "plain classifier": apart(eps=0.0),
     }[kind]
     same = "weighting coupling batch_size target warmup schedule clip beta2 weight_decay ema".split()
     part = {field: b_field for field, b_field in config(b.problem).items() if field in same}
-    part |= {"steps": b.problem.steps[kind], "learning_rate": 1e-3, **spec}
+    part |= {"steps": b.problem.steps[kind.removeprefix("plain ")], "learning_rate": 1e-3, **spec}
     batch = marginals.pairs(p, q, batch_size=part["batch_size"], seed=0)
     plan = run.assemble(config(b.problem, correctors={kind: part}), f"correctors.{kind}", batch=batch)
     return plan.method, run.train(plan, b.folder / f"{kind}-{name}").ema
@@ -162,6 +170,25 @@ def residual(b: Bed) -> tuple[Method, Params]:
     cfg = config(b.problem, steps=b.problem.steps["residual"], learning_rate=1e-3, **fields)
     plan = run.assemble(cfg, data=b.data)
     return plan.method, run.train(plan, b.folder / "residual", teacher=b.flow).ema
+
+
+def pushed(method: Method) -> Callable:
+    """Marginal matching with a trained direction, of ``(params, alpha, beta)``."""
+    return lambda params, alpha, beta: correctors.marginal_matching(
+        method.direction(params["fix"]), alpha=alpha, beta=beta
+    )
+
+
+def drifted(ts) -> Callable:
+    """Marginal matching with the drift between banks at the times ``ts``."""
+    return lambda params, alpha, beta: correctors.marginal_matching(
+        correctors.kernel_drift(**params["bank"], ts=ts, bandwidth=1.0), alpha=alpha, beta=beta
+    )
+
+
+def restarted(step_of: Callable, to: float, steps: int = 1) -> Callable:
+    """A restart by the sampler's own steps."""
+    return lambda params, alpha, beta: correctors.restart(step_of(params), to=to, steps=steps)
 
 
 class Sampler(NamedTuple):
@@ -208,7 +235,7 @@ def chosen(b: Bed, s: Sampler) -> tune.Setting:
     """The strength that is best on the tuning seeds by the first metric; every evaluation is kept."""
     first = next(iter(b.metrics))
     same = lambda a, c: tune.Setting(s.at, (a,) * len(s.at), (c,) * len(s.at))
-    given = s.given or tuple(same(a, c) for a in ALPHAS.get(s.kind, ()) for c in BETAS.get(s.kind, ()))
+    given = s.given or tuple(same(a, c) for a in ALPHAS.get(s.kind, ()) for c in BETAS.get(s.kind, (0.0,)))
     if not given:
         return same(0.0, 0.0)
     value = tune.Evaluations(
@@ -271,24 +298,19 @@ def table(name: str) -> list[dict]:
         cost = samplers.cost(n, step_nfe=4)
         rows.append(Sampler(told, sampler(b, plain, n), {"flow": b.flow}, n, cost=cost, evaluations=4 * n))
     both = lambda params: solvers.rk4(guidance.added(velocity(params["flow"]), field.velocity(params["residual"])))
-    told = {"corrector": "residual", "steps": SHORT, "corrected at": "-"}
+    told, cost = {"corrector": "residual", "steps": SHORT, "corrected at": "-"}, samplers.cost(SHORT, step_nfe=4)
     params = {"flow": b.flow, "residual": r}
-    rows.append(
-        Sampler(told, sampler(b, both, SHORT), params, SHORT, (), "residual", samplers.cost(SHORT, step_nfe=4), 80)
-    )
+    rows.append(Sampler(told, sampler(b, both, SHORT), params, SHORT, (), "residual", cost, 8 * SHORT))
     best: dict[Any, tune.Setting] = {}
     for steps, trained in ((SHORT, SHORT), (LONG, SHORT), (LONG, LONG)):
         for kind, places in AT.items():
             method, params = fixes[kind, trained]
             for place in places:
                 at = samplers.same_times(place, times.uniform_grid(SHORT), times.uniform_grid(steps))
-                fix = lambda params, alpha, beta, method=method: correctors.marginal_matching(
-                    method.direction(params["fix"]), alpha=alpha, beta=beta
-                )
-                draw = sampler(b, plain, steps, at, fix)
+                draw = sampler(b, plain, steps, at, pushed(method))
                 where = "all of n = 0 .. 10" if place == ALL else ", ".join(map(str, at))
                 told = {"corrector": f"{kind}, trained at N = {trained}", "steps": steps, "corrected at": where}
-                cost = samplers.cost(steps, at, step_nfe=4, corrector_nfe=1 + (kind == "classifier"))
+                cost = samplers.cost(steps, at, step_nfe=4, corrector_nfe=1 + ("classifier" in kind))
                 worth = 4 * steps + weight[kind] * len(at)
                 row = Sampler(told, draw, {"flow": b.flow, "fix": params}, steps, at, kind, cost, worth)
                 if steps == SHORT:
@@ -297,6 +319,21 @@ def table(name: str) -> list[dict]:
                     found = best[kind, place].moved(SHORT, LONG)
                     row = row._replace(given=tuple(found.times(share) for share in SHARES))
                 rows.append(row)
+    method, params = fixes["score", SHORT]
+    walk = {"step": SIGMA**2 / 2, "steps": LANGEVIN}
+    langevin = lambda params, alpha, beta: correctors.langevin(method.score(params["fix"]), **walk)
+    p, q = pairs[SHORT]
+    bank = {"p": jnp.asarray(p.x), "q": jnp.asarray(q.x)}
+    more = (  # without training, or by no more than a trained score
+        (f"score, {LANGEVIN} Langevin steps", langevin, {"fix": params}, LANGEVIN, "langevin"),
+        ("kernel drift", drifted(p.ts), {"bank": bank}, 0, "drift"),
+        *((f"restart to {to:g}, 4 RK4 steps", restarted(plain, to, 4), {}, 16, "restart") for to in (0.25, 0.5, 0.75)),
+    )
+    for how, fix, given, nfe, kind in more:
+        told, at = {"corrector": how, "steps": SHORT, "corrected at": f"{SHORT}"}, (SHORT,)
+        cost = samplers.cost(SHORT, at, step_nfe=4, corrector_nfe=nfe)
+        draw = sampler(b, plain, SHORT, at, fix)
+        rows.append(Sampler(told, draw, {"flow": b.flow, **given}, SHORT, at, kind, cost, 4 * SHORT + nfe))
     return measured(b, rows)
 
 
@@ -328,42 +365,31 @@ def corrected_maps(repeats: int) -> list[dict]:
         told = lambda how, where: {"corrector": how, "jumps": n, "corrected at": where}  # noqa: B023
         cost = functools.partial(samplers.cost, n)
         rows.append(Sampler(told("none", "-"), sampler(b, jump, n), {"map": params}, n, cost=cost(), evaluations=n))
-        p, q = sets(
-            b,
-            f"map-{n}",
-            view,
-            params,
-            times.uniform_grid(n),
-            len(b.data.train_x),
-            solver="flow_map",
-            backward_map="inverse",
-            tol=0.1,  # the last jumps of a learned map reach the images to no less (relative rms)
-        )
+        # the last jumps of a learned map reach the images to no less than this, relative rms
+        how = {"solver": "flow_map", "backward_map": "inverse", "tol": 0.1}
+        p, q = sets(b, f"map-{n}", view, params, times.uniform_grid(n), len(b.data.train_x), **how)
         bank = {"p": jnp.asarray(p.x), "q": jnp.asarray(q.x)}
-        for kind in ("score", "classifier"):
+        for kind in AT:
             method, trained = corrector(b, kind, f"map-{n}", p, q)
-            fix = lambda params, alpha, beta, method=method: correctors.marginal_matching(
-                method.direction(params["fix"]), alpha=alpha, beta=beta
-            )
             worth = flops(method.direction, trained, b) / one
             for at in ((n,), tuple(range(n + 1))):
                 where = "end" if len(at) == 1 else "all"
                 row = Sampler(
-                    told(kind, where), sampler(b, jump, n, at, fix), {"map": params, "fix": trained}, n, at, kind
+                    told(kind, where),
+                    sampler(b, jump, n, at, pushed(method)),
+                    {"map": params, "fix": trained},
+                    n,
+                    at,
+                    kind,
                 )
-                each = cost(at, corrector_nfe=1 + (kind == "classifier"))
+                each = cost(at, corrector_nfe=1 + ("classifier" in kind))
                 rows.append(row._replace(cost=each, evaluations=n + worth * len(at)))
-        fix = lambda params, alpha, beta, ts=p.ts: correctors.marginal_matching(
-            correctors.kernel_drift(**params["bank"], ts=ts, bandwidth=1.0), alpha=alpha, beta=beta
-        )
         given = {"map": params, "bank": bank}
-        row = Sampler(told("kernel drift", "end"), sampler(b, jump, n, (n,), fix), given, n, (n,), "drift")
+        row = Sampler(told("kernel drift", "end"), sampler(b, jump, n, (n,), drifted(p.ts)), given, n, (n,), "drift")
         rows.append(row._replace(cost=cost((n,), corrector_nfe=0), evaluations=n))
         for to in (0.25, 0.5, 0.75):
-            fix = lambda params, alpha, beta, to=to: correctors.restart(jump(params), to=to)
-            row = Sampler(
-                told(f"restart to {to:g}", "end"), sampler(b, jump, n, (n,), fix), {"map": params}, n, (n,), "restart"
-            )
+            draw = sampler(b, jump, n, (n,), restarted(jump, to))
+            row = Sampler(told(f"restart to {to:g}", "end"), draw, {"map": params}, n, (n,), "restart")
             rows.append(row._replace(cost=cost((n,)), evaluations=n + 1))
     for n in (3, 5, 6, 8):  # as many evaluations as corrections take above
         name = {"corrector": "none", "jumps": n, "corrected at": "-"}

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FOLDER = Path(os.environ.get("FMJAX_BENCH", "workdir/bench"))
+from launch.measure import FOLDER
+
 SEEDS = (0, 1, 2)
 STEPS = (1, 2, 4, 8, 16)
 LONG = 6  # times the budget, of the rows that say what a longer training is worth

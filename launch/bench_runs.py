@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from fmjax import report
-from launch.measure import Spent, interleaved
+from launch.measure import FOLDER, Spent, interleaved
 
 
 def imports(repeats: int) -> list[dict]:
@@ -82,7 +82,7 @@ def fashion_mnist(repeats: int) -> list[dict]:
     """
     rows = []
     for name, coupling in (("I-CFM", "independent"), ("OT-CFM", "minibatch_ot")):
-        folder = f"workdir/bench/fashion_mnist_{coupling}"
+        folder = str(FOLDER / f"fashion_mnist_{coupling}")
         how = ["--config=configs/fashion_mnist.py", f"--workdir={folder}", f"--config.coupling={coupling}"]
         if "FASHION_MNIST" in os.environ:
             how.append(f"--config.data.source_dir={os.environ['FASHION_MNIST']}")
@@ -120,31 +120,32 @@ def mnist_maps(repeats: int) -> list[dict]:
     return _maps("mnist", "mnist_flow", MNIST, steps=800, learning_rate=5e-4, seeds=3, samples=500)
 
 
+def config(name: str, fields: dict):
+    """A config with other fields; the environment's value of its name, in capitals, is the folder of its files."""
+    c = importlib.import_module(f"configs.{name}").get_config()
+    with c.unlocked(), c.ignore_type():
+        c.sample_every = 0
+        if name.upper() in os.environ:
+            c.data.source_dir = os.environ[name.upper()]
+        for field, value in fields.items():
+            c[field] = value
+    return c
+
+
 def _maps(
     name: str, flow: str, fields: dict, *, steps: int, learning_rate: float, seeds: int, samples: int
 ) -> list[dict]:
     """Rows of the flow and of every map that starts as it; the runs are kept in ``workdir/bench`` and resumed there."""
     from fmjax import evaluate, run
 
-    def config(**changes):
-        c = importlib.import_module(f"configs.{name}").get_config()
-        with c.unlocked(), c.ignore_type():
-            c.sample_every = 0
-            if name.upper() in os.environ:
-                c.data.source_dir = os.environ[name.upper()]
-            c.sampling = {"seeds": seeds, "samples": samples}
-            for field, value in (fields | changes).items():
-                c[field] = value
-        return c
-
-    rows, start = [], f"workdir/bench/{flow}"
-    runs = {
-        "flow": (start, config(sampling={**config().sampling, "euler": sorted({*JUMPS, *(16 * n for n in JUMPS)})}))
-    }
+    rows, start, drawn = [], str(FOLDER / flow), {"seeds": seeds, "samples": samples}
+    euler = sorted({*JUMPS, *(16 * n for n in JUMPS)})
+    runs = {"flow": (start, config(name, fields | {"sampling": {**drawn, "euler": euler}}))}
     for method, spec in MAPS.items():
         changes = {"init": start, "method": spec, "steps": steps, "learning_rate": learning_rate}
-        changes |= {"sampling": {**config().sampling, "flow_map": JUMPS}}
-        runs[method] = (f"{start}_{''.join(a for a in method if a.isalnum())}", config(**changes))
+        changes |= {"sampling": {**drawn, "flow_map": JUMPS}}
+        folder = f"{start}_{''.join(a for a in method if a.isalnum())}"
+        runs[method] = (folder, config(name, fields | changes))
     for method, (folder, cfg) in runs.items():
         run.fit(cfg, folder)
         evaluate.main(cfg, folder)

@@ -1,11 +1,15 @@
 """What the suites of ``launch.bench`` share: clocks, interleaved medians, tables."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
+
+FOLDER = Path(os.environ.get("FMJAX_BENCH", "workdir/bench"))  # runs that suites keep and resume
 
 
 class Spent(NamedTuple):

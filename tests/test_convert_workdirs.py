@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from test_convert_edm import NCSN, TINY, names, snapshot
+from test_convert_edm import NCSN, TINY, names
+from test_convert_edm_snapshots import snapshot
 from test_convert_torchcfm import FILE, RECORDED, draw
 from test_convert_weights import archive
 from test_run import config

@@ -31,7 +31,8 @@ def over_methods(slow):
 
 
 every_method = over_methods(SLOW)
-SPLIT = {"alpha_flow", "eulerian", "flow_map_matching", "progressive"}  # over devices as lagrangian is
+# over devices others are as these: a batch that is split by terms, one that is not, and one that is attacked
+OVER_DEVICES = {"lagrangian", "flow_matching", "classifier_corrector"}
 # The path with a velocity that changes is the harder one, and is enough by default.
 both_paths = pytest.mark.parametrize("path", [pytest.param(paths.linear, marks=pytest.mark.slow), paths.trigonometric])
 
@@ -282,9 +283,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(name, tmp_path):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@over_methods(
-    SLOW | {"alpha_flow", "eulerian", "flow_map_matching", "mean_flow", "progressive"}
-)  # split as lagrangian's is
+@over_methods(set(discover()) - OVER_DEVICES)
 @pytest.mark.usefixtures("quick_compile")
 def test_loss_gradient_and_parameters_do_not_depend_on_the_devices(name, monkeypatch):
     """Two SGD steps, parameters whole or split over the devices, against ``jax.grad`` of the whole batch."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fmjax import oracles, paths, times
-from fmjax.methods.straighten import arc, pseudo_huber, straighten
+from fmjax.methods.straighten import arc, straighten
 from fmjax.types import Batch, as_keys
 
 B = 64
@@ -95,14 +95,20 @@ def test_the_teacher_gets_no_gradient():
     assert float(jax.grad(loss)(2.0)) == 0
 
 
-def test_pseudo_huber_is_its_formula_quadratic_in_the_small_and_linear_in_the_large():
-    e, d = jnp.linspace(-1, 1, 24).reshape(2, 3, 4), 12
-    square, c = (np.asarray(e).reshape(2, -1) ** 2).sum(1), 0.01 * d
-    np.testing.assert_allclose(pseudo_huber(e, 0.01), (np.sqrt(square + c**2) - c) / d, rtol=1e-5)
-    np.testing.assert_allclose(pseudo_huber(1e3 * e, 0.01), 1e3 * np.sqrt(square) / d, rtol=1e-3)
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e3])
+def test_pseudo_huber_is_its_formula_of_the_velocitys_error(size):
+    """``(sqrt(|e|^2 + c^2) - c) / d``, ``c = scale d``: quadratic in the small, ``|e| / d`` in the large."""
     with jax.enable_x64(True):
-        e = 1e-4 * jnp.linspace(-1, 1, 24).reshape(2, 12)
-        np.testing.assert_allclose(pseudo_huber(e, 0.01), (e**2).sum(1) / (2 * c * d), rtol=1e-4)
+        x0, x1 = (a.astype(jnp.float64) for a in states(d=3))
+        e, c = size * jnp.linspace(-1, 1, 3 * B).reshape(B, 3), 0.01 * 3
+        net = lambda params, x, s, t, cond=None, key=None: x1 - x0 + e
+        method = straighten(net, distance="pseudo_huber", scale=0.01)
+        _, aux = method.loss(None, None, Batch(x1=x1, x0=x0, t=jnp.zeros(B)), KEYS)
+        square = (np.asarray(e) ** 2).sum(1)
+        np.testing.assert_allclose(aux["per_example"], (np.sqrt(square + c**2) - c) / 3, rtol=1e-6)
+        near = {1e-4: square / (2 * c * 3), 1e3: np.sqrt(square) / 3}
+        if size in near:
+            np.testing.assert_allclose(aux["per_example"], near[size], rtol=1e-3)
 
 
 def test_the_perceptual_cost_sees_the_data_that_the_last_segment_points_to():

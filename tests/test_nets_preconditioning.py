@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import build, oracles, paths
+from fmjax import build, diffusion, oracles, paths
 from fmjax.nets import preconditioning as pc
 
 MEAN, STD = jnp.array([0.7, -1.2]), jnp.array([0.3, 0.9])
@@ -17,6 +17,13 @@ def exact(x, sigma, cond=None):
     """The denoiser of ``N(MEAN, STD^2)``."""
     square = jnp.asarray(sigma)[:, None] ** 2
     return (STD**2 * x + square * MEAN) / (STD**2 + square)
+
+
+def velocity(denoise, *, sigma_min=LOW, sigma_max=HIGH):
+    """That of a preconditioned network which is the denoiser itself."""
+    itself = pc.Preconditioner(lambda sigma: (0 * sigma, 1 + 0 * sigma, 1 + 0 * sigma, sigma), sigma_min, sigma_max)
+    net = pc.preconditioned(lambda params, x, s, t, cond=None, key=None: denoise(x, s, cond), itself)
+    return lambda x, t, cond=None: net(None, x, t, t, cond)
 
 
 @pytest.fixture
@@ -61,7 +68,7 @@ def test_the_label_of_iddpm_is_the_nearest_step_of_the_cosine_schedule(x64):
 )
 def test_a_denoiser_is_the_velocity_on_every_path(new, points):
     t = jnp.linspace(0.12, 0.98, 41)  # noise levels that EDM knows, on each of them
-    v = paths.change(pc.velocity(exact), paths.linear(), new)
+    v = paths.change(velocity(exact), paths.linear(), new)
     want = oracles.gaussian(MEAN, STD, path=new).velocity(points, t)
     np.testing.assert_allclose(v(points, t), want, rtol=1e-9, atol=1e-9)
 
@@ -69,8 +76,8 @@ def test_a_denoiser_is_the_velocity_on_every_path(new, points):
 def test_a_velocity_is_a_denoiser_and_back(points):
     linear = oracles.gaussian(MEAN, STD).velocity
     x = points * SIGMAS[:, None]
-    np.testing.assert_allclose(pc.from_velocity(linear)(x, SIGMAS), exact(x, SIGMAS), rtol=1e-12, atol=1e-12)
-    back = pc.from_velocity(pc.velocity(exact))
+    np.testing.assert_allclose(diffusion.denoiser(linear)(x, SIGMAS), exact(x, SIGMAS), rtol=1e-12, atol=1e-12)
+    back = diffusion.denoiser(velocity(exact))
     np.testing.assert_allclose(back(x, SIGMAS), exact(x, SIGMAS), rtol=1e-11, atol=1e-11)
 
 
@@ -84,7 +91,7 @@ def test_beyond_the_levels_it_is_the_change_of_path_from_edms_own(points):
 
     t = np.r_[0.0, 1e-4, 1 / (1 + HIGH), np.linspace(0.02, 0.997, 35), 1 - LOW, 1 - 1e-4, 1.0]
     want = paths.change(v, own, paths.linear())(points, t)
-    np.testing.assert_allclose(pc.velocity(exact)(points, t), want, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(velocity(exact)(points, t), want, rtol=1e-7, atol=1e-9)
 
 
 def test_no_network_at_all_is_the_velocity_of_centred_gaussian_data(points):
@@ -106,7 +113,7 @@ def test_a_preconditioned_net_is_its_denoiser_on_the_diagonal_and_sees_the_jump(
     how = getattr(pc, name)()
     net, cond, t = pc.preconditioned(told, how), jnp.arange(41.0), jnp.linspace(0.05, 0.95, 41)
     bound = lambda x, sigma, cond: pc.denoiser(told, how)(0.3, x, sigma, cond)
-    v = pc.velocity(bound, sigma_min=how.sigma_min, sigma_max=how.sigma_max)
+    v = velocity(bound, sigma_min=how.sigma_min, sigma_max=how.sigma_max)
     np.testing.assert_array_equal(net(0.3, points, t, t, cond), v(points, t, cond))
     sigma = (1 - t) / t
     skip, out, scale, label = (a[:, None] for a in how.coefficients(sigma))
@@ -149,7 +156,7 @@ def test_in_a_config_it_is_an_option_of_any_network(key):
     for bad, message in (
         ("edn", "has no 'edn'; did you mean 'edm'.*there are edm, iddpm, ve, vp"),
         ({"name": "edm", "sigma": 1.0}, "nets.preconditioning.edm has no option 'sigma'; did you mean 'sigma_m"),
-        ("velocity", "has no 'velocity'"),
+        ("denoiser", "has no 'denoiser'"),
     ):
         with pytest.raises(ValueError, match=message):
             build.net({**spec, "preconditioning": bad})
@@ -161,7 +168,6 @@ def test_in_a_config_it_is_an_option_of_any_network(key):
         (lambda: pc.edm(sigma_data=0.0), "edm needs sigma_data > 0, the standard deviation of the data, got 0.0"),
         (lambda: pc.edm(sigma_min=0.0), "edm needs noise levels 0 < sigma_min < sigma_max, got 0.0 and 80.0"),
         (lambda: pc.ve(sigma_max=0.01), "ve needs noise levels 0 < sigma_min < sigma_max, got 0.02 and 0.01"),
-        (lambda: pc.velocity(exact, sigma_max=jnp.inf), "velocity needs noise levels"),
     ],
 )
 def test_levels_that_cannot_be_are_refused(make, message):

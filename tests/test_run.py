@@ -19,13 +19,8 @@ def config(**changes):
     """The digits' config, small; dotted names change fields."""
     c = digits.get_config()
     small = {"net.width": 16, "net.depth": 1, "batch_size": 32, "steps": 12, "warmup": 2, "log_every": 5}
-    small |= {
-        "save_every": 4,
-        "sample_every": 0,
-        "ema": 0.9,
-        "flow_map.batch_size": 32,
-        "correctors.score.batch_size": 32,
-    }
+    small |= {"save_every": 4, "sample_every": 0, "ema": 0.9}
+    small |= {"flow_map.batch_size": 32, "correctors.score.batch_size": 32}
     for name, value in (small | changes).items():
         *parents, last = name.split(".")
         node = c
@@ -204,57 +199,6 @@ def test_a_loss_that_blows_up_is_stopped_at_the_record_that_shows_it(tmp_path):
         logs.Diverged, match="flow diverged at step 6: .*; there is no checkpoint yet"
     ):  # in its first record
         run.train(plan._replace(log_every=6, save_every=12), tmp_path / "late", params={"w": jnp.ones(())})
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher")
-    return path, run.fit(config(seed=1), path)
-
-
-MAP = {"method": {"name": "lagrangian", "diagonal": 0.0}, "steps": 1}
-
-
-def test_a_run_starts_from_and_is_taught_by_the_averages_of_other_runs(teacher, tmp_path):
-    """One SGD-like step of a distillation, against the loss at the averages of the teacher's run."""
-    path, state = teacher
-    first = run.fit(config(seed=2, steps=3), tmp_path / "first").ema
-    cfg = config(init=str(tmp_path / "first"), teacher=str(path), target="frozen", log_every=1, **MAP)
-    run.fit(cfg, tmp_path / "w")
-    plan = run.assemble(cfg)
-    keys = example_keys(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 0), jnp.arange(32))
-    batch = jax.tree.map(jnp.asarray, plan.batch(0))
-    loss = jax.jit(lambda *args: plan.method.loss(*args, batch, keys)[0])
-    value = loss(first, state.ema)
-    (record,) = records(tmp_path / "w")
-    np.testing.assert_allclose(record["loss"], value, rtol=1e-5)
-    for params, target in ((first, first), (first, state.params), (state.ema, state.ema)):
-        assert abs(loss(params, target) - value) > 1e-3 * value
-
-
-def test_a_teacher_of_another_network_or_that_has_changed_is_refused(teacher, tmp_path):
-    path, state = teacher
-    cfg = config(init=str(path), teacher=str(path), target="frozen", **{"net.width": 8}, **MAP)
-    with pytest.raises(ValueError, match=r"init=.* is a run of another network: its .* is of shape .* in this one"):
-        run.fit(cfg, tmp_path / "w")
-    with pytest.raises(checkpoint.CheckpointError):
-        run.fit(config(init=str(tmp_path / "none"), **MAP), tmp_path / "w")
-    assert not (tmp_path / "w").exists()
-    plan = small(steps=4)
-    run.train(plan._replace(steps=2), tmp_path, params=jax.device_get(state.ema))
-    with pytest.raises(ValueError, match="the params given to flow are not those that the run in .* began with"):
-        run.train(plan, tmp_path, params=jax.device_get(state.params))
-    run.train(plan, tmp_path, params=jax.device_get(state.ema))
-
-
-def test_what_a_model_has_beside_the_checkpoints_is_as_at_first(teacher, tmp_path):
-    path, state = teacher
-    plan = run.assemble(config(weighting="learned", **MAP))
-    got = run.given(plan, path)
-    assert same({k: v for k, v in got.items() if k != "log_variance"}, state.ema)
-    assert same(got["log_variance"], run.initial(plan)["log_variance"])
-    with pytest.raises(ValueError, match=r"given is a run of another network: its \['c'\] \(1,\) is not there in this"):
-        run.grafted(plan, {"c": jnp.zeros(1)})
 
 
 def test_a_config_weighs_its_loss_and_records_the_residual_unweighted(tmp_path):

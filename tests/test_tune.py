@@ -157,7 +157,7 @@ def test_a_setting_that_diverges_is_the_worst_and_stays_so_in_the_file(tmp_path)
     assert opened(lambda setting, key: 0.0, directory=tmp_path)(Setting((3,), (0.6,), (0.0,))) == np.inf
 
 
-def test_a_schedule_is_that_of_the_grid_and_one_compilation_serves_all_strengths():
+def test_one_compilation_serves_all_strengths():
     """The corrected sampler with dense, traced strengths is the one with numbers, and traces once."""
     ts, traces = times.uniform_grid(4), []
     m = mismatch.scaled(0.5, 0.3, dim=2)
@@ -167,7 +167,7 @@ def test_a_schedule_is_that_of_the_grid_and_one_compilation_serves_all_strengths
     @jax.jit
     def draw(alpha, beta):
         traces.append(1)
-        fix = correctors.marginal_matching(push, alpha=tune.schedule(ts, alpha), beta=tune.schedule(ts, beta))
+        fix = correctors.marginal_matching(push, alpha=times.per_step(ts, alpha), beta=times.per_step(ts, beta))
         return samplers.sample(solvers.rk4(m.velocity), x, ts, key=key, corrector=fix, at=range(5))
 
     for at in ((), (0,), (1, 4)):
@@ -176,8 +176,6 @@ def test_a_schedule_is_that_of_the_grid_and_one_compilation_serves_all_strengths
         want = samplers.sample(solvers.rk4(m.velocity), x, ts, key=key, corrector=fix, at=at)
         np.testing.assert_allclose(draw(*setting.dense(4)), want, atol=2e-6)
     assert len(traces) == 1
-    with pytest.raises(ValueError, match=r"one value a time: ts has shape \(5,\) and values \(4,\)"):
-        tune.schedule(ts, jnp.zeros(4))
 
 
 @pytest.mark.parametrize("eps", [0.2, -0.2])
@@ -189,7 +187,7 @@ def test_the_best_classifier_step_of_a_gaussian_is_the_closed_one(eps):
     @jax.jit
     def std(key, alpha):
         x = normal(as_keys(key, n), (1,))
-        fix = correctors.marginal_matching(push, alpha=tune.schedule(ts, alpha))
+        fix = correctors.marginal_matching(push, alpha=times.per_step(ts, alpha))
         y = samplers.sample(solvers.rk4(m.velocity), x, ts, key=key, corrector=fix, at=range(11))
         return y.std() / x.std()
 

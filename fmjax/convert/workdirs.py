@@ -75,7 +75,7 @@ def export(path: str | Path, file: str | Path) -> int:
     for name in (TOLD, "config.json"):  # of a converted run, or one that was trained there
         if (path / name).exists():
             config = json.loads((path / name).read_text())
-            told = {key: json.dumps(config[key]) for key in ("net", "classes") if config.get("net")}
+            told = {key: json.dumps(config[key]) for key in ("net", "classes")} if config["net"] else {}
     weights.write(file, _flatten(params), metadata={"format": "fmjax", **told})
     return _count(params)
 

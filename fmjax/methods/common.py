@@ -66,6 +66,11 @@ def mse(a: Array, b: Array) -> Float[Array, " b"]:
     return jnp.mean(jnp.square(a - b).reshape(a.shape[0], -1), 1)
 
 
+def pseudo_huber(q: Float[Array, " b"], scale: float) -> Float[Array, " b"]:
+    """``sqrt(q + scale^2) - scale`` of a mean square ``q``: ``q / (2 scale)`` in the small, its root in the large."""
+    return q / (jnp.sqrt(q + scale**2) + scale)
+
+
 def reduce(per_example: Float[Array, " b"], **info: Array) -> tuple[Array, Aux]:
     """The batch mean as the loss; per-example values and what else is told as ``aux``, whose gradient nobody takes."""
     return jnp.mean(per_example), {"per_example": per_example, **info}

@@ -76,7 +76,7 @@ def cost(*, distance: str = "pseudo_huber", scale: float = 5.4e-4, weight: str =
         apart = expand(t - s, d) * d
         q = c.mse(apart, jnp.zeros_like(apart))
         if distance == "pseudo_huber":
-            q = q / (jnp.sqrt(q + scale**2) + scale)
+            q = c.pseudo_huber(q, scale)
         gap = a * (t - s)  # sigma - sigma' = (m - s) / (s m)
         return q * s * (s + gap) / jnp.maximum(gap, 1e-12) if weight == "gap" else q
 

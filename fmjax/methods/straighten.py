@@ -83,7 +83,8 @@ def straighten(
         x = jnp.where(expand(on, x), x, batch.x1)
         v = ask(params, x, r, batch.cond, k_net, k=k, on=on)
         residual = c.mse(v, u)
-        error = residual if distance == "squared" else pseudo_huber(v - u, scale)
+        # |e|^2 is a sum in 2405.20320, and d = u[0].size elements
+        error = residual if distance == "squared" else c.pseudo_huber(residual / u[0].size, scale)
         if perceptual:
             last = k == n - 1
             error += jnp.where(last, perceptual(x + expand(1 - r, x) * v, batch.x1), 0.0)
@@ -112,13 +113,6 @@ def arc(path: paths.Path, x_s, x_t, s, t, r):
     w = alpha_s * beta_t - alpha_t * beta_s
     x0, x1 = (beta_t * x_s - beta_s * x_t) / w, (alpha_s * x_t - alpha_t * x_s) / w
     return paths.with_velocity(path, x0, x1, r)
-
-
-def pseudo_huber(error, scale: float):
-    """``(sqrt(|e|^2 + c^2) - c) / d`` per example, ``c = scale d``, ``d`` its number of elements (2405.20320)."""
-    d = error[0].size
-    square = jnp.sum(jnp.square(error).reshape(len(error), -1), 1)
-    return (jnp.sqrt(square + (scale * d) ** 2) - scale * d) / d
 
 
 def check_bounds(bounds: Sequence[float]) -> np.ndarray:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fmjax.types import Net, VelocityFn, expand, over_batch
+from fmjax.types import Net, expand, over_batch
 
 Coefficients = tuple[Array, Array, Array, Array]
 Denoiser = Callable[..., Array]
@@ -113,7 +113,12 @@ def denoiser(net: Net, how: Preconditioner) -> Denoiser:
 
 
 def preconditioned(net: Net, how: Preconditioner) -> Net:
-    """The denoiser of a network as a ``Net`` on the linear path: its diagonal is ``velocity(denoiser(net, how))``.
+    """The denoiser of a network as a ``Net`` on the linear path, the velocity on its diagonal.
+
+    ``v(x, t) = (D(x / t; sigma) - x) / (1 - t)``, ``sigma = (1 - t) / t``, for ``sigma`` in the preconditioner's range.
+    Before it (``t < 1 / (1 + sigma_max)``) ``D`` is that of ``sigma_max``, beyond it the noise ``(x - D) / sigma`` is
+    that of ``sigma_min``: finite at both ends, off by ``O(1 / sigma_max)`` and ``O(sigma_min)`` there. To stay within
+    the range start at that ``t`` from ``(1 - t) x0`` (``schedules.edm_grid``).
 
     The jump goes to the network as it is: that of ``t - s``, in the linear path's time. On another path it is a
     parametrisation like others, and not the velocity; ``paths.change`` carries its velocity there.
@@ -133,36 +138,6 @@ def preconditioned(net: Net, how: Preconditioner) -> Net:
     if hasattr(net, "with_jvp"):
         made.with_jvp = make(net.with_jvp)
     return made
-
-
-def velocity(denoise: Denoiser, *, sigma_min: float = 0.002, sigma_max: float = 80.0) -> VelocityFn:
-    """The velocity on the linear path of ``denoise(x, sigma, cond)``, a denoiser of ``x1 + sigma x0``, ``sigma: [B]``.
-
-    ``v(x, t) = (D(x / t; sigma) - x) / (1 - t)``, ``sigma = (1 - t) / t``, exact for any denoiser, for ``sigma`` in the
-    range given. Before it (``t < 1 / (1 + sigma_max)``) ``D`` is that of ``sigma_max``, beyond it the noise
-    ``(x - D) / sigma`` is that of ``sigma_min``: finite at both ends, off by ``O(1 / sigma_max)`` and
-    ``O(sigma_min)`` there. To stay within the range start at that ``t`` from ``(1 - t) x0`` (``paths.match_snr``).
-    Other paths: ``paths.change``.
-    """
-    _check_range("velocity", sigma_min, sigma_max)
-    return lambda x, t, cond=None: _velocity(
-        lambda y, sigma: denoise(y, sigma, cond), x, over_batch(t, x), sigma_min, sigma_max
-    )
-
-
-def from_velocity(v: VelocityFn) -> Denoiser:
-    """``denoise(x, sigma, cond)`` of a velocity on the linear path: ``D = y + (1 - t) v(y, t)``, ``y = t x``.
-
-    ``t = 1 / (1 + sigma)``; the inverse of ``velocity``.
-    """
-
-    def denoise(x, sigma, cond=None):
-        sigma = over_batch(sigma, x)
-        t = 1 / (1 + sigma)
-        y = expand(t, x) * x
-        return y + expand(sigma * t, x) * v(y, t, cond)
-
-    return denoise
 
 
 def _velocity(denoise: Callable[[Array, Array], Array], x: Array, t: Float[Array, " b"], low: float, high: float):

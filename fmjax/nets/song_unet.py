@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from fmjax.nets.embedding import TwoTimes, condition, slow_sinusoid, waves
 from fmjax.nets.remat import rematerialised
-from fmjax.nets.unet import Attention, GroupNorm
+from fmjax.nets.unet import Attention, GroupNorm, check_size
 
 EMBEDDINGS = ("positional", "fourier")
 ENCODERS = ("standard", "residual")
@@ -132,11 +132,7 @@ class SongUNet(nn.Module):
     dtype: str = "float32"
 
     def _check(self, x: Array) -> None:
-        factor = 2 ** (len(self.multipliers) - 1)
-        if x.shape[1] % factor or x.shape[2] % factor:
-            raise ValueError(
-                f"a SongUNet of {len(self.multipliers)} levels needs images divisible by {factor}, got {x.shape[1:3]}"
-            )
+        check_size("SongUNet", x, len(self.multipliers))
         for name, known in (("embedding", EMBEDDINGS), ("encoder", ENCODERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} of a SongUNet is one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -110,6 +110,13 @@ class Attention(nn.Module):
         return x + nn.Dense(c, dtype=self.dtype, name="out", kernel_init=nn.initializers.zeros)(out)
 
 
+def check_size(what: str, x: Array, levels: int) -> None:
+    """``ValueError`` for images that cannot be halved ``levels - 1`` times."""
+    factor = 2 ** (levels - 1)
+    if x.shape[1] % factor or x.shape[2] % factor:
+        raise ValueError(f"a {what} of {levels} levels needs images divisible by {factor}, got {x.shape[1:3]}")
+
+
 class Levels(nn.Module):
     """The way down of a U-Net and its middle: what ``UNet`` and ``Encoder`` share; the options are told there."""
 
@@ -131,11 +138,7 @@ class Levels(nn.Module):
     dtype: str = "float32"
 
     def _check(self, x: Array) -> None:
-        factor = 2 ** (len(self.multipliers) - 1)
-        if x.shape[1] % factor or x.shape[2] % factor:
-            raise ValueError(
-                f"a U-Net of {len(self.multipliers)} levels needs images divisible by {factor}, got {x.shape[1:3]}"
-            )
+        check_size("U-Net", x, len(self.multipliers))
         if self.resample not in RESAMPLE:
             raise ValueError(f"resample of a U-Net is one of {', '.join(RESAMPLE)}, got {self.resample!r}")
 
