@@ -79,8 +79,8 @@ def denoiser(flow: VelocityFn, *, path: paths.Path | None = None):
 def velocity_of(denoise, *, path: paths.Path | None = None) -> VelocityFn:
     """The velocity on ``path`` of EDM's denoiser ``D(x; sigma)``; linear: ``(D(x / t; (1 - t) / t) - x) / (1 - t)``.
 
-    Its noise level must be finite and positive: no value at ``t = 0`` and ``t = 1`` of the linear path. (That of
-    ``methods.edm`` has values there.) Raises ``ValueError`` for a path with a latent.
+    Its noise level must be finite and positive: no value at ``t = 0`` and ``t = 1`` of the linear path. (Those of
+    ``nets.preconditioning`` have values there.) Raises ``ValueError`` for a path with a latent.
     """
     path = path or paths.linear()
     paths.refuse_latent("a denoiser", path)

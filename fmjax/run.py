@@ -33,7 +33,7 @@ from fmjax.types import Batch, Method, Params, as_keys, example_keys, normal
 
 NEEDS = {"flow": "velocity", "correctors": "direction", "flow_map": "flow_map"}  # what a stage's method must give
 FREE = ("log_every", "save_every", "sample_every", "keep")  # no number of a run depends on them: a resume may change
-PREDICTIONS = ("edm", "denoising")  # methods whose network is no velocity, of which they make one
+PREDICTIONS = ("denoising",)  # methods whose network is no velocity, of which they make one
 # no number of a flow's training depends on how it is sampled, nor on the grid of its marginals
 SAMPLING = ("sampling", "guidance", "solver", "solver_steps", "backward_map")
 FETCH = 32  # steps between two looks at the metrics: NaN is found soon, and few steps are in flight
@@ -90,7 +90,7 @@ def _named(plan: Plan, cfg, name: str) -> Params | None:
     if len(kinds) > 1 and kinds & set(PREDICTIONS):
         told = " and ".join(map(repr, sorted(kinds)))
         what = f"{name}={cfg[name]!r}: networks of {told} are not of one kind"
-        raise ValueError(f"{what}; diffusion.as_flow or edm.preconditioned makes a flow's of a prediction's, in Python")
+        raise ValueError(f"{what}; diffusion.as_flow makes a flow's of a prediction's, in Python")
     return given(plan, cfg[name], name)
 
 

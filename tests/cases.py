@@ -188,25 +188,12 @@ def contrastive_case(path, weight=0.3) -> Case:
 
 
 def edm_case(path) -> Case:
-    """``F`` of the linear path's own velocity, told ``log(sigma) / 4``; its views are those on ``path``."""
-    linear, sigma_data, far = gaussian_along(paths.linear()), 0.8, 1e-14
-    case = flow_case(path, "flow_matching", "velocity", "score")
-
-    def placed(x, noise):
-        """``x`` and ``t`` of the linear path, and the scale of EDM's input."""
-        t = jax.nn.sigmoid(-4 * noise)
-        scale = jnp.sqrt((1 - t) ** 2 + (sigma_data * t) ** 2)[:, None]
-        return x * scale, t, scale
-
-    def solution(params, x, s, t, cond=None, key=None):
-        x, t, scale = placed(x, over_batch(s, x))
-        rate = (sigma_data**2 * t - (1 - t))[:, None] / scale**2
-        return (linear.velocity(x, t) - rate * x) * scale / sigma_data
-
+    """A velocity of the linear path; the views are those on ``path``."""
+    case, linear = flow_case(path, "flow_matching", "velocity", "score"), gaussian_along(paths.linear())
     return case._replace(
-        make=lambda net: factory("edm")(net, path=path, sigma_data=sigma_data, sigma_min=far, sigma_max=1 / far),
-        solution=solution,
-        standard=lambda x, s: standardise(*centred(paths.linear(), *placed(x, s)[:2])),
+        make=lambda net: factory("edm")(net, path=path, sigma_data=0.8),
+        solution=lambda params, x, s, t, cond=None, key=None: linear.velocity(x, s),
+        standard=lambda x, s: standardise(*centred(paths.linear(), x, s)),
     )
 
 
