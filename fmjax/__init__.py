@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 __all__ = [
     "attacks", "best", "checkpoint", "convert", "correctors", "couplings", "data", "diffusion", "evaluate", "guidance",
     "interpolated", "likelihood", "marginal_sets", "marginals", "methods", "metrics", "mismatch", "nets", "oracles",
-    "paths", "pipeline", "report", "run", "samplers", "schedules", "segments", "sharding", "solvers", "times", "train",
+    "paths", "pipeline", "reflow", "report", "run", "samplers", "schedules", "segments", "sharding", "solvers", "straightening", "times", "train",
     "tune", "types", "weighting", "workdir",
 ]  # fmt: skip
 

@@ -31,7 +31,12 @@ from fmjax.logs import Window
 from fmjax.nets.adapters import Model
 from fmjax.types import Batch, Method, Params, as_keys, example_keys, normal
 
-NEEDS = {"flow": "velocity", "correctors": "direction", "flow_map": "flow_map"}  # what a stage's method must give
+NEEDS = {
+    "flow": "velocity",
+    "correctors": "direction",
+    "flow_map": "flow_map",
+    "straighten": "velocity",
+}  # what a stage's method must give
 FREE = ("log_every", "save_every", "sample_every", "keep")  # no number of a run depends on them: a resume may change
 PREDICTIONS = ("denoising",)  # methods whose network is no velocity, of which they make one
 # no number of a flow's training depends on how it is sampled, nor on the grid of its marginals
@@ -146,7 +151,7 @@ def assemble(
     if batch is None and data is None:
         data = build.data(cfg.data)
     classes = cfg.classes if batch is None else 0
-    spec = cfg.net if stage == "flow_map" else part.net  # a flow map starts from the flow's parameters
+    spec = part.net if "net" in part else cfg.net  # without one of its own a stage starts from the flow's parameters
     model = build.net(spec, classes=classes)
     mean = None if data is None else functools.partial(arrays.mean, data.train_x)
     told = told_the_scale(spec)  # of guidance

@@ -85,7 +85,9 @@ def test_on_another_path_it_is_the_changed_velocity(x64, key):
     want = paths.change(edm.edm(denoising_net()).velocity(2.0), paths.linear(), path)(x, t)
     np.testing.assert_allclose(edm.edm(denoising_net(), path=path).velocity(2.0)(x, t), want, rtol=1e-12)
     batch, keys = Batch(x), as_keys(key, 3)
-    ours, theirs = (m.loss(2.0, 2.0, batch, keys)[0] for m in (edm.edm(denoising_net()), edm.edm(denoising_net(), path=path)))
+    ours, theirs = (
+        m.loss(2.0, 2.0, batch, keys)[0] for m in (edm.edm(denoising_net()), edm.edm(denoising_net(), path=path))
+    )
     assert ours == theirs
 
 

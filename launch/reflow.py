@@ -1,0 +1,24 @@
+"""Reflow and half-straightening of a flow: ``python -m launch.reflow --config=configs/half_straightening_digits.py
+--workdir=W``.
+
+Teacher, trajectories, students, comparison: straightened.json and report.html in the workdir. Run it again to resume.
+"""
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from fmjax import command_line, reflow, sharding
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+flags.mark_flag_as_required("config")
+
+
+def main(_):
+    """Runs the comparison."""
+    command_line.in_one_line(sharding.start)
+    command_line.in_one_line(reflow.main, CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command_line.parse_flags)
