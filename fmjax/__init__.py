@@ -9,10 +9,10 @@ import importlib
 __version__ = "0.1.0"
 
 __all__ = [
-    "attacks", "best", "checkpoint", "convert", "correctors", "couplings", "data", "diffusion", "evaluate", "guidance",
-    "interpolated", "likelihood", "marginal_sets", "marginals", "methods", "metrics", "mismatch", "nets", "oracles",
-    "paths", "pipeline", "reflow", "report", "run", "samplers", "schedules", "segments", "sharding", "solvers", "straightening", "times", "train",
-    "tune", "types", "weighting", "workdir",
+    "attacks", "best", "checkpoint", "convert", "correctors", "couplings", "data", "diffusion", "evaluate",
+    "guidance", "interpolated", "likelihood", "marginal_sets", "marginals", "methods", "metrics", "mismatch",
+    "nets", "oracles", "paths", "pipeline", "reflow", "report", "run", "samplers", "schedules", "segments",
+    "sharding", "solvers", "straightening", "times", "train", "tune", "types", "weighting", "workdir",
 ]  # fmt: skip
 
 

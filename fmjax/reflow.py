@@ -101,8 +101,8 @@ def setup(cfg) -> Setup:
 def main(cfg, path: str | Path) -> None:
     """Trains what is missing of teacher and students in the workdir ``path`` and compares them.
 
-    Writes ``straightened.json`` and ``report.html``; prints a line a stage. Raises as ``setup``, ``workdir.open_workdir``,
-    ``run.train`` and ``marginals.build`` do; ``ValueError`` on several processes: start one.
+    Writes ``straightened.json`` and ``report.html``; prints a line a stage. Raises as ``setup``, ``run.train``,
+    ``workdir.open_workdir`` and ``marginals.build`` do; ``ValueError`` on several processes: start one.
     """
     if jax.process_count() > 1:
         raise ValueError("the comparison runs in one process (on all its devices); train on several with launch.train")

@@ -31,12 +31,8 @@ from fmjax.logs import Window
 from fmjax.nets.adapters import Model
 from fmjax.types import Batch, Method, Params, as_keys, example_keys, normal
 
-NEEDS = {
-    "flow": "velocity",
-    "correctors": "direction",
-    "flow_map": "flow_map",
-    "straighten": "velocity",
-}  # what a stage's method must give
+# what the method of a stage must give
+NEEDS = {"flow": "velocity", "correctors": "direction", "flow_map": "flow_map", "straighten": "velocity"}
 FREE = ("log_every", "save_every", "sample_every", "keep")  # no number of a run depends on them: a resume may change
 PREDICTIONS = ("denoising",)  # methods whose network is no velocity, of which they make one
 # no number of a flow's training depends on how it is sampled, nor on the grid of its marginals

@@ -1,5 +1,4 @@
-"""Reflow and half-straightening of a flow: ``python -m launch.reflow --config=configs/half_straightening_digits.py
---workdir=W``.
+"""Reflow and half-straightening: ``python -m launch.reflow --config=configs/half_straightening_digits.py --workdir=W``.
 
 Teacher, trajectories, students, comparison: straightened.json and report.html in the workdir. Run it again to resume.
 """

@@ -7,11 +7,11 @@ from jaxtyping import Float
 
 
 def radial(x: np.ndarray) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """``(frequency, power)`` of images ``[n, H, W, C]``: the mean over images and channels of ``|F x|^2 / (H W)^2`` in rings.
+    """``(frequency, power)`` of images ``[n, H, W, C]``: ``|F x|^2 / (H W)^2`` in rings, mean over ``n`` and ``C``.
 
-    ``F`` is the 2-D discrete Fourier transform; a ring holds the modes whose frequency, in cycles a pixel and at most
-    ``1 / sqrt 2``, rounds to the same multiple of ``1 / min(H, W)``. The powers are sums over modes, so that they add
-    up to the mean of ``x^2``: of an error ``x`` this says which share of its mean square is low and which is high.
+    ``F`` is the 2-D discrete Fourier transform of an image; a ring holds the modes whose frequency, in cycles a pixel
+    and at most ``1 / sqrt 2``, rounds to the same multiple of ``1 / min(H, W)``. The powers are sums over modes, so
+    that they add up to the mean of ``x^2``: of an error this says which share of its mean square is low or high.
     Raises ``ValueError`` unless ``x`` is ``[n, H, W, C]``.
     """
     if np.ndim(x) != 4:
