@@ -117,6 +117,7 @@ def base(family: str) -> str:
 def distances(metric: str, rows: Sequence[Row], alt: str) -> Picture:
     """A chart of one distance against NFE, a line a family (``rows`` in order), the reference as a level and a band."""
     colour = colours(rows)
+    bases = list(dict.fromkeys(base(row.family) for row in rows if row.family != REFERENCE))
     rows = [row for row in rows if metric in row.distances and math.isfinite(row.distances[metric][0])]
 
     def draw(axes, theme):
@@ -130,7 +131,9 @@ def distances(metric: str, rows: Sequence[Row], alt: str) -> Picture:
             paint = theme.colours[colour[family]]
             # No line joins corrected samplers: they differ in steps and in corrections, so it would mean nothing.
             corrected = family != base(family)
-            style = {"linestyle": "", "marker": "s", "markerfacecolor": "none"} if corrected else {"marker": "o"}
+            again = bases.index(base(family)) // len(theme.colours)  # how often the colour was used before
+            plain = {"marker": "o^vD"[again % 4], "linestyle": ("-", "--", "-.", ":")[again % 4]}
+            style = {"linestyle": "", "marker": "s", "markerfacecolor": "none"} if corrected else plain
             axes.errorbar(nfe, mean, se, color=paint, linestyle="", capsize=2.5, linewidth=1.2)
             axes.plot(nfe, mean, color=paint, label=_plain(family), markersize=5, linewidth=1.6, **style)
         axes.set_xscale("log")

@@ -83,7 +83,7 @@ def setup(cfg) -> Setup:
     trajectories.check_how("forward", s.solver, "reverse")
     data = build.data(cfg.data)
     evaluate.check_sampling(cfg.sampling, data)
-    models, students = straightening.models(s.bounds, s.parts, s.sharing, full=s.full)
+    models, students = straightening.models(s.bounds, s.parts.to_dict(), s.sharing, full=s.full)
     for counts in s.allocations:
         segments.grid(s.bounds, counts)
     if s.bounds[0] != 0 or s.bounds[-1] != 1:
@@ -229,7 +229,7 @@ def compare(cfg, ready: Setup, methods: dict[str, Method], params: dict[str, Par
                 low = spectrum.low_share(states[-1] - reference[-1])
                 spectra[f"{one.family}, {one.name}"] = {"frequency": frequency, "power": power, "low": low}
             progress.update()
-    many = Sampler(TEACHER, f"{s.solver}, {len(ts) - 1} steps", None, ts, solvers.nfe(s.solver) * (len(ts) - 1))
+    many = Sampler(f"{TEACHER}, {s.solver}", f"{len(ts) - 1} steps", None, ts, solvers.nfe(s.solver) * (len(ts) - 1))
     measured(many, reference[-1:])
     floor = evaluate.training_samples(ready.data, seeds=cfg.sampling.seeds, samples=cfg.sampling.samples, seed=cfg.seed)
     floors = {name: mean_se([f(x) for x in floor]) for name, f in metrics.items()}
@@ -274,21 +274,23 @@ def _baselines(cfg, ready: Setup, methods, params, noise) -> list[Sampler]:
     costs = None
     if s.baselines:
         start = draw(of(diffusion.edm_heun), params, noise[: GITS["examples"]], fine, range(len(fine)))
-        costs = schedules.jump_costs(diffusion.ddim(flow(params[TEACHER])), start, fine)
+        costs = schedules.jump_costs(diffusion.ddim(flow(params[TEACHER])), jnp.asarray(start), fine)
     for n in s.baselines:
         even, levels = times.uniform_grid(n), schedules.edm_grid(n)
         heun = schedules.edm_grid((n + 1) // 2)
         best = fine[list(schedules.best_steps(costs, n, growth=GITS["growth"]))]
         found += [
-            Sampler(TEACHER, f"Euler, {n} even steps", of(solvers.euler), even, n),
-            Sampler(TEACHER, f"Euler, EDM's grid of {n}", of(solvers.euler), levels, n),
-            Sampler(TEACHER, f"EDM's Heun, grid of {len(heun) - 1}", of(diffusion.edm_heun), heun, 2 * len(heun) - 3),
-            Sampler(TEACHER, f"DPM-Solver++(2M), grid of {n}", of(diffusion.dpmpp_2m), levels, n),
-            Sampler(TEACHER, f"DDIM, GITS's grid of {n}", of(diffusion.ddim), best, n),
+            Sampler(f"{TEACHER}, Euler", f"{n} even steps", of(solvers.euler), even, n),
+            Sampler(f"{TEACHER}, Euler on EDM's grid", f"of {n}", of(solvers.euler), levels, n),
+            Sampler(
+                f"{TEACHER}, EDM's Heun", f"grid of {len(heun) - 1}", of(diffusion.edm_heun), heun, 2 * len(heun) - 3
+            ),
+            Sampler(f"{TEACHER}, DPM-Solver++(2M)", f"grid of {n}", of(diffusion.dpmpp_2m), levels, n),
+            Sampler(f"{TEACHER}, DDIM", f"GITS's grid of {n}", of(diffusion.ddim), best, n),
         ]
         if s.full:
             reflowed = lambda params: solvers.euler(methods[FULL].velocity(params[FULL]))
-            found.append(Sampler(FULL, f"Euler, {n} even steps", reflowed, even, n))
+            found.append(Sampler(f"{FULL}, Euler", f"{n} even steps", reflowed, even, n))
     return found
 
 

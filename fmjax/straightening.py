@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Array, Float
 
 from fmjax import segments, solvers
 from fmjax.methods.straighten import check_bounds
@@ -92,9 +92,14 @@ def velocity(each: Sequence[VelocityFn], bounds: Sequence[float]) -> VelocityFn:
 
 
 def measures(
-    each: Sequence[VelocityFn], teacher: VelocityFn, bounds: Sequence[float], states: np.ndarray, real: np.ndarray, keys
-) -> dict[str, list[float]]:
-    """How straight a model is, how it jumps and what it forgot, a number a segment or an inner bound.
+    each: Sequence[VelocityFn],
+    teacher: VelocityFn,
+    bounds: Sequence[float],
+    states: Float[Array, "k b ..."],
+    real: Float[Array, "b ..."],
+    keys,
+) -> dict[str, list[Array]]:
+    """How straight a model is, how it jumps and what it forgot: scalars of the segments or the inner bounds.
 
     ``states: [K + 1, B, ...]`` are the teacher's at the bounds, ``real: [B, ...]`` data, ``keys: [B]``.
 
@@ -106,9 +111,9 @@ def measures(
     edges = check_bounds(bounds)
     z = jax.vmap(lambda k: jax.random.normal(k, real.shape[1:]))(keys)
     u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1)))(keys)
-    found: dict[str, list[float]] = {"straightness": [], "jump": [], "departure": []}
+    found: dict[str, list[Array]] = {"straightness": [], "jump": [], "departure": []}
     for k, v in enumerate(each):
-        low, high = edges[k], edges[k + 1]
+        low, high = float(edges[k]), float(edges[k + 1])
         found["straightness"].append(segments.straightness(v, states[k], low, high))
         t = low + (high - low) * u
         wide = t.reshape(-1, *(1,) * (z.ndim - 1))

@@ -1,4 +1,4 @@
-"""Test beds of the suites on corrections: a learned flow, its marginals, correctors, and samplers whose strength is chosen.
+"""Test beds of the suites on corrections: a flow, its marginals, correctors, samplers whose strength is chosen.
 
 A test bed is a flow by a network, its marginals on grids of 10 and of 50 steps, and correctors trained on each. All is
 kept in ``workdir/bench/NAME_corrected`` and resumed there. Strengths are chosen on seeds of their own (``fmjax.tune``)
