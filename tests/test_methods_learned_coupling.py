@@ -170,6 +170,11 @@ def test_a_config_has_the_encoder_as_an_option_of_the_net(key):
     without = {name: p for name, p in params.items() if name != "encoder"}
     for own in (params, without):  # the flow is the plain net's, and its checkpoint passes
         np.testing.assert_array_equal(model.net(own, x, 0.2, 0.7), plain(without, x, 0.2, 0.7))
+    assert not hasattr(model.net, "with_jvp")
+    fused = adapters.Model(lambda key, x, cond=None: {"a": 2.0}, lambda params, x, s, t: params["a"] * x)
+    fused.net.with_jvp = lambda params, x, s, t: -len(params) * params["a"] * x
+    joint = adapters.with_encoder(fused, fused)
+    assert float(joint.net.with_jvp(joint.init(key, x), 3.0, 0, 0)) == -6  # of the same parameters, without others
     with pytest.raises(ValueError, match="an encoder needs a network with outputs, two heads, which 'encoder' is not"):
         build.net({**spec, "encoder": "encoder"})
     with pytest.raises(ValueError, match="did you mean 'mlp'"):
