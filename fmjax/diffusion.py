@@ -12,6 +12,7 @@ same sample on every path at equal noise levels, which ``solvers.rk4`` does not.
     ``reverse_diffusion``        (1)    the predictor of Song et al.; with a corrector their predictor-corrector
     ``dpmpp_2m``                 2      DPM-Solver++(2M), one evaluation a step
     ``ipndm``                    2, k   iPNDM: Adams-Bashforth in ``sigma``, one evaluation a step
+    ``initial_noise``            (1)    what 2-rectified flow++ samples straight flows by
     ===========================  =====  ==========================================================================
 
 Grids of noise levels are in ``schedules``. Start from ``alpha x0``, which is not ``x0`` where a grid starts later than
@@ -257,6 +258,37 @@ def ipndm(velocity: VelocityFn, *, path: paths.Path | None = None, order: int = 
         return _along(path, x, noise, data, slope, s, t), (slopes[:-1], levels[:-1])
 
     return Multistep(init, step)
+
+
+def initial_noise(velocity: VelocityFn, *, path: paths.Path | None = None, heun: bool = False) -> Multistep:
+    """``x_t = beta_t D + alpha_t x0``, ``D`` the data predicted at ``s``, ``x0`` the noise of the start: 1 evaluation.
+
+    On the linear path ``D = x_s + (1 - s) v(x_s, s)`` and ``x_t = t D + (1 - t) x0``, the new sampler of 2-rectified
+    flow++ (arXiv 2405.20320). ``x0`` is what the first step predicts: the start itself out of pure noise. Exact for
+    straight flows, whatever the grid; of others it is no solver (more steps do not lead to the ODE's end), but for the
+    first step, which is ``ddim``'s. ``heun`` averages the velocity of the linear path with that at the step's end and
+    costs 2 evaluations, 1 into the data. Corrections between the steps do not change ``x0``. For rising times. Raises
+    ``ValueError`` for a path with a latent.
+    """
+    path = _diffusion(path)
+
+    def step(memory, x, s, t, cond=None, key=None):
+        s, t = over_batch(s, x), over_batch(t, x)
+        (alpha_s, beta_s), (alpha, beta) = _coefficients(path, x, s), _coefficients(path, x, t)
+        noise, data = paths.endpoints(path, x, velocity(x, s, cond), s)
+        first = jnp.where(jnp.isfinite(memory), memory, noise)
+
+        def averaged():
+            ahead = beta * data + alpha * first
+            later = paths.endpoints(path, ahead, velocity(ahead, t, cond), t)
+            slope = (data - noise + later[1] - later[0]) / 2
+            return jnp.where(alpha > 0, (x + alpha_s * slope) / (alpha_s + beta_s), data)
+
+        if heun:
+            data = jax.lax.cond(jnp.any(alpha > 0), averaged, lambda: data)
+        return beta * data + alpha * first, first
+
+    return Multistep(lambda x: jnp.full_like(x, jnp.inf), step)
 
 
 def _adams(levels: Array, end: Array, even: bool) -> Array:

@@ -99,7 +99,7 @@ def sample(
     keys = None if key is None else as_keys(key, x0.shape[0])
     sub = lambda i: None if keys is None else fold_in(keys, i)
     before = np.isin(np.arange(n), at)
-    init, move = step if isinstance(step, Multistep) else (lambda x: None, lambda memory, *now: (step(*now), None))
+    init, move = with_memory(step)
 
     def correct(x, i, t):
         fixed, info = corrector(sub(2 * i), x, over_batch(t, x), cond)
@@ -130,6 +130,13 @@ def sample(
     if n in at:
         x = sum(correct(x, n, grid[-1]))
     return jnp.concatenate([xs, x[None]]) if trajectory else x
+
+
+def with_memory(step: FlowMapFn | Multistep) -> Multistep:
+    """A step as one with a memory, an empty one where it has none."""
+    if isinstance(step, Multistep):
+        return step
+    return Multistep(lambda x: None, lambda memory, *now: (step(*now), None))
 
 
 def renoised(flow_map: FlowMapFn, *, path: paths.Path | None = None, share: float = 1.0) -> FlowMapFn:

@@ -36,7 +36,7 @@ RK4 = Tableau(((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6
 RK38 = Tableau(((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8), (0, 1 / 3, 2 / 3, 1))
 TABLEAUS = {"euler": EULER, "midpoint": MIDPOINT, "heun": HEUN, "rk4": RK4, "rk38": RK38}
 SDE_STAGES = {"euler_maruyama": 1, "stochastic_heun": 2, "reverse_diffusion": 1}
-DIFFUSION_STAGES = {"ddim": 1, "edm_heun": 2, "dpmpp_2m": 1, "ipndm": 1}
+DIFFUSION_STAGES = {"ddim": 1, "edm_heun": 2, "dpmpp_2m": 1, "ipndm": 1, "initial_noise": 1}
 
 
 def tableau(name: str) -> Tableau:

@@ -244,6 +244,37 @@ def straight_case(path) -> Case:
     )
 
 
+def coupled_case(path, rho=0.6) -> Case:
+    """Noise and data of correlation ``rho``, coordinate by coordinate, by an encoder that is not learned."""
+
+    def with_encoder(net):
+        def flow(*args):
+            return net(*args)
+
+        log_variance = jnp.full(2, jnp.log(1 - rho**2))
+        spread = lambda x: jnp.broadcast_to(log_variance.astype(x.dtype), x.shape)
+        flow.encoder = lambda params, x, *rest: jnp.concatenate([rho * (x - MEAN) / STD, spread(x)], 1)
+        return flow
+
+    def about(x, t):
+        """``x - E I_t``, the variance of ``I_t``, half its derivative, and the derivative of ``E I_t``."""
+        alpha, beta, d_alpha, d_beta = paths.coefficients(path, x, t)
+        offset, var = centred(path, x, t, 2 * alpha * beta * rho * STD)
+        half = d_alpha * alpha + d_beta * beta * STD**2 + (d_alpha * beta + alpha * d_beta) * rho * STD
+        return offset, var, half, d_beta * MEAN
+
+    def velocity(x, t):
+        offset, var, half, moved = about(x, over_batch(t, x))
+        return moved + half / var * offset
+
+    return flow_case(path, "flow_matching")._replace(
+        make=lambda net: factory("learned_coupling")(with_encoder(net), path=path),
+        solution=lambda params, x, s, t, cond=None, key=None: velocity(x, s),
+        uses={"velocity": velocity},
+        standard=lambda x, s: standardise(*about(x, s)[:2]),
+    )
+
+
 class Alias(NamedTuple):
     """A method that is another one with arguments: ``factory(name)(net)`` is ``factory(of)(net, **options)``."""
 
@@ -290,6 +321,7 @@ CASES = {
     "flow_matching": lambda path: flow_case(path, "flow_matching", "velocity", "score"),
     "improved_mean_flow": map_case("improved_mean_flow", teacher=True, away=2.0),
     "lagrangian": map_case("lagrangian", teacher=True),
+    "learned_coupling": coupled_case,
     "mean_flow": map_case("mean_flow", away=2.0),
     "progressive": map_case("progressive", teacher=True),
     "progressive_distillation": alias("progressive", diagonal=0.0, pair=times.grid_pair),

@@ -34,7 +34,7 @@ def test_names_resolve_by_module_path():
 
 
 METHODS = ", ".join(discover()[:3])
-STEPS = "ddim, dpmpp_2m, edm_heun, euler, euler_maruyama, from_diffrax, heun, ipndm"
+STEPS = "ddim, dpmpp_2m, edm_heun, euler, euler_maruyama, from_diffrax, heun, initial_noise, ipndm"
 
 
 @pytest.mark.parametrize(

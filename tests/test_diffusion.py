@@ -66,6 +66,8 @@ STEPS = {
     "ancestral": lambda v, path: diffusion.ddim(v, path=path, eta=1.0),
     "dpmpp_2m": diffusion.dpmpp_2m,
     "ipndm": lambda v, path: diffusion.ipndm(v, path=path, even=False),
+    "initial_noise": diffusion.initial_noise,
+    "initial_noise, Heun's": lambda v, path: diffusion.initial_noise(v, path=path, heun=True),
     "euler": lambda v, path: solvers.euler(v),
 }
 
@@ -156,6 +158,7 @@ NFE = {
     "reverse_diffusion": lambda n: n,
     "dpmpp_2m": lambda n: n,
     "ipndm": lambda n: n,
+    "initial_noise": lambda n: n,
     "edm_heun": lambda n: 2 * n - 1,
 }
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from fmjax import diffusion, oracles, samplers, schedules, sharding, times
+from fmjax import build, diffusion, oracles, paths, samplers, schedules, sharding, times
 
 LAW = oracles.gaussian(jnp.array([0.3, -0.2]), jnp.array([0.5, 0.3]))
 MIXTURE = oracles.mixture(jnp.array([[2.0, 0.5], [-1.5, 1.0], [0.3, -2.0]]), jnp.array([0.3, 0.4, 0.6]))
@@ -17,8 +17,8 @@ ORDERS = {
     **{f"ipndm-{k}": (k, lambda v, k=k: diffusion.ipndm(v, order=k, even=False)) for k in (1, 2, 3, 4)},
     "ipndm-4 as published": (2, diffusion.ipndm),
 }
-BOTH = {"dpmpp_2m": diffusion.dpmpp_2m, "ipndm": diffusion.ipndm}
-both = pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
+EACH = {"dpmpp_2m": diffusion.dpmpp_2m, "ipndm": diffusion.ipndm, "initial_noise": diffusion.initial_noise}
+each = pytest.mark.parametrize("make", EACH.values(), ids=EACH)
 
 
 @pytest.mark.parametrize("name", ORDERS)
@@ -91,7 +91,7 @@ def test_weights_of_uneven_steps_integrate_polynomials_exactly(x64):
         assert exact == (i >= 3)
 
 
-@both
+@each
 def test_the_scan_compiles_one_step_and_asks_the_network_once_a_step(make, key):
     traces, seen = [], []
 
@@ -106,7 +106,7 @@ def test_the_scan_compiles_one_step_and_asks_the_network_once_a_step(make, key):
     assert len(traces) <= 2 and len(seen) == 12
 
 
-@both
+@each
 def test_every_example_has_a_memory_of_its_own_and_devices_do_not_matter(make, key):
     x, ts = jax.random.normal(key, (16, 2)), times.uniform_grid(5)
     run = lambda x: samplers.sample(make(MIXTURE.velocity), x, ts)
@@ -116,7 +116,7 @@ def test_every_example_has_a_memory_of_its_own_and_devices_do_not_matter(make, k
     np.testing.assert_allclose(jax.jit(local)(x), whole, rtol=1e-5, atol=1e-6)
 
 
-@both
+@each
 @pytest.mark.parametrize("parallel", [False, True])
 def test_corrections_come_between_its_steps(make, parallel, x64, key):
     """The memory is of what the network saw; against a loop."""
@@ -132,3 +132,75 @@ def test_corrections_come_between_its_steps(make, parallel, x64, key):
             moved, memory = move(memory, x if parallel else pushed, float(ts[i]), float(ts[i + 1]))
             x = moved + (pushed - x if parallel else 0)
     np.testing.assert_allclose(got, np.stack(states), rtol=1e-9)
+
+
+PATHS = {f.__name__: f() for f in (paths.linear, paths.trigonometric, paths.vp, paths.sub_vp, paths.ve)}
+every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+heun = pytest.mark.parametrize("heun", [False, True])
+
+
+@every_path
+@heun
+def test_with_the_initial_noise_a_straight_flow_is_exact_on_any_grid(path, heun, x64, key):
+    """The reflow of ``x1 = m + S x0``: every state on the line of its pair, which is DDIM's too."""
+    mean, std = np.array([0.75, -0.5]), np.array([0.5, 1.5])
+
+    def velocity(x, t, cond=None):
+        alpha, beta, *_ = paths.coefficients(path, x, t)
+        x0 = (x - beta * mean) / (alpha + beta * std)
+        return paths.with_velocity(path, x0, mean + std * x0, t)[1]
+
+    x0, step = jax.random.normal(key, (4, 2)), diffusion.initial_noise(velocity, path=path, heun=heun)
+    for ts in (np.array([0.1, 0.95]), np.array([0.05, 0.2, 0.3, 0.7, 0.9])):
+        line = [paths.with_velocity(path, x0, mean + std * x0, jnp.full(4, np.float32(t)))[0] for t in ts]
+        got = samplers.sample(step, line[0], ts, trajectory=True)
+        np.testing.assert_allclose(got, np.stack(line), rtol=1e-6, atol=1e-6)
+        same = samplers.sample(diffusion.ddim(velocity, path=path), line[0], ts)
+        np.testing.assert_allclose(got[-1], same, rtol=1e-6, atol=1e-6)
+
+
+@every_path
+def test_the_first_step_with_the_initial_noise_is_ddims_and_no_key_is_asked_for(path, x64, key):
+    x = jax.random.normal(key, (4, 2))
+    v = oracles.mixture(jnp.array([[2.0, 0.5], [-1.5, 1.0]]), jnp.array([0.3, 0.4]), path=path).velocity
+    for ts in ([0.0, 0.6], [0.3, 0.6]):
+        ours, theirs = (
+            samplers.sample(f(v, path=path), x, np.array(ts)) for f in (diffusion.initial_noise, diffusion.ddim)
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+    plain = build.step({"name": "initial_noise", "heun": True}, path=path)(v)
+    keyed = [samplers.sample(plain, x, [0.1, 0.4, 0.9], key=k) for k in (None, jax.random.key(1))]
+    np.testing.assert_array_equal(*keyed)
+
+
+@heun
+def test_the_initial_noise_is_kept_as_2_rectified_flow_keeps_it(heun, x64, key):
+    """The published recursion, out of pure noise; Heun's averages velocities, and the last step is Euler's."""
+    x0, ts = jax.random.normal(key, (4, 2)), times.uniform_grid(4).astype(float)
+    v = jax.jit(MIXTURE.velocity)
+    z, seen = x0, []
+    for s, t in zip(ts, ts[1:], strict=False):
+        slope = v(z, s)
+        ahead = t * (z + (1 - s) * slope) + (1 - t) * x0
+        if heun and t < 1:
+            slope = (slope + v(ahead, t)) / 2
+            ahead = t * (z + (1 - s) * slope) + (1 - t) * x0
+        z = ahead
+
+    def counted(x, t, cond=None):
+        jax.debug.callback(lambda: seen.append(1))
+        return MIXTURE.velocity(x, t)
+
+    step = diffusion.initial_noise(counted, heun=heun)
+    got = jax.jit(lambda x: samplers.sample(step, x, ts))(x0)
+    jax.effects_barrier()
+    np.testing.assert_allclose(got, z, rtol=1e-9)
+    assert len(seen) == (7 if heun else 4)
+
+
+def test_with_the_initial_noise_more_steps_do_not_lead_to_the_end_of_a_curved_flow(x64, key):
+    x = jax.random.normal(key, (4, 2))
+    gap = lambda make, n: np.abs(
+        samplers.sample(make(LAW.velocity), x, times.uniform_grid(n)) - LAW.flow_map(x, 0.0, 1.0)
+    ).max()
+    assert gap(diffusion.ddim, 400) < 0.01 and gap(diffusion.initial_noise, 400) > 0.1

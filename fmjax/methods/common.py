@@ -61,6 +61,13 @@ def check_times(path: paths.Path, time: Callable) -> None:
         )
 
 
+def two_heads(what: str, out: Array, x: Array) -> list[Float[Array, "b ..."]]:
+    """The two fields that a net of two heads gives at ``x``: halves of its channels. ``ValueError`` for another net."""
+    if out.shape != (*x.shape[:-1], 2 * x.shape[-1]):
+        raise ValueError(f"{what} needs a net of two heads (outputs=2): {x.shape} became {out.shape}")
+    return jnp.split(out, 2, axis=-1)
+
+
 def mse(a: Array, b: Array) -> Float[Array, " b"]:
     """Mean squared error per example, over all but the batch axis."""
     return jnp.mean(jnp.square(a - b).reshape(a.shape[0], -1), 1)

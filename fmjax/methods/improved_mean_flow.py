@@ -54,10 +54,7 @@ def improved_mean_flow(
     c.check_share(diagonal=diagonal, anneal=anneal)
 
     def heads(params, x, s, t, cond=None, key=None, net=net):
-        out = net(params, x, s, t, cond, key)
-        if out.shape != (*x.shape[:-1], 2 * x.shape[-1]):
-            raise ValueError(f"head=True needs a net of two heads (outputs=2): {x.shape} became {out.shape}")
-        return jnp.split(out, 2, axis=-1)
+        return c.two_heads("head=True", net(params, x, s, t, cond, key), x)
 
     first = (lambda *args: heads(*args)[0]) if head else net
     own = (lambda *args: heads(*args)[1]) if head else net

@@ -43,12 +43,7 @@ def stochastic_interpolant(
     c.check_times(path, time)
 
     def heads(params, x, t, cond, key=None):
-        out = net(params, x, t, t, cond, key)
-        if out.shape != (*x.shape[:-1], 2 * x.shape[-1]):
-            raise ValueError(
-                f"stochastic_interpolant needs a net of two heads (outputs=2): {x.shape} became {out.shape}"
-            )
-        return jnp.split(out, 2, axis=-1)
+        return c.two_heads("stochastic_interpolant", net(params, x, t, t, cond, key), x)
 
     def loss(params, target, batch, key):
         k_t, k_source, k_latent, *k_net = c.split(key, 5)

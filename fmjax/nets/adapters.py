@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from fmjax.types import Net, Params, expand, over_batch
 
+ENCODER = "encoder"
+
 
 class Model(NamedTuple):
     """A network as two functions: ``init(key, x, cond) -> params`` and ``net(params, x, s, t, cond, key)``."""
@@ -61,6 +63,30 @@ def from_nnx(model) -> tuple[Params, Net]:
 def one_time(f: Callable[..., Any]) -> Net:
     """A textbook velocity ``f(params, x, t)`` as a ``Net``: it ignores the jump's end, so ``X`` is an Euler step."""
     return lambda params, x, s, t, cond=None, key=None: f(params, x, over_batch(s, x))
+
+
+def with_encoder(model: Model, encoder: Model) -> Model:
+    """The model with another beside it, ``net.encoder``, for methods that train both (``learned_coupling``).
+
+    Its parameters, a dictionary, lie in ``params["encoder"]``; ``net`` ignores them, and passes without them, so that
+    a flow's checkpoint starts it or is its teacher. ``encoder`` sees no condition.
+    """
+
+    def init(key, x, cond=None):
+        own, other = jax.random.split(key)
+        return {**model.init(own, x, cond), ENCODER: encoder.init(other, x)}
+
+    def alone(inner):
+        def net(params, *args, **kwargs):
+            return inner({name: p for name, p in params.items() if name != ENCODER}, *args, **kwargs)
+
+        return net
+
+    net = alone(model.net)
+    if hasattr(model.net, "with_jvp"):
+        net.with_jvp = alone(model.net.with_jvp)
+    net.encoder = lambda params, *args, **kwargs: encoder.net(params[ENCODER], *args, **kwargs)
+    return Model(init, net)
 
 
 def trigonometric(net: Net, *, sigma: float = 1.0) -> Net:
