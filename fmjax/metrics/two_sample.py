@@ -54,19 +54,22 @@ def w2_exact(x: Samples, y: Others) -> float:
     return float(np.sqrt(ot.emd2(uniform, uniform, cost, numItermax=10_000_000)))
 
 
-def energy_distance(x: Samples, y: Others, *, block: int = 1024) -> float:
+def energy_distance(x: Samples, y: Others, *, within: float | None = None, block: int = 1024) -> float:
     """``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, unbiased (pairs of distinct samples): mean 0 for equal laws, may be < 0.
 
-    Computed in blocks of ``block`` rows: memory is ``block * max(n, m)``.
+    Computed in blocks of ``block`` rows: memory is ``block * max(n, m)``. ``within`` is ``mean_distance(y)``, for those
+    who compare many ``x`` with one large ``y``.
     """
     x, y = _flat_pair(x, y)
-    n, m = len(x), len(y)
+    within = mean_distance(y, block=block) if within is None else within
+    return 2 * _sum(x, y, block) / (len(x) * len(y)) - mean_distance(x, block=block) - within
 
-    def total(a, b):
-        return sum(float(np.sqrt(_squared_distances(a[i : i + block], b)).sum()) for i in range(0, len(a), block))
 
+def mean_distance(y: Samples, *, block: int = 1024) -> float:
+    """``E|Y - Y'|`` over the pairs of distinct samples."""
+    y, _ = _flat_pair(y, y)
     # The distance of a sample to itself is zero up to rounding (1e-8 of the scale), so the sum is one over pairs.
-    return 2 * total(x, y) / (n * m) - total(x, x) / (n * (n - 1)) - total(y, y) / (m * (m - 1))
+    return _sum(y, y, block) / (len(y) * (len(y) - 1))
 
 
 def mean_se(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -102,6 +105,11 @@ def _flat_pair(x, y) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"{name}: {len(rows)} of {len(a)} samples are not finite, first at row {rows[0]}")
     centre = x.mean(0)  # distances do not feel it; the expansion of the square loses fewer digits
     return x - centre, y - centre
+
+
+def _sum(x, y, block: int) -> float:
+    """The sum of all distances."""
+    return sum(float(np.sqrt(_squared_distances(x[i : i + block], y)).sum()) for i in range(0, len(x), block))
 
 
 def _squared_distances(x, y) -> np.ndarray:
