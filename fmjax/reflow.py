@@ -274,7 +274,8 @@ def _baselines(cfg, ready: Setup, methods, params, noise) -> list[Sampler]:
     costs = None
     if s.baselines:
         start = draw(of(diffusion.edm_heun), params, noise[: GITS["examples"]], fine, range(len(fine)))
-        costs = schedules.jump_costs(diffusion.ddim(flow(params[TEACHER])), jnp.asarray(start), fine)
+        of_jumps = lambda params, xs: schedules.jump_costs(diffusion.ddim(flow(params)), xs, fine)
+        costs = np.asarray(jax.jit(of_jumps)(params[TEACHER], start))
     for n in s.baselines:
         even, levels = times.uniform_grid(n), schedules.edm_grid(n)
         heun = schedules.edm_grid((n + 1) // 2)

@@ -1,7 +1,8 @@
 """Grids of sampling times: even in a noise level, even in curvature, or the best of a teacher's by dynamic programming.
 
 They are rising float32 arrays for ``samplers.sample`` (``times.uniform_grid`` is the even one in time). The last three
-need a teacher's trajectories once: ``samplers.sample(..., trajectory=True)`` on a fine grid.
+need a teacher's trajectories once: ``samplers.sample(..., trajectory=True)`` on a fine grid. ``curvature`` and
+``jump_costs`` can be traced: with a large network jit them with its parameters as an argument.
 """
 
 from __future__ import annotations
@@ -49,14 +50,13 @@ def log_snr_grid(
     return _at_levels(path, np.geomspace(sigma_max, sigma_min, n))
 
 
-def curvature(velocity: VelocityFn, xs: Float[Array, "s b ..."], ts, *, cond: Cond = None) -> Float[np.ndarray, " s"]:
+def curvature(velocity: VelocityFn, xs: Float[Array, "s b ..."], ts, *, cond: Cond = None) -> Float[Array, " s"]:
     """``E |d^2 x / dt^2|^2`` along the flow's trajectories ``xs`` at the times ``ts``; a jvp, ``v_t + (v . grad) v``.
 
     Norms are over an example, the mean over the batch. Zero all along where a flow is straight.
     """
     ts = times.check_grid(ts)
 
-    @jax.jit
     def at(now):
         x, t = now
         t = over_batch(t, x)
@@ -64,10 +64,10 @@ def curvature(velocity: VelocityFn, xs: Float[Array, "s b ..."], ts, *, cond: Co
         _, bend = jax.jvp(v, (x, t), (v(x, t), jnp.ones_like(t)))
         return jnp.mean(jnp.sum(jnp.square(bend).reshape(len(x), -1), 1))
 
-    return np.asarray(jax.lax.map(at, (xs, jnp.asarray(ts))))
+    return jax.lax.map(at, (xs, jnp.asarray(ts)))
 
 
-def even_grid(n: int, ts, density: np.ndarray) -> np.ndarray:
+def even_grid(n: int, ts, density) -> np.ndarray:
     """``n`` steps with equal shares of ``int density dt``, from ``ts[0]`` to ``ts[-1]`` (either order).
 
     ``density`` is known at the times ``ts`` and taken as its mean over each interval. With ``curvature`` every step has
@@ -87,7 +87,7 @@ def even_grid(n: int, ts, density: np.ndarray) -> np.ndarray:
 
 def jump_costs(
     step: FlowMapFn, xs: Float[Array, "s b ..."], ts, *, cost: str = "chord", cond: Cond = None
-) -> Float[np.ndarray, "s s"]:
+) -> Float[Array, "s s"]:
     """``c[i, j]``: what one ``step`` from the teacher's ``xs[i]`` to ``ts[j]`` gets wrong; infinite for ``j <= i``.
 
     The mean over the batch of
@@ -112,7 +112,6 @@ def jump_costs(
         y = flat(y - xs[:1])
         return norm(y - jnp.sum(y * chord, -1, keepdims=True) * chord)
 
-    @jax.jit
     def row(now):
         x, s = now
         # what does not depend on the end of the jump, the network at its start, is not repeated by vmap
@@ -120,12 +119,11 @@ def jump_costs(
         wrong = norm(flat(jumped - xs)) if cost == "distance" else off_chord(jumped) - off_chord(xs)
         return wrong.mean(1)
 
-    costs = np.array(jax.lax.map(row, (xs, jnp.asarray(ts))), np.float64)
-    costs[np.tril_indices(len(ts))] = np.inf
-    return costs
+    costs = jax.lax.map(row, (xs, jnp.asarray(ts)))
+    return jnp.where(jnp.tri(len(ts), dtype=bool), jnp.inf, costs)
 
 
-def best_steps(costs: np.ndarray, n: int, *, growth: float = 1.0, through: Sequence[int] = ()) -> tuple[int, ...]:
+def best_steps(costs, n: int, *, growth: float = 1.0, through: Sequence[int] = ()) -> tuple[int, ...]:
     """The ``n`` jumps ``0 = i_0 < i_1 < ... < i_n = S - 1`` of least ``sum_k growth^k c[i_k, i_{k+1}]``, as indices.
 
     By dynamic programming from the end, ``V_j^k = min_{i > j} c[j, i] + growth V_i^{k-1}``. ``growth`` above 1 (GITS:

@@ -128,7 +128,7 @@ def test_students_train_on_their_segments_from_the_teacher(tmp_path):
     found = {m["part"]: m for m in numbers(tmp_path)["segments"]}
     for part, segment in (("noise half", 0), ("data half", 1)):
         straight, kept = found[part]["straightness"], found["none"]["straightness"]
-        assert straight[segment] < 0.8 * kept[segment] and straight[1 - segment] == pytest.approx(kept[1 - segment])
+        assert straight[segment] < 0.5 * kept[segment] and straight[1 - segment] == pytest.approx(kept[1 - segment])
         assert found[part]["departure"][1 - segment] == 0 < found[part]["departure"][segment]
     _, teacher, _ = checkpoint.restore(tmp_path / "flow" / "checkpoints", part="ema")
     plan = run.assemble(cfg)
