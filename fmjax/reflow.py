@@ -112,6 +112,15 @@ def main(cfg, path: str | Path) -> None:
         print(f"the run in {path} is complete: open {path / 'report.html'}")
         return
     tell = _told()
+    methods, params = fit(cfg, ready, path, tell)
+    found, shown = compare(cfg, ready, methods, params)
+    workdir.write_json(path / "straightened.json", found | {"environment": workdir.environment()})
+    report.write(path / "report.html", _contents(cfg, path, ready, found, shown))
+    tell(f"comparison: {len(found['rows'])} samplers; open {path / 'report.html'}")
+
+
+def fit(cfg, ready: Setup, path: Path, tell=lambda line: None) -> tuple[dict[str, Method], dict[str, Params]]:
+    """The methods and the averaged parameters of teacher and students by name, trained in ``path`` or read there."""
     flow = run.train(ready.flow, path / "flow").ema
     tell(f"teacher: {ready.flow.steps} steps")
     ends = _trajectories(cfg, ready, flow, path / "trajectories")
@@ -123,10 +132,7 @@ def main(cfg, path: str | Path) -> None:
         params[name] = run.train(plan, path / "students" / slug, params=flow, teacher=flow).ema
         methods[name] = plan.method
     tell(f"students: {len(ready.students)} of {cfg.straighten.steps} steps")
-    found, shown = compare(cfg, ready, methods, params)
-    workdir.write_json(path / "straightened.json", found | {"environment": workdir.environment()})
-    report.write(path / "report.html", _contents(cfg, path, ready, found, shown))
-    tell(f"comparison: {len(found['rows'])} samplers; open {path / 'report.html'}")
+    return methods, params
 
 
 def _told():

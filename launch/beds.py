@@ -86,6 +86,16 @@ PROBLEMS = {
         shares=(0.5, 1.0),
         betas=BETAS[:2],
     ),
+    "straightened": Problem(
+        "half_straightening_digits",
+        {},
+        MLP,
+        {"name": "mlp", "width": 128, "depth": 3, "logit": True},
+        {"score": 1500, "classifier": 600},
+        (4000, 0),
+        1250,
+        (),
+    ),
 }
 
 
@@ -100,9 +110,9 @@ class Bed(NamedTuple):
     folder: Path
 
 
-def bed(name: str) -> Bed:
-    """Trains the flow, or reads it."""
-    problem, folder = PROBLEMS[name], FOLDER / f"{name}_corrected"
+def bed(name: str, folder: Path | None = None) -> Bed:
+    """Trains the flow in ``folder / "flow"``, or reads it."""
+    problem, folder = PROBLEMS[name], folder or FOLDER / f"{name}_corrected"
     cfg = config(problem)
     data = build.data(cfg.data)
     plan = run.assemble(cfg, data=data)
@@ -193,7 +203,8 @@ def restarted(step_of: Callable, to: float, steps: int = 1) -> Callable:
 class Sampler(NamedTuple):
     """A row: ``draw(params, keys, alpha, beta)`` with arrays over the grid, its cost, and the strengths to choose of.
 
-    ``evaluations`` is the FLOPs of a sample in those of one evaluation of the flow.
+    ``evaluations`` is the FLOPs of a sample in those of one evaluation of the flow. A change is one from the first row
+    of the same ``group``, by default of as many steps.
     """
 
     name: dict[str, Any]
@@ -205,11 +216,12 @@ class Sampler(NamedTuple):
     cost: samplers.Cost | None = None
     evaluations: float = 0.0
     given: tuple[tune.Setting, ...] = ()
+    group: str = ""
 
 
-def sampler(b: Bed, step_of: Callable, n: int, at=(), fix_of: Callable | None = None) -> Callable:
-    """``step_of(params)`` from the noise of the keys over ``n`` uniform steps, corrected by ``fix_of`` at ``at``."""
-    ts, shape = times.uniform_grid(n), b.data.train_x.shape[1:]
+def sampler(b: Bed, step_of: Callable, n, at=(), fix_of: Callable | None = None) -> Callable:
+    """``step_of(params)`` from the noise of the keys over a grid or ``n`` uniform steps, corrected by ``fix_of``."""
+    ts, shape = times.uniform_grid(n) if isinstance(n, int) else n, b.data.train_x.shape[1:]
 
     @jax.jit
     def draw(params, keys, alpha, beta):
@@ -263,8 +275,8 @@ def measured(b: Bed, rows: list[Sampler]) -> list[dict]:
     for s in rows:
         setting = chosen(b, s)
         each = [distances(b, s, setting, key) for key in keys(SEED, b.problem.seeds)]
-        plain.setdefault(s.n, each)
-        change = [d[first] - before[first] for d, before in zip(each, plain[s.n], strict=True)]
+        before = plain.setdefault(s.group or s.n, each)
+        change = [d[first] - plain[first] for d, plain in zip(each, before, strict=True)]
         strength = f"{setting.alpha[0]:g}, {setting.beta[0]:g}" if s.kind in ALPHAS else "-"
         costs = {"NFE": s.cost.nfe, "FLOPs / flow": round(s.evaluations, 1), "alpha, beta": strength}
         cells = {name: told([d[name] for d in each]) for name in b.metrics}

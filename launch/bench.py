@@ -12,10 +12,28 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from launch import bench_corrected, bench_costs, bench_learned, bench_maps, bench_mismatch, bench_nets, bench_runs
+from launch import (
+    bench_corrected,
+    bench_costs,
+    bench_learned,
+    bench_maps,
+    bench_mismatch,
+    bench_nets,
+    bench_runs,
+    bench_straightened,
+)
 from launch.measure import markdown
 
-MODULES = (bench_corrected, bench_costs, bench_learned, bench_maps, bench_mismatch, bench_nets, bench_runs)
+MODULES = (
+    bench_corrected,
+    bench_costs,
+    bench_learned,
+    bench_maps,
+    bench_mismatch,
+    bench_nets,
+    bench_runs,
+    bench_straightened,
+)
 SUITES = {suite.__name__: suite for module in MODULES for suite in module.SUITES}
 
 FLAGS = flags.FLAGS
