@@ -12,12 +12,13 @@ import numpy as np
 import originals
 import pytest
 
-from fmjax import build, checkpoint, command_line, run, sharding, workdir
+from fmjax import build, checkpoint, command_line, reflow, run, sharding, workdir
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "configs").is_dir():
     pytest.skip("needs the repository's configs", allow_module_level=True)
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+STRAIGHTENED = {"half_straightening_digits": "digits", "half_straightening_mnist": "mnist"}
 SETS = ("mnist", "fashion_mnist", "cifar10", "imagenet64")
 WRITE = {"cifar10": originals.cifar10, "imagenet64": originals.imagenet_npz}
 SMALL = ["net.channels=8", "net.blocks=1", "net.multipliers=(1,)", "net.attention=()", "batch_size=8", "log_every=1"]
@@ -62,14 +63,16 @@ def test_a_config_is_locked_flat_and_tells_its_command(name):
     c = get(name)
     assert c.is_locked
     documented = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
-    assert re.search(rf"^python -m launch\.train --config=configs/{name}\.py --workdir=\S+", documented, re.M)
-    assert c.data.name == name
+    launcher = "reflow" if name in STRAIGHTENED else "train"
+    assert re.search(rf"^python -m launch\.{launcher} --config=configs/{name}\.py --workdir=\S+", documented, re.M)
+    assert c.data.name == STRAIGHTENED.get(name, name)
     # fields of the flow are those of the digits: no config lacks one, none has one of its own
-    stages = {"correctors", "flow_map", "corrections", "solver", "solver_steps", "backward_map"}
+    stages = {"correctors", "flow_map", "corrections", "solver", "solver_steps", "backward_map", "straighten"}
     assert set(c) - stages == set(get("digits")) - stages
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "digits"])  # test_launch.py trains on those
+# test_launch.py trains on the digits
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("digits", *STRAIGHTENED)])
 def test_a_config_trains_on_its_data_from_the_first_step(name, tmp_path, monkeypatch):
     """The network starts at zero, so the first loss is the mean of ``|x1 - x0|^2``, known from the batch."""
     conditions = ["classes=10"] if name == "imagenet64" else []
@@ -87,6 +90,18 @@ def test_a_config_trains_on_its_data_from_the_first_step(name, tmp_path, monkeyp
         assert records[0]["loss"] == pytest.approx(1 + np.mean(batch.x1**2), abs=4.5 * np.sqrt(8 / batch.x1.size))
     else:
         assert records[0]["loss"] == pytest.approx(np.mean((batch.x1 - batch.x0) ** 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(STRAIGHTENED))
+def test_a_comparison_of_straightened_flows_is_complete(name, tmp_path, monkeypatch):
+    """What is checked before any work: teacher, students, grids and numbers; and the flow alone can be trained."""
+    overrides = ["batch_size=8", "straighten.batch_size=8", "sampling.samples=5"]
+    cfg = parse(monkeypatch, name, *overrides, *tiny(STRAIGHTENED[name], tmp_path))
+    ready = reflow.setup(cfg)
+    assert len(ready.models) == 2 + 3 * len(cfg.straighten.sharing) and ready.flow.steps == cfg.steps
+    parts = {"noise half", "data half", "both halves"}
+    assert {m.part for m in ready.models} == {"none", "all as one", *parts} and set(cfg.straighten.parts) == parts
+    assert [tuple(a) for a in cfg.straighten.allocations] == [(1, 1), (1, 9), (9, 1), (9, 9)]
 
 
 def test_the_network_of_cifar10_is_torchcfms(key):

@@ -68,10 +68,28 @@ def test_errors_are_paired_with_the_teachers_own_end(finished):
     error = {(r["family"], r["name"]): r["paired error"][0] for r in found["rows"]}
     assert [e for (family, _), e in error.items() if family == "teacher, heun"] == [0]
     assert error["teacher", "(1, 1)"] > error["teacher", "(4, 4)"] > 0
+    assert error["teacher", "(4, 4)"] < 0.05  # of samples whose own mean square is near 0.5
     # four even steps are (2, 2); one step of them all is near no other
     even = error["teacher, Euler", "4 even steps"]
     assert even < error["teacher", "(1, 1)"]
     assert even == pytest.approx(error["full reflow, Euler", "4 even steps"], rel=1e-3)
+
+
+def test_baselines_cost_no_more_than_they_are_compared_at(finished):
+    nfe = {r["family"].removeprefix("teacher, "): r["NFE"] for r in numbers(finished)["rows"] if not r["counts"]}
+    assert nfe.pop("heun") == 2 * 22  # EDM's 20 levels, pure noise before them and the bound among them
+    # EDM's Heun takes 2 N - 1
+    assert nfe == {"Euler": 4, "Euler on EDM's grid": 4, "EDM's Heun": 3, "DPM-Solver++(2M)": 4, "DDIM": 4} | {
+        "full reflow, Euler": 4
+    }
+
+
+def test_samples_start_in_the_noise_of_their_grids_first_time():
+    noise, ts = np.ones((3, 2), np.float32), schedules.edm_grid(2)
+    stay = lambda params: lambda x, s, t, cond=None, key=None: params * x
+    states = reflow.draw(stay, 1.0, noise, ts, (0, 1, 2), chunk=2)
+    np.testing.assert_allclose(states, np.full((3, 3, 2), 80 / 81), rtol=1e-6)
+    np.testing.assert_allclose(reflow.draw(stay, 2.0, noise, ts, (2,)), np.full((1, 3, 2), 320 / 81), rtol=1e-6)
 
 
 def test_the_measures_of_the_teacher_stand_beside_its_students(finished):
