@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     c.straighten.parts = {"noise half": (0,), "data half": (1,), "both halves": (0, 1)}
     c.straighten.update({"grid": "edm", "grid_steps": 40, "solver": "heun", "examples": 20_000})
     c.straighten.update({"allocations": ((1, 1), (1, 9), (9, 1), (9, 9)), "reference_steps": 80})
-    c.straighten.baselines = (2, 10, 18)
+    c.straighten.update({"baselines": (2, 10, 18), "probes": 1024})
 
     c.sampling = {"seeds": 4, "samples": 1250, "euler": (2, 10, 18)}
     return c.lock()

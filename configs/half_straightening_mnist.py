@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     c.straighten.parts = {"noise half": (0,), "data half": (1,), "both halves": (0, 1)}
     c.straighten.update({"grid": "even", "grid_steps": 20, "solver": "heun", "examples": 4000})
     c.straighten.update({"allocations": ((1, 1), (1, 9), (9, 1), (9, 9)), "reference_steps": 40})
-    c.straighten.baselines = (2, 10, 18)
+    c.straighten.update({"baselines": (2, 10, 18), "probes": 128})
 
     c.sampling = {"seeds": 3, "samples": 250, "euler": (2, 10, 18)}
     return c.lock()

@@ -7,7 +7,8 @@
 * ``grid`` (``"even"`` or ``"edm"``), ``grid_steps``, ``solver``, ``examples``: how the teacher's trajectories are made;
 * ``allocations``: numbers of Euler steps in each segment; ``reference_steps``: of the solver, for what samples are
   paired with;
-* ``baselines``: evaluations a sample at which other samplers of the teacher are compared.
+* ``baselines``: evaluations a sample at which other samplers of the teacher are compared;
+* ``probes``: examples of ``straightening.measures``.
 """
 
 from __future__ import annotations
@@ -50,7 +51,6 @@ from fmjax.straightening import FULL, TEACHER
 from fmjax.types import Batch, Method, Params, fold_in, normal
 
 GRIDS = ("even", "edm")
-PROBES = 1024  # examples of the measures along the time axis
 GITS = {"n": 60, "examples": 256, "growth": 1.15}
 STAGE = "straighten"
 NOTES = [
@@ -304,7 +304,7 @@ def _baselines(cfg, ready: Setup, methods, params, noise) -> list[Sampler]:
 def _measures(cfg, ready: Setup, methods, params, reference) -> list[dict[str, Any]]:
     """``straightening.measures`` of every model."""
     s, real = cfg.straighten, ready.data.train_x
-    count = min(PROBES, len(real), reference.shape[1])
+    count = min(s.probes, len(real), reference.shape[1])
     keys = evaluate.keys_of(cfg.seed, cfg.sampling.seeds, count)
 
     def of(model):

@@ -23,6 +23,14 @@ def test_a_wave_lies_in_the_ring_of_its_frequency(across, down):
     assert spectrum.low_share(wave) == pytest.approx(float(ring < 2))
 
 
+def test_rings_are_of_the_shorter_side():
+    """A wave down 8 rows and one across 12 columns are both nearest to the multiple 1 of 1/8 cycle a pixel."""
+    i, j = np.meshgrid(np.arange(8), np.arange(12), indexing="ij")
+    for phase in (i / 8, j / 12):
+        frequency, power = spectrum.radial(np.cos(2 * np.pi * phase)[None, :, :, None])
+        assert frequency[1] == 1 / 8 and power[1] == pytest.approx(0.5) and power.sum() == pytest.approx(0.5)
+
+
 def test_white_noise_has_the_power_of_the_number_of_modes():
     x = np.random.default_rng(1).standard_normal((4000, 8, 8, 1))
     _, power = spectrum.radial(x)

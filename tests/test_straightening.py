@@ -136,6 +136,18 @@ def test_measures_of_a_gaussian_are_the_known_ones(key):
     off = np.mean((c[0] / (1 + c[0] * t) - rate(t)) ** 2 * scale(t) ** 2)
     assert float(found["departure"][0]) == pytest.approx(off, rel=4 * np.sqrt(5 / (2 * n)))  # of a fourth moment
     assert float(found["departure"][1]) == 0
+    late = straightening.measures(
+        [law.velocity, chord(1)], law.velocity, BOUNDS, states, real, as_keys(jax.random.fold_in(key, 2), n)
+    )
+    off = np.mean((c[1] / (1 + c[1] * t) - rate(0.5 + t)) ** 2 * scale(0.5 + t) ** 2)
+    assert float(late["departure"][1]) == pytest.approx(off, rel=4 * np.sqrt(5 / (2 * n)))
+
+
+def test_straightness_is_of_the_states_where_a_segment_starts(key):
+    bent_far_away = lambda x, t, cond=None: 1 + jnp.where(x > 5, expand(t, x), 0.0)
+    states = jnp.stack([jnp.full((4, 2), at) for at in (0.0, 0.0, 10.0)])
+    found = straightening.measures([bent_far_away] * 2, bent_far_away, BOUNDS, states, states[0], as_keys(key, 4))
+    assert max(map(float, found["straightness"])) < 1e-12
 
 
 def test_the_jump_of_a_network_that_is_told_is_between_its_segments(key):
