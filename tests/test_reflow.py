@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from fmjax import build, checkpoint, marginals, reflow, run, schedules, workdir
+from fmjax import build, checkpoint, marginals, reflow, run, schedules, segments, straightening, workdir
 
 SHRUNK = {
     "net.width": 16, "net.depth": 1, "batch_size": 32, "steps": 30, "save_every": 15, "straighten.batch_size": 32,
@@ -82,6 +82,17 @@ def test_baselines_cost_no_more_than_they_are_compared_at(finished):
     assert nfe == {"Euler": 4, "Euler on EDM's grid": 4, "EDM's Heun": 3, "DPM-Solver++(2M)": 4, "DDIM": 4} | {
         "full reflow, Euler": 4
     }
+
+
+def test_every_model_takes_its_steps_in_every_segment():
+    models, _ = straightening.models((0.0, 0.5, 1.0), {"late": (1,)}, ("gated",))
+    found = reflow._allocated(config(**{"straighten.allocations": ((1, 3), (2, 2))}), models, {})
+    assert [(s.family, s.name, s.nfe) for s in found[2:4]] == [
+        ("late, gated", "(1, 3)", 4),
+        ("late, gated", "(2, 2)", 4),
+    ]
+    for one in found:
+        np.testing.assert_array_equal(one.ts, segments.grid((0.0, 0.5, 1.0), one.counts))
 
 
 def test_samples_start_in_the_noise_of_their_grids_first_time():
