@@ -232,7 +232,7 @@ def compare(cfg, ready: Setup, methods: dict[str, Method], params: dict[str, Par
             shown[f"{one.family}, {one.name}"] = states[-1]
             if len(shape) == 3 and one.counts:
                 frequency, power = spectrum.radial(states[-1] - reference[-1])
-                low = spectrum.low_share(states[-1] - reference[-1])
+                low = spectrum.low_share(frequency, power)
                 spectra[f"{one.family}, {one.name}"] = {"frequency": frequency, "power": power, "low": low}
             progress.update()
     many = Sampler(f"{TEACHER}, {s.solver}", f"{len(ts) - 1} steps", None, ts, solvers.nfe(s.solver) * (len(ts) - 1))
@@ -338,7 +338,7 @@ def _contents(cfg, path: Path, ready: Setup, found, shown) -> report.Contents:
         for m in found["segments"]
     }
     for name, one in found["spectra"].items():
-        facts[f"error of {name} below 1/8 cycle a pixel"] = f"{one['low']:.3f}"
+        facts[f"error of {name} below 1/5 cycle a pixel"] = f"{one['low']:.3f}"
     facts |= {
         "environment": json.dumps(workdir.environment(), indent=1),
         "config": json.dumps(cfg.to_dict(), indent=1, default=list),

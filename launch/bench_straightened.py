@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import checkpoint, marginals, reflow, report, run, samplers, segments, solvers, straightening
-from fmjax.metrics import two_sample
+from fmjax import build, checkpoint, marginals, reflow, report, run, samplers, segments, solvers, straightening
+from fmjax.metrics import spectrum, two_sample
 from fmjax.types import as_keys, fold_in, normal
-from launch import beds
+from launch import beds, bench_runs
 from launch.measure import FOLDER
 
 SEEDS = (0, 1, 2)
@@ -127,16 +127,22 @@ def straightened_segments(repeats: int) -> list[dict]:
 
 
 def straightened_spectra(repeats: int) -> list[dict]:
-    """The share of the end-point error below 1/8 cycle a pixel, by allocation."""
-    lines = {}
+    """The share of the end-point error's power below 1/5 cycle a pixel, by allocation; that of data less their mean."""
+    lines, ends = {}, []
     for name in NAMES:
+        data = build.data(bench_runs.config(f"half_straightening_{name}", {}).data).train_x[:5000]
+        ends.append(
+            {"data": name, "straightened": "the data"}
+            | {"(1, 1)": f"{spectrum.low_share(*spectrum.radial(data - data.mean(0))):.3f}"}
+        )
         for one in runs(name):
-            for key, spectrum in one["spectra"].items():
+            for key, found in one["spectra"].items():
                 family, _, counts = key.rpartition(", (")
                 if family.endswith(("teacher", "gated", "reflow")):
                     line = lines.setdefault((name, family), {})
-                    line.setdefault(f"({counts}", []).append(spectrum["low"])
-    return [{"data": d, "straightened": f} | {c: told(v) for c, v in line.items()} for (d, f), line in lines.items()]
+                    line.setdefault(f"({counts}", []).append(spectrum.low_share(found["frequency"], found["power"]))
+    rows = [{"data": d, "straightened": f} | {c: told(v) for c, v in line.items()} for (d, f), line in lines.items()]
+    return [*rows, *(dict.fromkeys(rows[0], "-") | end for end in ends)]
 
 
 def straightened_corrected(repeats: int) -> list[dict]:

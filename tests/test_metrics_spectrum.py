@@ -20,7 +20,8 @@ def test_a_wave_lies_in_the_ring_of_its_frequency(across, down):
     ring = round(np.hypot(across, down))
     assert frequency[ring] == ring / 16
     assert power[ring] == pytest.approx(np.mean(wave**2) * 2.5) and power.sum() == pytest.approx(power[ring])
-    assert spectrum.low_share(wave) == pytest.approx(float(ring < 2))
+    assert spectrum.low_share(frequency, power) == pytest.approx(float(ring < 3.2))
+    assert spectrum.low_share(frequency, power, below=0.15) == pytest.approx(float(ring < 2.4))
 
 
 def test_rings_are_of_the_shorter_side():

@@ -24,7 +24,7 @@ def radial(x: np.ndarray) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " 
     return np.arange(len(power)) / min(height, width), power
 
 
-def low_share(x: np.ndarray, *, below: float = 0.125) -> float:
-    """The share of ``radial``'s power at frequencies under ``below`` cycles a pixel (the default: coarser than 8)."""
-    frequency, power = radial(x)
+def low_share(frequency, power, *, below: float = 0.2) -> float:
+    """The share of ``radial``'s power at frequencies under ``below`` cycles a pixel: of waves of 5 pixels and more."""
+    frequency, power = np.asarray(frequency), np.asarray(power)
     return float(power[frequency < below].sum() / power.sum())
