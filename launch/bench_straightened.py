@@ -44,7 +44,8 @@ def runs(name: str) -> list[dict]:
                 how.append(f"--config.data.source_dir={os.environ['MNIST']}")
         else:
             how.append(f"--config.seed={seed}")
-        subprocess.run([sys.executable, "-m", "launch.reflow", *how], check=True)
+        if not (path / "straightened.json").exists():
+            subprocess.run([sys.executable, "-m", "launch.reflow", *how], check=True)
         found.append(json.loads((path / "straightened.json").read_text()))
     return found
 
