@@ -39,8 +39,9 @@ def straighten(
     ``v = (x_t - x_s) / (t - s)``, and the same line after a change of path from any other. In the segments ``keep``
     the batch gives ``x1`` at any time ``t``, and the loss is ``retention |(1 - t) (v - v_teacher)|^2``, ``v_teacher``
     the target's diagonal: without it a network shared by all segments forgets them. ``told``: the network is asked for
-    ``(r, b_{k+1})`` where a segment is straight, the average velocity to its end, so that it knows the segment and may
-    jump at a bound; otherwise, and in ``keep``, for its diagonal.
+    ``(r, b_{k+1})``, in a straight segment the average velocity to its end, in a kept one no more than a sign of which it
+    is: so that it knows the segment and may jump at a bound. (Were kept ones asked for their diagonal, ``(b, b)`` would
+    have to be both sides of a bound after a straight one.) Otherwise it is asked for its diagonal.
 
     ``time=times.u_shaped`` and ``distance="pseudo_huber"``, ``(sqrt(|e|^2 + c^2) - c) / d`` with ``c = scale d`` over
     ``d`` elements, are those of 2405.20320, as is ``perceptual(D, x1) -> [B]``, added for the data ``D = x_r + (1 - r)
@@ -68,8 +69,8 @@ def straighten(
         k = jnp.clip(jnp.searchsorted(jnp.asarray(edges), t, side="right") - 1, 0, n - 1)
         return k, jnp.asarray(straight)[k]
 
-    def ask(params, x, t, cond=None, key=None, *, k, on):
-        end = jnp.where(on, jnp.asarray(edges)[k + 1], t) if told else t
+    def ask(params, x, t, cond=None, key=None, *, k):
+        end = jnp.asarray(edges)[k + 1] if told else t
         return net(params, x, t, end, cond, key)
 
     def loss(params, target, batch, key):
@@ -81,7 +82,7 @@ def straighten(
         r = jnp.where(on, s + (t - s) * time(k_time), batch.t)
         x, u = arc(path, batch.x0, batch.x1, s, t, r)
         x = jnp.where(expand(on, x), x, batch.x1)
-        v = ask(params, x, r, batch.cond, k_net, k=k, on=on)
+        v = ask(params, x, r, batch.cond, k_net, k=k)
         residual = c.mse(v, u)
         # |e|^2 is a sum in 2405.20320, and d = u[0].size elements
         error = residual if distance == "squared" else c.pseudo_huber(residual / u[0].size, scale)
@@ -98,8 +99,7 @@ def straighten(
     def velocity(params):
         def v(x, t, cond=None):
             t = over_batch(t, x)
-            k, on = segment(t)
-            return ask(params, x, t, cond, k=k, on=on)
+            return ask(params, x, t, cond, k=segment(t)[0])
 
         return v
 
