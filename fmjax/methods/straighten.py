@@ -39,9 +39,9 @@ def straighten(
     ``v = (x_t - x_s) / (t - s)``, and the same line after a change of path from any other. In the segments ``keep``
     the batch gives ``x1`` at any time ``t``, and the loss is ``retention |(1 - t) (v - v_teacher)|^2``, ``v_teacher``
     the target's diagonal: without it a network shared by all segments forgets them. ``told``: the network is asked for
-    ``(r, b_{k+1})``, in a straight segment the average velocity to its end, in a kept one no more than a sign of which it
-    is: so that it knows the segment and may jump at a bound. (Were kept ones asked for their diagonal, ``(b, b)`` would
-    have to be both sides of a bound after a straight one.) Otherwise it is asked for its diagonal.
+    ``(r, b_{k+1})``, in a straight segment the average velocity to its end, in a kept one only a sign of which it is,
+    so that it knows the segment and may jump at a bound. (Were kept ones asked for their diagonal, ``(b, b)`` would be
+    on both sides of a bound after a straight one.) Otherwise it is asked for its diagonal.
 
     ``time=times.u_shaped`` and ``distance="pseudo_huber"``, ``(sqrt(|e|^2 + c^2) - c) / d`` with ``c = scale d`` over
     ``d`` elements, are those of 2405.20320, as is ``perceptual(D, x1) -> [B]``, added for the data ``D = x_r + (1 - r)
