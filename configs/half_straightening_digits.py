@@ -1,6 +1,10 @@
 """Half-straightening on handwritten digits, 8x8, offline: an EDM teacher, students on parts of its time axis.
 
 python -m launch.reflow --config=configs/half_straightening_digits.py --workdir=workdir/half_straightening_digits
+
+A CPU core, shared with other work: 13 minutes (teacher 1, students 6, comparison 5). FD-small and paired error with one
+step in the noise half and nine in the data half: 4.37 +- 0.08 and 0.0019 where the noise half is straight (gated); the
+other way round 7.86 +- 0.07 and 0.0125 where the data half is; the teacher's ten even Euler steps 5.65 and 0.0032.
 """
 
 from ml_collections import ConfigDict, config_dict
