@@ -61,6 +61,8 @@ def test_untrained_students_are_the_teacher_at_every_allocation(finished):
         for name in ("FD-small", "sliced W2", "paired error"):
             assert r[name] == pytest.approx(same[name], rel=2e-3, abs=1e-5), (r["family"], name)
         assert r["drift"] == pytest.approx(same["drift"], rel=1e-3)
+    (coarse,), (fine,) = teacher[1, 1]["drift"], teacher[4, 4]["drift"]
+    assert 0 < fine < coarse / 4 and fine < 0.01  # of the state at the bound, by Euler steps of 1/2 and of 1/8
 
 
 def test_errors_are_paired_with_the_teachers_own_end(finished):
