@@ -5,6 +5,7 @@ that a busy moment of the machine falls on all alike, and medians are reported. 
 lines ``<!-- SUITE -->`` and ``<!-- end -->`` of a file. The suites are those of ``launch/bench_*.py``.
 """
 
+import importlib
 import os
 import platform
 from pathlib import Path
@@ -12,28 +13,9 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from launch import (
-    bench_corrected,
-    bench_costs,
-    bench_learned,
-    bench_maps,
-    bench_mismatch,
-    bench_nets,
-    bench_runs,
-    bench_straightened,
-)
 from launch.measure import markdown
 
-MODULES = (
-    bench_corrected,
-    bench_costs,
-    bench_learned,
-    bench_maps,
-    bench_mismatch,
-    bench_nets,
-    bench_runs,
-    bench_straightened,
-)
+MODULES = [importlib.import_module(f"launch.{file.stem}") for file in sorted(Path(__file__).parent.glob("bench_*.py"))]
 SUITES = {suite.__name__: suite for module in MODULES for suite in module.SUITES}
 
 FLAGS = flags.FLAGS
