@@ -300,8 +300,7 @@ def draw(
     ``identity`` names what the numbers depend on beside the setting: the parameters' digests.
     """
     told = f"{setting} {seeds} {samples} {seed} {identity}"
-    slug = "".join(c if c.isalnum() else "-" for c in setting.name)
-    file = directory / f"{slug}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.npy"
+    file = directory / f"{workdir.slug(setting.name)}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.npy"
     if file.exists():
         return np.load(file, allow_pickle=False)
     sample = sampler(setting, models)

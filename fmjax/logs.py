@@ -101,6 +101,14 @@ def diverged(n: int, bad: dict[str, float], name: str, manager, checkpoints: Pat
     raise Diverged(f"{name} diverged at step {n}: {values}; {kept}; lower learning_rate or set clip")
 
 
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[Callable[[str], None]]:
+    """Prints a line at the end of a stage: its name, what ``tell(words)`` was told, and the seconds it took."""
+    told, start = [], time.perf_counter()
+    yield told.append
+    print(f"{name}: {told[0]} ({time.perf_counter() - start:.1f} s)", flush=True)
+
+
 def bar(name: str, total: int, start: int = 0, unit: str = "step"):
     """A progress bar on stderr; on one process only, and with few lines where stderr is a file."""
     from tqdm import tqdm

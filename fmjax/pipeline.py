@@ -5,11 +5,9 @@ Everything is checked before the first step of the first stage. A stage that is 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,11 +140,8 @@ def main(cfg, path: str | Path) -> None:
     print(f"done in {seconds:.0f} s: open {page}")
 
 
-@contextlib.contextmanager
-def _stage(i: int, name: str) -> Iterator[Any]:
-    told, start = [], time.perf_counter()
-    yield told.append
-    print(f"[{i}/6] {name}: {told[0]} ({time.perf_counter() - start:.1f} s)", flush=True)
+def _stage(i: int, name: str):
+    return logs.stage(f"[{i}/6] {name}")
 
 
 def _classifies(plan: run.Plan) -> bool:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +52,7 @@ from fmjax.types import Batch, Method, Params, fold_in, normal
 GRIDS = ("even", "edm")
 GITS = {"n": 60, "examples": 256, "growth": 1.15}
 STAGE = "straighten"
+SHOWN = 12  # examples of each sampler, of the same noise
 NOTES = [
     *evaluate.NOTES,
     "Paired error: the mean square difference of a sample from the teacher's own, of the same noise and many steps.",
@@ -111,40 +111,31 @@ def main(cfg, path: str | Path) -> None:
     if (path / "report.html").exists() and (path / "straightened.json").exists():
         print(f"the run in {path} is complete: open {path / 'report.html'}")
         return
-    tell = _told()
-    methods, params = fit(cfg, ready, path, tell)
-    found, shown = compare(cfg, ready, methods, params)
-    workdir.write_json(path / "straightened.json", found | {"environment": workdir.environment()})
-    report.write(path / "report.html", _contents(cfg, path, ready, found, shown))
-    tell(f"comparison: {len(found['rows'])} samplers; open {path / 'report.html'}")
+    methods, params = fit(cfg, ready, path)
+    with logs.stage("comparison") as tell:
+        found, shown = compare(cfg, ready, methods, params)
+        workdir.write_json(path / "straightened.json", found | {"environment": workdir.environment()})
+        report.write(path / "report.html", _contents(cfg, path, ready, found, shown))
+        tell(f"{len(found['rows'])} samplers; open {path / 'report.html'}")
 
 
-def fit(cfg, ready: Setup, path: Path, tell=lambda line: None) -> tuple[dict[str, Method], dict[str, Params]]:
+def fit(cfg, ready: Setup, path: Path) -> tuple[dict[str, Method], dict[str, Params]]:
     """The methods and the averaged parameters of teacher and students by name, trained in ``path`` or read there."""
-    flow = run.train(ready.flow, path / "flow").ema
-    tell(f"teacher: {ready.flow.steps} steps")
-    ends = _trajectories(cfg, ready, flow, path / "trajectories")
-    tell(f"trajectories: {len(ends.x)} of the teacher, at {', '.join(f'{t:g}' for t in ends.ts)}")
+    with logs.stage(TEACHER) as tell:
+        flow = run.train(ready.flow, path / "flow").ema
+        tell(f"{ready.flow.steps} steps")
+    with logs.stage("trajectories") as tell:
+        ends = _trajectories(cfg, ready, flow, path / "trajectories")
+        tell(f"{len(ends.x)} of the teacher, at {', '.join(f'{t:g}' for t in ends.ts)}")
     params, methods = {TEACHER: flow}, {TEACHER: ready.flow.method}
-    for name, options in ready.students.items():
-        plan = _plan(cfg, options, _batches(cfg, ready.data, ends, options))
-        slug = "".join(c if c.isalnum() else "-" for c in name)
-        params[name] = run.train(plan, path / "students" / slug, params=flow, teacher=flow).ema
-        methods[name] = plan.method
-    tell(f"students: {len(ready.students)} of {cfg.straighten.steps} steps")
+    with logs.stage("students") as tell:
+        for name, options in ready.students.items():
+            plan = _plan(cfg, options, _batches(cfg, ready.data, ends, options))
+            folder = path / "students" / workdir.slug(name)
+            params[name] = run.train(plan, folder, params=flow, teacher=flow).ema
+            methods[name] = plan.method
+        tell(f"{len(ready.students)} of {cfg.straighten.steps} steps")
     return methods, params
-
-
-def _told():
-    start = time.perf_counter()
-
-    def tell(line: str) -> None:
-        nonlocal start
-        now = time.perf_counter()
-        print(f"{line} ({now - start:.1f} s)", flush=True)
-        start = now
-
-    return tell
 
 
 def _plan(cfg, options: dict[str, Any], batch) -> run.Plan:
@@ -210,7 +201,9 @@ def compare(cfg, ready: Setup, methods: dict[str, Method], params: dict[str, Par
     reference = draw(lambda params: build.step(s.solver)(flow(params[TEACHER])), params, noise, ts, index)
     metrics, _ = evaluate.distances(ready.data)
     by_seed = lambda x: x.reshape(cfg.sampling.seeds, cfg.sampling.samples, *x.shape[1:])
-    rows, shown, spectra = [], {"held-out data": ready.data.test_x}, {}
+    many = Sampler(f"{TEACHER}, {s.solver}", f"{len(ts) - 1} steps", None, ts, solvers.nfe(s.solver) * (len(ts) - 1))
+    rows, spectra = [], {}
+    shown = {"held-out data": ready.data.test_x, f"{many.family}, {many.name}": reference[-1]}
     found = [*_allocated(cfg, ready.models, methods), *_baselines(cfg, ready, methods, params, noise)]
 
     def measured(sampler: Sampler, states) -> None:
@@ -232,10 +225,8 @@ def compare(cfg, ready: Setup, methods: dict[str, Method], params: dict[str, Par
             shown[f"{one.family}, {one.name}"] = states[-1]
             if len(shape) == 3 and one.counts:
                 frequency, power = spectrum.radial(states[-1] - reference[-1])
-                low = spectrum.low_share(frequency, power)
-                spectra[f"{one.family}, {one.name}"] = {"frequency": frequency, "power": power, "low": low}
+                spectra[f"{one.family}, {one.name}"] = {"frequency": frequency, "power": power}
             progress.update()
-    many = Sampler(f"{TEACHER}, {s.solver}", f"{len(ts) - 1} steps", None, ts, solvers.nfe(s.solver) * (len(ts) - 1))
     measured(many, reference[-1:])
     floor = evaluate.training_samples(ready.data, seeds=cfg.sampling.seeds, samples=cfg.sampling.samples, seed=cfg.seed)
     floors = {name: mean_se([f(x) for x in floor]) for name, f in metrics.items()}
@@ -274,14 +265,14 @@ def _allocated(cfg, models, methods) -> list[Sampler]:
 def _baselines(cfg, ready: Setup, methods, params, noise) -> list[Sampler]:
     """Other samplers of the teacher, and Euler steps of the full reflow, at equal numbers of evaluations."""
     s, flow = cfg.straighten, methods[TEACHER].velocity
+    if not s.baselines:
+        return []
     found = []
     of = lambda make: lambda params: make(flow(params[TEACHER]))
     fine = schedules.edm_grid(GITS["n"])
-    costs = None
-    if s.baselines:
-        start = draw(of(diffusion.edm_heun), params, noise[: GITS["examples"]], fine, range(len(fine)))
-        of_jumps = lambda params, xs: schedules.jump_costs(diffusion.ddim(flow(params)), xs, fine)
-        costs = np.asarray(jax.jit(of_jumps)(params[TEACHER], start))
+    along = draw(of(diffusion.edm_heun), params, noise[: GITS["examples"]], fine, range(len(fine)))
+    of_jumps = lambda params, xs: schedules.jump_costs(diffusion.ddim(flow(params)), xs, fine)
+    costs = np.asarray(jax.jit(of_jumps)(params[TEACHER], along))
     for n in s.baselines:
         even, levels = times.uniform_grid(n), schedules.edm_grid(n)
         heun = schedules.edm_grid((n + 1) // 2)
@@ -331,19 +322,21 @@ def _contents(cfg, path: Path, ready: Setup, found, shown) -> report.Contents:
     for folder in (path / "flow", *sorted((path / "students").iterdir())):
         records = workdir.read_jsonl(folder / "metrics.jsonl")
         curves[folder.name] = tuple(np.array([r[name] for r in records]) for name in ("step", "loss"))
-    facts = {
-        f"straightness, jump and departure of {m['part']}, {m['sharing']}": "; ".join(
+    measured = [
+        f"{m['part']}, {m['sharing']}: "
+        + "; ".join(
             f"{name} {', '.join(f'{v:.3g}' for v in m[name])}" for name in ("straightness", "jump", "departure")
         )
         for m in found["segments"]
-    }
-    for name, one in found["spectra"].items():
-        facts[f"error of {name} below 1/5 cycle a pixel"] = f"{one['low']:.3f}"
+    ]
+    low = [f"{name}: {spectrum.low_share(**one):.3f}" for name, one in found["spectra"].items()]
+    facts = {"along the time axis": "\n".join(measured)}
+    facts |= {"share of the error below 1/5 cycle a pixel": "\n".join(low)} if low else {}
     facts |= {
         "environment": json.dumps(workdir.environment(), indent=1),
         "config": json.dumps(cfg.to_dict(), indent=1, default=list),
     }
     shape = ready.data.train_x.shape[1:]
-    grids = {k: x[: evaluate.SHOWN] for k, x in shown.items()} if len(shape) == 3 or shape == (2,) else {}
+    grids = {k: x[:SHOWN] for k, x in shown.items()} if len(shape) == 3 or shape == (2,) else {}
     title = f"fmjax: {cfg.data if isinstance(cfg.data, str) else cfg.data.name}, straightened"
     return report.Contents(title, evaluate.best(rows), rows, [], grids, {}, curves, {}, facts, NOTES)

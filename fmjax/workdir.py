@@ -68,6 +68,11 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmjax"
 
 
+def slug(name: str) -> str:
+    """A name as one of a file: letters and digits, and a dash for all else."""
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Writes a file whole or not at all: a temporary neighbour, flushed to disk, then renamed over it."""
     path = Path(path)

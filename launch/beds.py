@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, checkpoint, correctors, evaluate, marginals, report, run, samplers, times, tune
+from fmjax import build, checkpoint, correctors, evaluate, marginals, report, run, samplers, times, tune, workdir
 from fmjax.data import arrays
 from fmjax.marginals import Marginals
 from fmjax.metrics import features, neighbours, two_sample
@@ -255,9 +255,7 @@ def chosen(b: Bed, s: Sampler) -> tune.Setting:
         lambda setting, key: distances(b, s, setting, key)[first],
         tuning=keys(TUNING, b.problem.tuning),
         reporting=keys(SEED, b.problem.seeds),
-        directory=b.folder
-        / "tuning"
-        / "-".join("".join(c if c.isalnum() else "-" for c in str(v)) for v in s.name.values()),
+        directory=b.folder / "tuning" / "-".join(workdir.slug(str(v)) for v in s.name.values()),
         what={"params": checkpoint.digest(s.params), "samples": b.problem.samples},
     )
     return value.best(given).setting

@@ -121,12 +121,12 @@ def mnist_maps(repeats: int) -> list[dict]:
 
 
 def config(name: str, fields: dict):
-    """A config with other fields; the environment's value of its name, in capitals, is the folder of its files."""
+    """A config with other fields; the environment's value of its data's name in capitals is the folder of its files."""
     c = importlib.import_module(f"configs.{name}").get_config()
     with c.unlocked(), c.ignore_type():
         c.sample_every = 0
-        if name.upper() in os.environ:
-            c.data.source_dir = os.environ[name.upper()]
+        if c.data.name.upper() in os.environ:
+            c.data.source_dir = os.environ[c.data.name.upper()]
         for field, value in fields.items():
             c[field] = value
     return c

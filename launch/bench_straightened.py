@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, checkpoint, marginals, reflow, report, run, samplers, segments, solvers, straightening
+from fmjax import build, checkpoint, marginals, reflow, report, run, samplers, segments, solvers, straightening, workdir
 from fmjax.metrics import spectrum, two_sample
 from fmjax.types import as_keys, fold_in, normal
 from launch import beds, bench_runs
@@ -173,8 +173,7 @@ def straightened_corrected(repeats: int) -> list[dict]:
             return
         p, q = _sets(b, name, step_of, given, grid, inner)
         bank = {"p": jnp.asarray(p.x), "q": jnp.asarray(q.x)}
-        slug = "".join(c if c.isalnum() else "-" for c in f"{name} {where}")
-        score, trained = beds.corrector(b, "score", slug, p, q)
+        score, trained = beds.corrector(b, "score", workdir.slug(f"{name} {where}"), p, q)
         weight = beds.flops(score.direction, trained, b) / beds.flops(methods["teacher"].velocity, params["teacher"], b)
         for at in ((n,), inner):
             told = ", ".join(f"{grid[i]:g}" for i in at)
@@ -217,7 +216,7 @@ def straightened_corrected(repeats: int) -> list[dict]:
 def _sets(b: beds.Bed, name: str, step_of, given, grid, inner) -> tuple[marginals.Marginals, marginals.Marginals]:
     """The states of a model at the bounds after the first, and what they should be in law: noised training data."""
     count, real = b.problem.examples[0], b.data.train_x
-    folder = b.folder / "marginals" / "".join(c if c.isalnum() else "-" for c in f"{name} {len(grid) - 1}")
+    folder = b.folder / "marginals" / workdir.slug(f"{name} {len(grid) - 1}")
     common = {"direction": "forward", "flow": checkpoint.digest(given), "solver": "flow_map", "steps": inner, "seed": 1}
     marginals.build(step_of, given, grid, directory=folder, count=count, shape=real.shape[1:], **common)
     p = marginals.read(folder)
@@ -235,8 +234,7 @@ def _map(b: beds.Bed, cfg, k: int, name: str, start):
     part = {field: cfg[field] for field in same} | {"steps": MAP_STEPS, "learning_rate": 5e-4, "warmup": 0}
     part |= {"target": "frozen", "method": {"name": "lagrangian", "diagonal": 0.0, "pair": pair}}
     plan = run.assemble(beds.config(b.problem, flow_map=part), "flow_map", data=b.data)
-    slug = "".join(c if c.isalnum() else "-" for c in f"map-{k}-{name}")
-    return plan.method, run.train(plan, b.folder / slug, params=start, teacher=start).ema
+    return plan.method, run.train(plan, b.folder / workdir.slug(f"map-{k}-{name}"), params=start, teacher=start).ema
 
 
 SUITES = (

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from fmjax import build, checkpoint, marginals, reflow, run, schedules, segments, straightening, workdir
+from fmjax import checkpoint, marginals, reflow, run, schedules, segments, straightening, workdir
 
 SHRUNK = {
     "net.width": 16, "net.depth": 1, "batch_size": 32, "steps": 30, "save_every": 15, "straighten.batch_size": 32,
@@ -120,7 +120,7 @@ def test_the_spectrum_of_an_error_adds_up_to_it(finished):
     error = {f"{r['family']}, {r['name']}": r["paired error"][0] for r in found["rows"]}
     assert len(found["spectra"]) == 2 * 6
     for name, one in found["spectra"].items():
-        assert sum(one["power"]) == pytest.approx(error[name], rel=1e-5) and 0 < one["low"] < 1
+        assert sum(one["power"]) == pytest.approx(error[name], rel=1e-5)
 
 
 def test_trajectories_are_the_teachers_at_the_bounds(finished):
@@ -192,4 +192,3 @@ def test_a_config_without_the_stage_is_told_of_one(tmp_path):
     c = importlib.import_module("configs.digits").get_config()
     with pytest.raises(ValueError, match="has no 'straighten'; configs/half_straightening_digits.py has one"):
         reflow.main(c, tmp_path / "w")
-    assert build.data("digits").train_x.shape[1:] == (8, 8, 1)
