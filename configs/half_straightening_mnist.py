@@ -4,8 +4,8 @@ python -m launch.reflow --config=configs/half_straightening_mnist.py --workdir=w
     --config.data.source_dir=FOLDER                # of the four original files; otherwise TFDS downloads them (12 MB)
 
 A CPU core, shared with other work: 40 minutes (teacher 14, trajectories 2, students 15, comparison 10). FD-small and
-paired error with two evaluations: 41.68 +- 0.02 and 0.0177 where both halves are straight (gated), one reflow 46.0 +- 0.4
-and 0.0228, the teacher 69.9 and 0.0503.
+paired error with two evaluations: 41.68 +- 0.02 and 0.0177 where both halves are straight (gated), one reflow 46.0 and
+0.0228, the teacher 69.9 and 0.0503.
 """
 
 from ml_collections import ConfigDict, config_dict
