@@ -102,10 +102,10 @@ def net(spec: Spec, *, classes: int = 0) -> adapters.Model:
 
     ``classes`` goes to the network's own; ``ValueError`` where it takes no labels. With ``"preconditioning"``, a spec
     of ``nets.preconditioning`` (``"edm"``), any network is the denoiser of that name, as a velocity. With
-    ``"encoder"``, a spec of ``nets``, it has that network of two heads beside it (``adapters.with_encoder``).
+    ``"noise_encoder"``, a spec of ``nets``, it has that network of two heads beside it (``adapters.with_encoder``).
     """
     name, options = _open("nets", spec)
-    how, encoder = options.pop("preconditioning", None), options.pop("encoder", None)
+    how, encoder = options.pop("preconditioning", None), options.pop("noise_encoder", None)
     if classes and "classes" not in _options(resolve("nets", name)):
         raise ValueError(f"classes={classes} needs a network that takes labels, which {name!r} does not")
     given = {"classes": classes} if classes else {}
@@ -115,7 +115,7 @@ def net(spec: Spec, *, classes: int = 0) -> adapters.Model:
     if not encoder:
         return model
     if "outputs" not in _options(resolve("nets", _open("nets", encoder)[0])):
-        raise ValueError(f"an encoder needs a network with outputs, two heads, which {encoder!r} is not")
+        raise ValueError(f"a noise_encoder needs a network with outputs, two heads, which {encoder!r} is not")
     return adapters.with_encoder(model, adapters.from_linen(from_spec("nets", encoder, outputs=2)))
 
 

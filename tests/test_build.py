@@ -1,5 +1,6 @@
 """Names, options and flags: good ones become the objects, bad ones one sentence; the optimiser against its formula."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -87,6 +88,18 @@ def test_a_spec_without_a_name(spec):
 def test_options_of_a_network_are_checked_by_name_and_type(options, message):
     with pytest.raises(ValueError, match=message):
         build.net({"name": "mlp", **options})
+
+
+@pytest.mark.parametrize("name", ["dit", "encoder", "mlp", "plain", "song_unet", "unet"])
+def test_what_a_network_is_dressed_in_is_no_option_of_its_own(name):
+    module = build.resolve("nets", name)
+    assert not {"preconditioning", "noise_encoder"} & {field.name for field in dataclasses.fields(module)}
+
+
+def test_the_encoder_of_a_song_unet_is_its_own(key):
+    model = build.net({"name": "song_unet", "channels": 8, "multipliers": [1, 2], "encoder": "residual", "blocks": 1})
+    assert not hasattr(model.net, "encoder")
+    assert any("residual" in name for name in jax.eval_shape(model.init, key, jnp.ones((2, 8, 8, 1))))
 
 
 def test_entries_of_a_sequence_are_checked():

@@ -159,7 +159,7 @@ def test_what_cannot_work_is_refused(key):
 
 def test_a_config_has_the_encoder_as_an_option_of_the_net(key):
     spec, x = {"name": "mlp", "width": 8, "depth": 1}, jax.random.normal(key, (4, 3))
-    model = build.net({**spec, "encoder": {"name": "mlp", "width": 4, "depth": 1}})
+    model = build.net({**spec, "noise_encoder": {"name": "mlp", "width": 4, "depth": 1}})
     params = model.init(key, x)
     assert params["encoder"]["output"]["kernel"].shape == (4, 6) and params["output"]["kernel"].shape == (8, 3)
     method = build.method({"name": "learned_coupling", "weight": 2}, model.net)
@@ -175,9 +175,9 @@ def test_a_config_has_the_encoder_as_an_option_of_the_net(key):
     fused.net.with_jvp = lambda params, x, s, t: -len(params) * params["a"] * x
     joint = adapters.with_encoder(fused, fused)
     assert float(joint.net.with_jvp(joint.init(key, x), 3.0, 0, 0)) == -6  # of the same parameters, without others
-    with pytest.raises(ValueError, match="an encoder needs a network with outputs, two heads, which 'encoder' is not"):
-        build.net({**spec, "encoder": "encoder"})
+    with pytest.raises(ValueError, match="a noise_encoder needs a network with outputs, .* which 'encoder' is not"):
+        build.net({**spec, "noise_encoder": "encoder"})
     with pytest.raises(ValueError, match="did you mean 'mlp'"):
-        build.net({**spec, "encoder": "mpl"})
+        build.net({**spec, "noise_encoder": "mpl"})
     with pytest.raises(ValueError, match="'outputs' from a field of its own"):
-        build.net({**spec, "encoder": {"name": "mlp", "outputs": 2}})
+        build.net({**spec, "noise_encoder": {"name": "mlp", "outputs": 2}})

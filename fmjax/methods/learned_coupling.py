@@ -16,8 +16,8 @@ def learned_coupling(net: Net, *, path: paths.Path | None = None, time=times.uni
     """``|u(I_t, t, t) - dI_t|^2 + weight KL(q(x0|x1), N(0, I)) / d``, ``x0 ~ q(x0|x1)``, learned together (2301.12003).
 
     Flow matching whose source is ``q(x0|x1) = N(mu, diag e^l)``, ``mu`` and ``l`` the two heads of ``net.encoder`` at
-    ``x1`` (``nets.adapters.with_encoder``; in a config ``"encoder"`` is an option of the net). ``x0 = mu + e^{l/2} z``
-    takes the gradient of the flow's error to the encoder, which gives crossing pairs up for the price of the second
+    ``x1`` (``nets.adapters.with_encoder``; in a config an option of the net, ``"noise_encoder"``). ``x0 = mu + e^{l/2}
+    z`` takes the gradient of the flow's error to the encoder, which gives crossing pairs up for the price of the second
     term, ``sum (mu^2 + e^l - 1 - l) / 2`` over the ``d`` elements of an example. An encoder that starts at zero
     starts at the independent coupling, ``weight -> inf`` stays there; the source's law is N(0, I), which the sampler
     starts from, where ``weight`` is large.
@@ -31,7 +31,7 @@ def learned_coupling(net: Net, *, path: paths.Path | None = None, time=times.uni
     if (encoder := getattr(net, "encoder", None)) is None:
         raise ValueError(
             "learned_coupling needs a net with an encoder: nets.adapters.with_encoder(model, encoder), in a config "
-            "net = {'name': ..., 'encoder': 'mlp'}"
+            "net = {'name': ..., 'noise_encoder': 'mlp'}"
         )
     if not 0 < weight < math.inf:
         raise ValueError(f"weight={weight} of the divergence must be positive and finite; for infinity: flow_matching")
