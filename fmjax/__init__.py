@@ -12,7 +12,8 @@ __all__ = [
     "attacks", "best", "checkpoint", "convert", "correctors", "couplings", "data", "diffusion", "evaluate",
     "guidance", "interpolated", "likelihood", "marginal_sets", "marginals", "methods", "metrics", "mismatch",
     "nets", "oracles", "paths", "pipeline", "reflow", "report", "run", "samplers", "schedules", "segments",
-    "sharding", "solvers", "straightening", "times", "train", "tune", "types", "weighting", "workdir",
+    "sharding", "solvers", "straightening", "times", "train", "tune", "tuning", "types", "weighting",
+    "workdir",
 ]  # fmt: skip
 
 

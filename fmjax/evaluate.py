@@ -31,6 +31,7 @@ UNTRAINED = {"drift": {"alpha": None, "bandwidth": None, "beta": 0.0}, "restart"
 SHOWN = 36  # examples in a grid of samples
 CHUNK = 512  # examples in flight: no sample depends on it
 Metric = Callable[[np.ndarray], float]
+Strength = float | tuple[float, ...]  # for all corrected steps, or for each
 
 
 NOTES = [
@@ -46,9 +47,9 @@ class Setting(NamedTuple):
 
     ``by`` is the name of a trained corrector or of one that needs no training: ``"drift"``, the kernel drift between
     stored marginals with the ``bandwidth``, and ``"restart"``, back to the time ``to`` and forth by ``inner`` of the
-    setting's own steps, ``loops`` times. ``alpha`` and ``beta`` are those of ``correctors.marginal_matching``, ``alpha
-    = 0`` the noise of a correction alone. ``each`` counts the network evaluations of a direction. ``baseline`` names
-    the setting that it is judged against.
+    setting's own steps, ``loops`` times. ``alpha`` and ``beta`` are those of ``correctors.marginal_matching``, one for
+    all steps or one for each of ``at``; ``alpha = 0`` is the noise of a correction alone. ``each`` counts the network
+    evaluations of a direction. ``baseline`` names the setting that it is judged against.
     """
 
     name: str
@@ -56,8 +57,8 @@ class Setting(NamedTuple):
     solver: str
     steps: int
     at: tuple[int, ...] = ()
-    alpha: float = 0.0
-    beta: float = 0.0
+    alpha: Strength = 0.0
+    beta: Strength = 0.0
     baseline: str | None = None
     by: str = "score"
     each: int = 1
@@ -127,8 +128,9 @@ def settings(
         options = _options_of(key, c, trained)
         push = Setting(f"{base}, {c['by']} {where}", f"{title(solver)} + corrections", solver, n, at, baseline=base)
         push = push._replace(by=c["by"], each=trained.get(c["by"], 0), **options)
-        if push.beta:
-            noise = push._replace(name=f"{base}, noise {push.beta:g} {where}", alpha=0.0, baseline=base)
+        if np.any(push.beta):
+            told = ", ".join(f"{beta:g}" for beta in np.atleast_1d(push.beta))
+            noise = push._replace(name=f"{base}, noise {told} {where}", alpha=0.0, baseline=base)
             noise = noise._replace(by="noise", each=0, bandwidth=0.0)
             push = push._replace(baseline=noise.name)
             if noise not in found:
@@ -153,13 +155,25 @@ def _options_of(key: str, c: dict[str, Any], trained: dict[str, int]) -> dict[st
         raise ValueError(f"correction {key!r}: {c['by']!r} needs {missing[0]!r}")
     options = wanted | given
     if "alpha" in options:
-        correctors.marginal_matching(lambda x, t, cond=None: x, alpha=options["alpha"], beta=options["beta"])
+        for name in ("alpha", "beta"):
+            options[name] = _strength(f"correction {key!r}: {name}", options[name], c["at"])
+        for alpha, beta in np.broadcast(options["alpha"], options["beta"]):
+            correctors.marginal_matching(lambda x, t, cond=None: x, alpha=float(alpha), beta=float(beta))
     else:
         grid = times.uniform_grid(c["steps"])[list(c["at"])]
         correctors.restart(lambda x, s, t, cond=None, key=None: x, to=options["to"], loops=options["loops"]).check(grid)
-    if not (c["at"] and options.get("alpha", 1)):
+    if not (c["at"] and np.any(options.get("alpha", 1))):
         raise ValueError(f"correction {key!r} corrects nothing: give steps in 'at' and alpha other than 0")
     return options
+
+
+def _strength(what: str, value: Any, at: Sequence[int]) -> Strength:
+    """A number, or one a step, which must rise."""
+    if np.ndim(value) == 0:
+        return value
+    if len(value) != len(at) or sorted(set(at)) != list(at):
+        raise ValueError(f"{what}={tuple(value)} has one number a step: as many as steps that rise, not at={tuple(at)}")
+    return tuple(float(a) for a in value)
 
 
 def check_sampling(s, data: arrays.Splits) -> None:
@@ -259,18 +273,21 @@ def title(solver: str) -> str:
 def sampler(setting: Setting, models: Models, *, trajectory: bool = False) -> Callable[..., jax.Array]:
     """``draw(params, keys, cond=None)``, jitted: samples ``[B, ...]`` (or all states) from example keys ``[B]``.
 
-    The noise depends on the keys alone, so that settings compare example by example.
+    The noise depends on the keys alone, so that settings compare example by example. ``strengths``, arrays ``alpha``
+    and ``beta`` of one value for each of ``setting.at``, replace the setting's own: one program serves a search.
     """
 
     @jax.jit
-    def draw(params: dict[str, Params], keys, cond=None):
+    def draw(params: dict[str, Params], keys, cond=None, strengths=None):
         x0 = normal(fold_in(keys, 0), models.shape)
         if setting.solver == FLOW_MAP:
             step = models.flow_map.flow_map(params["flow_map"])
         else:
             score = models.flow.score(params["flow"]) if models.flow.score else None
             step = build.step(setting.solver, path=models.path, score=score)(models.flow.velocity(params["flow"]))
-        fix = _correction(setting, models, step, params) if setting.at else None
+        alpha, beta = strengths or (setting.alpha, setting.beta)
+        pushed = setting._replace(alpha=alpha, beta=beta)
+        fix = _correction(pushed, models, step, params) if setting.at else None
         grid = times.uniform_grid(setting.steps)
         return samplers.sample(
             step, x0, grid, key=fold_in(keys, 1), cond=cond, corrector=fix, at=setting.at, trajectory=trajectory
@@ -289,7 +306,9 @@ def _correction(setting: Setting, models: Models, step: FlowMapFn, params: dict[
         direction = correctors.kernel_drift(**params["drift"], ts=models.ts, bandwidth=setting.bandwidth)
     else:
         direction = models.correctors[setting.by].direction(params[setting.by])
-    return correctors.marginal_matching(direction, alpha=setting.alpha, beta=setting.beta)
+    ts = times.uniform_grid(setting.steps)[list(setting.at)]
+    over = lambda strength: times.per_step(ts, strength) if np.ndim(strength) else strength
+    return correctors.marginal_matching(direction, alpha=over(setting.alpha), beta=over(setting.beta))
 
 
 def draw(
@@ -321,7 +340,12 @@ def draw(
 
 def keys_of(seed: int, i: int, samples: int):
     """The example keys of the ``i``-th seed's samples, apart from those of training."""
-    return as_keys(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), i), samples)
+    return as_keys(key_of(seed, i), samples)
+
+
+def key_of(seed: int, i: int, what: int = 3):
+    """The key of the ``i``-th run of samples."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), what), i)
 
 
 def distances(data: arrays.Splits) -> tuple[dict[str, Metric], features.Features | None]:

@@ -174,7 +174,18 @@ def curve(name: str, step, loss) -> Picture:
 
 
 def gaps(lines: dict[str, Sequence]) -> Picture:
-    """A chart of ``(t_n, distance, se)`` against time, a line a name."""
+    """A chart of ``(t_n, distance, se)`` of ``p_n`` and ``q_n`` against time, a line a name."""
+    caption = "How far the forward marginals p_n are from the backward marginals q_n"
+    return _over_time(lines, caption, "distance of $p_n$ and $q_n$", "the distance between p_n and q_n")
+
+
+def influence(lines: dict[str, Sequence]) -> Picture:
+    """A chart of ``(t_n, distance, se)`` of samples that were corrected once, at ``t_n``, a line a name."""
+    caption = "What one correction does alone, by the time it is made at"
+    return _over_time(lines, caption, "distance of the samples", "the distance of samples corrected once")
+
+
+def _over_time(lines: dict[str, Sequence], caption: str, label: str, what: str) -> Picture:
     lines = {name: [np.asarray(a, np.float64) for a in gap] for name, gap in lines.items()}
 
     def draw(axes, theme):
@@ -183,13 +194,12 @@ def gaps(lines: dict[str, Sequence]) -> Picture:
             style = {"color": paint, "marker": "o", "markersize": 4, "capsize": 2.5, "linewidth": 1.6}
             axes.errorbar(t, distance, se, label=_plain(name), **style)
         _value_scale(axes, np.concatenate([distance for _, distance, _ in lines.values()]))
-        axes.set(xlabel="time $t_n$ (0: noise, 1: data)", ylabel="distance of $p_n$ and $q_n$")
+        axes.set(xlabel="time $t_n$ (0: noise, 1: data)", ylabel=label)
 
     ends = "; ".join(
         f"{name} from {d[0]:.3g} at t = {t[0]:g} to {d[-1]:.3g} at t = {t[-1]:g}" for name, (t, d, _) in lines.items()
     )
-    caption = "How far the forward marginals p_n are from the backward marginals q_n"
-    return _chart(draw, caption, f"Chart of the distance between p_n and q_n against time: {ends}.", size=(6.4, 3.6))
+    return _chart(draw, caption, f"Chart of {what} against time: {ends}.", size=(6.4, 3.6))
 
 
 def samples(caption: str, x: np.ndarray, clouds: Sequence[np.ndarray]) -> Picture:

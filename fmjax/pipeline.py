@@ -1,6 +1,7 @@
 """The whole road, resumable: flow, marginals, correctors, flow map, samples, comparison and report.
 
-Everything is checked before the first step of the first stage. A stage that is complete is read, not run again.
+Everything is checked before the first step of the first stage. A stage that is complete is read, not run again;
+the last two are where ``corrections`` changed.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def setup(cfg) -> Setup:
         trained,
         run.assemble(cfg, "flow_map", data=data),
         evaluate.settings(
-            plain, cfg.corrections.to_dict(), {name: 1 + _classifies(plan) for name, plan in trained.items()}
+            plain, cfg.corrections.to_dict(), {name: 1 + classifies(plan) for name, plan in trained.items()}
         ),
         ts,
     )
@@ -85,9 +86,9 @@ def main(cfg, path: str | Path) -> None:
     if jax.process_count() > 1:
         raise ValueError("the pipeline runs in one process (on all its devices); train on several with launch.train")
     ready = setup(cfg)
-    path = workdir.open_workdir(path, cfg.to_dict(), free=run.free(cfg))
-    page = path / "report.html"
-    if page.exists() and (path / "metrics.json").exists():
+    path = workdir.open_workdir(path, cfg.to_dict(), free=(*run.free(cfg), "corrections"))
+    page, wanted = path / "report.html", [s._asdict() for s in ready.settings]
+    if page.exists() and _samplers(path) == json.loads(json.dumps(wanted)):
         print(f"the run in {path} is complete: open {page}")
         return
     began = time.perf_counter()
@@ -122,16 +123,15 @@ def main(cfg, path: str | Path) -> None:
         params = {"flow": flow, "flow_map": flow_map, **trained}
         if any(setting.by == "drift" for setting in ready.settings):
             params["drift"] = {"p": jnp.asarray(forward.x), "q": jnp.asarray(backward.x)}
-        fixes = {name: plan.method for name, plan in ready.correctors.items()}
-        shape = ready.data.train_x.shape[1:]
-        models = Models(ready.flow.method, ready.flow_map.method, fixes, params, shape, ts=forward.ts)
+        models = _models(ready, params)
         drawn = _draw(cfg, ready.settings, models, path / "samples")
         tell(f"{len(drawn)} samplers x {cfg.sampling.seeds} seeds x {cfg.sampling.samples}")
 
     with _stage(6, "comparison") as tell:
         found = _compare(cfg, ready.data, drawn, forward, backward)
         found |= {"round_trip": round_trip, "auc": {name: a for name, a in told_apart.items() if a is not None}}
-        workdir.write_json(path / "metrics.json", _as_json(found) | {"environment": workdir.environment()})
+        told = {"samplers": wanted, "environment": workdir.environment()}
+        workdir.write_json(path / "metrics.json", _as_json(found) | told)
         seconds = time.perf_counter() - began
         report.write(page, _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds))
         tell(report.count_line(found["verdicts"]))
@@ -140,11 +140,34 @@ def main(cfg, path: str | Path) -> None:
     print(f"done in {seconds:.0f} s: open {page}")
 
 
+def read_models(ready: Setup, path: Path) -> Models:
+    """The networks of a run that is at its end, without the banks of a drift; ``ValueError`` where it is not."""
+    if not (path / "metrics.json").exists():
+        raise ValueError(f"the run in {path} is not at its end: start it again by launch.pipeline")
+    params = {"flow": run.given(ready.flow, path / "flow"), "flow_map": run.given(ready.flow_map, path / "flow_map")}
+    for name, plan in ready.correctors.items():
+        params[name] = run.given(plan, path / "correctors" / name / ("best" if classifies(plan) else ""))
+    return _models(ready, params)
+
+
+def _models(ready: Setup, params: dict[str, Any]) -> Models:
+    fixes = {name: plan.method for name, plan in ready.correctors.items()}
+    shape = ready.data.train_x.shape[1:]
+    return Models(ready.flow.method, ready.flow_map.method, fixes, params, shape, ts=ready.ts)
+
+
+def _samplers(path: Path) -> list | None:
+    """The samplers that the table of a run compares."""
+    file = path / "metrics.json"
+    return json.loads(file.read_text()).get("samplers") if file.exists() else None
+
+
 def _stage(i: int, name: str):
     return logs.stage(f"[{i}/6] {name}")
 
 
-def _classifies(plan: run.Plan) -> bool:
+def classifies(plan: run.Plan) -> bool:
+    """Whether a corrector is a classifier."""
     return getattr(plan.model.net, "logit", False)
 
 
@@ -153,7 +176,7 @@ def _corrector(plan: run.Plan, directory: Path, forward, backward, flow):
 
     Those of a classifier are the best of its training by the held-out cross-entropy.
     """
-    if not _classifies(plan):
+    if not classifies(plan):
         plan = plan._replace(batch=marginals.pairs(forward, backward, batch_size=plan.batch_size, seed=plan.seed))
         return run.train(plan, directory, teacher=_teacher(plan, flow)).ema, None
     cut = lambda m: -(len(m.x) // HELD_OUT)

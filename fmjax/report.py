@@ -44,7 +44,8 @@ class Contents(NamedTuple):
     * ``summary``, ``notes``: plain sentences, shown first and last.
     * ``grids``: caption -> images ``[n, H, W, C]`` in [-1, 1], or points ``[n, 2]``.
     * ``trajectories``: caption -> ``[T, n, H, W, C]`` (an example a row, time to the right), or ``[T, n, 2]`` (lines).
-    * ``curves``: stage -> (step, loss). ``gaps``: name -> (``t_n``, distance of ``p_n`` to ``q_n``, its error or 0).
+    * ``curves``: stage -> (step, loss). ``gaps``: name -> (``t_n``, distance of ``p_n`` to ``q_n``, its error or 0);
+      ``influence`` likewise, the distance of samples that were corrected at ``t_n`` alone.
     * ``facts``: name -> value; long values are folded.
     """
 
@@ -58,6 +59,7 @@ class Contents(NamedTuple):
     gaps: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
     facts: dict[str, str]
     notes: list[str]
+    influence: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
 
 def write(path: str | os.PathLike, contents: Contents) -> Path:
@@ -98,6 +100,7 @@ def render(contents: Contents) -> str:
         trajectories=[figures.trajectory(caption, np.asarray(x)) for caption, x in contents.trajectories.items()],
         curves=[figures.curve(name, *curve) for name, curve in contents.curves.items()],
         gaps=[figures.gaps(contents.gaps)] if contents.gaps else [],
+        influence=[figures.influence(contents.influence)] if contents.influence else [],
         facts=contents.facts,
         notes=contents.notes,
     )
@@ -214,7 +217,7 @@ def check(contents: Contents) -> None:
             figures.check_images(f"trajectory {caption!r}", np.asarray(x), ndim=5)
     for name, curve in contents.curves.items():
         _check_lines(f"curve {name!r}", curve, "(step, loss)")
-    for name, gap in contents.gaps.items():
+    for name, gap in (contents.gaps | contents.influence).items():
         _check_lines(f"gap {name!r}", gap, "(t_n, distance, se)")
         if (np.asarray(gap[2]) < 0).any():
             raise ValueError(f"gap {name!r} has a negative standard error; give zeros where there is none")

@@ -297,13 +297,14 @@ def transfer(value: Evaluations, setting: Setting, n: int, to: int, *, factors: 
 def choose(
     value: Evaluations, space: Space, *, most: int | None = None, record: str | os.PathLike | None = None
 ) -> Choice:
-    """Influence of the single steps, greedy search, sensitivity of the best, then that and no correction reported.
+    """Influence of the single steps, greedy search, sensitivity of the best of both, then that and none reported.
 
-    ``record`` is a JSON file for all of it, with the space and both sets of keys.
+    The search begins at the end, and may do worse than a single step elsewhere. ``record`` is a
+    JSON file for all of it, with the space and both sets of keys.
     """
     single = influence(value, space)
     path = greedy(value, space, most=most, first=single)
-    chosen = path[-1]
+    chosen = min((*path[::-1], *single), key=lambda trial: trial.value)
     choice = Choice(
         single, path, chosen, sensitivity(value, chosen.setting), value.report(Setting()), value.report(chosen.setting)
     )

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, and no deadlock of chained steps on few cores, before JAX is imported.
 
+Most of the time of a test is a compiler's: programs are not optimised, but for tests marked slow, which run them long.
 What one test has compiled another need not: the workers, and the processes that tests start, share a compilation cache
 that begins empty and ends with the session. ``JAX_COMPILATION_CACHE_DIR`` names one that stays.
 """
@@ -13,12 +14,24 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fmjax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("NPROC", "32")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def optimised_where_slow(request, monkeypatch):
+    if request.node.get_closest_marker("slow") is None or not jax.config.jax_disable_most_optimizations:
+        yield
+        return
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # of the processes it starts
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

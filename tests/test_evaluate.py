@@ -96,6 +96,20 @@ def test_a_correction_pulls_as_its_formula_says(models):
     np.testing.assert_allclose(corrected, plain + 0.5 * SIGMA**2 * (MEAN - plain) / (STD**2 + SIGMA**2), atol=1e-6)
 
 
+def test_strengths_are_one_for_all_steps_or_one_a_step_or_given_to_the_program(models):
+    keys = evaluate.keys_of(0, 0, 64)
+    setting = lambda **kw: Setting("", "", "rk4", 2, **kw)
+    run = lambda s, *args: np.asarray(evaluate.sampler(s, models)(models.params, keys, *args))
+    one = run(setting(at=(0, 2), alpha=0.3, beta=0.1))
+    np.testing.assert_array_equal(one, run(setting(at=(0, 2), alpha=(0.3, 0.3), beta=(0.1, 0.1))))
+    two = run(setting(at=(0, 2), alpha=(0.3, 0.5), beta=(0.1, 0.0)))
+    everywhere = setting(at=(0, 1, 2), alpha=1.0)
+    strengths = (jnp.array([0.3, 0.0, 0.5]), jnp.array([0.1, 0.0, 0.0]))
+    np.testing.assert_array_equal(two, run(everywhere, None, strengths))
+    np.testing.assert_array_equal(run(setting()), run(everywhere, None, (jnp.zeros(3), jnp.zeros(3))))
+    assert (one != two).all()
+
+
 def test_every_corrector_costs_what_it_evaluates():
     found = evaluate.settings(
         PLAIN,

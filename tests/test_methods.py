@@ -141,13 +141,6 @@ def test_every_use_of_the_solution_is_the_closed_form(name, path, x64):
             np.testing.assert_allclose(getattr(method, use)(None)(x, *at), exact(x, *at), rtol=0, atol=1e-12)
 
 
-@pytest.fixture
-def quick_compile():  # half the time where a step is compiled often and run twice
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def mlp(params, x, s, t, cond=None, key=None):
     s, t = expand(over_batch(s, x), x), expand(over_batch(t, x), x)
     return jnp.tanh(jnp.concatenate([x, s, t], -1) @ params["in"] + params["bias"]) @ params["out"]
@@ -284,7 +277,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(name, tmp_path):
 
 
 @over_methods(set(discover()) - OVER_DEVICES)
-@pytest.mark.usefixtures("quick_compile")
 def test_loss_gradient_and_parameters_do_not_depend_on_the_devices(name, monkeypatch):
     """Two SGD steps, parameters whole or split over the devices, against ``jax.grad`` of the whole batch."""
     monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 16)
@@ -309,7 +301,7 @@ def test_loss_gradient_and_parameters_do_not_depend_on_the_devices(name, monkeyp
 
 
 @pytest.mark.parametrize("name", ALIASES)
-@pytest.mark.usefixtures("x64", "quick_compile")
+@pytest.mark.usefixtures("x64")
 def test_a_special_case_is_the_general_method_with_arguments(name):
     """All along the training (``progress``), for a target that is not the student."""
     path, wide = paths.trigonometric(), lambda tree: jax.tree.map(lambda a: a.astype(jnp.float64), tree)

@@ -41,13 +41,6 @@ def evaluate(methods, batch):
     return jax.jit(lambda batch: [method.loss(None, None, batch, keys)[1] for method in methods])(batch)
 
 
-@pytest.fixture(autouse=True)
-def quick_compile():  # programs that run once
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # --- values at the exact map
 
 

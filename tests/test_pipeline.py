@@ -120,6 +120,20 @@ def test_a_second_run_says_that_it_is_complete(finished, tiny, capsys):
     assert changed <= {"environment.json", "config.json"} and before.keys() == after.keys()
 
 
+def test_other_corrections_are_compared_on_the_same_networks(finished, tiny, tmp_path, capsys):
+    path = shutil.copytree(finished, tmp_path / "again")
+    trained = {p: p.read_bytes() for stage in STAGES for p in (path / stage).rglob("metrics.jsonl")}
+    other = tiny.copy_and_resolve_references().unlock()
+    other.corrections = {"each": {**TINY["corrections"]["apart"], "alpha": (0.1, 0.3)}}
+    pipeline.main(other, path)
+    old, new = ({r["name"]: r["distances"] for r in numbers(p)["rows"]} for p in (finished, path))
+    assert set(new) == {name for name in old if " at " not in name} | {"rk4, 2 steps, classifier at 1, 2"}
+    assert all((old[name] == new[name]) == (" at " not in name) for name in new)
+    assert trained == {p: p.read_bytes() for p in trained}
+    pipeline.main(other, path)
+    assert "is complete" in capsys.readouterr().out
+
+
 def test_a_road_that_lost_its_end_goes_on_to_the_same_numbers(finished, tiny, tmp_path, capsys):
     """Corrector, samples and comparison are lost, and a shard is torn; flow and flow map are read, not trained."""
     parts = tmp_path / "parts"

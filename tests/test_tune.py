@@ -66,6 +66,14 @@ def test_greedy_search_begins_at_the_end_adds_what_gains_most_and_stops():
     assert [t.setting.at for t in tune.greedy(opened(idle), SPACE)] == [(), (3,)]  # the end hurts: begin elsewhere
 
 
+def test_a_single_step_that_beats_the_greedy_search_is_chosen():
+    value_of = {(): 1.0, (0,): 0.1, (3,): 0.9, (0, 3): 0.5}
+    space = Space(n=3, steps=(0, 3), alpha=(1.0,))
+    choice = tune.choose(opened(lambda setting, key: value_of[setting.at]), space)
+    assert [trial.setting.at for trial in choice.path] == [(), (3,), (0, 3)]
+    assert choice.chosen.setting.at == (0,) == choice.reported.setting.at and choice.reported.mean == pytest.approx(0.1)
+
+
 def test_greedy_search_refits_earlier_steps():
     """Steps that compound, ``(1 - sum alpha)^2 + 0.1 sum alpha^2``: one wants 0.9, two share it."""
     compound = lambda setting, key: (1 - sum(setting.alpha)) ** 2 + 0.1 * sum(a**2 for a in setting.alpha)
