@@ -153,7 +153,7 @@ def test_students_train_on_their_segments_from_the_teacher(tmp_path):
     """A student with steps that count comes nearer to its chords, and only where it is trained."""
     changes = {"straighten.learning_rate": 3e-3, "straighten.steps": 600, "straighten.ema": 0.9}
     changes |= {"straighten.parts": {"noise half": (0,), "data half": (1,)}, "straighten.full": False}
-    changes |= {"straighten.sharing": ("gated",), "straighten.examples": 256, "net.width": 64}
+    changes |= {"straighten.sharing": ("gated",), "straighten.examples": 256, "net.width": 64, "save_every": 300}
     cfg = config(**changes, **{"straighten.allocations": ((1, 1),), "straighten.baselines": ()})
     reflow.main(cfg, tmp_path)
     found = {m["part"]: m for m in numbers(tmp_path)["segments"]}
