@@ -65,8 +65,9 @@ def main(
     )
     everywhere = {"solver": solver, "steps": steps, "at": space.steps, "by": by, "alpha": 1.0}
     (plain, setting) = evaluate.settings({solver: (steps,)}, {"tuned": everywhere}, {by: 1 + kind})
+    models = pipeline.read_models(ready, Path(path))
     path = workdir.open_workdir(path, cfg.to_dict(), free=(*run.free(cfg), "corrections"))
-    models, (metrics, _) = pipeline.read_models(ready, path), evaluate.distances(ready.data)
+    metrics, _ = evaluate.distances(ready.data)
     metric = metric or next(iter(metrics))
     if metric not in metrics:
         raise ValueError(f"no distance {metric!r}{build.nearest(metric, metrics)} ({_known(metrics)})")

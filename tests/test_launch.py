@@ -96,6 +96,7 @@ def test_a_run_that_is_killed_or_terminated_resumes_to_the_same_bits(sign, code,
         ("launch.marginals", ["--config.backward_map=revers"], "backward_map='revers' is not one of"),
         ("launch.marginals", ["--direction=sideways"], "value should be one of <both|forward|backward>"),
         ("launch.marginals", [], "no checkpoint in"),
+        ("launch.tune", ["--by=classifer"], "did you mean 'classifier'"),
     ],
 )
 def test_a_bad_command_line_ends_with_one_line(module, flags, message, tmp_path):

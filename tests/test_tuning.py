@@ -84,4 +84,5 @@ def test_what_cannot_be_tuned_is_refused(changes, message, tuned, three):
 
 def test_a_run_that_is_not_at_its_end_is_not_tuned(three, tmp_path):
     with pytest.raises(ValueError, match="is not at its end: start it again by launch.pipeline"):
-        tuning.main(three, tmp_path, **TUNED)
+        tuning.main(three, tmp_path / "w", **TUNED)
+    assert not (tmp_path / "w").exists()
