@@ -1,6 +1,6 @@
 """Eight virtual CPU devices, and no deadlock of chained steps on few cores, before JAX is imported.
 
-Most of the time of a test is a compiler's: programs are not optimised, but for tests marked slow, which run them long.
+Most of the time of a test is a compiler's: programs are not optimised, but with ``-m slow``, which runs them long.
 What one test has compiled another need not: the workers, and the processes that tests start, share a compilation cache
 that begins empty and ends with the session. ``JAX_COMPILATION_CACHE_DIR`` names one that stays.
 """
@@ -23,15 +23,10 @@ import jax
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def optimised_where_slow(request, monkeypatch):
-    if request.node.get_closest_marker("slow") is None or os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "1":
-        yield
-        return
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # of the processes it starts
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+def pytest_configure(config):
+    if config.option.markexpr != "not slow":  # for all of the session: fixtures serve many tests, and processes many
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
