@@ -91,6 +91,8 @@ def main(cfg, path: str | Path) -> None:
     if page.exists() and _samplers(path) == json.loads(json.dumps(wanted)):
         print(f"the run in {path} is complete: open {page}")
         return
+    if page.exists() and (path / "metrics.json").exists():
+        print(f"the table of the run in {path} is of other corrections: it is made anew, on the same networks")
     began = time.perf_counter()
 
     with _stage(1, "flow") as tell:
@@ -130,10 +132,11 @@ def main(cfg, path: str | Path) -> None:
     with _stage(6, "comparison") as tell:
         found = _compare(cfg, ready.data, drawn, forward, backward)
         found |= {"round_trip": round_trip, "auc": {name: a for name, a in told_apart.items() if a is not None}}
-        told = {"samplers": wanted, "environment": workdir.environment()}
-        workdir.write_json(path / "metrics.json", _as_json(found) | told)
         seconds = time.perf_counter() - began
         report.write(page, _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds))
+        told = {"samplers": wanted, "environment": workdir.environment()}
+        # last: it says that the page is of these samplers
+        workdir.write_json(path / "metrics.json", _as_json(found) | told)
         tell(report.count_line(found["verdicts"]))
     for sentence in [*_summary(found), *_verdicts(found)]:
         print(f"      {sentence}")

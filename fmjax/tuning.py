@@ -63,6 +63,8 @@ def main(
         tuple(alphas) or ALPHAS[kind],
         tuple(betas) or tuple(beta * noise for beta in BETAS[: None if noise else 1]),
     )
+    if min(space.beta) < 0:
+        raise ValueError(f"betas={space.beta} are standard deviations and cannot be negative")
     everywhere = {"solver": solver, "steps": steps, "at": space.steps, "by": by, "alpha": 1.0}
     (plain, setting) = evaluate.settings({solver: (steps,)}, {"tuned": everywhere}, {by: 1 + kind})
     models = pipeline.read_models(ready, Path(path))
@@ -75,7 +77,7 @@ def main(
     count, identity = cfg.sampling.samples, checkpoint.digest(models.params)
     folder = path / "tuning" / workdir.slug(f"{by} {plain.name} {metric}")
     runs = len(space.steps) * len(space.alpha) * len(space.beta) * seeds
-    print(f"{plain.name}, {by}: {runs} runs of {count} samples for single corrections, then up to {most or steps} more")
+    print(f"{plain.name}, {by}: {runs} runs of {count} samples for single corrections, then those of the greedy search")
     draw = evaluate.sampler(setting, models)
 
     with logs.bar("runs", runs, unit="run") as progress:

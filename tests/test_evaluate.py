@@ -108,6 +108,8 @@ def test_strengths_are_one_for_all_steps_or_one_a_step_or_given_to_the_program(m
     np.testing.assert_array_equal(two, run(everywhere, None, strengths))
     np.testing.assert_array_equal(run(setting()), run(everywhere, None, (jnp.zeros(3), jnp.zeros(3))))
     assert (one != two).all()
+    first = setting(at=(0, 2), alpha=(0.3, 0.0), beta=(0.1, 0.0))  # each strength at its own step
+    np.testing.assert_array_equal(run(first), run(setting(at=(0,), alpha=0.3, beta=0.1)))
 
 
 def test_every_corrector_costs_what_it_evaluates():

@@ -126,12 +126,22 @@ def test_other_corrections_are_compared_on_the_same_networks(finished, tiny, tmp
     other = tiny.copy_and_resolve_references().unlock()
     other.corrections = {"each": {**TINY["corrections"]["apart"], "alpha": (0.1, 0.3)}}
     pipeline.main(other, path)
+    assert "is of other corrections: it is made anew" in capsys.readouterr().out
     old, new = ({r["name"]: r["distances"] for r in numbers(p)["rows"]} for p in (finished, path))
     assert set(new) == {name for name in old if " at " not in name} | {"rk4, 2 steps, classifier at 1, 2"}
     assert all((old[name] == new[name]) == (" at " not in name) for name in new)
     assert trained == {p: p.read_bytes() for p in trained}
     pipeline.main(other, path)
     assert "is complete" in capsys.readouterr().out
+    page, write = (path / "report.html").read_text(), workdir.write_json
+    other.corrections.each.alpha = (0.1, 0.2)
+    with pytest.MonkeyPatch.context() as patch:  # killed where all but the last file is written
+        patch.setattr(workdir, "write_json", lambda file, *a: write(file, *a) if file.name != "metrics.json" else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pipeline.main(other, path)
+    assert (path / "report.html").read_text() != page
+    pipeline.main(other, path)
+    assert "is complete" not in capsys.readouterr().out
 
 
 def test_a_road_that_lost_its_end_goes_on_to_the_same_numbers(finished, tiny, tmp_path, capsys):
