@@ -1,25 +1,63 @@
 """Few-step flow models in JAX: flow matching, flow maps and marginal correction.
 
-The public names are those of ``__all__``: modules, imported at first use. ``fmjax.samplers.sample`` and
-``from fmjax import samplers`` both work.
+The names of ``__all__`` are imported at first use: ``fmjax.sampling.rk4``, ``fmjax.sample`` and
+``from fmjax import methods`` all work after ``import fmjax``.
 """
 
+from __future__ import annotations
+
 import importlib
+import typing
 
 __version__ = "0.1.0"
 
+if typing.TYPE_CHECKING:
+    from fmjax import (
+        checks,
+        convert,
+        correction,
+        couplings,
+        data,
+        experiments,
+        keys,
+        methods,
+        metrics,
+        nets,
+        oracles,
+        paths,
+        sampling,
+        storage,
+        straightening,
+        times,
+        training,
+        types,
+    )
+    from fmjax.methods import flow_matching, lagrangian
+    from fmjax.sampling import euler, heun, rk4, sample, uniform_grid
+    from fmjax.types import Batch, Method
+
+_PACKAGES = (
+    "checks", "convert", "correction", "couplings", "data", "experiments", "keys", "methods", "metrics", "nets",
+    "oracles", "paths", "sampling", "storage", "straightening", "times", "training", "types",
+)  # fmt: skip
+_NAMES = {
+    **dict.fromkeys(("flow_matching", "lagrangian"), "methods"),
+    **dict.fromkeys(("sample", "euler", "heun", "rk4", "uniform_grid"), "sampling"),
+    **dict.fromkeys(("Batch", "Method"), "types"),
+}
+
 __all__ = [
-    "attacks", "best", "checkpoint", "convert", "correctors", "couplings", "data", "diffusion", "evaluate",
-    "guidance", "interpolated", "likelihood", "marginal_sets", "marginals", "methods", "metrics", "mismatch",
-    "nets", "oracles", "paths", "pipeline", "reflow", "report", "run", "samplers", "schedules", "segments",
-    "sharding", "solvers", "straightening", "times", "train", "tune", "tuning", "types", "weighting",
-    "workdir",
+    "Batch", "Method", "checks", "convert", "correction", "couplings", "data", "euler", "experiments", "flow_matching",
+    "heun", "keys", "lagrangian", "methods", "metrics", "nets", "oracles", "paths", "rk4", "sample", "sampling",
+    "storage", "straightening", "times", "training", "types", "uniform_grid",
 ]  # fmt: skip
 
 
 def __getattr__(name: str):
-    if name in __all__:
+    if name in _PACKAGES:
         return importlib.import_module(f"fmjax.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"fmjax.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'fmjax' has no attribute {name!r}; its public names are {', '.join(__all__)}")
 
 

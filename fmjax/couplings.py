@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fmjax.types import Cond, is_key
+from fmjax.keys import is_key
+from fmjax.types import Cond
 
 Coupling = Callable[[np.random.Generator, np.ndarray, np.ndarray, Cond], tuple[np.ndarray, np.ndarray, Cond]]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from fmjax.types import fold_in
+from fmjax.keys import fold_in
 
 
 def uniform(key: Key[Array, " b"], *, low: float = 0.0, high: float = 1.0) -> Float[Array, " b"]:
@@ -271,74 +271,9 @@ def _uniform(key) -> Array:
     return jax.vmap(jax.random.uniform)(key)
 
 
-def uniform_grid(n: int, *, start: float = 0.0, stop: float = 1.0) -> np.ndarray:
-    """``n + 1`` evenly spaced times from ``start`` to ``stop``: ``n`` solver steps. Raises ``ValueError`` for n < 1.
-
-    >>> uniform_grid(4).tolist()
-    [0.0, 0.25, 0.5, 0.75, 1.0]
-    """
-    if n < 1:
-        raise ValueError(f"a grid needs at least one step, got n={n}")
-    return np.linspace(start, stop, n + 1, dtype=np.float32)
-
-
-SAME = 1e-6  # times closer than this are one: float32 grids of other lengths differ by a rounding error
-
-
-def steps_at(ts, t) -> tuple[int, ...]:
-    """The indices of the times ``t: [K]`` in the grid ``ts: [S]``; ``ValueError`` for the first that is not there."""
-    ts, t = np.asarray(ts, np.float32), np.asarray(t, np.float32)
-    gap = np.abs(t[:, None] - ts)
-    if (gap > SAME).all(1).any():
-        k = int(np.argmax((gap > SAME).all(1)))
-        raise ValueError(
-            f"t={t[k]:g} is not among these {len(ts)} times, whose nearest is {ts[gap[k].argmin()]:g}; take a grid "
-            "that has it (uniform_grid(n) has all times of uniform_grid(m) where m divides n)"
-        )
-    return tuple(gap.argmin(1).tolist())
-
-
-def per_step(ts, values) -> Callable[[Array], Array]:
-    """A schedule given step by step: the function of time that is ``values[n]`` at ``ts[n]``, and ``nan`` elsewhere.
-
-    For ``alpha`` and ``beta`` of a correction that are arrays ``[steps]`` over the solver's grid. It is one on any
-    grid that has the times that are asked for; its ``check(t)`` raises ``ValueError`` for others. ``values`` may be
-    traced: a change compiles nothing. Raises ``ValueError`` for values that are not one a time.
-
-    >>> per_step(uniform_grid(2), [0.0, 0.25, 0.5])(jnp.array([1.0, 0.5, 0.7])).tolist()
-    [0.5, 0.25, nan]
-    """
-    ts, values = np.asarray(ts, np.float32), jnp.asarray(values)
-    if ts.shape != values.shape or ts.ndim != 1:
-        raise ValueError(f"per_step needs one value a time, got values {values.shape} for times {ts.shape}")
-
-    def at(t):
-        gap = jnp.abs(t[..., None] - ts)
-        value = values.astype(t.dtype)[jnp.argmin(gap, -1)]
-        return jnp.where(jnp.min(gap, -1) <= SAME, value, jnp.nan)
-
-    at.check = lambda t: steps_at(ts, t)
-    return at
-
-
-def check_grid(ts) -> np.ndarray:
-    """``ts`` as a numpy array ``[N + 1]``, float32, checked: at least two times, finite, strictly monotone.
-
-    Grids are static: they decide the program (how many steps, in which direction). Raises ``ValueError``, or
-    ``TypeError`` for a traced grid.
-    """
-    if isinstance(ts, jax.core.Tracer):
-        raise TypeError("a grid of times is static: pass a numpy array or a list from outside jit, not a traced array")
-    ts = np.asarray(ts, np.float32)
-    if ts.ndim != 1 or ts.size < 2:
-        raise ValueError(f"a grid needs at least two times in one axis, got shape {ts.shape}: {ts.tolist()}")
-    if not np.isfinite(ts).all():
-        raise ValueError(f"a grid needs finite times, got {ts.tolist()}")
-    steps = np.diff(ts)
-    if not ((steps > 0).all() or (steps < 0).all()):
-        n = int(np.argmax(np.sign(steps) != np.sign(steps[0]))) if steps[0] != 0 else 0
-        raise ValueError(
-            f"a grid must rise or fall strictly, but ts[{n}]={ts[n]:g} is followed by ts[{n + 1}]={ts[n + 1]:g}; "
-            "sort it, or drop the repeated time"
-        )
-    return ts
+def check_bounds(bounds: Sequence[float]) -> np.ndarray:
+    """The bounds of segments as float32; ``ValueError`` unless they rise strictly within [0, 1]."""
+    edges = np.asarray(bounds, np.float32)
+    if edges.ndim != 1 or len(edges) < 2 or (np.diff(edges) <= 0).any() or edges[0] < 0 or edges[-1] > 1:
+        raise ValueError(f"bounds={tuple(bounds)} must rise strictly within [0, 1], two of them at least")
+    return edges

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float
 
 Params = Any
 Cond = Any
@@ -54,15 +54,61 @@ class FlowMapFn(Protocol):
     def __call__(self, x: Array, s: Array, t: Array, cond: Cond = None, key=None) -> Array: ...
 
 
+def accept(ts) -> None:
+    """Accept all times: the check of what works on every grid."""
+
+
+class Costed(NamedTuple):
+    """A step, corrector, direction or schedule that states its cost and refuses times it cannot take.
+
+    Calling it calls ``apply``. ``nfe`` is the number of network evaluations of one call per example (``None``:
+    unknown). ``check(ts)`` raises ``ValueError`` for times, or for a grid, at which ``apply`` cannot work;
+    ``sampling.sample`` calls it before anything is compiled. Read both with ``stated``, which also sees through
+    ``jax.jit`` and ``functools.partial``.
+    """
+
+    apply: Callable[..., Any]
+    nfe: int | None = None
+    check: Callable[[Any], None] = accept
+
+    def __call__(self, *args, **kwargs):
+        return self.apply(*args, **kwargs)
+
+
 class Multistep(NamedTuple):
-    """A step that uses earlier ones: a ``FlowMapFn`` with a memory, which ``samplers.sample`` carries along the grid.
+    """A step that uses earlier ones: a ``FlowMapFn`` with a memory, which ``sampling.sample`` carries along the grid.
 
     ``init(x)`` is the memory before the first step, ``step(memory, x, s, t, cond, key)`` gives ``(x, memory)``: arrays
-    of one shape all along, so that the scan compiles one step. A grid starts with an empty memory.
+    whose shapes never change, so that the scan compiles one step. A grid starts with an empty memory. ``nfe`` and
+    ``check`` are those of ``Costed``.
     """
 
     init: Callable[[Array], Any]
     step: Callable[..., tuple[Array, Any]]
+    nfe: int | None = None
+    check: Callable[[Any], None] = accept
+
+
+def stated(function: Any) -> Costed | Multistep:
+    """Return what a step, corrector or direction states of itself, through ``jax.jit`` and ``functools.partial``.
+
+    Args:
+        function: any callable, or a ``Multistep``.
+
+    Returns:
+        The ``Costed`` or ``Multistep`` inside ``function``; for a plain function ``Costed(function)``, of unknown cost.
+
+    >>> import functools, jax
+    >>> step = Costed(lambda x, s, t, cond=None, key=None: x, nfe=4)
+    >>> stated(jax.jit(step)).nfe, stated(functools.partial(step, cond=None)).nfe, stated(abs).nfe
+    (4, 4, None)
+    """
+    inner = function
+    while not isinstance(inner, (Costed, Multistep)):
+        inner = getattr(inner, "__wrapped__", None) or getattr(inner, "func", None)
+        if inner is None:
+            return Costed(function)
+    return inner
 
 
 @runtime_checkable
@@ -118,52 +164,6 @@ class Method(NamedTuple):
     flow_map: Callable[[Params], FlowMapFn] | None = None
     direction: Callable[[Params], DirectionFn] | None = None
     score: Callable[[Params], VelocityFn] | None = None
-
-
-def is_key(key) -> bool:
-    """Whether ``key`` is a typed PRNG key (or an array of them)."""
-    return isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-
-
-def example_keys(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
-    """One key per example: ``key`` folded with the example's global index.
-
-    >>> import jax, jax.numpy as jnp
-    >>> k = example_keys(jax.random.key(0), jnp.arange(8))
-    >>> bool((k[3:5] == example_keys(jax.random.key(0), jnp.array([3, 4]))).all())
-    True
-    """
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-
-
-def as_keys(key, batch: int):
-    """The door for users: a single key becomes ``[batch]`` example keys, an array ``[batch]`` of keys passes through.
-
-    Raises ``TypeError`` for anything but a typed key (``jax.random.key``) and ``ValueError`` for a wrong length.
-    """
-    if not is_key(key):
-        raise TypeError(f"key must be a typed PRNG key from jax.random.key(seed), got {type(key).__name__}")
-    if key.ndim == 0:
-        return example_keys(key, jnp.arange(batch))
-    if key.shape != (batch,):
-        raise ValueError(f"key has shape {key.shape}; give one key, or one per example: shape ({batch},)")
-    return key
-
-
-def split(key: Key[Array, " b"], n: int) -> tuple[Key[Array, " b"], ...]:
-    """``n`` independent keys per example, each ``[B]``."""
-    keys = jax.vmap(lambda k: jax.random.split(k, n))(key)
-    return tuple(keys[:, i] for i in range(n))
-
-
-def fold_in(key: Key[Array, " b"], data) -> Key[Array, " b"]:
-    """Every example's key folded with one integer (a step's number)."""
-    return jax.vmap(jax.random.fold_in, (0, None))(key, data)
-
-
-def normal(key: Key[Array, " b"], shape: tuple[int, ...], dtype=jnp.float32) -> Float[Array, "b ..."]:
-    """Standard normal noise ``[B, *shape]``, example by example; ``shape`` is that of one example."""
-    return jax.vmap(lambda k: jax.random.normal(k, shape, dtype))(key)
 
 
 def with_null(cond: Cond, null: Cond) -> Cond:

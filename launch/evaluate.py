@@ -7,7 +7,7 @@ samplers than the training's: ``--config.sampling.euler="(2, 4)"``, ``--config.g
 from absl import app, flags
 from ml_collections import config_flags
 
-from fmjax import command_line, evaluate
+from fmjax.experiments import command_line, evaluate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)

@@ -10,7 +10,8 @@ import functools
 from absl import app, flags
 from ml_collections import config_flags
 
-from fmjax import command_line, marginal_sets, sharding
+from fmjax.experiments import command_line, marginals
+from fmjax.training import sharding
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
@@ -27,7 +28,7 @@ def main(_):
     command_line.in_one_line(sharding.start)
     how = {"out": OUT.value, "steps": STEPS.value, "dtype": DTYPE.value, "tol": TOL.value}
     command_line.in_one_line(
-        functools.partial(marginal_sets.main, direction=DIRECTION.value, **how), CONFIG.value, WORKDIR.value
+        functools.partial(marginals.main, direction=DIRECTION.value, **how), CONFIG.value, WORKDIR.value
     )
 
 

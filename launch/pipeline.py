@@ -7,7 +7,8 @@ resume.
 from absl import app, flags
 from ml_collections import config_flags
 
-from fmjax import command_line, pipeline, sharding
+from fmjax.experiments import command_line, pipeline
+from fmjax.training import sharding
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)

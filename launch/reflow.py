@@ -6,7 +6,8 @@ Teacher, trajectories, students, comparison: straightened.json and report.html i
 from absl import app, flags
 from ml_collections import config_flags
 
-from fmjax import command_line, reflow, sharding
+from fmjax.experiments import command_line, reflow
+from fmjax.training import sharding
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)

@@ -7,7 +7,8 @@ resume. ``FMJAX_DISTRIBUTED=1`` joins the processes of a TPU pod or a GPU cluste
 from absl import app, flags
 from ml_collections import config_flags
 
-from fmjax import command_line, run, sharding
+from fmjax.experiments import assemble, command_line
+from fmjax.training import sharding
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
@@ -17,7 +18,7 @@ flags.mark_flag_as_required("config")
 def main(_):
     """Trains."""
     command_line.in_one_line(sharding.start)
-    command_line.in_one_line(run.fit, CONFIG.value, WORKDIR.value)
+    command_line.in_one_line(assemble.fit, CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":

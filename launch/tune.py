@@ -9,7 +9,7 @@ import functools
 from absl import app, flags
 from ml_collections import config_flags
 
-from fmjax import command_line, tuning
+from fmjax.experiments import command_line, tune
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
@@ -27,8 +27,8 @@ flags.mark_flag_as_required("config")
 def main(_):
     """Tunes."""
     how = {"by": BY.value, "solver": SOLVER.value, "steps": STEPS.value, "metric": METRIC.value, "most": MOST.value}
-    tune = functools.partial(tuning.main, seeds=SEEDS.value, alphas=ALPHA.value, betas=BETA.value, **how)
-    command_line.in_one_line(tune, CONFIG.value, WORKDIR.value)
+    run = functools.partial(tune.main, seeds=SEEDS.value, alphas=ALPHA.value, betas=BETA.value, **how)
+    command_line.in_one_line(run, CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax.types import as_keys, normal
+from fmjax.keys import as_keys, normal
 
 MEAN, STD = 0.7, 0.4
 

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 from fmjax import methods, oracles, paths, times
-from fmjax.methods import consistency
+from fmjax.methods.consistency import cost
 from fmjax.types import Batch, Method, Net, expand, over_batch
 
 MEAN, STD, SIGMA = np.array([0.75, -0.5], np.float32), np.array([0.5, 1.5], np.float32), (0.4, 0.9, 0.6)
 
 
 def discover() -> list[str]:
-    return sorted({m.name for m in pkgutil.iter_modules(methods.__path__)} - {"common"})
+    return sorted({m.name for m in pkgutil.iter_modules(methods.__path__)} - {"common", "weighting", "attacks"})
 
 
 def factory(name: str) -> Callable[..., Method]:
@@ -306,7 +306,7 @@ CASES = {
         pair=functools.partial(times.to_data, law=times.noise_level),
         velocity="chord",
         share=times.ect_share,
-        cost=consistency.cost(),
+        cost=cost(),
     ),
     "consistency_trajectory": map_case(
         "consistency_trajectory", share=times.constant_share, solver="jump", teacher=True

@@ -12,7 +12,9 @@ import numpy as np
 import originals
 import pytest
 
-from fmjax import build, checkpoint, command_line, reflow, run, sharding, workdir
+from fmjax.experiments import assemble, command_line, reflow, specs, workdir
+from fmjax.storage import checkpoint, files
+from fmjax.training import loop, sharding
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "configs").is_dir():
@@ -80,9 +82,9 @@ def test_a_config_trains_on_its_data_from_the_first_step(name, tmp_path, monkeyp
     if name in SETS:
         with cfg.unlocked():
             cfg.net.middle = False  # attention over all pixels of the only level
-    plan = one_device(run.assemble(cfg))
-    state = run.train(plan, tmp_path / "w")
-    records = workdir.read_jsonl(tmp_path / "w" / "metrics.jsonl")
+    plan = one_device(assemble.assemble(cfg))
+    state = loop.train(plan, tmp_path / "w")
+    records = files.read_jsonl(tmp_path / "w" / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(1, 21)) and int(state.step) == 20
     assert checkpoint.latest_step(tmp_path / "w" / "checkpoints") == 20
     batch = plan.batch(0)
@@ -107,7 +109,7 @@ def test_a_comparison_of_straightened_flows_is_complete(name, tmp_path, monkeypa
 def test_the_network_of_cifar10_is_torchcfms(key):
     """35,746,307 parameters beside those of the second time, as torchcfm's network has."""
     c = get("cifar10")
-    params = jax.eval_shape(build.net(c.net).init, key, np.zeros((1, 32, 32, 3), np.float32))
+    params = jax.eval_shape(specs.net(c.net).init, key, np.zeros((1, 32, 32, 3), np.float32))
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert count(params) - count(params["TwoTimes_0"]["jump"]) == 35_746_307
 
@@ -121,21 +123,23 @@ def test_a_run_that_streams_resumes_to_the_same_bits_and_refuses_another_batch_s
     cfg = parse(monkeypatch, "imagenet64", *overrides, *tiny("imagenet64", tmp_path))
     with cfg.unlocked(), cfg.ignore_type():
         cfg.net = {"name": "mlp", "width": 8, "depth": 1}
-    whole = run.train(one_device(run.assemble(cfg)), tmp_path / "whole")
+    whole = loop.train(one_device(assemble.assemble(cfg)), tmp_path / "whole")
 
     def kill(n, state):
         if n == 5:
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        run.train(one_device(run.assemble(cfg)), tmp_path / "parts", hooks=[kill])
+        loop.train(one_device(assemble.assemble(cfg)), tmp_path / "parts", hooks=[kill])
     assert checkpoint.latest_step(tmp_path / "parts" / "checkpoints") == 3
-    resumed = run.train(one_device(run.assemble(cfg)), tmp_path / "parts")  # all that a new process has is the step
+    resumed = loop.train(
+        one_device(assemble.assemble(cfg)), tmp_path / "parts"
+    )  # all that a new process has is the step
     assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (whole, resumed)), strict=True))
     workdir.open_workdir(tmp_path / "w", cfg.to_dict())
     cfg.batch_size = 16
     with pytest.raises(workdir.WorkdirError, match="batch_size is 8 there, 16 here"):
-        run.fit(cfg, tmp_path / "w")
+        assemble.fit(cfg, tmp_path / "w")
 
 
 @pytest.mark.slow
@@ -148,5 +152,5 @@ def test_the_real_sets_train_with_their_whole_network(name, tmp_path):
     command = [sys.executable, "-m", "launch.train", f"--config=configs/{name}.py", f"--workdir={tmp_path / 'w'}"]
     command += [f"--config.{field}={value}" for field, value in fields.items()]
     subprocess.run(command, cwd=ROOT, check=True, timeout=1200)
-    losses = [r["loss"] for r in workdir.read_jsonl(tmp_path / "w" / "metrics.jsonl")]
+    losses = [r["loss"] for r in files.read_jsonl(tmp_path / "w" / "metrics.jsonl")]
     assert losses[-1] < losses[0]

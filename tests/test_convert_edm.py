@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from scipy import special
 
-from fmjax import build, diffusion
 from fmjax.convert import edm
+from fmjax.experiments import specs
 from fmjax.nets import preconditioning, song_unet, unet
 from fmjax.nets.adapters import from_linen
+from fmjax.sampling import diffusion
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity"
 MODULES = {"song_unet": song_unet.SongUNet, "unet": unet.UNet}
@@ -175,7 +176,7 @@ def test_all_of_a_state_dict_has_its_place_with_and_without_a_prefix(sizes):
     filters = sum(a.size for name, a in state.items() if "resample_filter" in name)
     count = sum(a.size for a in jax.tree.leaves(params))
     assert count - jump - (null or 0) == sum(a.size for a in state.values()) - filters
-    model = build.net(spec)
+    model = specs.net(spec)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1, int))
     assert jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, params)
 

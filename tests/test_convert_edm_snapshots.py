@@ -18,8 +18,8 @@ import pytest
 from test_convert_edm import NCSN, TINY, names
 from test_convert_weights import Calls, number, text
 
-from fmjax import build
 from fmjax.convert import edm
+from fmjax.experiments import specs
 from fmjax.nets import preconditioning
 
 
@@ -171,7 +171,7 @@ def test_a_snapshot_tells_its_preconditioning(kind, given, want, tmp_path):
     assert how == want
     name = how.pop("name")
     default = getattr(preconditioning, name)()
-    made = build.call(getattr(preconditioning, name), how)
+    made = specs.call(getattr(preconditioning, name), how)
     assert (made.sigma_min, made.sigma_max) == (default.sigma_min, default.sigma_max)
 
 

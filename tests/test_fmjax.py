@@ -22,51 +22,77 @@ HEAVY = (
     "orbax",
     "diffrax",
 )
-# what each room may import of fmjax, beside itself; packages stand for all their files
-BELOW = {
-    "types": set(),
-    **dict.fromkeys(("weighting", "attacks"), {"types"}),
-    **dict.fromkeys(("paths", "times", "couplings", "oracles", "guidance"), {"types", "paths", "times"}),
-    "methods": {"types", "paths", "times", "weighting", "attacks", "methods"},
-    "nets": {"types", "nets"},
-    "fixed_point": set(),
-    "solvers": {"types", "paths", "times", "fixed_point"},
-    **dict.fromkeys(("samplers", "correctors", "likelihood", "diffusion"), {"types", "paths", "times", "solvers"}),
-    "schedules": {"types", "paths", "times"},
-    "mismatch": {"types", "oracles", "solvers"},
-    "tune": {"types", "workdir"},
-}
+# The floors of the house, from the ground up: a package imports from lower floors and from its own, never in a circle.
+FLOORS = (
+    ("types", "keys", "checks"),
+    ("storage", "paths", "times", "couplings", "nets", "metrics"),
+    ("sampling", "methods", "data", "convert"),
+    ("oracles", "correction", "training"),
+    ("straightening",),
+    ("experiments",),
+)
+CONFIGS = ("ml_collections", "absl")  # only the laboratory knows configs and flags
+
+
+def imports(file: Path) -> tuple[set[str], set[str]]:
+    """The packages of fmjax, and the top-level names outside it, that a file imports anywhere."""
+    inner, outer = set(), set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            outer |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            top, *rest = (node.module or "").split(".")
+            if top != "fmjax":
+                outer.add(top)
+            elif rest:
+                inner.add(rest[0])
+            else:
+                inner |= {alias.name for alias in node.names}
+    return inner, outer
 
 
 @pytest.mark.parametrize("name", fmjax.__all__)
-def test_every_public_name_is_a_module(name):
-    assert getattr(fmjax, name).__name__ == f"fmjax.{name}"
+def test_every_public_name_resolves(name):
+    value = getattr(fmjax, name)
+    assert value.__name__ in (name, f"fmjax.{name}")
     assert name in dir(fmjax)
 
 
+def test_a_packages_names_are_all_there_and_none_is_a_module_that_hides_a_function():
+    for package in sorted({name for floor in FLOORS for name in floor}):
+        module = getattr(fmjax, package)
+        for name in getattr(module, "__all__", ()):
+            assert hasattr(module, name), f"{package}.{name}"
+    assert callable(fmjax.methods.lagrangian) and callable(fmjax.nets.UNet) and callable(fmjax.sampling.rk4)
+
+
 def test_an_unknown_name_is_refused_with_the_public_ones():
-    with pytest.raises(AttributeError, match="no attribute 'smaplers'; its public names are .*samplers"):
-        _ = fmjax.smaplers
+    with pytest.raises(AttributeError, match="no attribute 'smapling'; its public names are .*sampling"):
+        _ = fmjax.smapling
 
 
 def test_importing_the_mathematics_imports_nothing_heavy():
-    names = "correctors, couplings, marginals, oracles, paths, samplers, solvers, times, train"
+    names = "correction, couplings, methods, nets, oracles, paths, sampling, times, training"
     code = f"import sys; from fmjax import {names}; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert done.stdout.strip() == "[]"
 
 
-def test_rooms_import_downwards_only():
+def test_packages_import_downwards_only_and_never_in_a_circle():
+    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
+    below = {name: set() for name in floor}
     for file in ROOT.rglob("*.py"):
+        if file.parent == ROOT and file.stem == "__init__":
+            continue
         room = file.relative_to(ROOT).with_suffix("").parts[0]
-        found = set()
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fmjax":
-                _, *inner = node.module.split(".")
-                found |= {inner[0]} if inner else {alias.name for alias in node.names}
-            elif isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-                assert not {n.split(".")[0] for n in names} & {"launch", "configs"}, file
-                if room not in ("run", "build"):
-                    assert "ml_collections" not in {n.split(".")[0] for n in names}, file
-        assert found <= BELOW.get(room, found), f"{file} imports {sorted(found - BELOW[room])}"
+        inner, outer = imports(file)
+        assert not outer & {"launch", "configs"}, file
+        assert room == "experiments" or not outer & set(CONFIGS), file
+        upward = {name for name in inner if floor[name] > floor[room]}
+        assert not upward, f"{file} imports upwards: {sorted(upward)}"
+        below[room] |= inner - {room}
+    while below:  # take away what imports nothing that is left, until nothing is left
+        free = [room for room, names in below.items() if not names & below.keys()]
+        assert free, f"imports in a circle: {below}"
+        for room in free:
+            del below[room]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fmjax import checkpoint, workdir
+from fmjax.storage import checkpoint, files
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -46,7 +46,7 @@ def wait_for(condition, process, seconds=120):
 
 def numbers(path):
     speeds = ("steps_per_s", "examples_per_s")
-    return [{k: v for k, v in r.items() if k not in speeds} for r in workdir.read_jsonl(path / "metrics.jsonl")]
+    return [{k: v for k, v in r.items() if k not in speeds} for r in files.read_jsonl(path / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_train_records_step_loss_and_rates(uninterrupted):
-    records = workdir.read_jsonl(uninterrupted / "metrics.jsonl")
+    records = files.read_jsonl(uninterrupted / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(5, 401, 5))
     assert {"step", "loss", "learning_rate", "steps_per_s", "examples_per_s"} <= set(records[0])
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]

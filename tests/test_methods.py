@@ -13,8 +13,11 @@ import optax
 import pytest
 from cases import CASES, SLOW, Alias, Case, assert_same_method, case_of, discover, factory
 
-from fmjax import checkpoint, paths, sharding, train
-from fmjax.types import Net, example_keys, expand, normal, over_batch
+from fmjax import paths, training
+from fmjax.keys import example_keys, normal
+from fmjax.storage import checkpoint
+from fmjax.training import sharding
+from fmjax.types import Net, expand, over_batch
 
 Z = 4.5  # two-sided, 7e-6 a test: some 200 z-tests under fixed seeds
 FLOOR = 1e-6  # float64: the oracle's u is a quotient for |t - s| > 1e-4 and a trapezium, off by 1e-8 u'', below
@@ -242,8 +245,8 @@ def test_the_step_traces_once_whatever_the_batch_the_key_and_the_teacher(name):
         return method.loss(*args)
 
     mesh, tx = sharding.make_mesh(jax.devices()[:2]), optax.adam(1e-2)
-    step = train.make_step(loss, tx, mesh=mesh, target="frozen")
-    state = train.init(mlp_params(), tx, mesh=mesh)
+    step = training.make_step(loss, tx, mesh=mesh, target="frozen")
+    state = training.init(mlp_params(), tx, mesh=mesh)
     losses = []
     for i in range(3):
         moved, teacher = batch._replace(x1=batch.x1 + i), jax.tree.map(lambda a, i=i: a + i, mlp_params(1))
@@ -255,7 +258,7 @@ def test_the_step_traces_once_whatever_the_batch_the_key_and_the_teacher(name):
 @every_method
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(name, tmp_path):
     case, mesh, tx = case_of(name), sharding.make_mesh(jax.devices()[:2]), optax.adam(1e-2)
-    fresh = lambda seed: train.init(mlp_params(seed), tx, mesh=mesh)
+    fresh = lambda seed: training.init(mlp_params(seed), tx, mesh=mesh)
 
     def run(step, state, first, last):
         told = []
@@ -264,7 +267,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(name, tmp_path):
             told.append(jax.tree.map(np.asarray, metrics))
         return state, told
 
-    make = lambda: train.make_step(case.make(mlp).loss, tx, mesh=mesh, target="ema")
+    make = lambda: training.make_step(case.make(mlp).loss, tx, mesh=mesh, target="ema")
     whole, told = run(step := make(), fresh(0), 0, 4)
     halfway, _ = run(step, fresh(0), 0, 2)
     with checkpoint.writer(tmp_path) as manager:
@@ -290,8 +293,8 @@ def test_loss_gradient_and_parameters_do_not_depend_on_the_devices(name, monkeyp
     for fsdp, counts in ((False, (1, 2, 4, 8)), (True, (2, 8))):
         for count in counts:
             mesh, tx = sharding.make_mesh(jax.devices()[:count]), optax.sgd(rate)
-            state = train.init(mlp_params(), tx, mesh=mesh, fsdp=fsdp)
-            step = train.make_step(method.loss, tx, mesh=mesh, target="frozen", fsdp=fsdp)
+            state = training.init(mlp_params(), tx, mesh=mesh, fsdp=fsdp)
+            step = training.make_step(method.loss, tx, mesh=mesh, target="frozen", fsdp=fsdp)
             for value in told:
                 state, metrics = step(state, batch, KEYS, teacher)
                 np.testing.assert_allclose([metrics["loss"], metrics["grad_norm"]], value, rtol=1e-5)

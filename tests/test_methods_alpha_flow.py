@@ -10,11 +10,12 @@ from cases import MEAN, STD, assert_same_method
 from test_methods import mlp, mlp_params
 
 from fmjax import paths, times
+from fmjax.keys import example_keys
 from fmjax.methods.alpha_flow import alpha_flow
 from fmjax.methods.eulerian import eulerian
 from fmjax.methods.progressive import progressive
 from fmjax.methods.soflow import soflow
-from fmjax.types import Batch, example_keys
+from fmjax.types import Batch
 
 pytestmark = pytest.mark.usefixtures("x64")
 constant = lambda a: functools.partial(times.constant_share, value=a)

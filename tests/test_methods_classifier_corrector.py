@@ -9,11 +9,16 @@ import optax
 import pytest
 from scipy import special
 
-from fmjax import attacks, build, correctors, oracles, run, sharding, train
+from fmjax import oracles, training
+from fmjax.correction import correctors
+from fmjax.experiments import assemble, specs
+from fmjax.keys import as_keys
+from fmjax.methods import attacks
 from fmjax.methods.classifier_corrector import classifier_corrector
 from fmjax.nets.adapters import from_linen
 from fmjax.nets.mlp import MLP
-from fmjax.types import Batch, as_keys
+from fmjax.training import sharding
+from fmjax.types import Batch
 
 N = 64
 
@@ -203,8 +208,8 @@ def test_an_attacked_loss_does_not_depend_on_the_devices(key):
     told = []
     for count in (1, 2):
         mesh, tx = sharding.make_mesh(jax.devices()[:count]), optax.sgd(0.1)
-        step = train.make_step(loss, tx, mesh=mesh)
-        state, metrics = step(train.init(params, tx, mesh=mesh), Batch(x1, x0=x0, t=jnp.full(16, 0.5)), key)
+        step = training.make_step(loss, tx, mesh=mesh)
+        state, metrics = step(training.init(params, tx, mesh=mesh), Batch(x1, x0=x0, t=jnp.full(16, 0.5)), key)
         told.append((metrics["loss"], metrics["accuracy"], metrics["grad_norm"], *jax.tree.leaves(state.params)))
     for one, two in zip(*told, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
@@ -238,7 +243,7 @@ def test_a_batch_without_pairs_and_a_net_that_is_no_logit_are_refused(setting):
 )
 def test_bad_options_are_refused_when_the_method_is_made(options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        build.method({"name": "classifier_corrector", **options}, linear)
+        specs.method({"name": "classifier_corrector", **options}, linear)
 
 
 def test_a_config_builds_it_over_a_net_of_a_logit_and_refuses_other_pairs():
@@ -255,17 +260,17 @@ def test_a_config_builds_it_over_a_net_of_a_logit_and_refuses_other_pairs():
         cfg.correctors.classifier.batch_size = 16
     x = np.zeros((16, 8, 8, 1), np.float32)
     pairs = lambda step: Batch(x, x0=x, t=np.zeros(16, np.float32))
-    assert run.assemble(cfg, "correctors.classifier", batch=pairs).model.net.logit
+    assert assemble.assemble(cfg, "correctors.classifier", batch=pairs).model.net.logit
     with pytest.raises(ValueError, match="its batches need backward examples in Batch.x1, forward ones in Batch.x0"):
-        run.assemble(cfg, "correctors.classifier", batch=lambda step: pairs(step)._replace(x0=None))
+        assemble.assemble(cfg, "correctors.classifier", batch=lambda step: pairs(step)._replace(x0=None))
     with cfg.unlocked(), cfg.ignore_type():
         cfg.correctors.classifier.net = {"name": "mlp", "width": 8}
     with pytest.raises(ValueError, match=r"a net of one number an example, \(4,\), got \(4, 8, 8, 1\)"):
-        run.assemble(cfg, "correctors.classifier", batch=pairs)  # two rows of both classes a device
+        assemble.assemble(cfg, "correctors.classifier", batch=pairs)  # two rows of both classes a device
     with cfg.unlocked(), cfg.ignore_type():
         cfg.net, cfg.coupling = {"name": "mlp", "logit": True}, "independent"
     for name in ("flow_matching", "lagrangian", "residual"):
         with cfg.unlocked(), cfg.ignore_type():
             cfg.method = name
         with pytest.raises(ValueError, match=f"methods.{name} needs a net of x's shape, not a logit's: logit=False"):
-            run.assemble(cfg)
+            assemble.assemble(cfg)

@@ -9,7 +9,8 @@ import pytest
 from cases import MEAN, STD, assert_same_method
 from test_methods import mlp, mlp_params
 
-from fmjax import oracles, paths, solvers, times
+from fmjax import oracles, paths, times
+from fmjax.keys import example_keys
 from fmjax.methods.align_your_flow import align_your_flow
 from fmjax.methods.alpha_flow import alpha_flow
 from fmjax.methods.consistency import consistency, cost
@@ -18,7 +19,8 @@ from fmjax.methods.continuous_consistency import angular, continuous_consistency
 from fmjax.methods.eulerian import eulerian
 from fmjax.methods.lagrangian import lagrangian
 from fmjax.nets.adapters import trigonometric
-from fmjax.types import Batch, example_keys
+from fmjax.sampling import solvers
+from fmjax.types import Batch
 
 pytestmark = pytest.mark.usefixtures("x64")
 at = lambda a: a[:, None]

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import guidance, oracles, paths, samplers, solvers, times
+from fmjax import oracles, paths, sampling
+from fmjax.keys import as_keys
 from fmjax.methods.discriminator import discriminator
-from fmjax.types import Batch, as_keys, expand
+from fmjax.sampling import grids, guidance, solvers
+from fmjax.types import Batch, expand
 
 PATHS = {
     "linear": paths.linear(),
@@ -53,7 +55,7 @@ def test_a_guided_sampler_ends_on_the_data(path, x64, key):
     real, made = (oracles.gaussian(0.0, std, path=path) for std in (0.5, 0.9))
     guided = guidance.density_ratio(made.velocity, exact(real, made, path), path=path)
     x = jnp.linspace(-2, 2, 7)[:, None]
-    end = samplers.sample(solvers.rk4(guided), x, times.uniform_grid(40))
+    end = sampling.sample(solvers.rk4(guided), x, grids.uniform_grid(40))
     np.testing.assert_allclose(end, real.flow_map(x, 0.0, 1.0), rtol=1e-4)
     assert np.abs(made.flow_map(x, 0.0, 1.0) - end).max() > 0.5
 

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from fmjax import diffusion, oracles, paths, samplers, schedules, times
+from fmjax import oracles, paths, sampling, times
+from fmjax.keys import as_keys, split
 from fmjax.methods import common as c
 from fmjax.methods import denoising, edm, flow_matching, lagrangian
+from fmjax.methods.denoising import PREDICTS
 from fmjax.nets import preconditioning
-from fmjax.types import Batch, as_keys, expand, split
+from fmjax.sampling import diffusion, grids
+from fmjax.types import Batch, expand
 
 SD = 0.5
 
@@ -37,7 +40,7 @@ def published(params, y, sigma, cond=None):
 def test_the_velocity_is_that_of_the_published_denoiser(x64, key):
     sigma, y = jnp.geomspace(0.002, 80, 7), jax.random.normal(key, (7, 3))
     cond = jnp.linspace(-1, 1, 7)
-    method = edm.edm(denoising_net())
+    method = edm(denoising_net())
     y = y * expand(sigma, y)
     denoise = jax.jit(diffusion.denoiser(method.velocity(2.0)))
     for labels in (None, cond):
@@ -55,7 +58,7 @@ def test_the_loss_is_the_published_one_at_the_levels_drawn(x64, key):
     """``lambda |D - x1|^2``, also with a coupling's source; the law of levels is EDM's by default."""
     x1, x0 = jax.random.normal(key, (2, 512, 3))
     keys = as_keys(key, 512)
-    _, aux = jax.jit(edm.edm(denoising_net()).loss)(2.0, 2.0, Batch(x1, x0=x0), keys)
+    _, aux = jax.jit(edm(denoising_net()).loss)(2.0, 2.0, Batch(x1, x0=x0), keys)
     t = aux["t"]
     sigma = (1 - t) / t
     error = c.mse(published(2.0, x1 + expand(sigma, x0) * x0, sigma), x1)
@@ -71,7 +74,7 @@ def test_the_loss_is_the_published_one_at_the_levels_drawn(x64, key):
 def test_for_gaussian_data_of_that_deviation_the_network_has_nothing_to_do_and_targets_have_variance_one(x64, key):
     law = oracles.gaussian(jnp.zeros(2), SD)
     x, t = jax.random.normal(key, (9, 2)), jnp.linspace(0.02, 0.99, 9)
-    still = edm.edm(denoising_net(lambda params, x, s, t, cond=None, key=None: 0 * x), sigma_data=SD)
+    still = edm(denoising_net(lambda params, x, s, t, cond=None, key=None: 0 * x), sigma_data=SD)
     np.testing.assert_allclose(still.velocity(None)(x, t), law.velocity(x, t), atol=1e-12)
     n = 40_000
     _, aux = jax.jit(lambda key: still.loss(None, None, Batch(law.sample(key, n)), as_keys(key, n)))(key)
@@ -82,23 +85,21 @@ def test_for_gaussian_data_of_that_deviation_the_network_has_nothing_to_do_and_t
 
 def test_on_another_path_it_is_the_changed_velocity(x64, key):
     path, x, t = paths.vp(), jax.random.normal(key, (3, 2)), jnp.array([0.2, 0.5, 0.9])
-    want = paths.change(edm.edm(denoising_net()).velocity(2.0), paths.linear(), path)(x, t)
-    np.testing.assert_allclose(edm.edm(denoising_net(), path=path).velocity(2.0)(x, t), want, rtol=1e-12)
+    want = paths.change(edm(denoising_net()).velocity(2.0), paths.linear(), path)(x, t)
+    np.testing.assert_allclose(edm(denoising_net(), path=path).velocity(2.0)(x, t), want, rtol=1e-12)
     batch, keys = Batch(x), as_keys(key, 3)
-    ours, theirs = (
-        m.loss(2.0, 2.0, batch, keys)[0] for m in (edm.edm(denoising_net()), edm.edm(denoising_net(), path=path))
-    )
+    ours, theirs = (m.loss(2.0, 2.0, batch, keys)[0] for m in (edm(denoising_net()), edm(denoising_net(), path=path)))
     assert ours == theirs
 
 
 def test_its_parameters_start_flows_and_flow_maps_that_are_it(x64, key):
     """The same network, under any method; it trains on from there."""
-    net, velocity = denoising_net(), edm.edm(denoising_net()).velocity(2.0)
+    net, velocity = denoising_net(), edm(denoising_net()).velocity(2.0)
     x, s, t = jax.random.normal(key, (3, 2)), jnp.array([0.1, 0.4, 0.6]), jnp.array([0.3, 0.5, 0.9])
-    np.testing.assert_array_equal(flow_matching.flow_matching(net).velocity(2.0)(x, s), velocity(x, s))
-    jump = lagrangian.lagrangian(net).flow_map(2.0)(x, s, t)
+    np.testing.assert_array_equal(flow_matching(net).velocity(2.0)(x, s), velocity(x, s))
+    jump = lagrangian(net).flow_map(2.0)(x, s, t)
     np.testing.assert_allclose(jump, x + expand(t - s, x) * velocity(x, s), rtol=1e-12)
-    method, batch, keys = flow_matching.flow_matching(net), Batch(x), as_keys(key, 3)
+    method, batch, keys = flow_matching(net), Batch(x), as_keys(key, 3)
     assert jax.grad(lambda p: method.loss(p, p, batch, keys)[0])(2.0) != 0
 
 
@@ -112,9 +113,9 @@ def test_it_is_sampled_by_edms_sampler_between_the_levels_it_is_told(key):
         x = y * jnp.sqrt(var)
         return (law.velocity(x, at[:, 0]) - (SD**2 * at - (1 - at)) / var * x) * jnp.sqrt(var) / SD
 
-    grid, velocity = schedules.edm_grid(160), edm.edm(denoising_net(exact)).velocity(None)
+    grid, velocity = grids.edm_grid(160), edm(denoising_net(exact)).velocity(None)
     x0 = (1 - grid[0]) * jax.random.normal(key, (64, 2))
-    end = jax.jit(lambda x: samplers.sample(diffusion.edm_heun(velocity), x, grid))(x0)
+    end = jax.jit(lambda x: sampling.sample(diffusion.edm_heun(velocity), x, grid))(x0)
     # second order: 6 percent at 18 levels, 80 times less here; and float32
     np.testing.assert_allclose(end, law.flow_map(x0, grid[0], 1.0), atol=3e-3)
 
@@ -128,7 +129,7 @@ def test_it_is_sampled_by_edms_sampler_between_the_levels_it_is_told(key):
 )
 def test_what_edm_cannot_do_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        edm.edm(raw, **options)
+        edm(raw, **options)
 
 
 @pytest.mark.parametrize("path", [paths.vp(), paths.linear()])
@@ -141,7 +142,7 @@ def test_errors_of_predictions_are_the_noises_times_the_stated_weights(path, x64
         def net(params, x, s, t, cond=None, key=None):
             return paths.convert(path, x, jnp.sin(x) + expand(s, x), s, given="noise", to=what)
 
-        method = denoising.denoising(net, path=path, time=inner, predict=what)
+        method = denoising(net, path=path, time=inner, predict=what)
         return jax.jit(lambda x1, keys: method.loss(None, None, Batch(x1), keys)[1])(x1, keys)
 
     noise = predicting("noise")
@@ -149,7 +150,7 @@ def test_errors_of_predictions_are_the_noises_times_the_stated_weights(path, x64
     ratio = (alpha / beta) ** 2
     for what, weight in (("data", ratio), ("v_prediction", beta**2 * (ratio + 1) ** 2)):
         np.testing.assert_allclose(predicting(what)["per_example"], weight * noise["per_example"], rtol=1e-8)
-    straight = flow_matching.flow_matching(
+    straight = flow_matching(
         lambda params, x, s, t, cond=None, key=None: paths.convert(
             path, x, jnp.sin(x) + expand(s, x), s, given="noise", to="velocity"
         ),
@@ -159,14 +160,14 @@ def test_errors_of_predictions_are_the_noises_times_the_stated_weights(path, x64
         np.testing.assert_allclose(straight["per_example"], (1 + alpha / beta) ** 2 * noise["per_example"], rtol=1e-8)
 
 
-@pytest.mark.parametrize("predict", denoising.PREDICTS)
+@pytest.mark.parametrize("predict", PREDICTS)
 def test_every_prediction_is_read_as_the_velocity_and_the_score(predict, x64, key):
     path = paths.vp()
     law = oracles.gaussian(jnp.array([0.4, -0.1]), jnp.array([0.6, 0.3]), path=path)
     net = lambda params, x, s, t, cond=None, key=None: paths.convert(
         path, x, law.velocity(x, s), s, given="velocity", to=predict
     )
-    method = denoising.denoising(net, path=path, predict=predict)
+    method = denoising(net, path=path, predict=predict)
     x, t = jax.random.normal(key, (4, 2)), jnp.array([0.05, 0.4, 0.7, 0.99])
     np.testing.assert_allclose(method.velocity(None)(x, t), law.velocity(x, t), rtol=1e-8)
     np.testing.assert_allclose(method.score(None)(x, t), law.score(x, t), rtol=1e-8)
@@ -176,15 +177,15 @@ def test_on_vp_the_loss_is_finite_at_the_data_where_the_velocity_is_not(key):
     net = lambda params, x, s, t, cond=None, key=None: x
     end = lambda key: jnp.ones(key.shape)
     x1, keys = jax.random.normal(key, (4, 2)), as_keys(key, 4)
-    for predict in denoising.PREDICTS:
-        loss, _ = denoising.denoising(net, path=paths.vp(), time=end, predict=predict).loss(None, None, Batch(x1), keys)
+    for predict in PREDICTS:
+        loss, _ = denoising(net, path=paths.vp(), time=end, predict=predict).loss(None, None, Batch(x1), keys)
         assert np.isfinite(loss)
-    loss, _ = flow_matching.flow_matching(net, path=paths.vp(), time=end).loss(None, None, Batch(x1), keys)
+    loss, _ = flow_matching(net, path=paths.vp(), time=end).loss(None, None, Batch(x1), keys)
     assert not np.isfinite(loss)
 
 
 def test_what_denoising_cannot_do_is_refused():
     with pytest.raises(ValueError, match="predict='nose' must be one of noise, data, v_prediction; did you mean 'no"):
-        denoising.denoising(raw, predict="nose")
+        denoising(raw, predict="nose")
     with pytest.raises(ValueError, match="denoising needs a path without a latent"):
-        denoising.denoising(raw, path=paths.two_sided())
+        denoising(raw, path=paths.two_sided())

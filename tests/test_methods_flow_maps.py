@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import oracles, paths, samplers, times
+from fmjax import oracles, paths, sampling, times
+from fmjax.keys import example_keys
 from fmjax.methods.eulerian import STOPS as EULERIAN_STOPS
 from fmjax.methods.eulerian import VELOCITIES, eulerian
 from fmjax.methods.flow_map_matching import flow_map_matching
@@ -17,7 +18,8 @@ from fmjax.methods.lagrangian import STOPS as LAGRANGIAN_STOPS
 from fmjax.methods.lagrangian import lagrangian
 from fmjax.methods.progressive import progressive
 from fmjax.nets.adapters import one_time
-from fmjax.types import Batch, example_keys, expand
+from fmjax.sampling import grids
+from fmjax.types import Batch, expand
 
 MEAN, STD = np.array([0.75, -0.5]), np.array([0.5, 1.5])
 KEYS = jax.random.key(3)
@@ -366,9 +368,9 @@ def test_few_steps_of_the_exact_map_are_exact_for_every_grid_in_both_directions(
     jump = lagrangian(oracles.average_velocity(oracle), path=path).flow_map(None)
     x0 = jax.random.normal(KEYS, (5, 2))
     x1 = oracle.flow_map(x0, 0.0, 1.0)
-    for grid in (times.uniform_grid(1), times.uniform_grid(2), times.uniform_grid(7), np.array([0, 0.05, 0.8, 1.0])):
-        np.testing.assert_allclose(samplers.sample(jump, x0, grid), x1, atol=1e-12)
-        np.testing.assert_allclose(samplers.sample(jump, x1, grid[::-1]), x0, atol=1e-12)
+    for grid in (grids.uniform_grid(1), grids.uniform_grid(2), grids.uniform_grid(7), np.array([0, 0.05, 0.8, 1.0])):
+        np.testing.assert_allclose(sampling.sample(jump, x0, grid), x1, atol=1e-12)
+        np.testing.assert_allclose(sampling.sample(jump, x1, grid[::-1]), x0, atol=1e-12)
 
 
 @pytest.mark.parametrize("choice", VELOCITIES)

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import guidance, oracles
+from fmjax import oracles
+from fmjax.keys import as_keys
 from fmjax.methods.improved_mean_flow import improved_mean_flow
 from fmjax.methods.lagrangian import lagrangian
 from fmjax.methods.mean_flow import mean_flow
 from fmjax.methods.terminal_velocity_matching import terminal_velocity_matching
-from fmjax.types import Batch, as_keys, expand, over_batch
+from fmjax.sampling import guidance
+from fmjax.types import Batch, expand, over_batch
 
 MEANS, STD, NULL = np.array([-0.8, 1.0, 0.3]), 0.6, 2  # the last one is of the null label
 Z = 4.5

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import times, weighting
+from fmjax import times
+from fmjax.keys import as_keys
+from fmjax.methods import weighting
 from fmjax.methods.eulerian import eulerian
 from fmjax.methods.improved_mean_flow import improved_mean_flow
-from fmjax.types import Batch, as_keys, expand
+from fmjax.types import Batch, expand
 
 NULL, D, N = 2, 2, 16
 PARAMS = {

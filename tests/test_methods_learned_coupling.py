@@ -8,12 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from fmjax import build, oracles, segments
+from fmjax import oracles
+from fmjax.experiments import specs
+from fmjax.keys import as_keys, example_keys, normal, split
 from fmjax.methods.flow_matching import flow_matching
 from fmjax.methods.learned_coupling import learned_coupling
 from fmjax.nets import adapters
 from fmjax.nets.mlp import MLP
-from fmjax.types import Batch, as_keys, example_keys, expand, normal, split
+from fmjax.straightening import segments
+from fmjax.types import Batch, expand
 
 MEAN, STD = np.array([0.75, -0.5], np.float32), np.array([0.2, 1.5], np.float32)
 LAW = oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD))
@@ -159,13 +162,13 @@ def test_what_cannot_work_is_refused(key):
 
 def test_a_config_has_the_encoder_as_an_option_of_the_net(key):
     spec, x = {"name": "mlp", "width": 8, "depth": 1}, jax.random.normal(key, (4, 3))
-    model = build.net({**spec, "noise_encoder": {"name": "mlp", "width": 4, "depth": 1}})
+    model = specs.net({**spec, "noise_encoder": {"name": "mlp", "width": 4, "depth": 1}})
     params = model.init(key, x)
     assert params["encoder"]["output"]["kernel"].shape == (4, 6) and params["output"]["kernel"].shape == (8, 3)
-    method = build.method({"name": "learned_coupling", "weight": 2}, model.net)
+    method = specs.method({"name": "learned_coupling", "weight": 2}, model.net)
     grads = jax.grad(lambda p: method.loss(p, None, Batch(x), as_keys(key, 4))[0])(params)
     assert np.abs(grads["encoder"]["output"]["kernel"]).max() > 0
-    plain = build.net(spec).net
+    plain = specs.net(spec).net
     params = jax.tree.map(lambda p: p + 0.1, params)
     without = {name: p for name, p in params.items() if name != "encoder"}
     for own in (params, without):  # the flow is the plain net's, and its checkpoint passes
@@ -176,8 +179,8 @@ def test_a_config_has_the_encoder_as_an_option_of_the_net(key):
     joint = adapters.with_encoder(fused, fused)
     assert float(joint.net.with_jvp(joint.init(key, x), 3.0, 0, 0)) == -6  # of the same parameters, without others
     with pytest.raises(ValueError, match="a noise_encoder needs a network with outputs, .* which 'encoder' is not"):
-        build.net({**spec, "noise_encoder": "encoder"})
+        specs.net({**spec, "noise_encoder": "encoder"})
     with pytest.raises(ValueError, match="did you mean 'mlp'"):
-        build.net({**spec, "noise_encoder": "mpl"})
+        specs.net({**spec, "noise_encoder": "mpl"})
     with pytest.raises(ValueError, match="'outputs' from a field of its own"):
-        build.net({**spec, "noise_encoder": {"name": "mlp", "outputs": 2}})
+        specs.net({**spec, "noise_encoder": {"name": "mlp", "outputs": 2}})

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import paths, times, weighting
+from fmjax import paths, times
+from fmjax.keys import as_keys
+from fmjax.methods import weighting
 from fmjax.methods.eulerian import eulerian
 from fmjax.methods.mean_flow import mean_flow
-from fmjax.types import Batch, as_keys, expand
+from fmjax.types import Batch, expand
 
 LAW = functools.partial(times.logit_normal, mean=0.4)
 NULL, D = 2, 2

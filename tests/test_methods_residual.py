@@ -5,13 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import guidance, oracles, paths, run, sharding, workdir
+from fmjax import oracles, paths
+from fmjax.experiments import assemble
+from fmjax.keys import as_keys
 from fmjax.methods.flow_matching import flow_matching
 from fmjax.methods.residual import residual
 from fmjax.nets.adapters import from_linen
 from fmjax.nets.mlp import MLP
 from fmjax.nets.plain import Plain
-from fmjax.types import Batch, as_keys, expand
+from fmjax.sampling import guidance
+from fmjax.storage import files
+from fmjax.training import loop, sharding
+from fmjax.types import Batch, expand
 
 
 def moved(params, seed=0):
@@ -81,11 +86,11 @@ def test_a_config_trains_it_beside_the_run_that_is_its_teacher(tmp_path):
     with cfg.unlocked(), cfg.ignore_type():
         cfg.update(method="residual", target="frozen", teacher="flow", batch_size=32, steps=2, log_every=1, warmup=0)
         cfg.net = {"name": "mlp", "width": 16, "depth": 1}
-    plan = run.assemble(cfg)._replace(mesh=sharding.make_mesh(jax.devices()[:1]))
-    theta = moved(run.initial(plan))
-    state = run.train(plan, tmp_path, teacher=theta)
+    plan = assemble.assemble(cfg)._replace(mesh=sharding.make_mesh(jax.devices()[:1]))
+    theta = moved(loop.initial(plan))
+    state = loop.train(plan, tmp_path, teacher=theta)
     assert not (np.asarray(state.params["output"]["kernel"]) == 0).all()
     keys = as_keys(jax.random.fold_in(jax.random.fold_in(jax.random.key(plan.seed), 1), 0), 32)
     batch = jax.tree.map(jnp.asarray, plan.batch(0))
     want, _ = jax.jit(flow_matching(plan.model.net).loss)(theta, theta, batch, keys)
-    assert workdir.read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"] == pytest.approx(float(want), rel=1e-5)
+    assert files.read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"] == pytest.approx(float(want), rel=1e-5)

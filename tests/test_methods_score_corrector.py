@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fmjax import build
+from fmjax.experiments import specs
+from fmjax.keys import as_keys
 from fmjax.methods.score_corrector import level, score_corrector
-from fmjax.types import Batch, as_keys, expand
+from fmjax.types import Batch, expand
 
 N, B = 40_000, 0.8
 TIMES = np.array([0.0, 0.25, 0.5, 1.0], np.float32)
@@ -70,7 +71,7 @@ def test_levels_are_the_steps_of_a_uniform_grid_and_come_from_json(key):
     grid = jnp.arange(4, dtype=jnp.float32) / 3
     np.testing.assert_allclose(level(sigmas, grid), sigmas, rtol=1e-6)
     np.testing.assert_allclose(level(0.7, grid), 0.7 * np.ones(4, np.float32))
-    built = build.method({"name": "score_corrector", "sigma": sigmas}, lambda params, x, s, t, cond=None, key=None: x)
+    built = specs.method({"name": "score_corrector", "sigma": sigmas}, lambda params, x, s, t, cond=None, key=None: x)
     x = jax.random.normal(key, (4, 2))
     np.testing.assert_allclose(built.direction(None)(x, grid), -np.array(sigmas)[:, None] * x, rtol=1e-6)
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import oracles, paths, samplers, solvers, times
+from fmjax import oracles, paths, sampling, times
+from fmjax.keys import as_keys
 from fmjax.methods.stochastic_interpolant import stochastic_interpolant
-from fmjax.types import Batch, as_keys, expand, over_batch
+from fmjax.sampling import grids, solvers
+from fmjax.types import Batch, expand, over_batch
 
 SIGMA = 0.8
 BRIDGE = paths.schroedinger_bridge(sigma=SIGMA)
@@ -126,7 +128,7 @@ def test_the_sde_of_both_views_carries_the_pairs_law_and_its_coupling(key):
     method = stochastic_interpolant(exact(oracle, BRIDGE), path=BRIDGE)
     step = solvers.stochastic_heun(method.velocity(None), score=method.score(None), strength=SIGMA)
     x0, _ = oracle.sample(key, n)
-    x1 = jax.jit(lambda x, key: samplers.sample(step, x, times.uniform_grid(50), key=key))(x0, jax.random.key(1))
+    x1 = jax.jit(lambda x, key: sampling.sample(step, x, grids.uniform_grid(50), key=key))(x0, jax.random.key(1))
     x0, x1 = np.asarray(x0[:, 0], np.float64), np.asarray(x1[:, 0], np.float64)
     for values, want in ((x1, 0.7), ((x1 - 0.7) ** 2, b), (x0 * (x1 - 0.7), across)):
         assert abs(values.mean() - want) < 4 * values.std() / n**0.5

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fmjax import oracles, paths, times
+from fmjax.keys import as_keys
 from fmjax.methods.straighten import arc, straighten
-from fmjax.types import Batch, as_keys
+from fmjax.types import Batch
 
 B = 64
 KEYS = as_keys(jax.random.key(3), B)

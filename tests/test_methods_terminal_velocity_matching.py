@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from fmjax import paths, times
+from fmjax.keys import as_keys, split
 from fmjax.methods.flow_matching import flow_matching
 from fmjax.methods.lagrangian import lagrangian
 from fmjax.methods.terminal_velocity_matching import terminal_velocity_matching
-from fmjax.types import Batch, as_keys, expand, split
+from fmjax.types import Batch, expand
 
 NULL, D, N = 2, 2, 16
 PARAMS = {

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics
 
-from fmjax import attacks
+from fmjax.methods import attacks
 from fmjax.metrics import classifier
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fmjax.metrics import frechet
+from fmjax.metrics.frechet import frechet, frechet_distance, moments, trace_sqrt_features, trace_sqrt_product
 
 D = 24
 
@@ -22,7 +22,7 @@ def test_commuting_covariances_have_a_closed_form():
     q, a, b = rotation(rng), rng.uniform(0.1, 3, D), rng.uniform(0.1, 3, D)
     m1, m2 = rng.standard_normal((2, D))
     closed = ((m1 - m2) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    assert frechet.frechet_distance(m1, q * a @ q.T, m2, q * b @ q.T) == pytest.approx(closed, rel=1e-12)
+    assert frechet_distance(m1, q * a @ q.T, m2, q * b @ q.T) == pytest.approx(closed, rel=1e-12)
 
 
 def test_two_dimensions_have_a_closed_form():
@@ -32,7 +32,7 @@ def test_two_dimensions_have_a_closed_form():
     trace = np.sqrt(np.trace(s1 @ s2) + 2 * np.sqrt(np.linalg.det(s1) * np.linalg.det(s2)))
     zero = np.zeros(2)
     closed = np.trace(s1 + s2) - 2 * trace
-    assert frechet.frechet_distance(zero, s1, zero, s2) == pytest.approx(closed, rel=1e-10)
+    assert frechet_distance(zero, s1, zero, s2) == pytest.approx(closed, rel=1e-10)
 
 
 @pytest.mark.parametrize("rank", [None, 5])
@@ -40,7 +40,7 @@ def test_zero_for_equal_and_symmetric_and_rotation_invariant(rank):
     rng = np.random.default_rng(2)
     s1, s2, q = covariance(rng, rank=rank), covariance(rng), rotation(rng)
     m1, m2 = rng.standard_normal((2, D))
-    fd = frechet.frechet_distance
+    fd = frechet_distance
     assert abs(fd(m1, s1, m1, s1)) < 1e-7 * np.trace(s1)
     value = fd(m1, s1, m2, s2)
     assert fd(m2, s2, m1, s1) == pytest.approx(value, rel=1e-7)
@@ -53,29 +53,27 @@ def test_three_forms_of_the_trace_agree(n, dead):
     rng = np.random.default_rng(3)
     a, b = rng.standard_normal((n, D)) * np.linspace(0.1, 2, D), rng.standard_normal((n + 3, D)) + 1
     a[:, :dead], b[:, :dead] = 0.5, 0.5
-    s1, s2 = frechet.moments(a)[1], frechet.moments(b)[1]
-    eigh, cholesky = (frechet.trace_sqrt_product(s1, s2, form=form) for form in ("eigh", "cholesky"))
-    nuclear, trace = frechet.trace_sqrt_features(a, b), np.trace(s1) + np.trace(s2)
+    s1, s2 = moments(a)[1], moments(b)[1]
+    eigh, cholesky = (trace_sqrt_product(s1, s2, form=form) for form in ("eigh", "cholesky"))
+    nuclear, trace = trace_sqrt_features(a, b), np.trace(s1) + np.trace(s2)
     # The nuclear norm takes no root of a small eigenvalue: exact. The others leave sqrt(1e-16) for each null direction.
     assert abs(eigh - nuclear) < 1e-7 * trace and abs(cholesky - nuclear) < 1e-7 * trace
-    assert (
-        abs(frechet.frechet(a, b) - frechet.frechet_distance(*frechet.moments(a), *frechet.moments(b))) < 2e-7 * trace
-    )
+    assert abs(frechet(a, b) - frechet_distance(*moments(a), *moments(b))) < 2e-7 * trace
 
 
 def test_above_512_dimensions_the_default_is_cholesky_and_equals_eigh():
     rng = np.random.default_rng(4)
     a, b = rng.standard_normal((700, 520)), 1.2 * rng.standard_normal((700, 520))
-    s1, s2 = frechet.moments(a)[1], frechet.moments(b)[1]
-    default, eigh = frechet.trace_sqrt_product(s1, s2), frechet.trace_sqrt_product(s1, s2, form="eigh")
-    assert default == frechet.trace_sqrt_product(s1, s2, form="cholesky")
+    s1, s2 = moments(a)[1], moments(b)[1]
+    default, eigh = trace_sqrt_product(s1, s2), trace_sqrt_product(s1, s2, form="eigh")
+    assert default == trace_sqrt_product(s1, s2, form="cholesky")
     assert default == pytest.approx(eigh, rel=1e-7)
 
 
 def test_moments_survive_a_large_mean():
     rng = np.random.default_rng(5)
     x = rng.standard_normal((500, 3))
-    mu, s = frechet.moments(x + 1e6)
+    mu, s = moments(x + 1e6)
     np.testing.assert_allclose(mu, x.mean(0) + 1e6, rtol=1e-15)
     np.testing.assert_allclose(s, np.cov(x.T), atol=1e-8)  # rounding of x + 1e6 is 1e-10
 
@@ -84,7 +82,7 @@ def test_bias_falls_as_one_over_n():
     """Equal laws: the mean over seeds is positive and proportional to 1/n."""
     rng = np.random.default_rng(6)
     mean = {
-        n: np.mean([frechet.frechet(rng.standard_normal((n, 8)), rng.standard_normal((n, 8))) for _ in range(200)])
+        n: np.mean([frechet(rng.standard_normal((n, 8)), rng.standard_normal((n, 8))) for _ in range(200)])
         for n in (200, 800)
     }
     # Relative standard error of each mean is below 3 %.
@@ -94,10 +92,10 @@ def test_bias_falls_as_one_over_n():
 def test_bad_input_is_named():
     x = np.ones((5, 3))
     with pytest.raises(ValueError, match="at least two samples, got 1"):
-        frechet.moments(x[:1])
+        moments(x[:1])
     with pytest.raises(ValueError, match="1 of 5 samples are not finite, first at row 2"):
-        frechet.frechet(x, np.where(np.arange(5)[:, None] == 2, np.inf, x))
+        frechet(x, np.where(np.arange(5)[:, None] == 2, np.inf, x))
     with pytest.raises(ValueError, match="3 and of 2 dimensions"):
-        frechet.frechet(x, x[:, :2])
+        frechet(x, x[:, :2])
     with pytest.raises(ValueError, match="unknown form 'sqrtm'"):
-        frechet.trace_sqrt_product(np.eye(2), np.eye(2), form="sqrtm")
+        trace_sqrt_product(np.eye(2), np.eye(2), form="sqrtm")

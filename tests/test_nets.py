@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fmjax.keys import as_keys
 from fmjax.nets import adapters, dit, embedding, mlp, song_unet, unet
-from fmjax.types import as_keys
 
 CLASSES = 3
 CASES = {

@@ -6,8 +6,9 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
+from fmjax.keys import as_keys
 from fmjax.nets import adapters
-from fmjax.types import Net, as_keys
+from fmjax.types import Net
 
 
 class Affine(nn.Module):

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import build, diffusion, oracles, paths
+from fmjax import oracles, paths
+from fmjax.experiments import specs
 from fmjax.nets import preconditioning as pc
+from fmjax.sampling import diffusion
 
 MEAN, STD = jnp.array([0.7, -1.2]), jnp.array([0.3, 0.9])
 LOW, HIGH = 0.002, 80.0
@@ -149,7 +151,7 @@ def test_in_a_config_it_is_an_option_of_any_network(key):
     x, t, y = jnp.ones((2, 3)), jnp.array([0.2, 0.7]), jnp.zeros(2, "int32")
     how = {"name": "edm", "sigma_data": 1}
     spec = {"name": "mlp", "width": 8, "depth": 1}
-    model, plain = build.net({**spec, "preconditioning": how}, classes=2), build.net(spec, classes=2)
+    model, plain = specs.net({**spec, "preconditioning": how}, classes=2), specs.net(spec, classes=2)
     params = jax.tree.map(jnp.ones_like, model.init(key, x, y))
     want = pc.preconditioned(plain.net, pc.edm(sigma_data=1.0))(params, x, t, t, y)
     np.testing.assert_array_equal(model.net(params, x, t, t, y), want)
@@ -159,7 +161,7 @@ def test_in_a_config_it_is_an_option_of_any_network(key):
         ("denoiser", "has no 'denoiser'"),
     ):
         with pytest.raises(ValueError, match=message):
-            build.net({**spec, "preconditioning": bad})
+            specs.net({**spec, "preconditioning": bad})
 
 
 @pytest.mark.parametrize(

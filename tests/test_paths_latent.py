@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import guidance, oracles, paths
+from fmjax import oracles, paths
+from fmjax.keys import as_keys
 from fmjax.methods.flow_matching import flow_matching
-from fmjax.types import Batch, as_keys
+from fmjax.sampling import guidance
+from fmjax.types import Batch
 
 LATENT = {
     "schroedinger_bridge": paths.schroedinger_bridge(sigma=0.7),

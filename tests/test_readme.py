@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import correctors, diffusion, guidance, marginals, oracles, samplers, schedules, solvers, times
+from fmjax import oracles, sampling, times
+from fmjax.correction import correctors, marginals
+from fmjax.sampling import diffusion, grids, guidance, solvers
 
 README = Path(__file__).parents[1] / "README.md"
 if not README.exists():
@@ -40,7 +42,7 @@ def ring():
 
 def test_the_example_of_corrections_corrects(ring, tmp_path):
     """An exact flow, the score of its noised marginals: fifty steps with these corrections keep the law, nearly."""
-    ten, sigma = times.uniform_grid(10), 0.2
+    ten, sigma = grids.uniform_grid(10), 0.2
     sets = {
         "forward": {"count": 512, "shape": (2,)},
         "backward": {"data": np.asarray(ring.sample(jax.random.key(0), 512))},
@@ -54,7 +56,7 @@ def test_the_example_of_corrections_corrects(ring, tmp_path):
         -(sigma**2) * x / (((1 - t) ** 2)[:, None] + t[:, None] ** 2 * jnp.array([0.25, 2.25]) + sigma**2)
     )
     names = run(
-        CORRECTED, correctors=correctors, samplers=samplers, times=times, guidance=guidance, direction=noised,
+        CORRECTED, correctors=correctors, samplers=sampling, times=times, guidance=guidance, direction=noised,
         sigma=sigma, flow_map=ring.flow_map, forward=forward, backward=backward, step=solvers.rk4(ring.velocity),
         x0=jax.random.normal(jax.random.key(1), (4096, 2)), key=jax.random.key(2), alphas=np.full(11, 0.1),
     )  # fmt: skip
@@ -64,7 +66,7 @@ def test_the_example_of_corrections_corrects(ring, tmp_path):
 
 def test_the_example_of_diffusion_samples_and_searches_a_grid(ring):
     x0 = jax.random.normal(jax.random.key(1), (4096, 2))
-    names = run(DIFFUSION, samplers=samplers, schedules=schedules, diffusion=diffusion, velocity=ring.velocity, x0=x0)
+    names = run(DIFFUSION, samplers=sampling, schedules=grids, diffusion=diffusion, velocity=ring.velocity, x0=x0)
     assert np.abs(np.asarray(names["x"]).std(0) / [0.5, 1.5] - 1).max() < 4 / np.sqrt(2 * 4096) + 0.01
     best = names["best"]
     assert len(best) == 7 and best[0] == names["fine"][0] and best[-1] == names["fine"][-1]

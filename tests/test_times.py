@@ -9,7 +9,8 @@ import pytest
 from scipy import special, stats
 
 from fmjax import times
-from fmjax.types import as_keys
+from fmjax.keys import as_keys
+from fmjax.sampling import grids
 
 LEVEL = 1e-4  # of every goodness-of-fit test here: a correct law fails one seed in ten thousand
 N = 20_000
@@ -194,18 +195,18 @@ def test_a_pair_belongs_to_its_example(pair, keys):
 
 def test_a_uniform_grid_has_n_equal_steps_and_exact_ends():
     for n in (1, 7, 10):
-        grid = times.uniform_grid(n)
+        grid = grids.uniform_grid(n)
         assert grid.dtype == np.float32 and grid[0] == 0 and grid[-1] == 1
         np.testing.assert_allclose(grid, np.arange(n + 1) / n, atol=6e-8)
-    np.testing.assert_array_equal(times.uniform_grid(4, start=1.0, stop=0.5), [1, 0.875, 0.75, 0.625, 0.5])
+    np.testing.assert_array_equal(grids.uniform_grid(4, start=1.0, stop=0.5), [1, 0.875, 0.75, 0.625, 0.5])
     for n in (0, -1):
         with pytest.raises(ValueError, match=f"at least one step, got n={n}"):
-            times.uniform_grid(n)
+            grids.uniform_grid(n)
 
 
 @pytest.mark.parametrize("grid", [[0.0, 0.1, 1.0], (1, 0.5, 0), np.linspace(0, 1, 3), jnp.array([0.25, 0.5])])
 def test_a_strictly_monotone_grid_passes_unchanged(grid):
-    checked = times.check_grid(grid)
+    checked = grids.check_grid(grid)
     assert isinstance(checked, np.ndarray) and checked.dtype == np.float32
     np.testing.assert_array_equal(checked, np.asarray(grid, np.float32))
 
@@ -228,12 +229,12 @@ def test_a_strictly_monotone_grid_passes_unchanged(grid):
 )
 def test_a_grid_that_cannot_be_stepped_is_refused_and_named(grid, message):
     with pytest.raises(ValueError, match=message):
-        times.check_grid(grid)
+        grids.check_grid(grid)
 
 
 def test_a_traced_grid_is_refused():
     with pytest.raises(TypeError, match="static: pass a numpy array or a list from outside jit"):
-        jax.jit(times.check_grid)(jnp.array([0.0, 1.0]))
+        jax.jit(grids.check_grid)(jnp.array([0.0, 1.0]))
 
 
 def at_progress(share, *progress, apart=0.5, **options):
@@ -313,34 +314,34 @@ def test_shares_of_noise_levels_are_shares_up_to_the_ends_and_refuse_what_makes_
 
 @pytest.mark.parametrize(("m", "n"), [(10, 50), (7, 21), (10, 10), (50, 1000)])
 def test_every_time_of_a_grid_is_found_on_one_that_refines_it(m, n):
-    coarse, fine = times.uniform_grid(m), times.uniform_grid(n)
-    assert times.steps_at(fine, coarse) == tuple(range(0, n + 1, n // m))
-    assert times.steps_at(fine[::-1], coarse[1:3]) == (n - n // m, n - 2 * n // m)
-    assert times.steps_at(fine, []) == ()
+    coarse, fine = grids.uniform_grid(m), grids.uniform_grid(n)
+    assert grids.steps_at(fine, coarse) == tuple(range(0, n + 1, n // m))
+    assert grids.steps_at(fine[::-1], coarse[1:3]) == (n - n // m, n - 2 * n // m)
+    assert grids.steps_at(fine, []) == ()
 
 
 def test_a_time_that_a_grid_does_not_have_is_named():
     with pytest.raises(ValueError, match="t=0.5 is not among these 6 times, whose nearest is 0.4"):
-        times.steps_at(times.uniform_grid(5), times.uniform_grid(10)[[2, 5, 7]])
+        grids.steps_at(grids.uniform_grid(5), grids.uniform_grid(10)[[2, 5, 7]])
 
 
 def test_a_schedule_by_step_is_its_array_on_any_grid_with_those_times():
     """And no number elsewhere. A change of the values compiles nothing."""
-    ts, values, traced = times.uniform_grid(10), np.linspace(-1, 2, 11), []
+    ts, values, traced = grids.uniform_grid(10), np.linspace(-1, 2, 11), []
 
     @jax.jit
     def at(values, t):
         traced.append(1)
-        return times.per_step(ts, values)(t)
+        return grids.per_step(ts, values)(t)
 
     for v in (values, values**2):
-        np.testing.assert_allclose(at(v, jnp.asarray(times.uniform_grid(50)[::5])), v, rtol=1e-6)
+        np.testing.assert_allclose(at(v, jnp.asarray(grids.uniform_grid(50)[::5])), v, rtol=1e-6)
     assert len(traced) == 1
-    assert np.isnan(times.per_step(ts, values)(jnp.array([0.05, 0.55, 1.1]))).all()
-    assert times.per_step(ts, values)(jnp.float32(0.3)) == np.float32(values[3])  # a scalar, too
-    times.per_step(ts, values).check(ts[2:4])
+    assert np.isnan(grids.per_step(ts, values)(jnp.array([0.05, 0.55, 1.1]))).all()
+    assert grids.per_step(ts, values)(jnp.float32(0.3)) == np.float32(values[3])  # a scalar, too
+    grids.per_step(ts, values).check(ts[2:4])
     with pytest.raises(ValueError, match="t=0.25 is not among these 11 times"):
-        times.per_step(ts, values).check([0.2, 0.25])
+        grids.per_step(ts, values).check([0.2, 0.25])
     for bad in (values[:-1], 0.5):
         with pytest.raises(ValueError, match="per_step needs one value a time"):
-            times.per_step(ts, bad)
+            grids.per_step(ts, bad)

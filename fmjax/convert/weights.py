@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fmjax.workdir import write_bytes
+from fmjax.storage.files import write_bytes
 
 STORAGES = {
     "FloatStorage": np.float32,

@@ -1,0 +1,37 @@
+"""Training objectives: one factory ``name(net, *, ...) -> Method`` a file."""
+
+from fmjax.methods import attacks, common, weighting
+from fmjax.methods.align_your_flow import align_your_flow
+from fmjax.methods.alpha_flow import alpha_flow
+from fmjax.methods.classifier_corrector import classifier_corrector
+from fmjax.methods.consistency import consistency
+from fmjax.methods.consistency_trajectory import consistency_trajectory
+from fmjax.methods.continuous_consistency import continuous_consistency
+from fmjax.methods.contrastive import contrastive
+from fmjax.methods.denoising import denoising
+from fmjax.methods.discriminator import discriminator
+from fmjax.methods.edm import edm
+from fmjax.methods.eulerian import eulerian
+from fmjax.methods.flow_map_matching import flow_map_matching
+from fmjax.methods.flow_matching import flow_matching
+from fmjax.methods.improved_mean_flow import improved_mean_flow
+from fmjax.methods.lagrangian import lagrangian
+from fmjax.methods.learned_coupling import learned_coupling
+from fmjax.methods.mean_flow import mean_flow
+from fmjax.methods.progressive import progressive
+from fmjax.methods.progressive_distillation import progressive_distillation
+from fmjax.methods.residual import residual
+from fmjax.methods.score_corrector import score_corrector
+from fmjax.methods.shortcut import shortcut
+from fmjax.methods.soflow import soflow
+from fmjax.methods.stochastic_interpolant import stochastic_interpolant
+from fmjax.methods.straighten import straighten
+from fmjax.methods.terminal_velocity_matching import terminal_velocity_matching
+
+__all__ = [
+    "align_your_flow", "alpha_flow", "attacks", "classifier_corrector", "common", "consistency",
+    "consistency_trajectory", "continuous_consistency", "contrastive", "denoising", "discriminator", "edm",
+    "eulerian", "flow_map_matching", "flow_matching", "improved_mean_flow", "lagrangian", "learned_coupling",
+    "mean_flow", "progressive", "progressive_distillation", "residual", "score_corrector", "shortcut", "soflow",
+    "stochastic_interpolant", "straighten", "terminal_velocity_matching", "weighting",
+]  # fmt: skip

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fmjax import paths, times
-from fmjax.methods import common as c
+from fmjax import checks, paths, times
 from fmjax.methods.eulerian import eulerian
 from fmjax.methods.lagrangian import lagrangian
 from fmjax.types import Method, Net
@@ -32,7 +31,7 @@ def align_your_flow(
     ``lagrangian`` with ``stop="tangent"``, of which the paper says that it blurs; ``normalise``, ``warmup`` and
     ``limit`` have no meaning there. Raises ``ValueError`` for an unknown form, and as those do.
     """
-    c.check_choice("form", form, FORMS)
+    checks.check_choice("form", form, FORMS)
     where = {"path": path, "time": time, "pair": pair, "diagonal": diagonal, "teacher": teacher}
     if form == "lagrangian":
         return lagrangian(net, stop="tangent", **where)

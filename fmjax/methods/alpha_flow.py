@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fmjax import paths, times
+from fmjax import checks, paths, times
 from fmjax.methods import common as c
 from fmjax.types import Batch, Method, Net, Params, expand
 
@@ -59,11 +59,11 @@ def alpha_flow(
     """
     path = path or paths.linear()
     c.check_times(path, time)
-    c.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_share(diagonal=diagonal, anneal=anneal)
     if power < 0:
         raise ValueError(f"power={power} cannot be negative: the loss is weighted by a^-power")
     step = stepping(path, teacher or net, velocity, solver)
-    c.check_choice("bootstrap", bootstrap, BOOTSTRAPS)
+    checks.check_choice("bootstrap", bootstrap, BOOTSTRAPS)
     cost = cost or (lambda d, s, t, a: c.mse(d, jnp.zeros_like(d)) / a**power)
 
     def differing(params, target, batch, key):
@@ -85,8 +85,8 @@ Step = Callable[[Params, Batch, Array, Array, Array], tuple[Array, Array]]
 
 def stepping(path: paths.Path, teacher: Net, velocity: str, solver: str) -> Step:
     """``(target, batch, key, s, m) -> (I_s, v)``: a draw, and the mean velocity of a step from it to ``m``."""
-    c.check_choice("velocity", velocity, VELOCITIES)
-    c.check_choice("solver", solver, SOLVERS)
+    checks.check_choice("velocity", velocity, VELOCITIES)
+    checks.check_choice("solver", solver, SOLVERS)
     if solver != "euler" and velocity != "own":
         raise ValueError(f"solver={solver!r} needs a velocity to evaluate: velocity='own', got {velocity!r}")
 

@@ -8,7 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fmjax import attacks
+from fmjax import checks
+from fmjax.methods import attacks
 from fmjax.methods import common as c
 from fmjax.types import LogitNet, Method, expand, over_batch
 
@@ -48,7 +49,7 @@ def classifier_corrector(
     for options that make no sense, a net that is no logit, and a batch without times or forward examples.
     """
     attacks.check(eps=eps, steps=steps, step=step, norm=norm)
-    c.check_choice("direction", direction, DIRECTIONS)
+    checks.check_choice("direction", direction, DIRECTIONS)
     if clip is not None and not 0 < clip < math.inf:
         raise ValueError(f"clip={clip} bounds the length of the direction and must be positive, or None for no bound")
     attack = functools.partial(attacks.pgd, eps=eps, steps=steps, step=step, norm=norm)

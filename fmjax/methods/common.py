@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fmjax import paths, times
+from fmjax.keys import normal, split
 from fmjax.types import (
     Aux,
     Batch,
@@ -24,9 +24,7 @@ from fmjax.types import (
     Params,
     VelocityFn,
     expand,
-    normal,
     over_batch,
-    split,
     with_null,
 )
 
@@ -210,20 +208,6 @@ def semigradient(u: Array, g: Array, normalise: float = 0.0) -> tuple[Array, Arr
 def with_jvp(net: Net) -> Net:
     """The net for a jvp: ``net.with_jvp`` where it has one, of the same parameters, since fused kernels have none."""
     return getattr(net, "with_jvp", net)
-
-
-def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
-    """``ValueError`` for a value that is none of the known ones, with the nearest."""
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1, 0.0)
-        raise ValueError(f"{what}={value!r} must be one of {', '.join(known)}; did you mean {near[0]!r}?")
-
-
-def check_share(**shares: float) -> None:
-    """``ValueError`` for a share of the training or of a batch outside [0, 1], by name."""
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is a share and must lie in [0, 1]")
 
 
 def two_time(net: Net, loss: LossFn) -> Method:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fmjax import paths, times
+from fmjax import checks, paths, times
 from fmjax.methods import common as c
 from fmjax.methods.alpha_flow import alpha_flow
 from fmjax.types import Method, Net, expand
@@ -67,8 +67,8 @@ def cost(*, distance: str = "pseudo_huber", scale: float = 5.4e-4, weight: str =
     dimensions, as papers write it, have the scale ``sqrt(n) scale``), times ``1 / (sigma - sigma')`` of the noise
     levels ``sigma = (1 - s) / s`` with ``weight="gap"``. Raises ``ValueError`` for unknown choices and ``scale <= 0``.
     """
-    c.check_choice("distance", distance, DISTANCES)
-    c.check_choice("weight", weight, WEIGHTS)
+    checks.check_choice("distance", distance, DISTANCES)
+    checks.check_choice("weight", weight, WEIGHTS)
     if not scale > 0:
         raise ValueError(f"scale={scale} must be positive: at zero the distance has no gradient")
 

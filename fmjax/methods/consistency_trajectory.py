@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fmjax import paths, times
+from fmjax import checks, paths, times
 from fmjax.methods import common as c
 from fmjax.methods.alpha_flow import BOOTSTRAPS, stepping
 from fmjax.types import Method, Net, expand
@@ -39,8 +39,8 @@ def consistency_trajectory(
     """
     path = path or paths.linear()
     c.check_times(path, time)
-    c.check_share(diagonal=diagonal, anneal=anneal)
-    c.check_choice("bootstrap", bootstrap, BOOTSTRAPS)
+    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_choice("bootstrap", bootstrap, BOOTSTRAPS)
     if power < 0:
         raise ValueError(f"power={power} cannot be negative: the loss is weighted by a^-power")
     step = stepping(path, teacher or net, velocity, solver)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fmjax import paths, times
+from fmjax import checks, paths, times
 from fmjax.methods import common as c
 from fmjax.methods.eulerian import VELOCITIES
 from fmjax.types import Method, Net, expand
@@ -43,8 +43,8 @@ def continuous_consistency(
     """
     path, teacher = path or paths.trigonometric(), teacher or net
     c.check_times(path, time)
-    c.check_choice("velocity", velocity, VELOCITIES)
-    c.check_share(diagonal=diagonal, warmup=warmup)
+    checks.check_choice("velocity", velocity, VELOCITIES)
+    checks.check_share(diagonal=diagonal, warmup=warmup)
     if normalise < 0 or not sigma > 0:
         raise ValueError(f"normalise={normalise} cannot be negative, and sigma={sigma} must be positive")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fmjax import paths, times
+from fmjax import checks, paths, times
 from fmjax.methods import common as c
 from fmjax.types import Method, Net, expand, over_batch
 
@@ -22,7 +22,7 @@ def denoising(net: Net, *, path: paths.Path | None = None, time=times.uniform, p
     """
     path = path or paths.linear()
     paths.refuse_latent("denoising", path)
-    c.check_choice("predict", predict, PREDICTS)
+    checks.check_choice("predict", predict, PREDICTS)
 
     def loss(params, target, batch, key):
         k_t, k_x, k_net = c.split(key, 3)

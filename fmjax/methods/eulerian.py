@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fmjax import paths, times
+from fmjax import checks, paths, times
 from fmjax.methods import common as c
 from fmjax.types import Method, Net, expand
 
@@ -72,8 +72,8 @@ def eulerian(
         ("tangent", tangent, VELOCITIES),
         ("stop", stop, STOPS),
     ):
-        c.check_choice(what, value, known)
-    c.check_share(diagonal=diagonal, anneal=anneal, warmup=warmup, limit=limit)
+        checks.check_choice(what, value, known)
+    checks.check_share(diagonal=diagonal, anneal=anneal, warmup=warmup, limit=limit)
     if normalise < 0 or (normalise and stop != "all"):
         raise ValueError(f"normalise={normalise} must be positive, and needs stop='all', got stop={stop!r}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fmjax import paths, times
+from fmjax import checks, paths, times
 from fmjax.methods import common as c
 from fmjax.types import Method, Net
 
@@ -32,7 +32,7 @@ def flow_map_matching(
     """
     path = path or paths.linear()
     c.check_times(path, time)
-    c.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_share(diagonal=diagonal, anneal=anneal)
     if not round_trip > 0:
         raise ValueError(f"round_trip={round_trip} must be positive, or nothing makes the map its own inverse")
 

@@ -7,8 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fmjax import paths, times, weighting
+from fmjax import checks, paths, times
 from fmjax.methods import common as c
+from fmjax.methods import weighting
 from fmjax.methods.eulerian import eulerian
 from fmjax.methods.mean_flow import LAW, where_guided
 from fmjax.types import Cond, Method, Net, expand
@@ -51,7 +52,7 @@ def improved_mean_flow(
     """
     path = path or paths.linear()
     c.check_times(path, time)
-    c.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_share(diagonal=diagonal, anneal=anneal)
 
     def heads(params, x, s, t, cond=None, key=None, net=net):
         return c.two_heads("head=True", net(params, x, s, t, cond, key), x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fmjax import paths, times
+from fmjax import checks, paths, times
 from fmjax.methods import common as c
 from fmjax.types import Method, Net, expand
 
@@ -46,8 +46,8 @@ def lagrangian(
     """
     path, teacher = path or paths.linear(), teacher or net
     c.check_times(path, time)
-    c.check_choice("stop", stop, STOPS)
-    c.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_choice("stop", stop, STOPS)
+    checks.check_share(diagonal=diagonal, anneal=anneal)
 
     def following(params, target, batch, key):
         k_t, k_x = c.split(key, 2)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from fmjax import paths, times, weighting
+from fmjax import paths, times
+from fmjax.methods import weighting
 from fmjax.methods.eulerian import eulerian
 from fmjax.types import Cond, Method, Net, expand, is_null, with_null
 

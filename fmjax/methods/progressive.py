@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fmjax import paths, times
+from fmjax import checks, paths, times
 from fmjax.methods import common as c
 from fmjax.types import Method, Net, expand
 
@@ -53,9 +53,9 @@ def progressive(
     """
     path, teacher = path or paths.linear(), teacher or net
     c.check_times(path, time)
-    c.check_choice("split", split, SPLITS)
-    c.check_choice("step", step, STEPS)
-    c.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_choice("split", split, SPLITS)
+    checks.check_choice("step", step, STEPS)
+    checks.check_share(diagonal=diagonal, anneal=anneal)
     if substeps < (2 if step == "jumps" else 1):
         raise ValueError(f"substeps={substeps} must be at least 2 (1 for step='euler')")
 

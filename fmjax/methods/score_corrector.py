@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fmjax.keys import normal
 from fmjax.methods import common as c
-from fmjax.types import Method, Net, expand, normal, over_batch
+from fmjax.types import Method, Net, expand, over_batch
 
 
 def score_corrector(net: Net, *, sigma: float | Sequence[float]) -> Method:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import paths, times
+from fmjax import checks, paths, times
 from fmjax.methods import common as c
+from fmjax.times import check_bounds
 from fmjax.types import Method, Net, expand, over_batch
 
 DISTANCES = ("squared", "pseudo_huber")
@@ -56,7 +57,7 @@ def straighten(
     n = len(edges) - 1
     if not set(keep) < set(range(n)):
         raise ValueError(f"keep={tuple(keep)} must be some of the segments 0 .. {n - 1}, not all of them")
-    c.check_choice("distance", distance, DISTANCES)
+    checks.check_choice("distance", distance, DISTANCES)
     if retention < 0 or scale <= 0:
         raise ValueError(f"retention={retention} cannot be negative, scale={scale} must be positive")
     paths.refuse_latent("straightening", path)
@@ -113,11 +114,3 @@ def arc(path: paths.Path, x_s, x_t, s, t, r):
     w = alpha_s * beta_t - alpha_t * beta_s
     x0, x1 = (beta_t * x_s - beta_s * x_t) / w, (alpha_s * x_t - alpha_t * x_s) / w
     return paths.with_velocity(path, x0, x1, r)
-
-
-def check_bounds(bounds: Sequence[float]) -> np.ndarray:
-    """The bounds of segments as float32; ``ValueError`` unless they rise strictly within [0, 1]."""
-    edges = np.asarray(bounds, np.float32)
-    if edges.ndim != 1 or len(edges) < 2 or (np.diff(edges) <= 0).any() or edges[0] < 0 or edges[-1] > 1:
-        raise ValueError(f"bounds={tuple(bounds)} must rise strictly within [0, 1], two of them at least")
-    return edges

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from fmjax.metrics import frechet
+from fmjax.metrics.frechet import frechet
 
 Images = Num[np.ndarray | jax.Array, "n h w c"]
 
@@ -116,7 +116,7 @@ def fd_small(features: Features, samples: Images, reference: Num[np.ndarray | ja
     one sample count, and draw random subsets of a data set, never its first n. Raises as ``frechet`` does.
     """
     a, b = (features.features(quantise(x, features.levels)) for x in (samples, reference))
-    return frechet.frechet(a, b)
+    return frechet(a, b)
 
 
 def _init(key, channels: int, classes: int) -> dict:

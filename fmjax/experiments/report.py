@@ -1,0 +1,289 @@
+"""One self-contained HTML file a run: distances, verdicts, samples, trajectories, losses. It opens without a network.
+
+Pure data in (``Contents``), one file out (``write``); equal contents give equal bytes. Pictures are those of
+``fmjax.figures``, in the file itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fmjax.experiments import figures
+from fmjax.experiments.figures import REFERENCE, Row
+from fmjax.storage import images
+from fmjax.storage.files import write_bytes
+
+FAMILIES = ("euler", "rk4", "rk4 + corrections", "flow map", "flow map + corrections")  # others follow, "data" is last
+VERDICTS = ("helps", "no difference seen", "harms")
+
+
+class Verdict(NamedTuple):
+    """A correction against the same sampler without one: ``difference`` of the distances, with minus without.
+
+    ``verdict`` is one of ``VERDICTS``: a distance that falls helps.
+    """
+
+    name: str
+    baseline: str
+    metric: str
+    difference: float
+    se: float
+    verdict: str
+
+
+class Contents(NamedTuple):
+    """What a report shows; an empty part is left out of the page.
+
+    * ``summary``, ``notes``: plain sentences, shown first and last.
+    * ``grids``: caption -> images ``[n, H, W, C]`` in [-1, 1], or points ``[n, 2]``.
+    * ``trajectories``: caption -> ``[T, n, H, W, C]`` (an example a row, time to the right), or ``[T, n, 2]`` (lines).
+    * ``curves``: stage -> (step, loss). ``gaps``: name -> (``t_n``, distance of ``p_n`` to ``q_n``, its error or 0);
+      ``influence`` likewise, the distance of samples that were corrected at ``t_n`` alone.
+    * ``facts``: name -> value; long values are folded.
+    """
+
+    title: str
+    summary: list[str]
+    rows: list[Row]
+    verdicts: list[Verdict]
+    grids: dict[str, np.ndarray]
+    trajectories: dict[str, np.ndarray]
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    gaps: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    facts: dict[str, str]
+    notes: list[str]
+    influence: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+
+def write(path: str | os.PathLike, contents: Contents) -> Path:
+    """Writes the report whole or not at all and returns its path.
+
+    Raises ``ValueError``, before anything is drawn, for images or curves of wrong shape, images that are not finite, a
+    verdict of a row that is not there or against its own sign; ``FileNotFoundError`` for a folder that is not there.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist; make it before writing {path.name}")
+    check(contents)
+    write_bytes(path, render(contents).encode())
+    return path
+
+
+def render(contents: Contents) -> str:
+    """The page as text; ``contents`` must have passed ``check``."""
+    import jinja2
+
+    rows = in_order(contents.rows)
+    metrics = list(dict.fromkeys(m for row in rows for m in row.distances))
+    best = {m: best_row(rows, m) for m in metrics}
+    charts = [figures.distances(m, rows, _chart_words(m, row)) for m, row in best.items() if row]
+    clouds = [x for x in contents.grids.values() if np.ndim(x) == 2]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = (importlib.resources.files("fmjax") / "report.html.jinja").read_text("utf-8")
+    return environment.from_string(template).render(
+        title=contents.title,
+        schemes=(figures.LIGHT, figures.DARK),
+        summary=contents.summary,
+        metrics=metrics,
+        rows=_table(rows, best),
+        charts=charts,
+        count=count_line(contents.verdicts),
+        verdicts=_verdict_groups(contents.verdicts, {row.name: row for row in rows}),
+        grids=[figures.samples(caption, np.asarray(x), clouds) for caption, x in contents.grids.items()],
+        trajectories=[figures.trajectory(caption, np.asarray(x)) for caption, x in contents.trajectories.items()],
+        curves=[figures.curve(name, *curve) for name, curve in contents.curves.items()],
+        gaps=[figures.gaps(contents.gaps)] if contents.gaps else [],
+        influence=[figures.influence(contents.influence)] if contents.influence else [],
+        facts=contents.facts,
+        notes=contents.notes,
+    )
+
+
+def plus_minus(mean: float, se: float) -> str:
+    """``mean ± se``: the error with one or two digits, the mean to the same place; nan prints as n/a.
+
+    The rule of the Particle Data Group: two digits of an error that begins with 100 to 354, one up to 949, and above
+    that it is rounded up to 1000 and keeps two. Below 1e-4 and from 1e6 on both share a power of ten.
+
+    >>> plus_minus(0.82731, 0.1193), plus_minus(0.82731, 0.3672), plus_minus(0.5, float("nan"))
+    ('0.83 ± 0.12', '0.8 ± 0.4', '0.500 ± n/a')
+    """
+    if not math.isfinite(mean):
+        return "n/a" if math.isnan(mean) else "∞" if mean > 0 else "−∞"
+    error = abs(se) if math.isfinite(se) else 0.0
+    if error < 1e-6 * abs(mean):  # rounding of equal values, or no error known
+        error = 0.0
+    size = max(abs(mean), error)
+    power = 0 if size == 0 or 1e-4 <= size < 1e6 else math.floor(math.log10(size))
+    mean, error = mean / 10**power, error / 10**power
+    if error:
+        exponent = math.floor(math.log10(error))
+        place = exponent - 1 if error / 10**exponent < 3.55 else exponent
+    else:
+        place = math.floor(math.log10(abs(mean))) - 2 if mean else 0
+    shown = "n/a" if not math.isfinite(se) else _fixed(error, place) if error else "0"
+    text = f"{_fixed(mean, place)} ± {shown}"
+    return text if power == 0 else f"({text}) × 10{str(power).translate(_RAISED)}"
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Rows by family (``FAMILIES`` first, then others as they come, the reference last), then NFE and corrections."""
+    rows = list(rows)
+    order = {family: i for i, family in enumerate(dict.fromkeys([*FAMILIES, *(row.family for row in rows)]))}
+    order[REFERENCE] = len(order)
+    return sorted(rows, key=lambda row: (order[row.family], row.nfe, row.corrections))
+
+
+def best_row(rows: Iterable[Row], metric: str) -> Row | None:
+    """The sampler with the smallest finite mean of a metric; None where there is none. Data rows do not compete."""
+    rows = [r for r in rows if r.family != REFERENCE and math.isfinite(r.distances.get(metric, (math.nan,))[0])]
+    return min(rows, key=lambda row: row.distances[metric][0], default=None)
+
+
+def verdict(name: str, baseline: str, metric: str, with_, without) -> Verdict:
+    """Judges a correction by paired distances, one a seed: ``with_[i]`` and ``without[i]`` share noise and data.
+
+    ``difference`` is the mean of ``d_i = with_[i] - without[i]`` over ``k`` seeds and ``se`` its standard error. The
+    verdict is Student's two-sided paired test at level 0.05 (``scipy.stats.ttest_rel``): beyond the 0.975 quantile of
+    ``k - 1`` degrees of freedom a fall helps and a rise harms; else, and always with one seed (``se`` is then nan) or a
+    distance that is not finite, no difference is seen. Raises ``ValueError`` for lists of different length or none.
+    """
+    from scipy.special import stdtrit
+
+    a, b = np.asarray(with_, np.float64), np.asarray(without, np.float64)
+    if a.shape != b.shape or a.ndim != 1 or not a.size:
+        raise ValueError(
+            f"{name!r} against {baseline!r} has distances of shapes {a.shape} with and {b.shape} without corrections; "
+            "give one a seed for both, of the same seeds in the same order"
+        )
+    d, k = a - b, len(a)
+    if k == 1 or not np.isfinite(d).all():
+        return Verdict(name, baseline, metric, float(d.mean()), math.nan, "no difference seen")
+    mean, se = float(d.mean()), float(d.std(ddof=1) / math.sqrt(k))
+    seen = abs(mean) > stdtrit(k - 1, 0.975) * se
+    return Verdict(name, baseline, metric, mean, se, VERDICTS[1 + int(np.sign(mean)) * seen])
+
+
+def count_line(verdicts: Sequence[Verdict]) -> str:
+    """How often corrections help, harm and do nothing, in one sentence."""
+    helps, nothing, harms = (sum(v.verdict == kind for v in verdicts) or "none" for kind in VERDICTS)
+    many = f"{len(verdicts)} comparisons" if len(verdicts) != 1 else "1 comparison"
+    told = f"corrections or their noise help in {helps}, harm in {harms}"
+    return f"Of {many}, {told}, and no difference is seen in {nothing}."
+
+
+def verdict_words(v: Verdict) -> str:
+    """What happened to the metric, in words: ``FD-small is lower by 0.12 ± 0.03``."""
+    if v.verdict == "no difference seen":
+        return f"{v.metric} differs by {plus_minus(v.difference, v.se)}"
+    return f"{v.metric} is {'lower' if v.verdict == 'helps' else 'higher'} by {plus_minus(abs(v.difference), v.se)}"
+
+
+def check(contents: Contents) -> None:
+    """Raises ``ValueError`` with one sentence for contents that cannot be shown; draws nothing."""
+    rows: dict[str, Row] = {}
+    for row in contents.rows:
+        if row.name in rows:
+            raise ValueError(f"two rows are named {row.name!r}; verdicts refer to rows by name, so make names differ")
+        if row.corrections < 0 or row.nfe < (row.family != REFERENCE):
+            raise ValueError(
+                f"row {row.name!r} has nfe={row.nfe} and corrections={row.corrections}; a sampler needs nfe >= 1 and "
+                f"corrections >= 0, and only family {REFERENCE!r} has nfe=0"
+            )
+        for metric, (_, se) in row.distances.items():
+            if se < 0:
+                raise ValueError(
+                    f"row {row.name!r}, {metric}: the standard error {se} is negative; give 0, more or nan"
+                )
+        rows[row.name] = row
+    for v in contents.verdicts:
+        _check_verdict(v, rows)
+    for caption, x in contents.grids.items():
+        if np.ndim(x) == 2:
+            figures.check_points(f"grid {caption!r}", np.asarray(x), "[n, 2]")
+        else:
+            images.check_images(f"grid {caption!r}", np.asarray(x), ndim=4)
+    for caption, x in contents.trajectories.items():
+        if np.ndim(x) == 3:
+            figures.check_points(f"trajectory {caption!r}", np.asarray(x), "[T, n, 2]")
+        else:
+            images.check_images(f"trajectory {caption!r}", np.asarray(x), ndim=5)
+    for name, curve in contents.curves.items():
+        _check_lines(f"curve {name!r}", curve, "(step, loss)")
+    for name, gap in (contents.gaps | contents.influence).items():
+        _check_lines(f"gap {name!r}", gap, "(t_n, distance, se)")
+        if (np.asarray(gap[2]) < 0).any():
+            raise ValueError(f"gap {name!r} has a negative standard error; give zeros where there is none")
+
+
+def _check_verdict(v: Verdict, rows: dict[str, Row]) -> None:
+    if v.verdict not in VERDICTS:
+        raise ValueError(f"verdict {v.verdict!r} of {v.name!r} must be one of {', '.join(VERDICTS)}")
+    for name in (v.name, v.baseline):
+        if name not in rows:
+            near = "".join(f"; nearest: {row!r}" for row in difflib.get_close_matches(name, rows, 1, 0))
+            raise ValueError(f"a verdict names {name!r}, which is not in rows{near}")
+        if v.metric not in rows[name].distances:
+            known = ", ".join(rows[name].distances)
+            raise ValueError(f"a verdict on {v.metric!r} needs it in row {name!r}, which has {known or 'none'}")
+    if not {"helps": v.difference < 0, "harms": v.difference > 0}.get(v.verdict, True):
+        raise ValueError(
+            f"{v.name!r} {v.verdict} by a difference of {v.difference:g} in {v.metric}; "
+            "differences are the distance with corrections minus the one without, so helping ones are negative"
+        )
+
+
+def _check_lines(name: str, arrays: Sequence, wanted: str) -> None:
+    shapes = [np.shape(a) for a in arrays]
+    if len(shapes) != wanted.count(",") + 1 or len(set(shapes)) != 1 or len(shapes[0]) != 1 or not shapes[0][0]:
+        raise ValueError(f"{name} has shapes {shapes}; give {wanted}, each [n] of one length n >= 1")
+
+
+def _table(rows: list[Row], best: dict[str, Row | None]) -> list[dict]:
+    colour, smallest = figures.colours(rows), {m: row and row.distances[m][0] for m, row in best.items()}
+    table = []
+    for row in rows:
+        reference, cells = row.family == REFERENCE, []
+        for m, least in smallest.items():
+            mean, se = row.distances.get(m, (math.nan, math.nan))
+            cells.append({"text": plus_minus(mean, se), "best": not reference and mean == least, "value": float(mean)})
+        table.append({"row": row, "cells": cells, "colour": colour[row.family], "reference": reference})
+    return table
+
+
+def _chart_words(metric: str, best: Row) -> str:
+    return (
+        f"Chart of {metric} against NFE with error bars, one line a family; the smallest is "
+        f"{plus_minus(*best.distances[metric])} for {best.name} at {best.nfe} NFE. The table has all values."
+    )
+
+
+def _verdict_groups(verdicts: Sequence[Verdict], rows: dict[str, Row]) -> list[tuple[str, int, list]]:
+    """``(kind, count, [(corrected row, baseline row, [words])])``: metrics of one comparison stand together."""
+    groups = []
+    for kind in VERDICTS:
+        pairs: dict[tuple[str, str], list[str]] = {}
+        for v in verdicts:
+            if v.verdict == kind:
+                pairs.setdefault((v.name, v.baseline), []).append(verdict_words(v))
+        entries = [(rows[name], rows[baseline], words) for (name, baseline), words in pairs.items()]
+        if entries:
+            groups.append((kind, sum(len(words) for _, _, words in entries), entries))
+    return groups
+
+
+def _fixed(x: float, place: int) -> str:
+    """``x`` rounded to a multiple of ``10**place``, a true minus sign, no negative zero."""
+    text = f"{round(x, -place):.{max(0, -place)}f}"
+    return text.replace("-", "−") if float(text) else text.lstrip("-")
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

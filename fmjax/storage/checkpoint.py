@@ -1,0 +1,294 @@
+"""Checkpoints: orbax's ``CheckpointManager``, with a digest of every array that is verified before it is used.
+
+orbax writes a checkpoint under a temporary name and renames it, so a kill in the middle leaves the former one intact.
+What it does not notice are wrong bytes: flipped bits in a data file are restored without a word. Hence the digest.
+
+A state is a dict or NamedTuple of *parts* (``step``, ``params``, ``ema``, ``opt_state`` ...). Any part can be restored
+alone, so that a flow's checkpoint gives its ``ema`` to another run that knows nothing of its optimiser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fmjax.keys import is_key
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, torn or holds wrong bytes."""
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 over the arrays of a tree: sorted key paths, dtypes, shapes and bytes.
+
+    The same for numpy and JAX arrays, dicts and NamedTuples, and every sharding; on several processes all must call it.
+    Raises ``TypeError`` for a typed PRNG key.
+
+    >>> import jax.numpy as jnp, numpy as np
+    >>> digest({"w": jnp.ones(3)}) == digest({"w": np.ones(3, np.float32)}) != digest({"w": jnp.zeros(3)})
+    True
+    """
+    sha = hashlib.sha256()
+    for path, leaf in sorted(_flatten(tree).items()):
+        array = _host(leaf)
+        sha.update(json.dumps([path, array.dtype.name, array.shape]).encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
+
+
+def digest_rows(x: Any) -> str:
+    """``digest`` of an array that may lie on disk: ``x[i:j]`` reads its rows, a part at a time."""
+    sha = hashlib.sha256(json.dumps([[], np.dtype(x.dtype).name, x.shape]).encode())
+    part = max(1, 2**24 // max(1, math.prod(x.shape[1:]) * np.dtype(x.dtype).itemsize))
+    for start in range(0, len(x), part):
+        sha.update(np.asarray(x[start : start + part]).tobytes())
+    return sha.hexdigest()
+
+
+def all_steps(directory: str | Path) -> list[int]:
+    """The steps that have a finished checkpoint, rising; ``[]`` where there is no directory."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def latest_step(directory: str | Path) -> int | None:
+    """The newest step that has a finished checkpoint, or ``None``. It may be damaged: ``restore`` finds out."""
+    return next(reversed(all_steps(directory)), None)
+
+
+@contextlib.contextmanager
+def writer(directory: str | Path, *, keep: int = 2, after: int | None = None) -> Iterator[Any]:
+    """Opens a directory for ``save`` and waits at the end for what is still being written; keeps the last ``keep``.
+
+    ``after`` is the step the run was restored from. Later checkpoints, damaged ones that a fallback skipped, are
+    renamed to ``STEP.set-aside``, so that the run can write those steps again. What a killed save left is swept.
+    Raises ``CheckpointError`` for a directory that cannot be made, or that holds checkpoints where ``after`` is not
+    given; ``ValueError`` for ``keep < 1``.
+    """
+    import orbax.checkpoint as ocp
+
+    if keep < 1:
+        raise ValueError(f"keep is the number of checkpoints kept and must be at least 1, got {keep}")
+    directory = Path(directory).absolute()
+    later = [step for step in all_steps(directory) if after is None or step > after]
+    if later and after is None:
+        raise CheckpointError(
+            f"{directory} already holds step {later[-1]}: restore it and pass after=STEP, or choose another folder"
+        )
+    if jax.process_index() == 0:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write checkpoints to {directory}: {error.strerror}") from error
+        for torn in directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(torn)
+        for step in later:
+            aside = directory / f"{step}.set-aside"
+            shutil.rmtree(aside, ignore_errors=True)
+            (directory / str(step)).rename(aside)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"checkpoint.writer {directory}")
+    manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    try:
+        yield manager
+    finally:
+        manager.close()
+
+
+def save(manager: Any, step: int, state: Any, *, metadata: dict[str, Any] | None = None) -> bool:
+    """Saves a state with JSON metadata; writes in the background, the arrays may be donated as soon as it returns.
+
+    Returns whether it wrote: a step that is already the newest is left alone. ``metadata`` gets the digest of every
+    part beside it. Raises ``ValueError`` for a step older than the newest, reserved metadata names or a state without
+    named parts, ``TypeError`` for a typed PRNG key in the state.
+    """
+    import orbax.checkpoint as ocp
+
+    newest = manager.latest_step()
+    if newest == step:
+        return False
+    if newest is not None and step < newest:
+        raise ValueError(f"checkpoints are saved in rising order: step {step} comes after step {newest}")
+    if not isinstance(state, dict) and not hasattr(state, "_asdict"):
+        raise ValueError(f"a state is a dict or NamedTuple of parts, got {type(state).__name__}")
+    parts = dict(state) if isinstance(state, dict) else state._asdict()
+    parts = {name: part for name, part in parts.items() if jax.tree.leaves(part)}
+    record = dict(metadata or {})
+    if reserved := sorted({"step", "digest", "leaves"} & set(record)):
+        raise ValueError(f"metadata may not use the name {reserved[0]!r}: save writes it")
+    flat = _flatten(parts)
+    record |= {"step": step, "digest": {name: digest(part) for name, part in parts.items()}}
+    record["leaves"] = [[path, _spec(leaf)] for path, leaf in flat.items()]
+    record = json.loads(json.dumps(record))
+    arrays = {path: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for path, leaf in flat.items()}
+    args = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(_nest(arrays)),
+        metadata=ocp.args.JsonSave({"record": record, "sha256": _sha(record)}),
+    )
+    return manager.save(int(step), args=args, force=True)
+
+
+def restore(
+    directory: str | Path,
+    template: Any = None,
+    *,
+    part: str | None = None,
+    step: int | None = None,
+    fallback: bool = False,
+) -> tuple[int, Any, dict[str, Any]]:
+    """Restores the newest checkpoint, or that of ``step``: ``(step, state, metadata)``, every digest verified.
+
+    ``template`` is a tree of arrays or ``jax.ShapeDtypeStruct`` that gives structure, shapes, dtypes and shardings
+    (whatever they were when saved); without one, nested dicts of numpy arrays come back. ``part="ema"`` reads that part
+    alone, with ``template`` its own. ``metadata["digest"]`` maps parts to digests.
+
+    Raises ``CheckpointError`` where nothing is there or what is there is damaged, naming the last good step; with
+    ``fallback=True`` that one is restored, with a warning. Raises ``ValueError`` naming the first leaves that differ
+    where the template is not what was saved: another network is no damage, and never falls back.
+    """
+    directory = Path(directory).absolute()
+    steps = all_steps(directory)
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {directory}{'' if directory.is_dir() else ', which does not exist'}")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"no checkpoint of step {step} in {directory}; there are steps {steps}")
+    newest, *older = [s for s in reversed(steps) if step is None or s <= step]
+    try:
+        return newest, *_read(directory / str(newest), template, part)
+    except CheckpointError as error:
+        damage = error
+    for good in older:
+        try:
+            found = _read(directory / str(good), template if fallback else None, part)
+        except CheckpointError as error:
+            damage = CheckpointError(f"{damage}; {error}")
+            continue
+        if not fallback:
+            raise CheckpointError(
+                f"{damage}; the last good step is {good}: restore it with step={good} or fallback=True"
+            ) from damage.__cause__
+        warnings.warn(f"{damage}; falling back to step {good}", stacklevel=2)
+        return good, *found
+    raise CheckpointError(f"{damage}; no good checkpoint is left in {directory}") from damage.__cause__
+
+
+def _read(path: Path, template: Any, part: str | None) -> tuple[Any, dict[str, Any]]:
+    record = _record(path)
+    parts = record["digest"]
+    if part is not None and part not in parts:
+        raise ValueError(f"{path} holds no part {part!r}; it holds {', '.join(parts)}")
+    stored = {tuple(p): spec for p, spec in record.pop("leaves") if part in (None, p[0])}
+    if template is not None:
+        _check_template(path, stored, template if part is None else {part: template})
+    tree = _nest(_arrays(path / "state", stored))
+    for name in parts if part is None else [part]:
+        if digest(tree[name]) != parts[name]:
+            raise CheckpointError(f"{path} is damaged: the bytes of {name!r} are not those that were saved")
+    tree = tree if part is None else tree[part]
+    if template is not None:
+        flat = _flatten(tree)
+        places, treedef = jax.tree_util.tree_flatten_with_path(template)
+        tree = jax.tree.unflatten(treedef, [_place(flat[_names(p)], like) for p, like in places])
+    return tree, record
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        written = json.loads((path / "metadata" / "metadata").read_text())
+        if _sha(written["record"]) == written["sha256"]:
+            return written["record"]
+        why = "its bytes are not those that were saved"
+        cause = None
+    except FileNotFoundError as error:
+        why, cause = "it is missing", error
+    except (OSError, ValueError, KeyError, TypeError) as error:  # whatever a torn file makes of JSON
+        why, cause = _first_line(error), error
+    raise CheckpointError(f"{path} is damaged: metadata: {why}") from cause
+
+
+def _arrays(path: Path, stored: dict) -> dict[tuple[str, ...], np.ndarray]:
+    """The stored leaves, whole, on the host: a digest needs all their bytes, and any sharding is cut from them."""
+    import orbax.checkpoint as ocp
+
+    item = _nest(dict.fromkeys(stored, 0))
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return _flatten(checkpointer.restore(path, args=args))
+    except Exception as error:  # orbax and tensorstore raise errors of many types for torn files
+        raise CheckpointError(f"{path.parent} is damaged: {_first_line(error)}") from error
+
+
+def _check_template(path: Path, stored: dict, template: Any) -> None:
+    asked = {p: _spec(leaf) for p, leaf in _flatten(template).items()}
+    differ = [p for p in {**stored, **asked} if stored.get(p) != asked.get(p)]
+    if differ:
+        told = [f"{'/'.join(p)}: stored {stored.get(p, 'none')}, asked {asked.get(p, 'none')}" for p in differ[:3]]
+        more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ValueError(
+            f"{path} is not what was asked for: {'; '.join(told)}{more}; build the network it was saved with"
+        )
+
+
+def _place(host: np.ndarray, like: Any) -> Any:
+    """The host array as the template has it: sharded, on the default device, or numpy."""
+    if not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
+        return host
+    if like.sharding is None or not getattr(like, "committed", True):
+        return jnp.asarray(host)
+    return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
+    return {_names(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _nest(flat: dict[tuple[str, ...], Any]) -> dict:
+    tree: dict = {}
+    for path, leaf in flat.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _host(leaf: Any) -> np.ndarray:
+    if is_key(leaf):
+        raise TypeError("a state holds no PRNG keys: fold them from the seed and the step, or save jax.random.key_data")
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def _spec(leaf: Any) -> str:
+    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return f"{leaf.dtype.name}{list(leaf.shape)}"
+
+
+def _sha(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

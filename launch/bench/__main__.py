@@ -1,0 +1,44 @@
+"""Measurements: ``python -m launch.bench --suite=sampler [--repeats=15] [--into=README.md]``.
+
+A suite is a function ``name(repeats) -> list[dict]``, one row each; the repeats of what is compared are interleaved, so
+that a busy moment of the machine falls on all alike, and medians are reported. ``--into`` puts the table between the
+lines ``<!-- SUITE -->`` and ``<!-- end -->`` of a file. The suites are those of ``launch/bench/``.
+"""
+
+import importlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from launch.bench.measure import markdown
+
+ROOMS = ("corrected", "costs", "learned", "maps", "mismatch", "nets", "runs", "straightened")
+MODULES = [importlib.import_module(f"launch.bench.{name}") for name in ROOMS]
+SUITES = {suite.__name__: suite for module in MODULES for suite in module.SUITES}
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("suite", None, sorted(SUITES), "What to measure.", required=True)
+flags.DEFINE_integer("repeats", 15, "Interleaved repeats per measurement.", lower_bound=1)
+flags.DEFINE_string("into", None, "Also put the table into this file, between its marks.")
+
+
+def main(_):
+    """Runs the suite and prints its table."""
+    name, before, after = FLAGS.suite, f"<!-- {FLAGS.suite} -->\n", "<!-- end -->"
+    text = Path(FLAGS.into).read_text() if FLAGS.into else before + after
+    if before not in text:
+        raise SystemExit(f"error: {FLAGS.into} has no line {before.strip()}")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}, load {os.getloadavg()[0]:.1f}"
+    table = markdown(SUITES[name](FLAGS.repeats))
+    how = f"`python -m launch.bench --suite={name} --repeats={FLAGS.repeats}`; {machine}; jax {jax.__version__}"
+    print(f"{how}\n\n{table}")
+    if FLAGS.into:
+        head, rest = text.split(before, 1)
+        Path(FLAGS.into).write_text(f"{head}{before}\n{how}\n\n{table}\n\n{after}{rest.split(after, 1)[1]}")
+
+
+if __name__ == "__main__":
+    app.run(main)

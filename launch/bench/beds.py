@@ -1,0 +1,296 @@
+"""Test beds of the suites on corrections: a flow, its marginals, correctors, samplers whose strength is chosen.
+
+A test bed is a flow by a network, its marginals on grids of 10 and of 50 steps, and correctors trained on each. All is
+kept in ``workdir/bench/NAME_corrected`` and resumed there. Strengths are chosen on seeds of their own (``fmjax.tune``)
+by the first metric, and what is reported is measured on others, from the same noise in every row.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmjax import sampling
+from fmjax.correction import correctors, marginals, search
+from fmjax.correction.marginals import Marginals
+from fmjax.data import arrays
+from fmjax.experiments import assemble, evaluate, report, specs
+from fmjax.keys import as_keys, fold_in, normal
+from fmjax.metrics import features, neighbours, two_sample
+from fmjax.sampling import grids
+from fmjax.storage import checkpoint, files
+from fmjax.training import loop
+from fmjax.types import Method, Params
+from launch.bench import runs
+from launch.bench.measure import FOLDER
+
+SIGMA, SHORT, LONG, LANGEVIN = 0.2, 10, 50, 20  # the score's noise; steps of the grids, and of Langevin
+ALL = tuple(range(SHORT + 1))
+AT = {"score": ((10,), (0, 5, 10), ALL), "classifier": ((10,), (0, 5, 10), (0, 2, 5, 8, 10), ALL)}
+AT["plain classifier"] = ((10,), ALL)  # not robust, an ablation
+ALPHAS = {
+    "score": (0.1, 0.25, 0.5, 1.0),
+    "classifier": (0.05, 0.2, 1.0, 4.0),
+    "plain classifier": (0.01, 0.05, 0.2, 1.0),
+    "drift": (0.25, 0.5, 1.0),
+}
+BETAS = (0.0, SIGMA / 2, SIGMA)  # of the score; others draw no noise
+TUNING, SEED = 11, 12
+
+
+class Problem(NamedTuple):
+    """Data, networks and sizes. ``examples`` are those of each set of marginals, for the grids of 10 and 50 steps.
+
+    ``at`` are the corrected steps of the grid of 10, ``at_long`` those at the same times of the grid of 50; ``shares``
+    of alpha are tried where correctors of one grid serve another, ``tuning`` is the number of seeds that choose.
+    """
+
+    config: str
+    fields: dict[str, Any]
+    score: dict[str, Any]
+    classifier: dict[str, Any]
+    steps: dict[str, int]
+    examples: tuple[int, int]
+    samples: int
+    base: tuple[int, ...]
+    seeds: int = 3
+    tuning: int = 2
+    at: dict[str, tuple] = AT
+    at_long: dict[str, tuple] = AT
+    shares: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
+    betas: tuple[float, ...] = BETAS
+
+
+MLP = {"name": "mlp", "width": 256, "depth": 4}
+PROBLEMS = {
+    "digits": Problem(
+        "digits",
+        {"coupling": "independent"},
+        MLP,
+        {"name": "mlp", "width": 128, "depth": 3, "logit": True},
+        {"score": 1500, "classifier": 600, "residual": 1500},
+        (1437, 1437),
+        360,
+        (10, 11, 12, 13, 15, 20, 50, 100),
+        seeds=4,
+    ),
+    "mnist": Problem(
+        "mnist",
+        runs.MNIST,
+        runs.SMALL_DIT,
+        {"name": "mlp", "width": 256, "depth": 3, "logit": True},
+        {"score": 1500, "classifier": 1500, "residual": 1000},
+        (3000, 1000),
+        250,
+        (10, 11, 12, 15, 50, 100),
+        tuning=1,
+        at={kind: AT[kind] for kind in ("score", "classifier")},
+        at_long={"score": ((10,), ALL), "classifier": (ALL,)},
+        shares=(0.5, 1.0),
+        betas=BETAS[:2],
+    ),
+    "straightened": Problem(
+        "half_straightening_digits",
+        {},
+        MLP,
+        {"name": "mlp", "width": 128, "depth": 3, "logit": True},
+        {"score": 1500, "classifier": 600},
+        (4000, 0),
+        1250,
+        (),
+    ),
+}
+
+
+class Bed(NamedTuple):
+    """A trained test bed: methods and parameters by name, metrics, and the features of the real examples."""
+
+    problem: Problem
+    plan: loop.Plan
+    data: arrays.Splits
+    flow: Params
+    metrics: dict[str, Callable]
+    folder: Path
+
+
+def bed(name: str, folder: Path | None = None) -> Bed:
+    """Trains the flow in ``folder / "flow"``, or reads it."""
+    problem, folder = PROBLEMS[name], folder or FOLDER / f"{name}_corrected"
+    cfg = config(problem)
+    data = specs.data(cfg.data)
+    plan = assemble.assemble(cfg, data=data)
+    flow = loop.train(plan, folder / "flow").ema
+    data = arrays.in_memory(data, train=20_000, test=2_000, seed=0)  # to compare with, and to start backward from
+    metrics, net = evaluate.distances(data)
+    told = lambda x: net.features(features.quantise(x, data.levels))
+    real = told(data.test_x)
+    for i, metric in enumerate(("precision", "recall")):
+        metrics[metric] = lambda x, i=i: neighbours.precision_recall(real[: len(x)], told(x)[: len(real)])[i]
+    away = float(nearest(data.test_x, data.train_x))
+    metrics["to training"] = lambda x: float(nearest(x, data.train_x)) / away  # below 1: nearer than held-out data are
+    return Bed(problem, plan, data, flow, metrics, folder)
+
+
+def config(problem: Problem, **changes):
+    """The problem's config."""
+    return runs.config(problem.config, problem.fields | changes)
+
+
+@jax.jit
+def nearest(x, others):
+    """The mean distance of examples to the nearest of others."""
+    x, others = (a.reshape(len(a), -1) for a in (x, others))
+    square = (x**2).sum(1)[:, None] - 2 * x @ others.T + (others**2).sum(1)
+    return jnp.sqrt(jnp.maximum(square.min(1), 0)).mean()
+
+
+def sets(b: Bed, name: str, view, params: Params, ts, count: int, **options) -> tuple[Marginals, Marginals]:
+    """Forward and backward marginals at the times of the grid of ten steps, or at all of a shorter one."""
+    n = len(ts) - 1
+    common = {"flow": checkpoint.digest(params), "steps": range(0, n + 1, max(1, n // SHORT)), **options}
+    starts = {
+        "forward": {"count": count, "shape": b.data.train_x.shape[1:], "seed": 1},
+        "backward": {"data": b.data.train_x[:count]},
+    }
+    for direction, start in starts.items():
+        folder = b.folder / "marginals" / name / direction
+        marginals.build(view, params, ts, directory=folder, direction=direction, **common, **start)
+    return tuple(marginals.read(b.folder / "marginals" / name / direction) for direction in starts)
+
+
+def corrector(b: Bed, kind: str, name: str, p: Marginals, q: Marginals) -> tuple[Method, Params]:
+    """Trains a corrector on a pair of sets, or reads it."""
+    apart = lambda **how: {
+        "method": {"name": "classifier_corrector", **how}, "net": b.problem.classifier, "weight_decay": 0.05
+    }  # fmt: skip
+    spec = {
+        "score": {"method": {"name": "score_corrector", "sigma": SIGMA}, "net": b.problem.score},
+        "classifier": apart(eps=0.5, steps=3),
+        "plain classifier": apart(eps=0.0),
+    }[kind]
+    same = "weighting coupling batch_size target warmup schedule clip beta2 weight_decay ema".split()
+    part = {field: b_field for field, b_field in config(b.problem).items() if field in same}
+    part |= {"steps": b.problem.steps[kind.removeprefix("plain ")], "learning_rate": 1e-3, **spec}
+    batch = marginals.pairs(p, q, batch_size=part["batch_size"], seed=0)
+    plan = assemble.assemble(config(b.problem, correctors={kind: part}), f"correctors.{kind}", batch=batch)
+    return plan.method, loop.train(plan, b.folder / f"{kind}-{name}").ema
+
+
+def residual(b: Bed) -> tuple[Method, Params]:
+    """Trains the residual velocity over the frozen flow, or reads it."""
+    fields = {"method": "residual", "target": "frozen", "teacher": str(b.folder / "flow")}
+    cfg = config(b.problem, steps=b.problem.steps["residual"], learning_rate=1e-3, **fields)
+    plan = assemble.assemble(cfg, data=b.data)
+    return plan.method, loop.train(plan, b.folder / "residual", teacher=b.flow).ema
+
+
+def pushed(method: Method) -> Callable:
+    """Marginal matching with a trained direction, of ``(params, alpha, beta)``."""
+    return lambda params, alpha, beta: correctors.marginal_matching(
+        method.direction(params["fix"]), alpha=alpha, beta=beta
+    )
+
+
+def drifted(ts) -> Callable:
+    """Marginal matching with the drift between banks at the times ``ts``."""
+    return lambda params, alpha, beta: correctors.marginal_matching(
+        correctors.kernel_drift(**params["bank"], ts=ts, bandwidth=1.0), alpha=alpha, beta=beta
+    )
+
+
+def restarted(step_of: Callable, to: float, steps: int = 1) -> Callable:
+    """A restart by the sampler's own steps."""
+    return lambda params, alpha, beta: correctors.restart(step_of(params), to=to, steps=steps)
+
+
+class Sampler(NamedTuple):
+    """A row: ``draw(params, keys, alpha, beta)`` with arrays over the grid, its cost, and the strengths to choose of.
+
+    ``evaluations`` is the FLOPs of a sample in those of one evaluation of the flow. A change is one from the first row
+    of the same ``group``, by default of as many steps.
+    """
+
+    name: dict[str, Any]
+    draw: Callable
+    params: Any
+    n: int
+    at: tuple[int, ...] = ()
+    kind: str = "none"
+    cost: sampling.Cost | None = None
+    evaluations: float = 0.0
+    given: tuple[search.Setting, ...] = ()
+    group: str = ""
+
+
+def sampler(b: Bed, step_of: Callable, n, at=(), fix_of: Callable | None = None) -> Callable:
+    """``step_of(params)`` from the noise of the keys over a grid or ``n`` uniform steps, corrected by ``fix_of``."""
+    ts, shape = grids.uniform_grid(n) if isinstance(n, int) else n, b.data.train_x.shape[1:]
+
+    @jax.jit
+    def draw(params, keys, alpha, beta):
+        over = lambda values: grids.per_step(ts, values)
+        fix = fix_of(params, over(alpha), over(beta)) if at else None
+        x0 = normal(fold_in(keys, 0), shape)
+        return sampling.sample(step_of(params), x0, ts, key=fold_in(keys, 1), corrector=fix, at=at if at else None)
+
+    return draw
+
+
+def distances(b: Bed, s: Sampler, setting: search.Setting, key) -> dict[str, float]:
+    """Every metric of one run of samples."""
+    keys, (alpha, beta) = as_keys(key, b.problem.samples), setting.dense(s.n)
+    x = np.concatenate(
+        [np.asarray(s.draw(s.params, keys[i : i + evaluate.CHUNK], alpha, beta)) for i in range(0, len(keys), 512)]
+    )
+    return {name: metric(x) for name, metric in b.metrics.items()}
+
+
+def chosen(b: Bed, s: Sampler) -> search.Setting:
+    """The strength that is best on the tuning seeds by the first metric; every evaluation is kept."""
+    first = next(iter(b.metrics))
+    same = lambda a, c: search.Setting(s.at, (a,) * len(s.at), (c,) * len(s.at))
+    given = s.given or tuple(
+        same(a, c) for a in ALPHAS.get(s.kind, ()) for c in (b.problem.betas if s.kind == "score" else (0.0,))
+    )
+    if not given:
+        return same(0.0, 0.0)
+    value = search.Evaluations(
+        lambda setting, key: distances(b, s, setting, key)[first],
+        tuning=keys(TUNING, b.problem.tuning),
+        reporting=keys(SEED, b.problem.seeds),
+        directory=b.folder / "tuning" / "-".join(files.slug(str(v)) for v in s.name.values()),
+        what={"params": checkpoint.digest(s.params), "samples": b.problem.samples},
+    )
+    return value.best(given).setting
+
+
+def keys(seed: int, n: int):
+    """The keys of ``n`` runs of samples."""
+    return jax.random.split(jax.random.key(seed), n)
+
+
+def measured(b: Bed, rows: list[Sampler]) -> list[dict]:
+    """The table: distances on the reporting seeds, and the change of the first from the plain row of as many steps."""
+    first, table, plain = next(iter(b.metrics)), [], {}
+    told = lambda values: report.plus_minus(*two_sample.mean_se(values))
+    for s in rows:
+        setting = chosen(b, s)
+        each = [distances(b, s, setting, key) for key in keys(SEED, b.problem.seeds)]
+        before = plain.setdefault(s.group or s.n, each)
+        change = [d[first] - plain[first] for d, plain in zip(each, before, strict=True)]
+        strength = f"{setting.alpha[0]:g}, {setting.beta[0]:g}" if s.kind in ALPHAS else "-"
+        costs = {"NFE": s.cost.nfe, "FLOPs / flow": round(s.evaluations, 1), "alpha, beta": strength}
+        cells = {name: told([d[name] for d in each]) for name in b.metrics}
+        table.append(s.name | costs | cells | {f"{first}, change": "-" if s.kind == "none" else told(change)})
+    floor = evaluate.training_samples(b.data, seeds=b.problem.seeds, samples=b.problem.samples, seed=0)
+    blank = dict.fromkeys(table[0], "-") | {next(iter(table[0])): "training data"}
+    return [*table, blank | {name: told([metric(x) for x in floor]) for name, metric in b.metrics.items()}]
+
+
+def flops(f: Callable, params: Params, b: Bed) -> float:
+    """FLOPs of an evaluation, by XLA."""
+    x = jnp.zeros((8, *b.data.train_x.shape[1:]))
+    return jax.jit(lambda params, x: f(params)(x, jnp.full(8, 0.5))).lower(params, x).compile().cost_analysis()["flops"]
