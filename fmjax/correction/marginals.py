@@ -111,7 +111,7 @@ def build(
         params, rows = trajectories.place(mesh, params), NamedSharding(mesh, P("data"))
         # traces: a bad velocity or solver fails before a file is written
         solve = trajectories.lower(view, params, m, mesh, batch)
-        shards.save(directory, m, good, **who)
+        shards.write_manifest(directory, m, good, **who)
         solve = solve.compile()
 
     def records(start, stop):
@@ -129,9 +129,9 @@ def build(
 
     for name, (start, stop) in parts.items():
         if name not in good:
-            good[name] = shards.write(directory, name, records(start, stop))
-            shards.save(directory, m, good, **who)
-    found = {shard.file: shard for shard in getattr(shards.load(directory), "shards", ())} | good
+            good[name] = shards.write_shard(directory, name, records(start, stop))
+            shards.write_manifest(directory, m, good, **who)
+    found = {shard.file: shard for shard in getattr(shards.read_manifest(directory), "shards", ())} | good
     return m._replace(shards=tuple(found[name] for name in sorted(found)))
 
 
@@ -179,15 +179,15 @@ def read(directory: str | os.PathLike, *, expect: dict | None = None, stream: bo
     """Reads a complete set, every shard checked against its SHA-256.
 
     ``expect`` holds manifest fields that must agree, for example ``{"flow": digest, "solver": "rk4", "ts": ts}``.
-    With ``stream`` the examples stay on disk and are read when asked for (``shards.Records``), so that a set may be
+    With ``stream`` the examples stay on disk and are read when asked for (``shards.StoredArray``), so that a set may be
     larger than memory. Raises ``FileNotFoundError`` without a manifest, ``ValueError`` naming the fields that differ,
     and ``RuntimeError`` naming an unfinished set, or a shard that is missing or torn, with the fix.
     """
-    m = shards.load(directory)
+    m = shards.read_manifest(directory)
     if m is None:
         raise FileNotFoundError(f"no marginals in {directory}: {shards.MANIFEST} is missing; build them there first")
-    shards.check(directory, m, expect or {})
-    x = shards.Records(directory, m) if stream else shards.read(directory, m)
+    shards.check_manifest(directory, m, expect or {})
+    x = shards.StoredArray(directory, m) if stream else shards.read_shards(directory, m)
     return Marginals(x, np.asarray(m.ts, np.float32)[list(m.steps)], m)
 
 
@@ -343,7 +343,7 @@ def _process(index: int | None, count: int | None) -> dict[str, int]:
 
 def _check_room(directory: str | os.PathLike, m: Manifest) -> None:
     """Refuses a disk that cannot take the shards that no manifest has yet."""
-    built = {shard.file for shard in getattr(shards.load(directory), "shards", ())}
+    built = {shard.file for shard in getattr(shards.read_manifest(directory), "shards", ())}
     need, free = shards.size(m, set(shards.ranges(m)) - built), shutil.disk_usage(directory).free
     if need > free:
         raise OSError(
