@@ -365,18 +365,18 @@ def test_metadata_may_hold_numpy_scalars_and_arrays(tmp_path):
     assert (step, state["w"], metadata["rate"], metadata["bins"], metadata["count"]) == (1, 2, 0.5, [0, 1], 3)
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
+def test_a_disk_without_space_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
     state = {"w": jax.ShapeDtypeStruct((1000, 250), jnp.float32)}  # 1 MB
     free = lambda megabytes: monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, int(megabytes * 1e6))
     )
     free(3.01)
-    checkpoint.check_room(tmp_path / "a" / "b", state, keep=2)
+    checkpoint.check_space(tmp_path / "a" / "b", state, keep=2)
     free(2.99)
     with pytest.raises(checkpoint.CheckpointError, match="a/b: checkpoints need 0.003 GB and 0.00299 GB are free"):
-        checkpoint.check_room(tmp_path / "a" / "b", state, keep=2)
+        checkpoint.check_space(tmp_path / "a" / "b", state, keep=2)
     save_all(tmp_path, 1)
-    checkpoint.check_room(tmp_path, state, keep=2)
+    checkpoint.check_space(tmp_path, state, keep=2)
 
 
 SAVE_FOR_EVER = """

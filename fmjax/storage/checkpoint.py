@@ -36,8 +36,8 @@ class CheckpointError(RuntimeError):
 def digest(tree: Any) -> str:
     """Return the SHA-256 of the arrays of a tree: sorted key paths, dtypes, shapes and bytes.
 
-    It is the same for numpy and JAX arrays, for dicts and NamedTuples, and for every sharding. Where several processes
-    share an array, all of them must call it.
+    It is the same for numpy and JAX arrays, for dicts and NamedTuples, and for every sharding. Where an array lies on
+    several processes, all of them must call it.
 
     Args:
         tree: arrays or numbers in dicts, tuples and NamedTuples.
@@ -106,8 +106,8 @@ def latest_step(directory: str | Path) -> int | None:
     return next(reversed(all_steps(directory)), None)
 
 
-def check_room(directory: str | Path, state: Any, *, keep: int = 2) -> None:
-    """Check that the disk has room for the checkpoints of a run.
+def check_space(directory: str | Path, state: Any, *, keep: int = 2) -> None:
+    """Check that the disk has space for the checkpoints of a run.
 
     Args:
         directory: the folder of the checkpoints; it need not exist.
@@ -123,7 +123,7 @@ def check_room(directory: str | Path, state: Any, *, keep: int = 2) -> None:
     need, free = max(1, keep + 1 - len(all_steps(directory))) * bytes_each, shutil.disk_usage(place).free
     if need > free:
         raise CheckpointError(
-            f"{directory}: checkpoints need {need / 1e9:.3g} GB and {free / 1e9:.3g} GB are free. Make room, choose "
+            f"{directory}: checkpoints need {need / 1e9:.3g} GB and {free / 1e9:.3g} GB are free. Free space, choose "
             "another folder, or lower keep."
         )
 
@@ -177,7 +177,7 @@ def writer(directory: str | Path, *, keep: int = 2, after: int | None = None) ->
         manager.close()
 
 
-def save(manager: Any, step: int, state: Any, *, metadata: dict[str, Any] | None = None) -> bool:
+def save(manager: Any, step: int | np.integer, state: Any, *, metadata: dict[str, Any] | None = None) -> bool:
     """Save a state with JSON metadata, in the background: its arrays may be donated as soon as this returns.
 
     Args:
