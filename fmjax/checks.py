@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import math
+import numbers
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -31,3 +38,164 @@ def check_share(**shares: float) -> None:
     for name, value in shares.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} is a share and must lie in [0, 1]")
+
+
+class Range(NamedTuple):
+    """The finite numbers from ``low`` to ``high``, for type hints: ``width: Annotated[int, Range(low=1)]``.
+
+    Attributes:
+        low: lowest number allowed.
+        high: highest number allowed.
+        open_low: whether ``low`` itself is refused.
+        open_high: whether ``high`` itself is refused.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return bool(above and below)
+
+    def __str__(self) -> str:
+        low, high = (f"{end:,.12g}".replace(",", "") for end in (self.low, self.high))
+        if math.isinf(self.low) and math.isinf(self.high):
+            return "a finite number"
+        if math.isinf(self.high):
+            return f"a finite number above {low}" if self.open_low else f"a finite number of at least {low}"
+        if math.isinf(self.low):
+            return f"a finite number below {high}" if self.open_high else f"a finite number of at most {high}"
+        return f"a number in {'(' if self.open_low else '['}{low}, {high}{')' if self.open_high else ']'}"
+
+
+Positive = Annotated[int, Range(low=1)]
+NonNegative = Annotated[int, Range(low=0)]
+Finite = Annotated[float, Range()]
+PositiveFloat = Annotated[float, Range(low=0, open_low=True)]
+NonNegativeFloat = Annotated[float, Range(low=0)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
+def check_range(name: str, value: Any, allowed: Range) -> None:
+    """Refuse a number outside a range; numbers that are not finite are outside every range.
+
+    Args:
+        name: name of the argument, for the message.
+        value: a Python or numpy number.
+        allowed: the range.
+
+    Raises:
+        ValueError: ``value`` is not a number of the range.
+
+    >>> check_range("width", 64, Range(low=1))
+    >>> check_range("width", 0, Range(low=1))
+    Traceback (most recent call last):
+    ValueError: width=0: outside the allowed range. Give a finite number of at least 1.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name}={reprlib.repr(value)}: outside the allowed range. Give {allowed}.")
+
+
+def check_hints(function: Callable[..., Any], values: Mapping[str, Any], *, label: str = "") -> None:
+    """Check values against the ranges and choices in the type hints of a function or of a class's fields.
+
+    ``Annotated[int, Range(low=1)]`` gives a range and ``Literal["a", "b"]`` a choice; both also inside ``X | None``
+    and ``Sequence[X]``. Other hints, and values whose name has no hint, are not checked: types are the caller's.
+
+    Args:
+        function: a function, or a class with annotated fields.
+        values: arguments by name.
+        label: prefix of the names in the message: ``"net."``.
+
+    Raises:
+        ValueError: a value outside its range, or a value that is no choice.
+
+    >>> def mlp(*, width: Positive = 64, dtype: Literal["float32", "bfloat16"] = "float32"): ...
+    >>> check_hints(mlp, {"width": 128, "dtype": "bfloat16"})
+    >>> check_hints(mlp, {"width": -1}, label="net.")
+    Traceback (most recent call last):
+    ValueError: net.width=-1: outside the allowed range. Give a finite number of at least 1.
+    """
+    hints = _hints(function)
+    for name, value in values.items():
+        if name in hints:
+            _check_hint(f"{label}{name}", value, hints[name])
+
+
+def check_fields(instance: Any) -> None:
+    """Check every field of a dataclass or Flax module against its type hint (see ``check_hints``).
+
+    Args:
+        instance: the object, its fields set.
+
+    Raises:
+        ValueError: a field outside its range, or a field that is no choice.
+
+    >>> import dataclasses
+    >>> @dataclasses.dataclass
+    ... class Grid:
+    ...     steps: Positive = 8
+    ...     def __post_init__(self):
+    ...         check_fields(self)
+    >>> Grid(steps=0)
+    Traceback (most recent call last):
+    ValueError: steps=0: outside the allowed range. Give a finite number of at least 1.
+    """
+    check_hints(type(instance), {name: getattr(instance, name) for name in _hints(type(instance))})
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The hints that state a range or a choice, by name."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name != "return" and _states(hint)}
+
+
+def _states(hint: Any) -> bool:
+    if typing.get_origin(hint) is Annotated:
+        return any(isinstance(extra, Range) for extra in hint.__metadata__) or _states(hint.__origin__)
+    return typing.get_origin(hint) is Literal or any(_states(part) for part in typing.get_args(hint))
+
+
+def _check_hint(name: str, value: Any, hint: Any) -> None:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        _check_hint(name, value, hint.__origin__)
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if hint.__origin__ is int and not whole:
+            raise ValueError(f"{name}={reprlib.repr(value)}: not a whole number. Give an integer.")
+        for allowed in hint.__metadata__:
+            if isinstance(allowed, Range):
+                check_range(name, value, allowed)
+    elif origin is Literal:
+        _check_literal(name, value, parts)
+    elif origin in (typing.Union, types.UnionType):
+        _check_union(name, value, parts)
+    elif origin in (Sequence, tuple, list) and isinstance(value, (list, tuple)):
+        for i, entry in enumerate(value):
+            _check_hint(f"{name}[{i}]", entry, parts[0])
+
+
+def _check_union(name: str, value: Any, parts: tuple[Any, ...]) -> None:
+    """Accept what one part accepts; refuse in the words of the first part that states something."""
+    if any(isinstance(part, type) and isinstance(value, part) for part in parts):
+        return
+    errors = []
+    for part in filter(_states, parts):
+        try:
+            return _check_hint(name, value, part)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _check_literal(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        choices = ", ".join(map(repr, known))
+        near = nearest(value, known) if isinstance(value, str) else ""
+        raise ValueError(f"{name}={reprlib.repr(value)}: not a choice{near}. Give one of {choices}.")
