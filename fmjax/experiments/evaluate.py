@@ -359,7 +359,7 @@ def distances(data: arrays.Splits) -> tuple[dict[str, Metric], features.Features
     """Distances of samples ``[n, ...]`` to the held-out data, and the classifier of FD-small (images only)."""
     metrics, net = {}, None
     if data.train_x.ndim == 4:
-        cache = files.cache() / "features"
+        cache = files.cache_folder() / "features"
         net = features.small_classifier(data.train_x, data.train_y, cache_dir=cache, levels=data.levels)
         reference = net.features(features.quantise(data.test_x, data.levels))
         metrics["FD-small"] = lambda x: frechet(net.features(features.quantise(x, data.levels)), reference)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from fmjax.storage.files import _as_json, write_json
+from fmjax.storage.files import as_json, write_json
 
 PACKAGES = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 ABSENT = "absent"
@@ -64,7 +64,7 @@ def environment() -> dict[str, Any]:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(dict(config), default=_as_json))
+    return json.loads(json.dumps(dict(config), default=as_json))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
