@@ -230,7 +230,9 @@ def _model(built: Any, field: str) -> adapters.Model:
 
 def _semidiscrete(options, x, y, flip: bool, seed: int, field: str) -> couplings.Coupling:
     if not isinstance(x, np.ndarray):
-        raise refusal(field, SEMIDISCRETE, "is fitted to data in memory, and these are streamed", "Set data.stream=False")
+        raise refusal(
+            field, SEMIDISCRETE, "is fitted to data in memory, and these are streamed", "Set data.stream=False"
+        )
     if flip:
         x, y = np.concatenate([x, x[:, :, ::-1]]), jax.tree.map(lambda a: np.concatenate([a, a]), y)
     options = specs.checked(couplings.fit_semidiscrete, options, field=field)

@@ -65,7 +65,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class MarginalSets:
-    """How the marginals p_n and q_n are built: ``solver`` in ``solver_steps`` uniform steps, see ``configs/base.py``."""
+    """How the marginals p_n and q_n are built; ``configs/base.py`` explains each field."""
 
     solver: str
     solver_steps: Annotated[int, Range(1, 1e5)]

@@ -298,7 +298,7 @@ def label(factory: Callable) -> str:
 
 
 def _like(default: Callable, spec: Spec, field: str) -> Callable:
-    """A function beside ``default`` in its module, with its positional arguments and return annotation; bound options."""
+    """A function like ``default`` from the same module, with its options bound."""
     returns = inspect.signature(default).return_annotation
     kind = Kind("choice", default.__module__.removeprefix("fmjax."), _positional(default), str(returns))
     function, options = resolve(kind, spec, field=field)
@@ -311,11 +311,15 @@ def _outside(place: str, field: str) -> Callable:
     try:
         module = _module_of_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
     except (ImportError, OSError) as error:
-        raise refusal(field, place, f"cannot be imported ({error})", "Install the package, or run where it lies") from error
+        raise refusal(
+            field, place, f"cannot be imported ({error})", "Install the package, or run where it lies"
+        ) from error
     if not callable(getattr(module, name, None)):
         known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         near = checks.nearest(name, known)
-        raise refusal(field, place, f"{module_name} has no factory {name!r}{near}", f"It has {', '.join(known) or 'none'}")
+        raise refusal(
+            field, place, f"{module_name} has no factory {name!r}{near}", f"It has {', '.join(known) or 'none'}"
+        )
     return getattr(module, name)
 
 
