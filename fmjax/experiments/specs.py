@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from fmjax import couplings, paths
+from fmjax import data as datasets
 from fmjax.checks import nearest
-from fmjax.data import arrays
+from fmjax.data import Dataset, Rows
 from fmjax.nets import adapters, preconditioning
 from fmjax.sampling import guidance
 from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Net, VelocityFn
@@ -142,13 +143,20 @@ def method(
     return from_spec("methods", spec, net, takes=("net",), **{k: v for k, v in given.items() if v is not None})
 
 
-def data(spec: Spec) -> arrays.Splits:
-    """A data set in memory: ``"digits"``, ``{"name": "digits", "held_out": 0.1}``."""
-    return from_spec("data", spec, takes=())
+def data(spec: Spec) -> Dataset:
+    """A data set: ``"digits"``, ``{"name": "digits", "test": 0.1}``; the factories are those of ``fmjax.data``."""
+    name, options = _open("data", spec)
+    functions = inspect.getmembers(datasets, inspect.isfunction)
+    offered = {
+        key: f for key, f in functions if inspect.signature(f).return_annotation == "Dataset" and not _positional(f)
+    }
+    if name not in offered:
+        raise ValueError(f"fmjax.data has no {name!r}{nearest(name, offered)} (there are {', '.join(offered)})")
+    return call(offered[name], options)
 
 
 def coupling(
-    spec: Spec, x: arrays.Rows | None = None, y: Cond = None, *, flip: bool = False, seed: int = 0
+    spec: Spec, x: Rows | None = None, y: Cond = None, *, flip: bool = False, seed: int = 0
 ) -> couplings.Coupling:
     """A coupling: ``"independent"``, ``{"name": "minibatch_ot", "replacement": True}``, ``"semidiscrete"``.
 
