@@ -4,7 +4,7 @@ A coupling rearranges a batch of sources ``x0`` and targets ``x1`` that were dra
 label, a pytree of arrays ``[B, ...]``) belongs to ``x1`` and follows it. Both marginals are kept exactly (without
 replacement) or in law (with replacement), so flow matching stays valid whatever the coupling. The law of ``x0`` *given
 the condition* is another matter: see ``minibatch_ot``. Pairs given once and for all (reflow) need no coupling but
-``arrays.batches(x, source=x0)``.
+``data.batches(x, source=x0)``.
 """
 
 from __future__ import annotations

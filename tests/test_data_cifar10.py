@@ -13,7 +13,7 @@ NAME = "cifar-10-binary.tar.gz"
 def test_cifar10_has_the_images_of_its_archive_in_the_order_of_their_files(stream, tmp_path):
     written = originals.cifar10(tmp_path)
     where = {"source_dir": str(tmp_path), "data_dir": str(tmp_path / "d")}
-    originals.assert_is(cifar10(verify=False, stream=stream, **where), written)
+    originals.assert_is(cifar10(validation=5, verify=False, stream=stream, **where), written)
 
 
 def test_the_archive_is_registered_with_an_address_a_size_and_a_checksum():

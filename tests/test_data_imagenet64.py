@@ -12,7 +12,7 @@ SIZES = pytest.mark.parametrize(("load", "size"), [(imagenet64, 64), (imagenet32
 
 def both(load, tmp_path, **options):
     """From disk, which is the default, and in memory."""
-    where = {"source_dir": str(tmp_path), "data_dir": str(tmp_path / "d"), "verify": False}
+    where = {"source_dir": str(tmp_path), "data_dir": str(tmp_path / "d"), "verify": False, "validation": 3}
     return load(**where, **options), load(**where, stream=False, **options)
 
 
@@ -22,7 +22,7 @@ def test_the_resized_set_has_the_images_and_labels_of_its_archives(load, size, t
     disk, memory = both(load, tmp_path)
     originals.assert_is(disk, written)
     originals.assert_is(memory, written)
-    assert isinstance(disk.train_x, images.Records)
+    assert isinstance(disk.train.x, images.Records)
     files = list((tmp_path / "d").rglob("*train.array_record*"))
     assert len(files) == (2 if size == 64 else 1)  # one for each archive
 

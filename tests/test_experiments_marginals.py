@@ -38,7 +38,7 @@ def test_the_sets_are_those_of_the_averaged_flow(finished, tiny, tmp_path):
     """The same bits by hand: forward from the seed, backward from the training data, on the config's grid."""
     plan, (_, flow, metadata) = assemble.assemble(tiny), checkpoint.restore(finished / "checkpoints", part="ema")
     how = {"flow": metadata["digest"]["ema"], "mesh": plan.mesh, "solver": "rk4"}
-    train_x = specs.data(tiny.data).train_x
+    train_x = specs.data(tiny.data).train.x
     starts = {"forward": {"count": 128, "shape": (8, 8, 1), "seed": tiny.seed}, "backward": {"data": train_x}}
     for direction, start in starts.items():
         found = marginals.read(finished / "marginals" / direction)
@@ -61,7 +61,7 @@ def test_it_tells_the_cost_first_and_the_errors_last_and_builds_nothing_twice(fi
     assert size <= 1000 * float(told[1]) * 1.005 < size + 2**17 + 5000
     assert backward.startswith("backward: 1437 examples, at most ") and backward.endswith("marginals/backward")
     plan, (_, flow, _) = assemble.assemble(tiny), checkpoint.restore(finished / "checkpoints", part="ema")
-    x = specs.data(tiny.data).train_x[:256]
+    x = specs.data(tiny.data).train.x[:256]
     found = marginals.round_trip(plan.method.velocity, flow, marginal_sets.jnp.asarray(x), grids.uniform_grid(2))
     assert trip == f"of the flow of step 4, on 256 training examples: round-trip error {found:.2e}"
     whole = marginals.read(finished / "marginals" / "backward")
@@ -87,7 +87,7 @@ def test_other_grids_and_stores_go_elsewhere(trained, finished, tmp_path, capsys
         marginal_sets.main(other, trained, direction="forward")
     marginal_sets.main(other, trained, direction="backward", out=tmp_path / "o", steps=[0], dtype="float16")
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["backward"]
-    x = specs.data(other.data).train_x
+    x = specs.data(other.data).train.x
     m = interpolated.marginals(marginals.read(tmp_path / "o" / "backward", stream=True), data=x)
     np.testing.assert_array_equal(m.x[:5, 3], x[:5])
     assert len(re.findall("[0-9.e-]+,", capsys.readouterr().out.splitlines()[-1])) == 3  # the defect of all four times

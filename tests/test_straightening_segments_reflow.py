@@ -10,7 +10,7 @@ import pytest
 
 from fmjax import oracles, paths
 from fmjax.correction import marginals
-from fmjax.data import arrays
+from fmjax.data import batches
 from fmjax.keys import as_keys, normal
 from fmjax.methods.straighten import straighten
 from fmjax.metrics import two_sample
@@ -29,7 +29,7 @@ scaled = lambda solver: lambda params: solver(lambda x, t, cond=None: params * L
 
 
 def data(size, x=DATA, **options):
-    return arrays.batches(x, np.arange(len(x)), batch_size=size, seed=0, **options)
+    return batches(x, np.arange(len(x)), batch_size=size, seed=0, **options)
 
 
 def ends(t):

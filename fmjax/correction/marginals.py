@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from fmjax.correction import trajectories
-from fmjax.data.arrays import Rows
+from fmjax.data.dataset import Rows
 from fmjax.storage import checkpoint, shards
 from fmjax.storage.shards import Manifest
 from fmjax.types import Batch, FlowMapFn, Params, VelocityFn

@@ -9,20 +9,27 @@ from pathlib import Path
 import numpy as np
 
 from fmjax.data import images
-from fmjax.data.arrays import Splits
+from fmjax.data.dataset import Dataset
 
 SHAPE = (32, 32, 3)
 FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 
 
 def cifar10(
-    *, source_dir: str | None = None, data_dir: str | None = None, verify: bool = True, stream: bool = False
-) -> Splits:
+    *,
+    validation: int = 5000,
+    source_dir: str | None = None,
+    data_dir: str | None = None,
+    verify: bool = True,
+    stream: bool = False,
+) -> Dataset:
     """The photographs ``[n, 32, 32, 3]`` with labels 0..9, the official test split held out; see ``images.load``.
 
     The source is ``cifar-10-binary.tar.gz`` (170 MB). In memory the images take 0.74 GB.
     """
-    return images.load(ORIGINAL, source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream)
+    return images.load(
+        ORIGINAL, validation=validation, source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream
+    )
 
 
 def read(paths: Sequence[Path], split: str) -> Iterator[tuple[np.ndarray, int]]:

@@ -11,19 +11,20 @@ from pathlib import Path
 import numpy as np
 
 from fmjax.data import images
-from fmjax.data.arrays import Splits
+from fmjax.data.dataset import Dataset
 
 SETS = ("resized", "downsampled")
 
 
 def imagenet64(
     *,
+    validation: int = 5000,
     source_dir: str | None = None,
     data_dir: str | None = None,
     archive: str = "resized",
     verify: bool = True,
     stream: bool = True,
-) -> Splits:
+) -> Dataset:
     """The photographs ``[n, 64, 64, 3]``, the validation split held out, read from disk; see ``images.load``.
 
     ``archive`` says which of the two sets of this size, which are not the same pixels:
@@ -36,7 +37,14 @@ def imagenet64(
     The records take 16 GB. image-net.org gives the archives to registered users only: name their folder in
     ``source_dir``.
     """
-    return images.load(original(64, archive), source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream)
+    return images.load(
+        original(64, archive),
+        validation=validation,
+        source_dir=source_dir,
+        data_dir=data_dir,
+        verify=verify,
+        stream=stream,
+    )
 
 
 def original(size: int, archive: str) -> images.Original:
@@ -45,7 +53,7 @@ def original(size: int, archive: str) -> images.Original:
     if archive == "downsampled":
         train, test = (((f"{split}_{size}x{size}.tar",),) for split in ("train", "valid"))
         table = "datasets/downsampled_imagenet/checksums.tsv"
-        return images.Original(f"downsampled_imagenet{size}", table, train, test, shape, read_tar)
+        return images.Original(f"downsampled_imagenet{size}", table, train, test, shape, read_tar, labelled=False)
     if archive == "resized":
         parts = ("train_part1", "train_part2") if size == 64 else ("train",)
         train = tuple((f"Imagenet{size}_{part}_npz.zip",) for part in parts)

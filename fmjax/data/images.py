@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmjax.data.arrays import Splits
+from fmjax.data.dataset import Dataset, Examples, dataset
 
 RECORDS = "1.0.0"  # the version of the records: a change of what they hold needs another
 DAMAGED = (EOFError, OSError, tarfile.TarError, zipfile.BadZipFile, zlib.error, ValueError, KeyError)
@@ -44,6 +44,7 @@ class Original(NamedTuple):
     test: tuple[tuple[str, ...], ...]
     shape: tuple[int, int, int]
     read: Callable[[Sequence[Path], str], Iterable[tuple[np.ndarray, int]]]
+    labelled: bool = True
 
     def files(self) -> list[str]:
         """All files, each once."""
@@ -70,20 +71,41 @@ class Records:
         images = [record["image"] for record in self.source.__getitems__(rows)]
         return scaled(np.stack(images)) if images else np.empty((0, *self.shape[1:]), np.float32)
 
+    def part(self, start: int, stop: int) -> Records:
+        """The images of the rows ``start .. stop - 1``."""
+        return Records(_Part(self.source, range(start, stop)), self.shape[1:])
+
     def __array__(self, *args, **kwargs):
         raise ValueError(
             f"{len(self)} images on disk are read by rows, x[rows]; for an array in memory set stream=False"
         )
 
 
+class _Part:
+    """Consecutive records of a data source, as a data source."""
+
+    def __init__(self, source, rows: range):
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return self.source[self.rows[row]]
+
+    def __getitems__(self, rows):
+        return self.source.__getitems__([self.rows[row] for row in rows])
+
+
 def load(
     original: Original,
     *,
+    validation: int = 5000,
     source_dir: str | None = None,
     data_dir: str | None = None,
     verify: bool = True,
     stream: bool = False,
-) -> Splits:
+) -> Dataset:
     """The training and the test images, ``x = pixel / 127.5 - 1`` in float32, in the published order.
 
     The first call prepares records in ``data_dir`` (default: TFDS's own, ``$TFDS_DATA_DIR`` or
@@ -113,19 +135,33 @@ def load(
                 _prepare(builder)
         builder = _builder(original, name, source_dir, verify, data_dir)
     try:
-        parts = []
+        parts = {}
         for split in ("train", "test"):
             x = Records(builder.as_data_source(split=split), original.shape)
             y = np.load(Path(builder.data_path) / f"{split}-labels.npy")
             x[np.array([0, len(x) - 1])]  # a torn file shows when it is read; there are two at most
             if len(y) != len(x):
                 raise ValueError(f"{len(x)} images, but {len(y)} labels")
-            parts += [x if stream else _in_memory(x), y]
+            parts[split] = Examples(x if stream else _in_memory(x), y if original.labelled else None)
     except Exception as error:  # what TFDS and ArrayRecord raise for torn and missing files has no common type
         raise RuntimeError(
             f"the records in {builder.data_path} cannot be read ({_line(error)}); remove this folder and start again"
         ) from error
-    return Splits(*parts)
+    train, held_out = _divide(parts["train"], validation, original.name)
+    return dataset(train, held_out, parts["test"], levels=256, name=original.name)
+
+
+def _divide(examples: Examples, validation: int, name: str) -> tuple[Examples, Examples]:
+    """The training images in their published order without the last ``validation`` of them, and these."""
+    most = examples.count - 2
+    if not 2 <= validation <= most:
+        raise ValueError(
+            f"validation={validation}: {name} has {examples.count} training images. Keep 2..{most} for validation."
+        )
+    bounds = (0, examples.count - validation), (examples.count - validation, examples.count)
+    x, y = examples
+    parts = (x.part(a, b) if isinstance(x, Records) else x[a:b] for a, b in bounds)
+    return tuple(Examples(part, None if y is None else y[a:b]) for part, (a, b) in zip(parts, bounds, strict=True))
 
 
 def registered(original: Original) -> dict[str, tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fmjax.data import images
-from fmjax.data.arrays import Splits
+from fmjax.data.dataset import Dataset
 
 ORIGINAL = images.Original(
     name="mnist",
@@ -16,7 +16,14 @@ ORIGINAL = images.Original(
 
 
 def mnist(
-    *, source_dir: str | None = None, data_dir: str | None = None, verify: bool = True, stream: bool = False
-) -> Splits:
+    *,
+    validation: int = 5000,
+    source_dir: str | None = None,
+    data_dir: str | None = None,
+    verify: bool = True,
+    stream: bool = False,
+) -> Dataset:
     """The digits ``[n, 28, 28, 1]`` with labels 0..9, the official test split held out; see ``images.load``."""
-    return images.load(ORIGINAL, source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream)
+    return images.load(
+        ORIGINAL, validation=validation, source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream
+    )

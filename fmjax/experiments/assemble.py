@@ -16,7 +16,8 @@ from pathlib import Path
 import jax
 
 from fmjax import training
-from fmjax.data import arrays
+from fmjax.data import Dataset, batches, is_labels
+from fmjax.data import mean as mean_of
 from fmjax.experiments import specs, workdir
 from fmjax.methods import weighting
 from fmjax.sampling import guidance
@@ -65,7 +66,7 @@ def free(cfg) -> tuple[str, ...]:
 
 
 def assemble(
-    cfg, stage: str = "flow", *, data: arrays.Splits | None = None, batch: Callable[[int], Batch] | None = None
+    cfg, stage: str = "flow", *, data: Dataset | None = None, batch: Callable[[int], Batch] | None = None
 ) -> Plan:
     """The plan of one stage of a config: ``"flow"`` reads the config's own fields, the others those of ``cfg.STAGE``.
 
@@ -84,7 +85,7 @@ def assemble(
     classes = cfg.classes if batch is None else 0
     spec = part.net if "net" in part else cfg.net  # without one of its own a stage starts from the flow's parameters
     model = specs.net(spec, classes=classes)
-    mean = None if data is None else functools.partial(arrays.mean, data.train_x)
+    mean = None if data is None else functools.partial(mean_of, data.train.x)
     told = told_the_scale(spec)  # of guidance
     null = classes if told else None
     method = specs.method(part.method, model.net, path=specs.path(cfg.path), mean=mean, null=null)
@@ -107,11 +108,11 @@ def assemble(
         learning_rate=part.learning_rate, clip=part.clip, beta2=part.beta2, weight_decay=part.weight_decay, **schedule
     )
     if batch is None:
-        x, y = data.train_x, _labels(data.train_y, classes)
+        x, y = data.train.x, _labels(data.train.cond, classes)
         # the independent coupling is none: then the loss draws its source
         independent = part.coupling == "independent"
         couple = None if independent else specs.coupling(part.coupling, x, y, flip=cfg.flip, seed=cfg.seed)
-        batch = arrays.batches(
+        batch = batches(
             x, y, batch_size=part.batch_size, seed=cfg.seed, couple=couple, negatives=cfg.negatives, flip=cfg.flip,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
@@ -160,6 +161,8 @@ def _labels(y, classes: int):
     """The labels of a data set where a config asks for them, checked against its number of classes."""
     if not classes:
         return None
+    if not is_labels(y):
+        raise ValueError(f"classes={classes}: the data have no integer labels. Set classes to 0.")
     if not (0 <= y.min() and y.max() < classes):
         raise ValueError(f"classes={classes} is too few: the data have labels {y.min()} .. {y.max()}")
     return y

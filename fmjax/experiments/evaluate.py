@@ -20,7 +20,7 @@ import numpy as np
 
 from fmjax import checks, paths, sampling
 from fmjax.correction import correctors
-from fmjax.data import arrays
+from fmjax.data import Dataset, in_memory
 from fmjax.experiments import assemble, report, specs, workdir
 from fmjax.experiments.report import Row, Verdict
 from fmjax.keys import as_keys, fold_in, normal
@@ -183,11 +183,11 @@ def _strength(what: str, value: Any, at: Sequence[int]) -> Strength:
     return tuple(float(a) for a in value)
 
 
-def check_sampling(s, data: arrays.Splits) -> None:
+def check_sampling(s, data: Dataset) -> None:
     """``ValueError`` where ``s.seeds`` and ``s.samples`` cannot be compared with the data."""
-    if s.seeds < 1 or not 2 <= s.samples <= len(data.train_x):
+    if s.seeds < 1 or not 2 <= s.samples <= data.train.count:
         raise ValueError(
-            f"sampling.seeds={s.seeds} must be 1 or more, sampling.samples={s.samples} in 2..{len(data.train_x)} "
+            f"sampling.seeds={s.seeds} must be 1 or more, sampling.samples={s.samples} in 2..{data.train.count} "
             "(each seed is compared with as many training examples)"
         )
 
@@ -220,7 +220,7 @@ def main(cfg, path: str | Path) -> None:
             f"{sde[0]} takes its score from the velocity, which has it for coupling='independent' only; take a solver "
             "of the ODE, or learn the score (stochastic_interpolant)"
         )
-    data = arrays.in_memory(data, train=50_000, test=10_000, seed=cfg.seed)
+    data = in_memory(data, train=50_000, validation=10_000, test=10_000, seed=cfg.seed)
     step, flow, metadata = checkpoint.restore(Path(path) / "checkpoints", part="ema", fallback=True)
     path = workdir.open_workdir(path, cfg.to_dict(), free=(*assemble.free(cfg), *assemble.SAMPLING))
     models = Models(plan.method, plan.method, {}, {"flow": flow, FLOW_MAP: flow}, plan.shape, plan.classes, along)
@@ -240,7 +240,7 @@ def main(cfg, path: str | Path) -> None:
     rows = [row._replace(nfe=row.nfe * (1 + (cfg.guidance != 1 and not told) + latent(row))) for row in rows]
     facts = {"step": str(step), "guidance": str(cfg.guidance), "samples": f"{s.seeds} seeds of {s.samples}"}
     if net is not None:
-        accuracy = features.accuracy(net, data.test_x, data.test_y)
+        accuracy = features.accuracy(net, data.test.x, data.test.cond)
         facts["classifier of FD-small"] = f"held-out accuracy {accuracy:.3f}, weights {net.weights[:12]}"
     files.write_json(
         path / "evaluation.json", {"rows": [r._asdict() for r in rows], **facts, "environment": workdir.environment()}
@@ -248,7 +248,7 @@ def main(cfg, path: str | Path) -> None:
     records = files.read_jsonl(path / "metrics.jsonl")
     curve = tuple(np.array([r[name] for r in records]) for name in ("step", "loss"))
     curves = {"flow": curve} if records else {}  # a converted network was not trained here
-    shown = {"held-out data": data.test_x[:SHOWN]} | {s.name: x[0, :SHOWN] for s, x in drawn.items()}
+    shown = {"held-out data": data.test.x[:SHOWN]} | {s.name: x[0, :SHOWN] for s, x in drawn.items()}
     facts |= {"config": json.dumps(cfg.to_dict(), indent=1, default=list)}
     title = f"fmjax: {cfg.data if isinstance(cfg.data, str) else cfg.data.name}"
     grids = shown if len(plan.shape) == 3 or plan.shape == (2,) else {}
@@ -355,9 +355,11 @@ def key_of(seed: int, i: int, what: int = 3):
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), what), i)
 
 
-def distances(data: arrays.Splits) -> tuple[dict[str, Metric], features.Features | None]:
-    """Distances of samples ``[n, ...]`` to the held-out data, and the classifier of FD-small (images only)."""
+def distances(data: Dataset, split: str = "test") -> tuple[dict[str, Metric], features.Features | None]:
+    """Distances of samples ``[n, ...]`` to a held-out split, and the classifier of FD-small (labelled images only)."""
+    reference = getattr(data, split).x
     metrics, net = {}, None
+<<<<<<< HEAD
     if data.train_x.ndim == 4:
         cache = files.cache_folder() / "features"
         net = features.small_classifier(data.train_x, data.train_y, cache_dir=cache, levels=data.levels)
@@ -366,13 +368,23 @@ def distances(data: arrays.Splits) -> tuple[dict[str, Metric], features.Features
     metrics["sliced W2"] = lambda x: two_sample.sliced_w2(x, data.test_x)
     within = two_sample.mean_distance(data.test_x)  # quadratic in the held-out data, and the same for all samples
     metrics["energy distance"] = lambda x: two_sample.energy_distance(x, data.test_x, within=within)
+=======
+    if data.kind == "image" and data.classes > 1:
+        cache = files.cache() / "features"
+        net = features.small_classifier(data.train.x, data.train.cond, cache_dir=cache, levels=data.levels)
+        real = net.features(features.quantise(reference, data.levels))
+        metrics["FD-small"] = lambda x: frechet(net.features(features.quantise(x, data.levels)), real)
+    metrics["sliced W2"] = lambda x: two_sample.sliced_w2(x, reference)
+    within = two_sample.mean_distance(reference)  # quadratic in the held-out data, and the same for all samples
+    metrics["energy distance"] = lambda x: two_sample.energy_distance(x, reference, within=within)
+>>>>>>> data
     return metrics, net
 
 
-def training_samples(data: arrays.Splits, *, seeds: int, samples: int, seed: int) -> np.ndarray:
+def training_samples(data: Dataset, *, seeds: int, samples: int, seed: int) -> np.ndarray:
     """Training data ``[seeds, samples, ...]``, for each seed drawn at random without replacement: the floor."""
     rng = np.random.default_rng(seed)
-    return np.stack([data.train_x[rng.permutation(len(data.train_x))[:samples]] for _ in range(seeds)])
+    return np.stack([data.train.x[rng.permutation(data.train.count)[:samples]] for _ in range(seeds)])
 
 
 def compare(

@@ -56,7 +56,7 @@ def main(
     step, flow, metadata = checkpoint.restore(Path(path) / "checkpoints", part="ema", fallback=True)
     path = workdir.open_workdir(path, cfg.to_dict(), free=(*assemble.free(cfg), *assemble.SAMPLING))
     out = path / "marginals" if out is None else Path(out)
-    given = recipe(cfg, plan, data.train_x)
+    given = recipe(cfg, plan, data.train.x)
     stored = {"steps": None if steps is None else tuple(steps), "dtype": dtype}
     estimates = {d: marginals.estimate(view, flow, ts, **sizes(given[d]), **stored) for d in directions}
     told = print if jax.process_index() == 0 else lambda *_, **__: None
@@ -69,7 +69,7 @@ def main(
         multihost_utils.sync_global_devices(f"marginals {out}")
     if jax.process_index() == 0:
         how = {"solver": cfg.solver, "backward_map": cfg.backward_map}
-        x = jnp.asarray(data.train_x[:MEASURED])
+        x = jnp.asarray(data.train.x[:MEASURED])
         error = marginals.round_trip(view, flow, x, ts, **how)
         down = jax.jit(lambda params, x: trajectories.carry(view(params), x, ts, direction="backward", **how)[0])
         defect = trajectories.straightness(np.moveaxis(np.asarray(down(flow, x)), 0, 1), ts)

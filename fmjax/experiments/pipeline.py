@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax.correction import marginals
-from fmjax.data import arrays
+from fmjax.data import Dataset
 from fmjax.experiments import assemble, evaluate, report, specs, workdir
 from fmjax.experiments import marginals as marginal_sets
 from fmjax.experiments.evaluate import Models, Setting
@@ -41,7 +41,7 @@ NOTES = [
 class Setup(NamedTuple):
     """All that the stages need, checked."""
 
-    data: arrays.Splits
+    data: Dataset
     flow: loop.Plan
     correctors: dict[str, loop.Plan]
     flow_map: loop.Plan
@@ -68,7 +68,7 @@ def setup(cfg) -> Setup:
     plain = {solver: s[solver] for solver in ("euler", "rk4", evaluate.FLOW_MAP)}
     trained = {}
     for name, part in cfg.correctors.items():
-        x = np.resize(data.train_x, (part.batch_size, *data.train_x.shape[1:]))
+        x = np.resize(data.train.x, (part.batch_size, *data.train.x.shape[1:]))
         marginal = Batch(x1=x, x0=x, t=np.resize(ts, part.batch_size))
         trained[name] = assemble.assemble(cfg, f"correctors.{name}", batch=lambda step, marginal=marginal: marginal)
     return Setup(
@@ -108,7 +108,7 @@ def main(cfg, path: str | Path) -> None:
 
     with _stage(2, "marginals") as tell:
         forward, backward = _marginals(cfg, ready, path / "marginals", flow)
-        start, how = jnp.asarray(ready.data.train_x[:256]), {"solver": cfg.solver, "backward_map": cfg.backward_map}
+        start, how = jnp.asarray(ready.data.train.x[:256]), {"solver": cfg.solver, "backward_map": cfg.backward_map}
         view = marginal_sets.view_of(plan.method, cfg.solver)
         round_trip = marginals.round_trip(view, flow, start, ready.ts, **how)
         counts = f"{len(forward.x)} forward, {len(backward.x)} backward"
@@ -160,7 +160,7 @@ def read_models(ready: Setup, path: Path) -> Models:
 
 def _models(ready: Setup, params: dict[str, Any]) -> Models:
     fixes = {name: plan.method for name, plan in ready.correctors.items()}
-    shape = ready.data.train_x.shape[1:]
+    shape = ready.data.train.x.shape[1:]
     return Models(ready.flow.method, ready.flow_map.method, fixes, params, shape, ts=ready.ts)
 
 
@@ -211,7 +211,7 @@ def _marginals(cfg, ready: Setup, directory: Path, flow):
     """The forward and backward sets of the flow, built or read."""
     view, digest = marginal_sets.view_of(ready.flow.method, cfg.solver), checkpoint.digest(flow)
     sets = []
-    for direction, how in marginal_sets.recipe(cfg, ready.flow, ready.data.train_x).items():
+    for direction, how in marginal_sets.recipe(cfg, ready.flow, ready.data.train.x).items():
         folder = directory / direction
         make = functools.partial(marginals.build, view, flow, ready.ts, directory=folder, flow=digest, **how)
         marginal_sets.with_bar(make, direction)
@@ -231,9 +231,9 @@ def _draw(cfg, settings: list[Setting], models: Models, directory: Path) -> dict
     return drawn
 
 
-def _compare(cfg, data: arrays.Splits, drawn, forward, backward) -> dict[str, Any]:
+def _compare(cfg, data: Dataset, drawn, forward, backward) -> dict[str, Any]:
     """Distances of all samples to the held-out images, and of p_n to q_n along the grid."""
-    s, held_out = cfg.sampling, data.test_x
+    s, held_out = cfg.sampling, data.test.x
     metrics, net = evaluate.distances(data)
     floor = evaluate.training_samples(data, seeds=s.seeds, samples=s.samples, seed=cfg.seed)
     rows, verdicts = evaluate.compare(drawn, metrics, floor)
@@ -255,7 +255,7 @@ def _compare(cfg, data: arrays.Splits, drawn, forward, backward) -> dict[str, An
     return {
         "rows": rows, "verdicts": verdicts, "gaps": gaps, "variance": variance,
         "straightness": marginals.straightness_defect(backward),
-        "accuracy": features.accuracy(net, held_out, data.test_y), "features": net.weights,
+        "accuracy": features.accuracy(net, held_out, data.test.cond), "features": net.weights,
     }  # fmt: skip
 
 
@@ -283,7 +283,7 @@ def _verdicts(found: dict[str, Any]) -> list[str]:
 def _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds) -> report.Contents:
     data, keys = ready.data, evaluate.keys_of(cfg.seed, 0, ROWS)
     n = evaluate.SHOWN
-    grids = {"held-out images": data.test_x[:n]} | {s.name: x[0, :n] for s, x in drawn.items()}
+    grids = {"held-out images": data.test.x[:n]} | {s.name: x[0, :n] for s, x in drawn.items()}
     jumps = max((s for s in drawn if s.solver == evaluate.FLOW_MAP and not s.at), key=lambda s: s.steps)
     trajectories = {
         "forward: from noise along the flow": forward.x[:ROWS].swapaxes(0, 1),
@@ -299,7 +299,7 @@ def _contents(cfg, path, ready, models, drawn, forward, backward, found, seconds
     networks = {name: p for name, p in models.params.items() if name != "drift"}  # which has examples, no parameters
     sizes = {name: sum(a.size for a in jax.tree.leaves(p)) for name, p in networks.items()}
     facts = {
-        "data": f"{len(data.train_x)} training, {len(data.test_x)} held-out images",
+        "data": f"{data.train.count} training, {data.test.count} held-out images",
         "samples": f"{cfg.sampling.seeds} seeds of {cfg.sampling.samples}",
         "parameters": ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
         "round trip": f"{found['round_trip']:.2e} (rms norm over an example, {cfg.solver}, {cfg.solver_steps} steps)",

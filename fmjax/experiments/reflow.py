@@ -25,7 +25,7 @@ import numpy as np
 
 from fmjax import checks, sampling, straightening
 from fmjax.correction import marginals, trajectories
-from fmjax.data import arrays
+from fmjax.data import Dataset
 from fmjax.experiments import assemble, evaluate, report, specs, workdir
 from fmjax.experiments import marginals as marginal_sets
 from fmjax.experiments.report import Row
@@ -53,7 +53,7 @@ NOTES = [
 class Setup(NamedTuple):
     """All that the stages need, checked."""
 
-    data: arrays.Splits
+    data: Dataset
     flow: loop.Plan
     models: list[straightening.Model]
     students: dict[str, dict[str, Any]]
@@ -81,7 +81,7 @@ def setup(cfg) -> Setup:
             f"straighten.bounds={tuple(s.bounds)} must go from 0 to 1: samples start in noise and end as data"
         )
     flow = assemble.assemble(cfg, data=data)
-    x = np.resize(data.train_x, (s.batch_size, *data.train_x.shape[1:]))
+    x = np.resize(data.train.x, (s.batch_size, *data.train.x.shape[1:]))
     still = Batch(x1=x, x0=x, t=np.full(len(x), s.bounds[0], np.float32))
     for options in students.values():
         _plan(cfg, options, lambda n: still)
@@ -136,10 +136,10 @@ def _plan(cfg, options: dict[str, Any], batch) -> loop.Plan:
     return assemble.assemble(cfg, STAGE, batch=batch)._replace(seed=cfg.straighten.seed)
 
 
-def _batches(cfg, data: arrays.Splits, ends: marginals.Marginals, options: dict[str, Any]):
+def _batches(cfg, data: Dataset, ends: marginals.Marginals, options: dict[str, Any]):
     """The batches of a student; half of each is real data in the kept segments, where it is held to the teacher."""
     s, keep = cfg.straighten, options.get("keep", ())
-    how = {"keep": keep, "real": data.train_x, "kept_share": 0.5 if options.get("retention", 1.0) else 0.0}
+    how = {"keep": keep, "real": data.train.x, "kept_share": 0.5 if options.get("retention", 1.0) else 0.0}
     how = how if keep else {}
     return segments.batches(ends, options["bounds"], batch_size=s.batch_size, seed=s.seed, **how)
 
@@ -156,7 +156,7 @@ def _trajectories(cfg, ready: Setup, flow: Params, directory: Path) -> marginals
     ts, index = teacher_grid(s.grid, s.grid_steps, s.bounds)
     make = functools.partial(
         marginals.build, ready.flow.method.velocity, flow, ts, directory=directory, direction="forward", flow=digest,
-        count=s.examples, shape=ready.data.train_x.shape[1:], seed=s.seed, solver=s.solver, steps=index,
+        count=s.examples, shape=ready.data.train.x.shape[1:], seed=s.seed, solver=s.solver, steps=index,
         mesh=ready.flow.mesh,
     )  # fmt: skip
     marginal_sets.with_bar(make, "forward")
@@ -179,7 +179,7 @@ def compare(cfg, ready: Setup, methods: dict[str, Method], params: dict[str, Par
 
     All are of the same noise; means and errors are over ``cfg.sampling.seeds`` batches of ``cfg.sampling.samples``.
     """
-    s, shape = cfg.straighten, ready.data.train_x.shape[1:]
+    s, shape = cfg.straighten, ready.data.train.x.shape[1:]
     noise = jnp.concatenate(
         [
             normal(fold_in(evaluate.keys_of(cfg.seed, i, cfg.sampling.samples), 0), shape)
@@ -193,7 +193,7 @@ def compare(cfg, ready: Setup, methods: dict[str, Method], params: dict[str, Par
     by_seed = lambda x: x.reshape(cfg.sampling.seeds, cfg.sampling.samples, *x.shape[1:])
     many = Sampler(f"{TEACHER}, {s.solver}", f"{len(ts) - 1} steps", None, ts, solvers.nfe(s.solver) * (len(ts) - 1))
     rows, spectra = [], {}
-    shown = {"held-out data": ready.data.test_x, f"{many.family}, {many.name}": reference[-1]}
+    shown = {"held-out data": ready.data.test.x, f"{many.family}, {many.name}": reference[-1]}
     found = [*_allocated(cfg, ready.models, methods), *_baselines(cfg, ready, methods, params, noise)]
 
     def measured(sampler: Sampler, states) -> None:
@@ -284,7 +284,7 @@ def _baselines(cfg, ready: Setup, methods, params, noise) -> list[Sampler]:
 
 def _measures(cfg, ready: Setup, methods, params, reference) -> list[dict[str, Any]]:
     """``straightening.measures`` of every model."""
-    s, real = cfg.straighten, ready.data.train_x
+    s, real = cfg.straighten, ready.data.train.x
     count = min(s.probes, len(real), reference.shape[1])
     keys = evaluate.keys_of(cfg.seed, cfg.sampling.seeds, count)
 
@@ -326,7 +326,7 @@ def _contents(cfg, path: Path, ready: Setup, found, shown) -> report.Contents:
         "environment": json.dumps(workdir.environment(), indent=1),
         "config": json.dumps(cfg.to_dict(), indent=1, default=list),
     }
-    shape = ready.data.train_x.shape[1:]
+    shape = ready.data.train.x.shape[1:]
     grids = {k: x[:SHOWN] for k, x in shown.items()} if len(shape) == 3 or shape == (2,) else {}
     title = f"fmjax: {cfg.data if isinstance(cfg.data, str) else cfg.data.name}, straightened"
     return report.Contents(title, evaluate.best(rows), rows, [], grids, {}, curves, {}, facts, NOTES)

@@ -74,6 +74,7 @@ def main(
     (plain, setting) = evaluate.settings({solver: (steps,)}, {"tuned": everywhere}, {by: 1 + kind})
     models = pipeline.read_models(ready, Path(path))
     path = workdir.open_workdir(path, cfg.to_dict(), free=(*assemble.free(cfg), "corrections"))
+    chosen_by, _ = evaluate.distances(ready.data, "validation")
     metrics, _ = evaluate.distances(ready.data)
     metric = metric or next(iter(metrics))
     if metric not in metrics:
@@ -92,7 +93,7 @@ def main(
             parts = range(0, count, evaluate.CHUNK)
             x = [draw(models.params, keys[i : i + evaluate.CHUNK], None, strengths) for i in parts]
             progress.update()
-            return metrics[metric](np.concatenate(x))
+            return chosen_by[metric](np.concatenate(x))
 
         what = {"samples": count, "params": identity, "by": by, "sampler": plain.name, "metric": metric}
         value = search.Evaluations(
@@ -140,7 +141,7 @@ def _contents(ready, choice: search.Choice, metric, sampler, rows, verdicts, dra
     alone = np.array([trial.value for trial in choice.influence])
     lines = {"one correction, its best strength": alone, "none": np.full(len(ts), level)}
     zeros = np.zeros(len(ts))
-    shown = {"held-out data": ready.data.test_x[:n]} | {s.name: x[0, :n] for s, x in drawn.items()}
+    shown = {"held-out data": ready.data.test.x[:n]} | {s.name: x[0, :n] for s, x in drawn.items()}
     steps = [f"{len(t.setting.at)}: {t.value:.4g}" for t in choice.path]
     return report.Contents(
         f"fmjax: corrections of {sampler}",
@@ -150,7 +151,7 @@ def _contents(ready, choice: search.Choice, metric, sampler, rows, verdicts, dra
         ],
         rows,
         verdicts,
-        shown if ready.data.train_x.ndim == 4 else {},
+        shown if ready.data.train.x.ndim == 4 else {},
         {},
         {},
         {},

@@ -132,7 +132,7 @@ def finite(points: Float[Array, "k d"], *, path: paths.Path | None = None) -> Or
 def ring(*, radius: float = 2.0, std: float = 0.2, modes: int = 8) -> Oracle:
     """The mixture of equal Gaussians on a circle, ``radius (cos, sin)(2 pi k / modes) + std N(0, I)``.
 
-    By default the law of ``data.toy.eight_gaussians``.
+    By default the law of ``data.draw_eight_gaussians``.
     """
     angle = jnp.arange(modes) * (2 * jnp.pi / modes)
     return mixture(radius * jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1), std)

@@ -179,7 +179,7 @@ def from_data(
 ) -> Callable[[int], Batch]:
     """Batches for ``straighten`` whose segments start in noised data and are solved as they are asked for.
 
-    PeRFlow (arXiv 2405.07510): ``x0 = alpha z + beta x`` at ``b_k``, ``x`` of ``real(n).x1`` (``data.arrays.batches``),
+    PeRFlow (arXiv 2405.07510): ``x0 = alpha z + beta x`` at ``b_k``, ``x`` of ``real(n).x1`` (``data.batches``),
     its segment ``k`` uniform, and ``x1`` what ``steps`` equal steps of ``step(params)`` make of it at ``b_{k+1}``, such
     as ``lambda params: diffusion.ddim(method.velocity(params))``; the conditions are those of ``real``, which the
     teacher is given. So no segment depends on an earlier one's errors, and nothing is stored. Stateless in the step;

@@ -137,7 +137,7 @@ def straightened_spectra(repeats: int) -> list[dict]:
     """The share of the end-point error's power below 1/5 cycle a pixel, by allocation; that of data less their mean."""
     lines, ends = {}, []
     for name in NAMES:
-        data = specs.data(runs.config(f"half_straightening_{name}", {}).data).train_x[:5000]
+        data = specs.data(runs.config(f"half_straightening_{name}", {}).data).train.x[:5000]
         ends.append(
             {"data": name, "straightened": "the data"}
             | {"(1, 1)": f"{spectrum.low_share(*spectrum.radial(data - data.mean(0))):.3f}"}
@@ -221,7 +221,7 @@ def straightened_corrected(repeats: int) -> list[dict]:
 
 def _sets(b: beds.Bed, name: str, step_of, given, grid, inner) -> tuple[marginals.Marginals, marginals.Marginals]:
     """The states of a model at the bounds after the first, and what they should be in law: noised training data."""
-    count, real = b.problem.examples[0], b.data.train_x
+    count, real = b.problem.examples[0], b.data.train.x
     folder = b.folder / "marginals" / files.slug(f"{name} {len(grid) - 1}")
     common = {"direction": "forward", "flow": checkpoint.digest(given), "solver": "flow_map", "steps": inner, "seed": 1}
     marginals.build(step_of, given, grid, directory=folder, count=count, shape=real.shape[1:], **common)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fmjax import couplings
-from fmjax.data import arrays
+from fmjax.data import Examples, batches, dataset, in_memory, mean, prefetch
+from fmjax.data.batches import NEGATIVES
 
 N, B = 23, 6  # 23 is prime: batches straddle epochs
 
@@ -25,7 +26,7 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("batch_size", [1, 6, 22, 23])
 def test_each_example_is_seen_exactly_once_an_epoch(batch_size):
     x, y = data()
-    f = arrays.batches(x, y, batch_size=batch_size, seed=0)
+    f = batches(x, y, batch_size=batch_size, seed=0)
     seen = np.concatenate([f(step).cond for step in range(3 * N)])
     epochs = seen[: len(seen) // N * N].reshape(-1, N)
     assert (np.sort(epochs, 1) == np.arange(N)).all()
@@ -34,7 +35,7 @@ def test_each_example_is_seen_exactly_once_an_epoch(batch_size):
 
 def test_examples_keep_their_label_and_value():
     x, y = data()
-    f = arrays.batches(x, {"id": y}, batch_size=B, seed=0)
+    f = batches(x, {"id": y}, batch_size=B, seed=0)
     for step in range(10):
         batch = f(step)
         assert (batch.x1 == x[batch.cond["id"]]).all() and batch.x0 is None and batch.t is None
@@ -43,21 +44,21 @@ def test_examples_keep_their_label_and_value():
 def test_first_places_are_uniform_over_epochs():
     """Any example is first in an epoch equally often: 4,600 epochs, 4.5 binomial standard errors."""
     x, y = data(shape=(1,))
-    f = arrays.batches(x, y, batch_size=N, seed=0)
+    f = batches(x, y, batch_size=N, seed=0)
     counts = np.bincount([f(step).cond[0] for step in range(200 * N)], minlength=N)
     assert np.abs(counts - 200).max() < 4.5 * np.sqrt(200 * (1 - 1 / N))
 
 
-@pytest.mark.parametrize("negatives", arrays.NEGATIVES)
+@pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize("couple", [None, couplings.minibatch_ot(replacement=True, by_class=False)])
 def test_any_step_is_bit_equal_whatever_was_asked_before(couple, negatives):
     x, y = data()
-    make = lambda: arrays.batches(x, y, batch_size=B, seed=3, couple=couple, negatives=negatives, flip=True)
+    make = lambda: batches(x, y, batch_size=B, seed=3, couple=couple, negatives=negatives, flip=True)
     straight = make()
     run = [straight(step) for step in range(40)]
     for first in (39, 0, 17):
         assert_equal(make()(first), run[first])
-    assert_equal(list(arrays.prefetch(make(), 11, 40)), run[11:])
+    assert_equal(list(prefetch(make(), 11, 40)), run[11:])
 
 
 @pytest.mark.parametrize(
@@ -75,9 +76,7 @@ def test_any_step_is_bit_equal_whatever_was_asked_before(couple, negatives):
 def test_slices_of_the_processes_are_the_global_batch(kwargs, processes):
     x, y = data()
     y = {"id": y, "label": y % 3}
-    make = lambda i, p: arrays.batches(
-        x, y, batch_size=B, seed=0, flip=True, process_index=i, process_count=p, **kwargs
-    )
+    make = lambda i, p: batches(x, y, batch_size=B, seed=0, flip=True, process_index=i, process_count=p, **kwargs)
     for step in (0, 3, 8):
         parts = [make(i, processes)(step) for i in range(processes)]
         assert_equal(jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts), make(0, 1)(step))
@@ -86,7 +85,7 @@ def test_slices_of_the_processes_are_the_global_batch(kwargs, processes):
 def test_seeds_and_steps_draw_different_batches_and_noise():
     x, y = data()
     couple = couplings.independent()
-    a, b = (arrays.batches(x, y, batch_size=B, seed=seed, couple=couple) for seed in (0, 1))
+    a, b = (batches(x, y, batch_size=B, seed=seed, couple=couple) for seed in (0, 1))
     assert not (a(0).x0 == b(0).x0).any() and not (a(0).x0 == a(1).x0).any()
     assert not (a(0).cond == b(0).cond).all()
 
@@ -94,7 +93,7 @@ def test_seeds_and_steps_draw_different_batches_and_noise():
 def test_source_noise_is_standard_normal():
     stats = pytest.importorskip("scipy.stats")
     x, _ = data()
-    f = arrays.batches(x, batch_size=B, seed=0, couple=couplings.independent())
+    f = batches(x, batch_size=B, seed=0, couple=couplings.independent())
     noise = np.concatenate([f(step).x0.ravel() for step in range(200)])
     assert f(0).x0.dtype == np.float32 and f(0).cond is None
     assert stats.kstest(noise, "norm").pvalue > 1e-4
@@ -103,7 +102,7 @@ def test_source_noise_is_standard_normal():
 def test_optimal_transport_lowers_the_cost_of_the_same_noise_and_data():
     x, y = data()
     free, ot = (
-        arrays.batches(x, y, batch_size=B, seed=0, couple=c)(0)
+        batches(x, y, batch_size=B, seed=0, couple=c)(0)
         for c in (couplings.independent(), couplings.minibatch_ot(by_class=False))
     )
     assert_equal((ot.x1, ot.cond), (free.x1, free.cond))
@@ -113,7 +112,7 @@ def test_optimal_transport_lowers_the_cost_of_the_same_noise_and_data():
 
 def test_flip_mirrors_half_of_the_images_left_to_right():
     x, y = data()
-    f = arrays.batches(x, y, batch_size=N, seed=0, flip=True)
+    f = batches(x, y, batch_size=N, seed=0, flip=True)
     mirrored = 0
     for step in range(100):
         batch = f(step)
@@ -132,7 +131,7 @@ def test_negatives_are_uniform_over_what_is_allowed_and_never_the_rows_own(negat
     There a Poisson variable exceeds its mean by 5.5 standard deviations once in 5e5: 1e-3 for all 529 counts.
     """
     x, y = np.arange(N, dtype=np.float32)[:, None], np.arange(N) % 3
-    f = arrays.batches(x, y, batch_size=B, seed=0, negatives=negatives, couple=couple)
+    f = batches(x, y, batch_size=B, seed=0, negatives=negatives, couple=couple)
     counts = np.zeros((N, N))
     for step in range(1500):
         batch = f(step)
@@ -149,7 +148,7 @@ def test_negatives_leave_the_rest_of_the_batch_as_it_was():
     x, y = data()
     for kwargs in ({"flip": True}, {"couple": couplings.minibatch_ot(by_class=False), "flip": True}):
         with_, without = (
-            arrays.batches(x, y, batch_size=B, seed=0, negatives=negatives, **kwargs)(5) for negatives in ("any", None)
+            batches(x, y, batch_size=B, seed=0, negatives=negatives, **kwargs)(5) for negatives in ("any", None)
         )
         assert without.negative is None
         assert_equal(with_._replace(negative=None), without)
@@ -157,7 +156,7 @@ def test_negatives_leave_the_rest_of_the_batch_as_it_was():
 
 def test_negatives_are_mirrored_half_the_time_and_never_the_mirrored_own():
     x, y = data(n=2)
-    f = arrays.batches(x, y, batch_size=2, seed=0, negatives="any", flip=True)
+    f = batches(x, y, batch_size=2, seed=0, negatives="any", flip=True)
     mirrored = 0
     for step in range(400):
         batch = f(step)
@@ -173,7 +172,7 @@ def test_fixed_pairs_stay_together_in_the_order_of_the_epochs(flip):
     x, y = data()
     source = np.random.default_rng(1).standard_normal(x.shape, dtype=np.float32)
     kwargs = {"batch_size": B, "seed": 0, "flip": flip}
-    f, plain = arrays.batches(x, y, source=source, **kwargs), arrays.batches(x, y, **kwargs)
+    f, plain = batches(x, y, source=source, **kwargs), batches(x, y, **kwargs)
     for step in range(8):
         batch = f(step)
         assert_equal(batch._replace(x0=None), plain(step))
@@ -207,12 +206,12 @@ def test_bad_input_is_refused_before_the_first_batch(change, message):
     x, y = data()
     kwargs = {"x": x, "y": y, "batch_size": B, "seed": 0} | change
     with pytest.raises(ValueError, match=message):
-        arrays.batches(kwargs.pop("x"), kwargs.pop("y"), **kwargs)
+        batches(kwargs.pop("x"), kwargs.pop("y"), **kwargs)
 
 
 def test_a_negative_step_is_refused():
     with pytest.raises(ValueError, match="step=-1"):
-        arrays.batches(data()[0], batch_size=B, seed=0)(-1)
+        batches(data()[0], batch_size=B, seed=0)(-1)
 
 
 def threads():
@@ -221,8 +220,8 @@ def threads():
 
 @pytest.mark.parametrize("depth", [1, 2, 5, 50])
 def test_prefetch_is_map_in_order(depth):
-    assert list(arrays.prefetch(lambda step: step**2, 3, 20, depth=depth)) == [step**2 for step in range(3, 20)]
-    assert list(arrays.prefetch(lambda step: step, 5, 5, depth=depth)) == []
+    assert list(prefetch(lambda step: step**2, 3, 20, depth=depth)) == [step**2 for step in range(3, 20)]
+    assert list(prefetch(lambda step: step, 5, 5, depth=depth)) == []
     assert not threads()
 
 
@@ -236,7 +235,7 @@ def test_prefetch_runs_ahead_by_depth_and_no_further():
             reached.set()
         return step
 
-    values = arrays.prefetch(f, 0, 100, depth=3)
+    values = prefetch(f, 0, 100, depth=3)
     assert next(values) == 0
     assert reached.wait(10)
     time.sleep(0.05)
@@ -251,7 +250,7 @@ def test_prefetch_raises_where_the_value_was_due_and_ends():
             raise KeyError("step four")
         return step
 
-    values = arrays.prefetch(f, 0, 100, depth=3)
+    values = prefetch(f, 0, 100, depth=3)
     assert [next(values) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(KeyError, match="step four"):
         next(values)
@@ -260,7 +259,7 @@ def test_prefetch_raises_where_the_value_was_due_and_ends():
 
 def test_prefetch_refuses_no_depth_at_the_call():
     with pytest.raises(ValueError, match="depth=0"):
-        arrays.prefetch(lambda step: step, 0, 1, depth=0)
+        prefetch(lambda step: step, 0, 1, depth=0)
 
 
 class OnDisk:
@@ -278,15 +277,17 @@ class OnDisk:
 
 def test_the_mean_of_rows_on_disk_is_that_of_the_array():
     x = np.random.default_rng(0).standard_normal((1000, 3), np.float32)
-    np.testing.assert_allclose(arrays.mean(OnDisk(x), chunk=64), x.mean(0, dtype=np.float64), atol=1e-7)
+    np.testing.assert_allclose(mean(OnDisk(x), chunk=64), x.mean(0, dtype=np.float64), atol=1e-7)
 
 
-def test_rows_on_disk_come_to_memory_as_a_random_part_with_their_labels():
+def test_rows_on_disk_come_to_memory_at_random_with_their_labels():
     x, y = np.arange(500, dtype=np.float32)[:, None], np.arange(500)
-    data = arrays.Splits(OnDisk(x), y, OnDisk(x[:50]), y[:50])
-    found = arrays.in_memory(data, train=200, test=100, seed=3)
-    assert isinstance(found.train_x, np.ndarray) and len(found.train_x) == 200 and len(found.test_x) == 50
-    np.testing.assert_array_equal(found.train_x[:, 0], found.train_y)
-    assert len(set(found.train_y)) == 200 and abs(found.train_y.mean() - 249.5) < 4 * 144 / 200**0.5
-    same = arrays.Splits(x, y, x, y)
-    assert arrays.in_memory(same, train=2, test=2, seed=0).train_x is x
+    held_out = Examples(OnDisk(x[:50]), y[:50])
+    data = in_memory(dataset(Examples(OnDisk(x), y), held_out, held_out), train=200, validation=20, test=100, seed=3)
+    assert isinstance(data.train.x, np.ndarray)
+    assert (data.train.count, data.validation.count, data.test.count) == (200, 20, 50)
+    for examples in (data.train, data.validation, data.test):
+        np.testing.assert_array_equal(examples.x[:, 0], examples.cond)
+    assert len(set(data.train.cond)) == 200 and abs(data.train.cond.mean() - 249.5) < 4 * 144 / 200**0.5
+    same = dataset(*[Examples(x, y)] * 3)
+    assert in_memory(same, train=2, validation=2, test=2, seed=0).train.x is x

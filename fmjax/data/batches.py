@@ -7,13 +7,14 @@ import concurrent.futures
 import difflib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from fmjax import couplings
 from fmjax.couplings import Coupling
+from fmjax.data.dataset import Dataset, Examples, Rows
 from fmjax.types import Batch, Cond
 
 T = TypeVar("T")
@@ -21,34 +22,6 @@ T = TypeVar("T")
 NEGATIVES = (None, "any", "other_label")
 
 _EPOCH, _FLIP, _PAIR, _NEGATIVE = range(4)
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """What examples are taken from: an array ``[n, ...]``, or a file that reads rows when asked for them."""
-
-    shape: Any
-    dtype: Any
-    ndim: Any
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows, /) -> Any:
-        """The examples of the indices ``rows: [k]``, as an array ``[k, ...]`` of their own."""
-
-
-class Splits(NamedTuple):
-    """A data set: images ``x: [n, H, W, C]`` float32 in [-1, 1] with labels ``y: [n]``, train and held out.
-
-    The images are arrays, or stay on disk (``images.Records``). ``levels`` is the number of grey levels that a pixel
-    can have (8-bit images: 256).
-    """
-
-    train_x: Rows
-    train_y: np.ndarray
-    test_x: Rows
-    test_y: np.ndarray
-    levels: int = 256
 
 
 def batches(
@@ -135,16 +108,18 @@ def mean(x: Rows, chunk: int = 4096) -> np.ndarray:
     return (sum(parts) / len(x)).astype(np.float32)
 
 
-def in_memory(data: Splits, *, train: int, test: int, seed: int) -> Splits:
-    """Splits on disk as arrays of at most ``train`` and ``test`` examples, drawn at random; arrays are left alone."""
+def in_memory(data: Dataset, *, train: int, validation: int, test: int, seed: int) -> Dataset:
+    """A data set on disk as arrays of at most so many examples a split, drawn at random; arrays are left alone."""
 
-    def some(x: Rows, y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        if isinstance(x, np.ndarray):
-            return x, y
-        rows = np.sort(np.random.default_rng(seed).permutation(len(x))[:count])
-        return x[rows], y[rows]
+    def some(examples: Examples, count: int) -> Examples:
+        if isinstance(examples.x, np.ndarray):
+            return examples
+        rows = np.sort(np.random.default_rng(seed).permutation(examples.count)[:count])
+        return Examples(examples.x[rows], _rows(examples.cond, rows))
 
-    return Splits(*some(data.train_x, data.train_y, train), *some(data.test_x, data.test_y, test), data.levels)
+    return data._replace(
+        train=some(data.train, train), validation=some(data.validation, validation), test=some(data.test, test)
+    )
 
 
 def prefetch(f: Callable[[int], T], start: int, stop: int, *, depth: int = 2) -> Iterator[T]:
