@@ -45,6 +45,8 @@ def get_config() -> ConfigDict:
     c.solver_steps = 8
     c.backward_map = "reverse"  # how q_n goes back: 'reverse' solves the ODE backwards, 'inverse' inverts each step
 
+    c.forward_examples = 1600  # examples of p_n; q_n has the training data
+
     c.correctors = {}  # name -> stage(c, ...): networks trained on the marginals
     c.flow_map = {}  # stage(c, ...): a few-step map that starts from the flow
 

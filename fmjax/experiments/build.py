@@ -14,8 +14,7 @@ import optax
 
 from fmjax import couplings, paths
 from fmjax.checks import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Range, nearest
-from fmjax.data import Dataset
-from fmjax.data.batches import Rows
+from fmjax.data import Dataset, Rows
 from fmjax.experiments import specs
 from fmjax.experiments.specs import Spec, refusal
 from fmjax.metrics import Metric

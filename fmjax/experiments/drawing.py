@@ -140,8 +140,12 @@ def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Ca
 
 def source(path: paths.Path, keys, shape: tuple[int, ...], t: float = 0.0) -> jax.Array:
     """Return states ``[B, ...]`` at the time ``t`` where sampling starts: ``alpha_t`` times standard normal noise."""
-    alpha = float(path.coefficients(jnp.float32(t))[0])
-    return alpha * normal(fold_in(keys, 0), shape)
+    return source_scale(path, t) * normal(fold_in(keys, 0), shape)
+
+
+def source_scale(path: paths.Path, t: float = 0.0) -> float:
+    """Return ``alpha_t``, the scale of the source in the interpolant at the time ``t``."""
+    return float(path.coefficients(np.float32(t))[0])
 
 
 def check(sampler: Sampler, models: Models, *, cond: Cond = None) -> None:
@@ -222,6 +226,11 @@ def example_keys(seed: int, run: int, samples: int, purpose: int = 3):
 def run_key(seed: int, run: int, purpose: int = 3):
     """Return the key of a run of samples."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), run)
+
+
+def first(cond: Cond, n: int) -> Cond:
+    """Return the first ``n`` conditions."""
+    return jax.tree.map(lambda a: a[:n], cond)
 
 
 def hash_arrays(tree: Any) -> str:

@@ -70,6 +70,7 @@ class MarginalSets:
     solver: str
     solver_steps: Annotated[int, Range(1, 1e5)]
     backward_map: str
+    forward_examples: Annotated[int, Range(2, 1e9)]
 
 
 @dataclasses.dataclass(frozen=True)
