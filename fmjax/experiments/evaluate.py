@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import checks, paths, sampling
+from fmjax import checks, correction, paths, sampling
 from fmjax.correction import correctors
 from fmjax.data import arrays
 from fmjax.experiments import assemble, report, specs, workdir
@@ -78,7 +78,7 @@ class Setting(NamedTuple):
         """NFE and corrections; a step of a flow map evaluates its network once."""
         stages = 1 if self.solver == FLOW_MAP else solvers.nfe(self.solver)
         if self.by == "restart":
-            each = correctors.nfe("restart", each=stages, steps=self.inner, loops=self.loops)
+            each = stages * self.inner * self.loops
             return sampling.cost(self.steps, self.at, step_nfe=stages, corrector_nfe=each)
         return sampling.cost(self.steps, self.at if self.alpha else (), step_nfe=stages, corrector_nfe=self.each)
 
@@ -310,7 +310,7 @@ def _correction(setting: Setting, models: Models, step: FlowMapFn, params: dict[
     if setting.by == "noise":
         direction = lambda x, t, cond=None: x
     elif setting.by == "drift":
-        direction = correctors.kernel_drift(**params["drift"], ts=models.ts, bandwidth=setting.bandwidth)
+        direction = correction.kernel_drift(**params["drift"], ts=models.ts, bandwidth=setting.bandwidth)
     else:
         direction = models.correctors[setting.by].direction(params[setting.by])
     ts = grids.uniform_grid(setting.steps)[list(setting.at)]

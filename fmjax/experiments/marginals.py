@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fmjax.correction import marginals, trajectories
+from fmjax import correction
+from fmjax.correction import trajectories
 from fmjax.correction.marginals import Estimate, View
 from fmjax.experiments import assemble, specs, workdir
 from fmjax.sampling import grids
@@ -42,12 +43,12 @@ def main(
     """Builds the marginals of the averaged flow in ``path`` into ``out/forward`` and ``out/backward``.
 
     The grid is ``cfg.solver_steps`` uniform steps of ``cfg.solver``, or jumps of the map that the run's method learned
-    (``"flow_map"``); ``cfg.backward_map``, ``steps``, ``dtype`` and ``tol`` are ``marginals.build``'s. ``out`` is by
-    default ``path/marginals``. Prints what it will cost, and at the end the round-trip error and the straightness
+    (``"flow_map"``); ``cfg.backward_map``, ``steps``, ``dtype`` and ``tol`` are as for ``build_marginals``.
+    ``out`` is by default ``path/marginals``. Prints what it will cost, and at the end the round-trip error and the straightness
     defect of the training data. Goes on where it was killed. On several processes each builds its share.
 
     Raises ``ValueError`` for a config that cannot be built from, ``CheckpointError`` where no flow is, and as
-    ``marginals.build`` does.
+    ``correction.build_marginals`` does.
     """
     directions = DIRECTIONS if direction == "both" else (direction,)
     check(cfg, *directions)
@@ -58,21 +59,23 @@ def main(
     out = path / "marginals" if out is None else Path(out)
     given = recipe(cfg, plan, data.train_x)
     stored = {"steps": None if steps is None else tuple(steps), "dtype": dtype}
-    estimates = {d: marginals.estimate(view, flow, ts, **sizes(given[d]), **stored) for d in directions}
+    estimates = {d: correction.estimate_cost(view, flow, ts, **sizes(given[d]), **stored) for d in directions}
     told = print if jax.process_index() == 0 else lambda *_, **__: None
     for d, estimate in estimates.items():
         told(f"{d}: {sentence(estimate)}, into {out / d}", flush=True)
     for d in directions:
         common = {"flow": metadata["digest"]["ema"], "tol": tol} | stored
-        with_bar(functools.partial(marginals.build, view, flow, ts, directory=out / d, **common, **given[d]), d)
+        with_bar(
+            functools.partial(correction.build_marginals, view, flow, ts, directory=out / d, **common, **given[d]), d
+        )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"marginals {out}")
     if jax.process_index() == 0:
         how = {"solver": cfg.solver, "backward_map": cfg.backward_map}
         x = jnp.asarray(data.train_x[:MEASURED])
-        error = marginals.round_trip(view, flow, x, ts, **how)
+        error = correction.round_trip(view, flow, x, ts, **how)
         down = jax.jit(lambda params, x: trajectories.carry(view(params), x, ts, direction="backward", **how)[0])
-        defect = trajectories.straightness(np.moveaxis(np.asarray(down(flow, x)), 0, 1), ts)
+        defect = trajectories.chord_distance(np.moveaxis(np.asarray(down(flow, x)), 0, 1), ts)
         told(f"of the flow of step {step}, on {len(x)} training examples: round-trip error {error:.2e}")
         told(f"straightness defect {', '.join(f'{s:.3g}' for s in defect)} along the grid")
 
@@ -88,7 +91,7 @@ def check(cfg, *directions: str) -> None:
     if cfg.classes:
         raise ValueError(f"classes={cfg.classes}: marginals have no labels; build them for a flow without classes")
     for direction in directions or DIRECTIONS:
-        trajectories.check_how(direction, cfg.solver, cfg.backward_map)
+        trajectories.check_options(direction, cfg.solver, cfg.backward_map)
 
 
 def view_of(method: Method, solver: str) -> View:
@@ -100,7 +103,7 @@ def view_of(method: Method, solver: str) -> View:
 
 
 def recipe(cfg, plan: loop.Plan, x) -> dict[str, dict[str, Any]]:
-    """Arguments of ``marginals.build`` for both directions.
+    """Arguments of ``correction.build_marginals`` for both directions.
 
     Backward from the training data, with ``flip`` also mirrored; as many forward as ``cfg.sampling`` draws.
     """
@@ -116,7 +119,7 @@ def recipe(cfg, plan: loop.Plan, x) -> dict[str, dict[str, Any]]:
 
 
 def sizes(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``marginals.build`` as ``marginals.estimate`` takes them."""
+    """The arguments of ``correction.build_marginals`` as ``correction.estimate_cost`` takes them."""
     if "data" in given:
         given = given | {"count": len(given["data"]), "shape": given["data"].shape[1:]}
     return {name: value for name, value in given.items() if name not in ("data", "seed")}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax.correction import marginals
+from fmjax import correction
 from fmjax.data import arrays
 from fmjax.experiments import assemble, evaluate, report, specs, workdir
 from fmjax.experiments import marginals as marginal_sets
@@ -86,7 +86,7 @@ def setup(cfg) -> Setup:
 def main(cfg, path: str | Path) -> None:
     """Runs what is left of the road of a config in the workdir ``path``; prints a line a stage.
 
-    Raises as ``run.fit`` and ``marginals.build`` do; ``ValueError`` on several processes: start one.
+    Raises as ``run.fit`` and ``correction.build_marginals`` do; ``ValueError`` on several processes: start one.
     """
     if jax.process_count() > 1:
         raise ValueError("the pipeline runs in one process (on all its devices); train on several with launch.train")
@@ -110,7 +110,7 @@ def main(cfg, path: str | Path) -> None:
         forward, backward = _marginals(cfg, ready, path / "marginals", flow)
         start, how = jnp.asarray(ready.data.train_x[:256]), {"solver": cfg.solver, "backward_map": cfg.backward_map}
         view = marginal_sets.view_of(plan.method, cfg.solver)
-        round_trip = marginals.round_trip(view, flow, start, ready.ts, **how)
+        round_trip = correction.round_trip(view, flow, start, ready.ts, **how)
         counts = f"{len(forward.x)} forward, {len(backward.x)} backward"
         tell(f"{counts} on {len(ready.ts)} times, round trip {round_trip:.1e}")
 
@@ -185,11 +185,13 @@ def _corrector(plan: loop.Plan, directory: Path, forward, backward, flow):
     Those of a classifier are the best of its training by the held-out cross-entropy.
     """
     if not classifies(plan):
-        plan = plan._replace(batch=marginals.pairs(forward, backward, batch_size=plan.batch_size, seed=plan.seed))
+        plan = plan._replace(
+            batch=correction.marginal_pairs(forward, backward, batch_size=plan.batch_size, seed=plan.seed)
+        )
         return loop.train(plan, directory, teacher=_teacher(plan, flow)).ema, None
     cut = lambda m: -(len(m.x) // HELD_OUT)
     rows = slice(None, max(cut(forward), cut(backward)))
-    draws = marginals.pairs(forward, backward, batch_size=plan.batch_size, seed=plan.seed, examples=rows)
+    draws = correction.marginal_pairs(forward, backward, batch_size=plan.batch_size, seed=plan.seed, examples=rows)
     apart = lambda params: classifier.by_step(
         plan.model.net, params, backward.x[rows.stop :], forward.x[rows.stop :], forward.ts
     )
@@ -213,9 +215,9 @@ def _marginals(cfg, ready: Setup, directory: Path, flow):
     sets = []
     for direction, how in marginal_sets.recipe(cfg, ready.flow, ready.data.train_x).items():
         folder = directory / direction
-        make = functools.partial(marginals.build, view, flow, ready.ts, directory=folder, flow=digest, **how)
+        make = functools.partial(correction.build_marginals, view, flow, ready.ts, directory=folder, flow=digest, **how)
         marginal_sets.with_bar(make, direction)
-        sets.append(marginals.read(folder, expect={"flow": digest, "ts": ready.ts}))
+        sets.append(correction.read_marginals(folder, expect={"flow": digest, "ts": ready.ts}))
     return sets
 
 
@@ -254,7 +256,7 @@ def _compare(cfg, data: arrays.Splits, drawn, forward, backward) -> dict[str, An
     }
     return {
         "rows": rows, "verdicts": verdicts, "gaps": gaps, "variance": variance,
-        "straightness": marginals.straightness_defect(backward),
+        "straightness": correction.straightness_defect(backward),
         "accuracy": features.accuracy(net, held_out, data.test_y), "features": net.weights,
     }  # fmt: skip
 

@@ -3,12 +3,12 @@
 ``main(cfg, workdir)`` runs what is left of it. ``cfg.straighten`` has the fields of a training stage and
 
 * ``seed``: of the trajectories' noise and of the students;
-* ``bounds``, ``parts``, ``sharing``, ``full``: see ``straightening.models``;
+* ``bounds``, ``parts``, ``sharing``, ``full``: see ``straightening.comparison_models``;
 * ``grid`` (``"even"`` or ``"edm"``), ``grid_steps``, ``solver``, ``examples``: how the teacher's trajectories are made;
 * ``allocations``: numbers of Euler steps in each segment; ``reference_steps``: of the solver, for what samples are
   paired with;
 * ``baselines``: evaluations a sample at which other samplers of the teacher are compared;
-* ``probes``: examples of ``straightening.measures``.
+* ``probes``: examples of ``straightening.segment_measures``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import checks, sampling, straightening
-from fmjax.correction import marginals, trajectories
+from fmjax import checks, correction, sampling, straightening
+from fmjax.correction import trajectories
 from fmjax.data import arrays
 from fmjax.experiments import assemble, evaluate, report, specs, workdir
 from fmjax.experiments import marginals as marginal_sets
@@ -55,7 +55,7 @@ class Setup(NamedTuple):
 
     data: arrays.Splits
     flow: loop.Plan
-    models: list[straightening.Model]
+    models: list[straightening.SegmentedModel]
     students: dict[str, dict[str, Any]]
 
 
@@ -70,12 +70,12 @@ def setup(cfg) -> Setup:
     s = cfg.straighten
     if s.grid not in GRIDS:
         raise ValueError(f"straighten.grid={s.grid!r} must be one of {', '.join(GRIDS)}{checks.nearest(s.grid, GRIDS)}")
-    trajectories.check_how("forward", s.solver, "reverse")
+    trajectories.check_options("forward", s.solver, "reverse")
     data = specs.data(cfg.data)
     evaluate.check_sampling(cfg.sampling, data)
-    models, students = straightening.models(s.bounds, s.parts.to_dict(), s.sharing, full=s.full)
+    models, students = straightening.comparison_models(s.bounds, s.parts.to_dict(), s.sharing, full=s.full)
     for counts in s.allocations:
-        segments.grid(s.bounds, counts)
+        segments.segment_grid(s.bounds, counts)
     if s.bounds[0] != 0 or s.bounds[-1] != 1:
         raise ValueError(
             f"straighten.bounds={tuple(s.bounds)} must go from 0 to 1: samples start in noise and end as data"
@@ -92,7 +92,7 @@ def main(cfg, path: str | Path) -> None:
     """Trains what is missing of teacher and students in the workdir ``path`` and compares them.
 
     Writes ``straightened.json`` and ``report.html``; prints a line a stage. Raises as ``setup``, ``run.train``,
-    ``workdir.open_workdir`` and ``marginals.build`` do; ``ValueError`` on several processes: start one.
+    ``workdir.open_workdir`` and ``correction.build_marginals`` do; ``ValueError`` on several processes: start one.
     """
     if jax.process_count() > 1:
         raise ValueError("the comparison runs in one process (on all its devices); train on several with launch.train")
@@ -136,12 +136,12 @@ def _plan(cfg, options: dict[str, Any], batch) -> loop.Plan:
     return assemble.assemble(cfg, STAGE, batch=batch)._replace(seed=cfg.straighten.seed)
 
 
-def _batches(cfg, data: arrays.Splits, ends: marginals.Marginals, options: dict[str, Any]):
+def _batches(cfg, data: arrays.Splits, ends: correction.Marginals, options: dict[str, Any]):
     """The batches of a student; half of each is real data in the kept segments, where it is held to the teacher."""
     s, keep = cfg.straighten, options.get("keep", ())
-    how = {"keep": keep, "real": data.train_x, "kept_share": 0.5 if options.get("retention", 1.0) else 0.0}
+    how = {"keep": keep, "real": data.train_x, "kept_fraction": 0.5 if options.get("retention", 1.0) else 0.0}
     how = how if keep else {}
-    return segments.batches(ends, options["bounds"], batch_size=s.batch_size, seed=s.seed, **how)
+    return segments.segment_batches(ends, options["bounds"], batch_size=s.batch_size, seed=s.seed, **how)
 
 
 def teacher_grid(kind: str, steps: int, bounds) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -150,17 +150,17 @@ def teacher_grid(kind: str, steps: int, bounds) -> tuple[np.ndarray, tuple[int, 
     return segments.inserted(ts, bounds)
 
 
-def _trajectories(cfg, ready: Setup, flow: Params, directory: Path) -> marginals.Marginals:
+def _trajectories(cfg, ready: Setup, flow: Params, directory: Path) -> correction.Marginals:
     """The teacher's states at the bounds, built or read."""
     s, digest = cfg.straighten, checkpoint.digest(flow)
     ts, index = teacher_grid(s.grid, s.grid_steps, s.bounds)
     make = functools.partial(
-        marginals.build, ready.flow.method.velocity, flow, ts, directory=directory, direction="forward", flow=digest,
-        count=s.examples, shape=ready.data.train_x.shape[1:], seed=s.seed, solver=s.solver, steps=index,
-        mesh=ready.flow.mesh,
+        correction.build_marginals, ready.flow.method.velocity, flow, ts, directory=directory,
+        direction="forward", flow=digest, count=s.examples, shape=ready.data.train_x.shape[1:], seed=s.seed,
+        solver=s.solver, steps=index, mesh=ready.flow.mesh,
     )  # fmt: skip
     marginal_sets.with_bar(make, "forward")
-    return marginals.read(directory, expect={"flow": digest, "ts": ts})
+    return correction.read_marginals(directory, expect={"flow": digest, "ts": ts})
 
 
 class Sampler(NamedTuple):
@@ -244,10 +244,10 @@ def _allocated(cfg, models, methods) -> list[Sampler]:
         family = model.sharing if model.sharing in (TEACHER, FULL) else f"{model.part}, {model.sharing}"
 
         def step_of(params, model=model):
-            return straightening.step(straightening.velocities(model, methods, params), s.bounds)
+            return straightening.segmented_step(straightening.segment_velocities(model, methods, params), s.bounds)
 
         for counts in map(tuple, s.allocations):
-            grid, told = segments.grid(s.bounds, counts), ", ".join(map(str, counts))
+            grid, told = segments.segment_grid(s.bounds, counts), ", ".join(map(str, counts))
             found.append(Sampler(family, f"({told})", step_of, grid, sum(counts), counts))
     return found
 
@@ -283,7 +283,7 @@ def _baselines(cfg, ready: Setup, methods, params, noise) -> list[Sampler]:
 
 
 def _measures(cfg, ready: Setup, methods, params, reference) -> list[dict[str, Any]]:
-    """``straightening.measures`` of every model."""
+    """``straightening.segment_measures`` of every model."""
     s, real = cfg.straighten, ready.data.train_x
     count = min(s.probes, len(real), reference.shape[1])
     keys = evaluate.keys_of(cfg.seed, cfg.sampling.seeds, count)
@@ -291,9 +291,9 @@ def _measures(cfg, ready: Setup, methods, params, reference) -> list[dict[str, A
     def of(model):
         @jax.jit
         def measure(params, states, real):
-            each = straightening.velocities(model, methods, params)
+            each = straightening.segment_velocities(model, methods, params)
             teacher = methods[TEACHER].velocity(params[TEACHER])
-            return straightening.measures(each, teacher, s.bounds, states, real, keys)
+            return straightening.segment_measures(each, teacher, s.bounds, states, real, keys)
 
         return jax.tree.map(float, measure(params, reference[:, :count], real[:count]))
 

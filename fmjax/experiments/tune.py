@@ -87,7 +87,7 @@ def main(
 
     with logs.bar("runs", runs, unit="run") as progress:
 
-        def distance(at: search.Setting, key) -> float:
+        def distance(at: search.Placement, key) -> float:
             keys, strengths = as_keys(key, count), tuple(map(jnp.asarray, at.dense(steps)))
             parts = range(0, count, evaluate.CHUNK)
             x = [draw(models.params, keys[i : i + evaluate.CHUNK], None, strengths) for i in parts]
@@ -100,11 +100,11 @@ def main(
             tuning=_keys(cfg.seed, seeds, TUNING),
             reporting=_keys(cfg.seed, cfg.sampling.seeds),
             directory=folder,
-            what=what,
+            identity=what,
         )
         choice = search.choose(value, space, most=most, record=folder / "choice.json")
 
-    best = choice.chosen.setting
+    best = choice.chosen.placement
     found = everywhere | best._asdict()
     settings = evaluate.settings({solver: (steps,)}, {"tuned": found} if best.at else {}, {by: 1 + kind})
     how = {"seeds": cfg.sampling.seeds, "samples": count, "seed": cfg.seed}
@@ -134,14 +134,14 @@ def _known(names) -> str:
 def _contents(ready, choice: search.Choice, metric, sampler, rows, verdicts, drawn, found) -> report.Contents:
     n, ts = evaluate.SHOWN, grids.uniform_grid(len(choice.influence) - 1)
     told = lambda r: report.plus_minus(r.mean, r.error)
-    best = choice.chosen.setting
+    best = choice.chosen.placement
     where = "; ".join(f"alpha {a:g}, beta {b:g} at step {i}" for i, a, b in zip(*best, strict=True)) or "none"
     level = choice.path[0].value
     alone = np.array([trial.value for trial in choice.influence])
     lines = {"one correction, its best strength": alone, "none": np.full(len(ts), level)}
     zeros = np.zeros(len(ts))
     shown = {"held-out data": ready.data.test_x[:n]} | {s.name: x[0, :n] for s, x in drawn.items()}
-    steps = [f"{len(t.setting.at)}: {t.value:.4g}" for t in choice.path]
+    steps = [f"{len(t.placement.at)}: {t.value:.4g}" for t in choice.path]
     return report.Contents(
         f"fmjax: corrections of {sampler}",
         [
