@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fmjax import paths
+from fmjax.checks import check_bounds
 from fmjax.keys import as_keys
 from fmjax.sampling import solvers
 from fmjax.straightening import segments
-from fmjax.times import check_bounds
 from fmjax.types import Cond, FlowMapFn, Method, Params, VelocityFn, over_batch
 
 SHARING = ("gated", "shared", "retained", "conditioned")
