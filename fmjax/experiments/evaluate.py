@@ -24,8 +24,8 @@ SDE = stochastic.__all__ if hasattr(stochastic, "__all__") else ("euler_maruyama
 def main(settings: Settings, path: Path) -> None:
     """Draw the samplers of a config with the newest networks of a run folder, compare them, and write a report.
 
-    Writes ``evaluation.json`` (mean and standard error over runs of every distance), ``evaluation.html`` and the samples
-    into ``draws``; prints a line a sampler. Samplers whose networks are not trained there are left out, and said.
+    Writes ``evaluation.json`` (mean and standard error over runs of every distance), ``evaluation.html`` and the
+    samples into ``draws``; prints a line a sampler and which samplers are left out, since a network is not trained.
 
     Args:
         settings: the config; fields that no training depends on may differ from those of the run.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax.correction import marginals as sets
+from fmjax import correction
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, workdir
 from fmjax.experiments.drawing import Models
@@ -55,20 +55,25 @@ def models(settings: Settings, plans: Plans, params: Mapping[str, Params]) -> Mo
     methods, params = {name: plan.method for name, plan in plans.items()}, dict(params)
     if FLOW_MAP not in methods and methods[FLOW].flow_map is not None:
         methods[FLOW_MAP], params[FLOW_MAP] = methods[FLOW], params[FLOW]
-    return Models(methods, params, plans[FLOW].shape, build.path(settings.common.path))
+    ts = time_grid(None, settings.marginals.solver_steps)
+    return Models(methods, params, plans[FLOW].shape, build.path(settings.common.path), ts)
 
 
 def shapes(settings: Settings, plans: Plans) -> Models:
     """Return what samplers draw with before anything is trained: shapes in place of parameters."""
     params = {name: jax.eval_shape(lambda plan=plan: loop.initial_parameters(plan)) for name, plan in plans.items()}
-    ts = time_grid(None, settings.marginals.solver_steps)
-    bank = jax.ShapeDtypeStruct((4, len(ts), *plans[FLOW].shape), np.float32)
-    return models(settings, plans, params | {DRIFT: {"p": bank, "q": bank, "ts": ts}})
+    shape = (4, settings.marginals.solver_steps + 1, *plans[FLOW].shape)
+    rows, labels = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((4,), np.int32)
+    banks = {"p": rows, "q": rows} | ({"p_labels": labels, "q_labels": labels} if plans[FLOW].classes else {})
+    return models(settings, plans, params | {DRIFT: banks})
 
 
-def bank(forward: sets.Marginals, backward: sets.Marginals) -> Params:
+def bank(forward: correction.Marginals, backward: correction.Marginals) -> Params:
     """Return two marginals as the kernel drift takes them."""
-    return {"p": jnp.asarray(forward.x), "q": jnp.asarray(backward.x), "ts": forward.ts}
+    banks = {"p": jnp.asarray(forward.x), "q": jnp.asarray(backward.x)}
+    if forward.cond is None:
+        return banks
+    return banks | {"p_labels": jnp.asarray(forward.cond), "q_labels": jnp.asarray(backward.cond)}
 
 
 def load(settings: Settings, plans: Plans, path: Path) -> tuple[Models, str, int]:
@@ -99,7 +104,7 @@ def load(settings: Settings, plans: Plans, path: Path) -> tuple[Models, str, int
     sets_folder = workdir.stage_folder(path, "marginals")
     if all((sets_folder / direction).is_dir() for direction in ("forward", "backward")):
         try:
-            found[DRIFT] = bank(*(sets.read_marginals(sets_folder / d) for d in ("forward", "backward")))
+            found[DRIFT] = bank(*(correction.read_marginals(sets_folder / d) for d in ("forward", "backward")))
         except FileNotFoundError:
             pass  # being built
     return models(settings, ready, found), checkpoint.digest(found), step

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fmjax import checks
-from fmjax.correction import marginals as sets
+from fmjax import checks, correction
 from fmjax.experiments import assemble, marginals, workdir
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.workdir import WorkdirError
@@ -202,7 +201,9 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
 
     def batch(results: dict[str, Result], examples=None) -> loop.Plan:
         forward, backward = results[needs[1]].value
-        draws = sets.marginal_pairs(forward, backward, batch_size=plan.batch_size, seed=plan.seed, examples=examples)
+        draws = correction.marginal_pairs(
+            forward, backward, batch_size=plan.batch_size, seed=plan.seed, examples=examples
+        )
         return plan._replace(batch=draws)
 
     def frozen(results: dict[str, Result]) -> Params | None:

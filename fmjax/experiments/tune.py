@@ -1,7 +1,6 @@
 """Choose where and how strongly the corrections of a finished run are made.
 
-Strengths and steps are chosen on validation examples and their own noise, and reported on test examples and the noise of
-the run's table.
+Strengths and steps are chosen on validation examples and reported on test examples, each with other noise.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import checks
-from fmjax.correction import search
+from fmjax import checks, correction
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, stages, workdir
 from fmjax.experiments.drawing import Draws, Models
@@ -87,7 +85,7 @@ def main(
     folder = path / "tuning" / files.slug(f"{by} {plain.name} {distance.name}")
     draws = comparison.draws_of(settings, data)
     choice = choose(everywhere, models, draws, distance, space, most, seeds, folder, identity)
-    best = choice.chosen.setting
+    best = choice.chosen.placement
     entry = {"solver": solver, "steps": steps, "by": by, **{k: list(v) for k, v in best._asdict().items()}}
     tuned = samplers.corrected_samplers({"tuned": entry} if best.at else {}, [plain], [by])
     names = [plain, *tuned]
@@ -103,7 +101,7 @@ def main(
     print(f"open {folder / 'report.html'}")
 
 
-def search_space(settings: Settings, plan, by: str, steps: int, alphas, betas) -> search.Space:
+def search_space(settings: Settings, plan, by: str, steps: int, alphas, betas) -> correction.Space:
     """Return the steps, strengths and noise levels that are tried; refuse a negative noise level."""
     classifies = stages.is_classifier(plan)
     method = settings.correctors[by].method
@@ -111,7 +109,7 @@ def search_space(settings: Settings, plan, by: str, steps: int, alphas, betas) -
     betas = tuple(betas) or tuple(beta * level for beta in BETAS[: None if level else 1])
     if min(betas) < 0:
         raise refusal("beta", betas, "a standard deviation is not negative", "Give 0 or more")
-    return search.Space(steps, tuple(range(steps + 1)), tuple(alphas) or ALPHAS[classifies], betas)
+    return correction.Space(steps, tuple(range(steps + 1)), tuple(alphas) or ALPHAS[classifies], betas)
 
 
 def chosen_metric(metrics: Sequence[Metric], name: str | None) -> Metric:
@@ -144,16 +142,16 @@ def choose(
 
         key = lambda n, purpose: jnp.stack([drawing.run_key(draws.seed, i, purpose) for i in range(n)])
         what = {"samples": draws.samples, "params": identity, "by": everywhere.by, "metric": metric.name}
-        value = search.Evaluations(
+        value = correction.Evaluations(
             distance, tuning=key(seeds, TUNING), reporting=key(draws.seeds, 3), directory=folder,
-            what=what | {"solver": everywhere.solver, "steps": steps},
+            identity=what | {"solver": everywhere.solver, "steps": steps},
         )  # fmt: skip
-        return search.choose(value, space, most=most, record=folder / "choice.json")
+        return correction.choose(value, space, most=most, record=folder / "choice.json")
 
 
 def page(data: Dataset, choice, metric: str, sampler: str, rows, verdicts, drawn, entry) -> report.Contents:
     """Return the report of a search."""
-    ts, best, level = grids.uniform_grid(len(choice.influence) - 1), choice.chosen.setting, choice.path[0].value
+    ts, best, level = grids.uniform_grid(len(choice.influence) - 1), choice.chosen.placement, choice.path[0].value
     where = "; ".join(f"alpha {a:g}, beta {b:g} at step {i}" for i, a, b in zip(*best, strict=True)) or "none"
     alone = np.array([trial.value for trial in choice.influence])
     lines = {"one correction, its best strength": alone, "none": np.full(len(ts), level)}
@@ -173,7 +171,7 @@ def page(data: Dataset, choice, metric: str, sampler: str, rows, verdicts, drawn
         gaps={},
         facts={
             "greedy search, number of corrections: value": "; ".join(
-                f"{len(t.setting.at)}: {t.value:.4g}" for t in choice.path
+                f"{len(t.placement.at)}: {t.value:.4g}" for t in choice.path
             ),
             "value where all alphas are multiplied": json.dumps(choice.sensitivity),
             "corrections of a config": json.dumps({"tuned": entry}),
