@@ -64,7 +64,7 @@ def models(
                 networks = tuple(alone.get(k, TEACHER if how == "gated" else one) for k in range(n))
             else:
                 name = f"{part}, {'shared' if how == 'retained' and not kept else how}"
-                options = {"bounds": bounds, "keep": kept} | ({"told": True} if how == "told" else {})
+                options = {"bounds": bounds, "keep": kept} | ({"to_bound": True} if how == "told" else {})
                 students[name] = options | ({"retention": 0.0} if how == "shared" and kept else {})
                 networks = (name,) * n
             made.append(Model(how, part, networks))
