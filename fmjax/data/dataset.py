@@ -169,6 +169,30 @@ def is_labels(cond: Cond) -> bool:
     return isinstance(cond, (np.ndarray, jax.Array)) and np.issubdtype(cond.dtype, np.integer) and cond.ndim == 1
 
 
+def check_conditions(field: str, cond: Cond, count: int) -> None:
+    """Check that conditions are numbers, finite, and one for each example.
+
+    Args:
+        field: the name of the conditions, for the error.
+        cond: conditions as in ``Examples.cond``.
+        count: the number of examples.
+
+    Raises:
+        ValueError: for conditions of another length, of another type or with a value that is not finite.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cond):
+        name, leaf = field + jax.tree_util.keystr(path), np.asarray(leaf)
+        if leaf.shape[:1] != (count,):
+            raise ValueError(
+                f"{name}=[{_sizes(leaf.shape)}]: there are {count} examples. Give an array with one row an example."
+            )
+        if leaf.dtype.kind not in "biuf":
+            raise ValueError(f"{name}={leaf.dtype}: conditions are integer labels or floats. Convert them first.")
+        row = _first_not_finite(leaf)
+        if row is not None:
+            raise ValueError(f"{name}: row {row} is not finite. Repair or remove this example.")
+
+
 def _check_examples(split: str, examples: Examples) -> None:
     x = examples.x
     where = f"{split}.x={np.dtype(x.dtype).name} [{_sizes(x.shape)}]"
@@ -180,17 +204,7 @@ def _check_examples(split: str, examples: Examples) -> None:
     row = _first_not_finite(x)
     if row is not None:
         raise ValueError(f"{where}: row {row} has a value that is not finite. Repair or remove this example.")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(examples.cond):
-        field = f"{split}.cond{jax.tree_util.keystr(path)}"
-        if np.shape(leaf)[:1] != (len(x),):
-            raise ValueError(
-                f"{field}=[{_sizes(np.shape(leaf))}]: {split}.x has {len(x)} examples. Give one condition an example."
-            )
-        if not any(np.issubdtype(leaf.dtype, number) for number in (np.integer, np.floating)):
-            raise ValueError(f"{field}={leaf.dtype}: conditions are integer labels or floats. Convert them first.")
-        row = _first_not_finite(leaf)
-        if row is not None:
-            raise ValueError(f"{field}: row {row} is not finite. Repair or remove this example.")
+    check_conditions(f"{split}.cond", examples.cond, len(x))
 
 
 def _check_pixels(splits: dict[str, Examples]) -> None:
