@@ -51,9 +51,11 @@ class Records:
     Attributes:
         source: a TFDS data source, which grain accepts, too.
         shape: ``(n, H, W, C)``.
+        from_bytes: all rows are scaled from uint8, so that they are finite and in [-1, 1].
     """
 
     dtype, ndim = np.dtype(np.float32), 4
+    from_bytes = True
 
     def __init__(self, source, shape: tuple[int, int, int]):
         self.source, self.shape = source, (len(source), *shape)
