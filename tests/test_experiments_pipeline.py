@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_training_loop import config
 
-from fmjax.correction import marginals
+from fmjax import correction
 from fmjax.experiments import pipeline, specs
 from fmjax.storage import checkpoint, files
 from fmjax.training import loop
@@ -56,7 +56,7 @@ def numbers(path):
 def test_every_stage_leaves_its_work(finished, tiny):
     for stage in STAGES:
         assert [r["step"] for r in files.read_jsonl(finished / stage / "metrics.jsonl")] == [4]
-    forward, backward = (marginals.read(finished / "marginals" / d) for d in ("forward", "backward"))
+    forward, backward = (correction.read_marginals(finished / "marginals" / d) for d in ("forward", "backward"))
     assert forward.x.shape == (128, 3, 8, 8, 1) and backward.x.shape == (1257, 3, 8, 8, 1)
     np.testing.assert_array_equal(backward.x[:, -1], specs.data(tiny.data).train.x)
     assert forward.manifest.flow == backward.manifest.flow and forward.manifest.solver == "rk4"
@@ -66,9 +66,9 @@ def test_corrector_and_flow_map_are_trained_from_what_came_before(finished, tiny
     """The corrector on the flow's backward marginals, the flow map from the flow's average: the same bits by hand."""
     ready = pipeline.setup(tiny)
     digest = lambda path: checkpoint.restore(path / "checkpoints", part="ema")[2]["digest"]["ema"]
-    backward = marginals.read(finished / "marginals" / "backward")
-    forward = marginals.read(finished / "marginals" / "forward")
-    draws = marginals.pairs(forward, backward, batch_size=16, seed=tiny.seed)
+    backward = correction.read_marginals(finished / "marginals" / "backward")
+    forward = correction.read_marginals(finished / "marginals" / "forward")
+    draws = correction.marginal_pairs(forward, backward, batch_size=16, seed=tiny.seed)
     loop.train(ready.correctors["score"]._replace(batch=draws), tmp_path / "correctors" / "score")
     _, flow, _ = checkpoint.restore(finished / "flow" / "checkpoints", part="ema")
     loop.train(ready.flow_map, tmp_path / "flow_map", params=flow)

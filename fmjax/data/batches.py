@@ -11,7 +11,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from fmjax import couplings
+from fmjax import transport
 from fmjax.checks import nearest
 from fmjax.couplings import Coupling
 from fmjax.data.dataset import Dataset, Examples, Rows, check_conditions
@@ -222,7 +222,7 @@ def _noise(rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
 
 def _labels(cond: Cond) -> np.ndarray:
     message = "negatives='other_label': cond has no integer leaf, the label"
-    return couplings.leaves_of(cond, kind="integer", otherwise=message)
+    return transport.leaves_of(cond, kind="integer", otherwise=message)
 
 
 def _equal(a: np.ndarray, b: np.ndarray, flip: bool) -> np.ndarray:

@@ -27,7 +27,7 @@ def alpha_flow(
     teacher: Net | None = None,
     velocity: str = "conditional",
     solver: str = "euler",
-    share=times.sigmoid_share,
+    share=times.sigmoid_fraction,
     power: float = 1.0,
     bootstrap: str = "params",
     cost: Callable | None = None,
@@ -44,7 +44,7 @@ def alpha_flow(
     method                            arguments
     ================================  ==========================================================================
     AlphaFlow (2510.20771)            the defaults: from flow matching on whole jumps (``a = 1``) to mean flow
-    SoFlow (2512.15657)               ``share=times.exponential_share, power=2`` (``soflow``)
+    SoFlow (2512.15657)               ``share=times.exponential_fraction, power=2`` (``soflow``)
     progressive, ``u`` in two parts   ``velocity="own", solver="jump", bootstrap="target", power=0``
     consistency models                ``diagonal=0, pair=times.to_data``, another cost of ``d`` (``consistency``)
     ================================  ==========================================================================
@@ -59,7 +59,7 @@ def alpha_flow(
     """
     path = path or paths.linear()
     c.check_times(path, time)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
     if power < 0:
         raise ValueError(f"power={power} cannot be negative: the loss is weighted by a^-power")
     step = stepping(path, teacher or net, velocity, solver)

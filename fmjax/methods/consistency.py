@@ -26,7 +26,7 @@ def consistency(
     teacher: Net | None = None,
     velocity: str = "chord",
     solver: str = "euler",
-    share=times.ect_share,
+    share=times.ect_fraction,
     distance: str = "pseudo_huber",
     scale: float = 5.4e-4,
     weight: str = "gap",
@@ -40,9 +40,9 @@ def consistency(
     method                           arguments
     ===============================  ===========================================================================
     ECT (2406.14548)                 the defaults, from a flow: at the start ``X_{s,1}`` is one Euler step of it
-    training (CT)                    ``share=times.level_share, distance="squared", weight="none"``, and with a
+    training (CT)                    ``share=times.level_fraction, distance="squared", weight="none"``, and with a
                                      moving average as the target ``bootstrap="target"``
-    improved training (2310.14189)   ``share=times.level_share``
+    improved training (2310.14189)   ``share=times.level_fraction``
     distillation (CD)                as CT with ``velocity="own", solver="heun"``, ``target`` frozen
     ===============================  ===========================================================================
 
@@ -54,7 +54,7 @@ def consistency(
     as ``alpha_flow`` and ``cost`` do.
     """
     return alpha_flow(
-        net, path=path, time=time, pair=functools.partial(times.to_data, law=time), diagonal=diagonal, teacher=teacher,
+        net, path=path, time=time, pair=functools.partial(times.to_data, time=time), diagonal=diagonal, teacher=teacher,
         velocity=velocity, solver=solver, share=share, bootstrap=bootstrap,
         cost=cost(distance=distance, scale=scale, weight=weight),
     )  # fmt: skip

@@ -21,7 +21,7 @@ def consistency_trajectory(
     teacher: Net | None = None,
     velocity: str = "own",
     solver: str = "heun",
-    share=times.exponential_share,
+    share=times.exponential_fraction,
     power: float = 1.0,
     bootstrap: str = "params",
     anneal: float = 0.0,
@@ -39,7 +39,7 @@ def consistency_trajectory(
     """
     path = path or paths.linear()
     c.check_times(path, time)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
     checks.check_choice("bootstrap", bootstrap, BOOTSTRAPS)
     if power < 0:
         raise ValueError(f"power={power} cannot be negative: the loss is weighted by a^-power")

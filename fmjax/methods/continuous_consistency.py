@@ -44,7 +44,7 @@ def continuous_consistency(
     path, teacher = path or paths.trigonometric(), teacher or net
     c.check_times(path, time)
     checks.check_choice("velocity", velocity, VELOCITIES)
-    checks.check_share(diagonal=diagonal, warmup=warmup)
+    checks.check_fraction(diagonal=diagonal, warmup=warmup)
     if normalise < 0 or not sigma > 0:
         raise ValueError(f"normalise={normalise} cannot be negative, and sigma={sigma} must be positive")
 

@@ -33,7 +33,7 @@ def denoising(net: Net, *, path: paths.Path | None = None, time=times.uniform, p
 
     def read(params, x, t, cond, to):
         t = over_batch(t, x)
-        return paths.convert(path, x, net(params, x, t, t, cond), t, given=predict, to=to)
+        return paths.convert(path, x, net(params, x, t, t, cond), t, kind=predict, to=to)
 
     return Method(
         loss,

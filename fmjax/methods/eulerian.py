@@ -73,7 +73,7 @@ def eulerian(
         ("stop", stop, STOPS),
     ):
         checks.check_choice(what, value, known)
-    checks.check_share(diagonal=diagonal, anneal=anneal, warmup=warmup, limit=limit)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal, warmup=warmup, limit=limit)
     if normalise < 0 or (normalise and stop != "all"):
         raise ValueError(f"normalise={normalise} must be positive, and needs stop='all', got stop={stop!r}")
 

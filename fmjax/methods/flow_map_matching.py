@@ -32,7 +32,7 @@ def flow_map_matching(
     """
     path = path or paths.linear()
     c.check_times(path, time)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
     if not round_trip > 0:
         raise ValueError(f"round_trip={round_trip} must be positive, or nothing makes the map its own inverse")
 

@@ -19,8 +19,8 @@ def improved_mean_flow(
     net: Net,
     *,
     path: paths.Path | None = None,
-    time=functools.partial(times.earlier, law=LAW),
-    pair=functools.partial(times.ordered_pair, law=LAW),
+    time=functools.partial(times.earlier, time=LAW),
+    pair=functools.partial(times.ordered_pair, time=LAW),
     diagonal: float = 0.5,
     anneal: float = 0.0,
     power: float = 1.0,
@@ -52,7 +52,7 @@ def improved_mean_flow(
     """
     path = path or paths.linear()
     c.check_times(path, time)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
 
     def heads(params, x, s, t, cond=None, key=None, net=net):
         return c.two_heads("head=True", net(params, x, s, t, cond, key), x)

@@ -55,7 +55,7 @@ def progressive(
     c.check_times(path, time)
     checks.check_choice("split", split, SPLITS)
     checks.check_choice("step", step, STEPS)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
     if substeps < (2 if step == "jumps" else 1):
         raise ValueError(f"substeps={substeps} must be at least 2 (1 for step='euler')")
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import checks, paths, times
+from fmjax.checks import check_bounds
 from fmjax.methods import common as c
-from fmjax.times import check_bounds
 from fmjax.types import Method, Net, expand, over_batch
 
 DISTANCES = ("squared", "pseudo_huber")

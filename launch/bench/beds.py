@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import sampling
-from fmjax.correction import correctors, marginals, search
+from fmjax import correction, sampling
+from fmjax.correction import correctors, search
 from fmjax.correction.marginals import Marginals
 from fmjax.data import Dataset, in_memory
 from fmjax.experiments import assemble, evaluate, report, specs
@@ -158,8 +158,8 @@ def sets(b: Bed, name: str, view, params: Params, ts, count: int, **options) -> 
     }
     for direction, start in starts.items():
         folder = b.folder / "marginals" / name / direction
-        marginals.build(view, params, ts, directory=folder, direction=direction, **common, **start)
-    return tuple(marginals.read(b.folder / "marginals" / name / direction) for direction in starts)
+        correction.build_marginals(view, params, ts, directory=folder, direction=direction, **common, **start)
+    return tuple(correction.read_marginals(b.folder / "marginals" / name / direction) for direction in starts)
 
 
 def corrector(b: Bed, kind: str, name: str, p: Marginals, q: Marginals) -> tuple[Method, Params]:
@@ -175,7 +175,7 @@ def corrector(b: Bed, kind: str, name: str, p: Marginals, q: Marginals) -> tuple
     same = "weighting coupling batch_size target warmup schedule clip beta2 weight_decay ema".split()
     part = {field: b_field for field, b_field in config(b.problem).items() if field in same}
     part |= {"steps": b.problem.steps[kind.removeprefix("plain ")], "learning_rate": 1e-3, **spec}
-    batch = marginals.pairs(p, q, batch_size=part["batch_size"], seed=0)
+    batch = correction.marginal_pairs(p, q, batch_size=part["batch_size"], seed=0)
     plan = assemble.assemble(config(b.problem, correctors={kind: part}), f"correctors.{kind}", batch=batch)
     return plan.method, loop.train(plan, b.folder / f"{kind}-{name}").ema
 
@@ -198,7 +198,7 @@ def pushed(method: Method) -> Callable:
 def drifted(ts) -> Callable:
     """Marginal matching with the drift between banks at the times ``ts``."""
     return lambda params, alpha, beta: correctors.marginal_matching(
-        correctors.kernel_drift(**params["bank"], ts=ts, bandwidth=1.0), alpha=alpha, beta=beta
+        correction.kernel_drift(**params["bank"], ts=ts, bandwidth=1.0), alpha=alpha, beta=beta
     )
 
 
@@ -222,7 +222,7 @@ class Sampler(NamedTuple):
     kind: str = "none"
     cost: sampling.Cost | None = None
     evaluations: float = 0.0
-    given: tuple[search.Setting, ...] = ()
+    given: tuple[search.Placement, ...] = ()
     group: str = ""
 
 
@@ -240,7 +240,7 @@ def sampler(b: Bed, step_of: Callable, n, at=(), fix_of: Callable | None = None)
     return draw
 
 
-def distances(b: Bed, s: Sampler, setting: search.Setting, key) -> dict[str, float]:
+def distances(b: Bed, s: Sampler, setting: search.Placement, key) -> dict[str, float]:
     """Every metric of one run of samples."""
     keys, (alpha, beta) = as_keys(key, b.problem.samples), setting.dense(s.n)
     x = np.concatenate(
@@ -249,10 +249,10 @@ def distances(b: Bed, s: Sampler, setting: search.Setting, key) -> dict[str, flo
     return {name: metric(x) for name, metric in b.metrics.items()}
 
 
-def chosen(b: Bed, s: Sampler) -> search.Setting:
+def chosen(b: Bed, s: Sampler) -> search.Placement:
     """The strength that is best on the tuning seeds by the first metric; every evaluation is kept."""
     first = next(iter(b.metrics))
-    same = lambda a, c: search.Setting(s.at, (a,) * len(s.at), (c,) * len(s.at))
+    same = lambda a, c: search.Placement(s.at, (a,) * len(s.at), (c,) * len(s.at))
     given = s.given or tuple(
         same(a, c) for a in ALPHAS.get(s.kind, ()) for c in (b.problem.betas if s.kind == "score" else (0.0,))
     )
@@ -263,9 +263,9 @@ def chosen(b: Bed, s: Sampler) -> search.Setting:
         tuning=keys(TUNING, b.problem.tuning),
         reporting=keys(SEED, b.problem.seeds),
         directory=b.folder / "tuning" / "-".join(files.slug(str(v)) for v in s.name.values()),
-        what={"params": checkpoint.digest(s.params), "samples": b.problem.samples},
+        identity={"params": checkpoint.digest(s.params), "samples": b.problem.samples},
     )
-    return value.best(given).setting
+    return value.best(given).placement
 
 
 def keys(seed: int, n: int):

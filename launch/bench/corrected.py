@@ -55,7 +55,7 @@ def table(name: str) -> list[dict]:
     told, cost = {"corrector": "residual", "steps": SHORT, "corrected at": "-"}, sampling.cost(SHORT, step_nfe=4)
     params = {"flow": b.flow, "residual": r}
     rows.append(Sampler(told, sampler(b, both, SHORT), params, SHORT, (), "residual", cost, 8 * SHORT))
-    best: dict[Any, search.Setting] = {}
+    best: dict[Any, search.Placement] = {}
     for steps, trained in ((SHORT, SHORT), (LONG, SHORT), (LONG, LONG)):
         for kind, places in (b.problem.at if steps == SHORT else b.problem.at_long).items():
             method, params = fixes[kind, trained]
