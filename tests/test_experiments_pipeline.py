@@ -57,7 +57,7 @@ def test_every_stage_leaves_its_work(finished, tiny):
     for stage in STAGES:
         assert [r["step"] for r in files.read_jsonl(finished / stage / "metrics.jsonl")] == [4]
     forward, backward = (correction.read_marginals(finished / "marginals" / d) for d in ("forward", "backward"))
-    assert forward.x.shape == (128, 3, 8, 8, 1) and backward.x.shape == (1437, 3, 8, 8, 1)
+    assert forward.x.shape == (128, 3, 8, 8, 1) and backward.x.shape == (1257, 3, 8, 8, 1)
     np.testing.assert_array_equal(backward.x[:, -1], specs.data(tiny.data).train.x)
     assert forward.manifest.flow == backward.manifest.flow and forward.manifest.solver == "rk4"
 
@@ -178,7 +178,7 @@ def test_marginals_of_another_flow_are_refused(finished, tiny, tmp_path):
         ({"correctors.score.method": {"name": "score_corector", "sigma": 0.1}}, "did you mean 'score_corrector'"),
         ({"flow_map.batch_size": 16}, "cannot be split at 0.75"),
         ({"solver_steps": 0}, "at least one step"),
-        ({"sampling.samples": 10_000}, r"sampling.samples=10000 in 2..1437"),
+        ({"sampling.samples": 10_000}, r"sampling.samples=10000 in 2..1257"),
         ({"sampling.seeds": 0}, "sampling.seeds=0 must be 1 or more"),
         ({"solver": "rk5"}, "did you mean 'rk4'"),
         ({"backward_map": "revers"}, "backward_map='revers' is not one of"),

@@ -1,10 +1,9 @@
-"""The input pipeline for data that fit in memory: ``batch = f(step)``, a pure function, so that resume is free."""
+"""The input pipeline: a batch is a pure function of the step, so that a resumed run sees the same batches."""
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
-import difflib
 import functools
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -13,11 +12,12 @@ import jax
 import numpy as np
 
 from fmjax import transport
+from fmjax.checks import nearest
 from fmjax.couplings import Coupling
-from fmjax.data.dataset import Dataset, Examples, Rows
+from fmjax.data.dataset import Dataset, Examples, Rows, check_conditions
 from fmjax.types import Batch, Cond
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 NEGATIVES = (None, "any", "other_label")
 
@@ -26,7 +26,7 @@ _EPOCH, _FLIP, _PAIR, _NEGATIVE = range(4)
 
 def batches(
     x: Rows,
-    y: Cond = None,
+    cond: Cond = None,
     *,
     batch_size: int,
     seed: int,
@@ -37,34 +37,52 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Callable[[int], Batch]:
-    """Batches of ``x: [n, ...]`` (float) and ``y`` (a pytree of ``[n, ...]``) as a function of the step alone.
+    """Return the batches of a set of examples as a function of the step.
 
-    The steps read one endless row of epochs, each a permutation of all examples drawn from ``(seed, epoch)``; a batch
-    may lie across two of them. So ``n`` consecutive examples from an epoch's start are all examples once, whatever
-    ``batch_size`` (the global one) is.
+    The steps read an endless sequence of epochs; an epoch is a permutation of all examples that ``(seed, epoch)``
+    determines. A batch may contain the end of one epoch and the start of the next. Therefore ``n`` consecutive examples
+    from the start of an epoch are all examples, each once, for every batch size.
 
-    * ``couple``: draws ``x0 ~ N(0, I)`` for the global batch and pairs it, before this process takes its rows: the
-      numbers do not depend on ``process_count``. Without it ``Batch.x0`` is None.
-    * ``source``: ``[n, ...]``, fixed pairs instead: ``Batch.x0`` is the source of the same row (reflow, arXiv
-      2209.03003: ``x`` the samples of a flow and ``source`` the noise they came from; an inverse model the other way).
-    * ``negatives``: ``Batch.negative`` is another example per row, for contrastive losses (arXiv 2506.05350): uniform
-      over the data set but for those equal to the row's ``x1`` (``"any"``) or those of its label, that is of equal
-      integer leaves of ``y`` (``"other_label"``).
-    * ``flip``: mirrors half of the images ``[n, H, W, C]`` left to right, a fixed pair as one, a negative for itself.
-    * ``process_index``: rows ``[i B/P, (i + 1) B/P)`` of the global batch of size ``B`` are returned, ``P`` being
-      ``process_count``.
+    Args:
+        x: examples ``[n, ...]``, floating, in memory or on disk.
+        cond: conditions, a pytree of arrays ``[n, ...]``: integer labels, floats, or several of them.
+        batch_size: the number of examples in the global batch, 1..n and a multiple of ``process_count``.
+        seed: the seed of permutations, mirror images, noise and negatives, not negative.
+        couple: a coupling. ``x0 ~ N(0, I)`` is drawn for the global batch and paired before this process takes its
+            rows, so that the numbers do not depend on ``process_count``. Without a coupling ``Batch.x0`` is ``None``.
+        source: ``[n, ...]``, fixed pairs in place of a coupling: ``Batch.x0`` is the source of the same row. For reflow
+            (arXiv 2209.03003) ``x`` holds the samples of a flow and ``source`` the noise that they came from.
+        negatives: ``Batch.negative`` holds another example for each row, for contrastive losses (arXiv 2506.05350).
+            ``"any"``: uniform over the examples that differ from the row's ``x1``; ``"other_label"``: uniform over the
+            examples with other labels, the integer leaves of ``cond``.
+        flip: whether half of the images ``[n, H, W, C]`` are mirrored left to right. A fixed pair is mirrored as one, a
+            negative independently.
+        process_index: this process receives the rows ``[i B / P, (i + 1) B / P)`` of the global batch, where ``i`` is
+            ``process_index``, ``B`` is ``batch_size`` and ``P`` is ``process_count``.
+        process_count: the number of processes.
 
-    Raises ``ValueError`` for ``batch_size`` outside 1..n or not divisible by ``process_count``, ``x`` that is not
-    floating, ``y`` of another length, ``flip`` of anything but images, a negative seed or step, a ``source`` of another
-    shape or beside ``couple``, negatives that do not exist.
+    Returns:
+        A function ``batch(step)`` whose result has ``batch_size / process_count`` rows, in numpy arrays.
+
+    Raises:
+        ValueError: for a size, seed or step out of range, examples that are not floating, conditions of another length,
+            ``flip`` of anything but images, a ``source`` of another shape or beside ``couple``, and negatives that do
+            not exist.
+
+    >>> import numpy as np
+    >>> x, labels = np.eye(4, dtype=np.float32), np.arange(4)
+    >>> batch = batches(x, labels, batch_size=2, seed=0)(7)
+    >>> batch.x1.shape, bool((batch.x1 == x[batch.cond]).all())
+    ((2, 4), True)
     """
+    cond = jax.tree.map(np.asarray, cond)
     n = len(x)
-    _check(x, y, batch_size, seed, flip, process_index, process_count)
+    _check(x, cond, batch_size, seed, flip, process_index, process_count)
     _check_pairs(x, couple, source)
-    label = _labels(y) if negatives == "other_label" else None
+    label = _labels(cond) if negatives == "other_label" else None
     _check_negatives(x, negatives, label, flip)
-    share = batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
+    count = batch_size // process_count
+    mine = slice(process_index * count, (process_index + 1) * count)
 
     @functools.lru_cache(maxsize=2)  # a batch touches two epochs at most
     def order(epoch: int) -> np.ndarray:
@@ -72,7 +90,7 @@ def batches(
 
     def batch(step: int) -> Batch:
         if step < 0:
-            raise ValueError(f"step={step} must be 0 or more")
+            raise ValueError(f"step={step}: steps are counted from 0. Give 0 or more.")
         epoch, first = divmod(int(step) * batch_size, n)
         rows = order(epoch)[first : first + batch_size]
         if len(rows) < batch_size:
@@ -81,21 +99,20 @@ def batches(
         if couple is None and negatives is None:  # no example needs another: gather this process's rows only
             rows, mirrored = rows[mine], mirrored[mine] if flip else None
         x0 = None if source is None else _take(source, rows, mirrored)
-        out = Batch(_take(x, rows, mirrored), x0, _rows(y, rows))
+        out = Batch(_take(x, rows, mirrored), x0, _rows(cond, rows))
         if couple is not None:
             rng = np.random.default_rng([seed, _PAIR, step])
-            x0, x1, cond = couple(rng, _noise(rng, out.x1), out.x1, out.cond)
-            out = Batch(x1, x0, cond)
+            x0, x1, kept = couple(rng, _noise(rng, out.x1), out.x1, out.cond)
+            out = Batch(x1, x0, kept)
         if negatives is not None:
             out = out._replace(negative=negative(np.random.default_rng([seed, _NEGATIVE, step]), out))
-        return out if len(rows) == share else _rows(out, mine)
+        return out if len(rows) == count else _rows(out, mine)
 
     def negative(rng: np.random.Generator, out: Batch) -> np.ndarray:
-        def refused(rows):
-            return _equal(x[rows], out.x1, flip) if label is None else (label[rows] == _labels(out.cond)).all(1)
-
+        same_label = lambda rows: (label[rows] == _labels(out.cond)).all(1)
+        excluded = same_label if label is not None else lambda rows: _equal(x[rows], out.x1, flip)
         rows = rng.integers(n, size=batch_size)
-        while len(again := np.flatnonzero(refused(rows))):
+        while len(again := np.flatnonzero(excluded(rows))):
             rows[again] = rng.integers(n, size=len(again))
         return _take(x, rows, rng.random(batch_size) < 0.5 if flip else None)
 
@@ -103,13 +120,40 @@ def batches(
 
 
 def mean(x: Rows, chunk: int = 4096) -> np.ndarray:
-    """The mean example, float32, of rows in memory or on disk."""
+    """Return the mean example, of rows in memory or on disk.
+
+    Args:
+        x: examples ``[n, ...]``.
+        chunk: the number of rows that are read at a time.
+
+    Returns:
+        The mean ``[...]`` in float32, accumulated in float64.
+
+    >>> mean(np.array([[0.0, 1.0], [1.0, 3.0]], np.float32)).tolist()
+    [0.5, 2.0]
+    """
     parts = (x[i : i + chunk].astype(np.float64).sum(0) for i in range(0, len(x), chunk))
     return (sum(parts) / len(x)).astype(np.float32)
 
 
 def in_memory(data: Dataset, *, train: int, validation: int, test: int, seed: int) -> Dataset:
-    """A data set on disk as arrays of at most so many examples a split, drawn at random; arrays are left alone."""
+    """Return a data set in memory: random examples of the splits that are on disk, and all others unchanged.
+
+    Args:
+        data: a data set.
+        train: the largest number of training examples to read.
+        validation: the largest number of validation examples to read.
+        test: the largest number of test examples to read.
+        seed: the seed of the choice.
+
+    Returns:
+        A data set whose splits are arrays. Splits that are arrays already are returned whole.
+
+    >>> from fmjax.data import digits
+    >>> data = digits()
+    >>> in_memory(data, train=10, validation=10, test=10, seed=0).train.x is data.train.x
+    True
+    """
 
     def some(examples: Examples, count: int) -> Examples:
         if isinstance(examples.x, np.ndarray):
@@ -122,14 +166,28 @@ def in_memory(data: Dataset, *, train: int, validation: int, test: int, seed: in
     )
 
 
-def prefetch(f: Callable[[int], T], start: int, stop: int, *, depth: int = 2) -> Iterator[T]:
-    """``f(start), ..., f(stop - 1)`` in order, computed up to ``depth`` calls ahead in one background thread.
+def prefetch(f: Callable[[int], Value], start: int, stop: int, *, depth: int = 2) -> Iterator[Value]:
+    """Yield ``f(start), ..., f(stop - 1)`` in order, computed ahead in one background thread.
 
-    An exception of ``f(step)`` is raised where that value was due; closing the iterator waits for the running call and
-    ends the thread. Raises ``ValueError`` for ``depth < 1``.
+    Closing the iterator waits for the running call and ends the thread.
+
+    Args:
+        f: a function of the step.
+        start: the first step.
+        stop: the step after the last.
+        depth: the number of calls that may run ahead, at least 1.
+
+    Yields:
+        The values in order. An exception of ``f(step)`` is raised where its value was due.
+
+    Raises:
+        ValueError: for ``depth < 1``, when ``prefetch`` is called.
+
+    >>> list(prefetch(lambda step: step**2, 0, 4))
+    [0, 1, 4, 9]
     """
     if depth < 1:
-        raise ValueError(f"depth={depth} must be 1 or more: the number of calls that may run ahead")
+        raise ValueError(f"depth={depth}: no call could run ahead. Give 1 or more.")
 
     def values():
         pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch")
@@ -162,51 +220,47 @@ def _noise(rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
     return rng.standard_normal(like.shape, dtype=np.float32).astype(like.dtype, copy=False)
 
 
-def _labels(y: Cond) -> np.ndarray:
-    needed = "negatives='other_label' needs an integer leaf in y, the label"
-    return transport.leaves_of(y, kind="integer", otherwise=needed)
+def _labels(cond: Cond) -> np.ndarray:
+    message = "negatives='other_label': cond has no integer leaf, the label"
+    return transport.leaves_of(cond, kind="integer", otherwise=message)
 
 
 def _equal(a: np.ndarray, b: np.ndarray, flip: bool) -> np.ndarray:
-    """Whether examples are equal, row by row; with ``flip`` up to mirroring."""
+    """Return which examples are equal, row by row; with ``flip`` up to mirroring."""
     views = (a, a[:, :, ::-1]) if flip else (a,)
     return np.any([(view == b).reshape(len(a), -1).all(1) for view in views], 0)
 
 
-def _check(x, y, batch_size, seed, flip, process_index, process_count) -> None:
+def _check(x, cond, batch_size, seed, flip, process_index, process_count) -> None:
     if not np.issubdtype(x.dtype, np.floating):
-        raise ValueError(f"x has dtype {x.dtype}; give floats, images as float32 in [-1, 1] (uint8: x / 127.5 - 1)")
-    lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(y)}
-    if lengths - {(len(x),)}:
-        raise ValueError(f"y has leaves of leading size {sorted(lengths)}; each must be [n, ...] with n={len(x)} as x")
+        raise ValueError(f"x={x.dtype}: examples must be floating. Convert them; scale uint8 images by x / 127.5 - 1.")
+    check_conditions("cond", cond, len(x))
     if not 1 <= batch_size <= len(x):
-        raise ValueError(f"batch_size={batch_size} must be in 1..{len(x)}, the number of examples")
+        raise ValueError(f"batch_size={batch_size}: there are {len(x)} examples. Give a number in 1..{len(x)}.")
     if process_count < 1 or not 0 <= process_index < process_count:
         raise ValueError(
-            f"process_index={process_index} must be in 0..process_count - 1, process_count={process_count}"
+            f"process_index={process_index}: there are process_count={process_count} processes. Count from 0."
         )
     if batch_size % process_count:
-        down = batch_size - batch_size % process_count
-        near = down or process_count
-        raise ValueError(f"batch_size={batch_size} is not divisible by {process_count} processes; use {near}")
+        near = batch_size - batch_size % process_count or process_count
+        raise ValueError(f"batch_size={batch_size}: it is not divisible by {process_count} processes. Use {near}.")
     if flip and x.ndim != 4:
-        raise ValueError(f"flip=True mirrors images [n, H, W, C]; x has shape {x.shape}, so set flip=False")
+        raise ValueError(f"flip=True: it mirrors images [n, H, W, C], and x has shape {x.shape}. Set flip=False.")
     if seed < 0:
-        raise ValueError(f"seed={seed} must be 0 or more")
+        raise ValueError(f"seed={seed}: a seed is not negative. Give 0 or more.")
 
 
 def _check_pairs(x, couple, source) -> None:
     if source is not None and couple is not None:
-        raise ValueError("source gives the pairs and couple would make others: give one of them")
+        raise ValueError(f"source={source.dtype} {source.shape}: it fixes the pairs that couple would draw. Give one.")
     if source is not None and (source.shape != x.shape or not np.issubdtype(source.dtype, np.floating)):
-        raise ValueError(f"source is {source.dtype} {source.shape}; it must be floating, {x.shape} as x: row by row")
+        raise ValueError(f"source={source.dtype} {source.shape}: it has a floating row for each row of x, {x.shape}.")
 
 
 def _check_negatives(x, negatives, label, flip) -> None:
     if negatives not in NEGATIVES:
-        near = difflib.get_close_matches(str(negatives), NEGATIVES[1:], 1, 0.0)[0]
-        raise ValueError(f"there are no negatives {negatives!r}; did you mean {near!r}? (there are {NEGATIVES})")
+        raise ValueError(f"negatives={negatives!r}: there are {NEGATIVES}{nearest(negatives, NEGATIVES[1:])}")
     if negatives == "any" and all(_equal(x[i : i + 1], x[:1], flip)[0] for i in range(len(x))):
-        raise ValueError("negatives='any' needs two different examples, and all are equal; set negatives=None")
+        raise ValueError("negatives='any': all examples are equal. Set negatives=None.")
     if label is not None and (label == label[0]).all():
-        raise ValueError("negatives='other_label' needs two labels, and there is one; set negatives='any'")
+        raise ValueError("negatives='other_label': all labels are equal. Set negatives='any'.")

@@ -113,8 +113,8 @@ def dataset(
 ) -> Dataset:
     """Return a data set of three splits after a check of every value.
 
-    Rows that are not arrays in memory or memory-mapped are read once at their ends only: whoever makes such rows
-    (``images.Records``) scales them.
+    The check reads all rows, on disk too, unless the rows state ``from_bytes = True``: they are scaled from uint8 when
+    they are read, so that they are finite and in [-1, 1]. ``Dataset(...)`` itself checks nothing.
 
     Args:
         train: the examples to train on, at least 2, as in every split.
@@ -169,6 +169,30 @@ def is_labels(cond: Cond) -> bool:
     return isinstance(cond, (np.ndarray, jax.Array)) and np.issubdtype(cond.dtype, np.integer) and cond.ndim == 1
 
 
+def check_conditions(field: str, cond: Cond, count: int) -> None:
+    """Check that conditions are numbers, finite, and one for each example.
+
+    Args:
+        field: the name of the conditions, for the error.
+        cond: conditions as in ``Examples.cond``.
+        count: the number of examples.
+
+    Raises:
+        ValueError: for conditions of another length, of another type or with a value that is not finite.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cond):
+        name, leaf = field + jax.tree_util.keystr(path), np.asarray(leaf)
+        if leaf.shape[:1] != (count,):
+            raise ValueError(
+                f"{name}=[{_sizes(leaf.shape)}]: there are {count} examples. Give an array with one row an example."
+            )
+        if leaf.dtype.kind not in "biuf":
+            raise ValueError(f"{name}={leaf.dtype}: conditions are integer labels or floats. Convert them first.")
+        row = first_not_finite(leaf)
+        if row is not None:
+            raise ValueError(f"{name}: row {row} is not finite. Repair or remove this example.")
+
+
 def _check_examples(split: str, examples: Examples) -> None:
     x = examples.x
     where = f"{split}.x={np.dtype(x.dtype).name} [{_sizes(x.shape)}]"
@@ -177,20 +201,10 @@ def _check_examples(split: str, examples: Examples) -> None:
         raise ValueError(f"{where}: the examples are not floating. Convert them first ({advice}).")
     if len(x) < 2:
         raise ValueError(f"{where}: a split needs at least 2 examples. Give more, or another split.")
-    row = _first_not_finite(x)
+    row = first_not_finite(x)
     if row is not None:
         raise ValueError(f"{where}: row {row} has a value that is not finite. Repair or remove this example.")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(examples.cond):
-        field = f"{split}.cond{jax.tree_util.keystr(path)}"
-        if np.shape(leaf)[:1] != (len(x),):
-            raise ValueError(
-                f"{field}=[{_sizes(np.shape(leaf))}]: {split}.x has {len(x)} examples. Give one condition an example."
-            )
-        if not any(np.issubdtype(leaf.dtype, number) for number in (np.integer, np.floating)):
-            raise ValueError(f"{field}={leaf.dtype}: conditions are integer labels or floats. Convert them first.")
-        row = _first_not_finite(leaf)
-        if row is not None:
-            raise ValueError(f"{field}: row {row} is not finite. Repair or remove this example.")
+    check_conditions(f"{split}.cond", examples.cond, len(x))
 
 
 def _check_pixels(splits: dict[str, Examples]) -> None:
@@ -231,7 +245,15 @@ def _classes(splits: dict[str, Examples], classes: int | None) -> int:
     return count
 
 
-def _first_not_finite(x: Rows) -> int | None:
+def first_not_finite(x: Rows) -> int | None:
+    """Return the first row with a value that is not finite, or ``None``.
+
+    Args:
+        x: examples or conditions ``[n, ...]``.
+
+    Returns:
+        The number of the row.
+    """
     for start, part in _parts(x):
         finite = np.isfinite(part).reshape(len(part), -1).all(1)
         if not finite.all():
@@ -245,13 +267,10 @@ def _range(x: Rows) -> tuple[float, float]:
 
 
 def _parts(x: Rows) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield ``(first row, rows)`` of an array, a part at a time; the first and the last row of a file."""
-    if isinstance(x, (np.ndarray, jax.Array)):
-        for start in range(0, len(x), _ROWS):
-            yield start, np.asarray(x[start : start + _ROWS])
-    else:
-        yield 0, x[:1]
-        yield len(x) - 1, x[len(x) - 1 :]
+    """Yield ``(first row, rows)``, a part at a time; of rows made from bytes the first row only."""
+    stop = 1 if getattr(x, "from_bytes", False) else len(x)
+    for start in range(0, stop, _ROWS):
+        yield start, np.asarray(x[start : min(start + _ROWS, stop)])
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -72,7 +72,7 @@ PROBLEMS = {
         MLP,
         {"name": "mlp", "width": 128, "depth": 3, "logit": True},
         {"score": 1500, "classifier": 600, "residual": 1500},
-        (1437, 1437),
+        (1257, 1257),
         360,
         (10, 11, 12, 13, 15, 20, 50, 100),
         seeds=4,

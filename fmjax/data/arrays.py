@@ -1,0 +1,157 @@
+"""A data set from a file of arrays: points, vectors, series or images of the user."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from fmjax.data.dataset import Dataset, Examples, Rows, dataset, first_not_finite
+from fmjax.data.images import scaled
+
+SPLITS = ("train", "validation", "test")
+
+
+def arrays(
+    *,
+    path: str,
+    validation: float = 0.1,
+    test: float = 0.1,
+    seed: int = 0,
+    levels: int | None = None,
+    classes: int | None = None,
+    stream: bool = False,
+) -> Dataset:
+    """Load a data set from a ``.npz`` or ``.npy`` file.
+
+    The file holds ``x: [n, ...]`` and, for conditional models, ``y: [n, ...]``, integer labels or floats, which are
+    split at random. Or it holds the splits, ``x_train``, ``x_validation``, ``x_test`` (and ``y_train``, ...). The
+    kind of data follows from the shape of one example. Images are floats in [-1, 1], or uint8, which is scaled to
+    [-1, 1].
+
+    Args:
+        path: the file; a ``.npy`` file holds ``x``.
+        validation: the fraction of ``x`` for validation, in (0, 1).
+        test: the fraction of ``x`` for testing, in (0, 1).
+        seed: the seed of the split of ``x``.
+        levels: the number of grey levels of a pixel; ``None`` takes 256 for uint8, and none for floats.
+        classes: the number of label classes; ``None`` takes the largest label plus one.
+        stream: whether the examples stay on disk, memory-mapped, and are read batch by batch. The file must not be
+            compressed: ``np.savez`` or ``np.save``.
+
+    Returns:
+        The data set, in float32.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        ValueError: for a file that is not of this form, and as ``dataset`` raises.
+
+    >>> import os, tempfile
+    >>> file = os.path.join(tempfile.mkdtemp(), "points.npz")
+    >>> np.savez(file, x=np.eye(40, 2), y=np.arange(40) % 4)
+    >>> data = arrays(path=file)
+    >>> data.kind, data.classes, data.train.count, data.validation.count
+    ('points', 4, 32, 4)
+    """
+    content = _read(Path(path).expanduser(), stream)
+    x = {name: _converted(array, stream, f"path={path}: {name}") for name, array in content.items() if name[0] == "x"}
+    splits = [f"x_{split}" for split in SPLITS]
+    if "x" in x:
+        parts = _divide(x["x"], content.get("y"), validation, test, seed)
+    elif all(name in x for name in splits):
+        parts = [Examples(x[f"x_{split}"], content.get(f"y_{split}")) for split in SPLITS]
+    else:
+        names = ", ".join(sorted(content)) or "nothing"
+        raise ValueError(f"path={path}: it holds {names}. Give x (and y), or all of {', '.join(splits)}.")
+    if levels is None and all(content[name].dtype == np.uint8 for name in x):
+        levels = 256
+    return dataset(*parts, levels=levels, classes=classes, name=Path(path).stem)
+
+
+class Mapped:
+    """Rows of a memory-mapped array that are converted to float32 when they are read; uint8 is scaled to [-1, 1].
+
+    Attributes:
+        array: the memory-mapped array.
+        rows: the rows of ``array`` that are seen, in order.
+        shape: ``(len(rows), ...)``.
+        from_bytes: whether the array is uint8, so that all rows are finite and in [-1, 1].
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, array: np.ndarray, rows: np.ndarray | None = None):
+        self.array, self.rows = array, np.arange(len(array)) if rows is None else rows
+        self.shape, self.ndim = (len(self.rows), *array.shape[1:]), array.ndim
+        self.from_bytes = array.dtype == np.uint8
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        """Read the rows of a slice, or of indices ``[k]``."""
+        part = np.asarray(self.array[self.rows[rows]])
+        return scaled(part) if self.from_bytes else part.astype(np.float32)
+
+
+def _read(path: Path, stream: bool) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"path={path}: there is no such file. Give a .npz or .npy file.")
+    try:
+        if path.suffix == ".npy":
+            return {"x": np.load(path, mmap_mode="r" if stream else None, allow_pickle=False)}
+        with np.load(path, allow_pickle=False) as file:
+            if not stream:
+                return {name: file[name] for name in file.files}
+            return {name: _mapped(path, name) if name.startswith("x") else file[name] for name in file.files}
+    except (OSError, EOFError, AttributeError, zipfile.BadZipFile, ValueError) as error:
+        line = " ".join(str(error).split())[:120]
+        raise ValueError(f"path={path}: it cannot be read as arrays ({line}). Write it with np.savez.") from error
+
+
+def _mapped(path: Path, name: str) -> np.ndarray:
+    """Return a member of an uncompressed npz file as a memory-mapped array."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+        info = archive.getinfo(f"{name}.npy")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed, which stream=True cannot map")
+        version = np.lib.format.read_magic(member)
+        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = header(member)
+        start = member.tell()
+    with open(path, "rb") as file:  # the local header of a member: 30 bytes, its name, an extra field
+        file.seek(info.header_offset + 26)
+        start += info.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
+    return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
+
+
+def _divide(x: Rows, y: np.ndarray | None, validation: float, test: float, seed: int) -> list[Examples]:
+    """Split the examples at random."""
+    for field, fraction in {"validation": validation, "test": test}.items():
+        if not 0 < fraction < 1:
+            raise ValueError(f"{field}={fraction}: it is a fraction of the examples. Give a number in (0, 1).")
+    counts = round(validation * len(x)), round(test * len(x))
+    if min(*counts, len(x) - sum(counts)) < 2:
+        raise ValueError(
+            f"validation={validation}, test={test}: of {len(x)} examples a split has fewer than 2. Change them."
+        )
+    if y is not None and len(y) != len(x):
+        raise ValueError(f"y=[{len(y)}]: there are {len(x)} examples. Give one condition an example.")
+    row = first_not_finite(x)
+    if row is not None:
+        raise ValueError(f"x=[{len(x)}]: row {row} has a value that is not finite. Repair or remove this example.")
+    order = np.random.default_rng(seed).permutation(len(x))
+    held_out, tested, trained = (np.sort(part) for part in np.split(order, np.cumsum(counts)))
+    rows = lambda part: Mapped(x.array, part) if isinstance(x, Mapped) else x[part]
+    return [Examples(rows(part), None if y is None else y[part]) for part in (trained, held_out, tested)]
+
+
+def _converted(x: np.ndarray, stream: bool, field: str) -> Rows:
+    """Return examples in float32, in memory or mapped; scale uint8 images."""
+    if x.dtype.kind != "f" and not (x.dtype == np.uint8 and x.ndim == 4):
+        sizes = ", ".join(map(str, x.shape))
+        raise ValueError(f"{field} is {x.dtype} [{sizes}]. Give floats, or uint8 images [n, H, W, C].")
+    if stream:
+        return Mapped(x)
+    return scaled(x) if x.dtype == np.uint8 else np.asarray(x, np.float32)
