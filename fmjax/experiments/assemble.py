@@ -198,6 +198,12 @@ def conditional(method: Method, common: Common, classes: int, guided: bool) -> M
     return method._replace(velocity=guide)
 
 
+def data_facts(data: Dataset) -> dict[str, Any]:
+    """Return what samplers must know of a data set: shape, kind, classes, levels, name."""
+    shape = list(data.train.x.shape[1:])
+    return {"shape": shape, "kind": data.kind, "classes": data.classes, "levels": data.levels, "name": data.name}
+
+
 def takes_scale(net: Any) -> bool:
     """Return whether the network of a spec takes the guidance scale as an input."""
     return bool(hasattr(net, "items") and dict(net.items()).get("guided", False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,9 @@ from fmjax.experiments import assemble, build, workdir
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, time_grid
 from fmjax.experiments.settings import Settings
-from fmjax.storage import checkpoint
+from fmjax.storage import checkpoint, files
 from fmjax.training import loop
-from fmjax.types import Params
+from fmjax.types import Method, Params
 
 Plans = Mapping[str, loop.Plan]
 
@@ -52,11 +53,17 @@ def models(settings: Settings, plans: Plans, params: Mapping[str, Params]) -> Mo
         plans: the plans by network.
         params: their averaged parameters, and ``"drift"`` for the stored marginals ``p`` and ``q``.
     """
-    methods, params = {name: plan.method for name, plan in plans.items()}, dict(params)
+    return combine(settings, {name: plan.method for name, plan in plans.items()}, dict(params), plans[FLOW].shape)
+
+
+def combine(
+    settings: Settings, methods: dict[str, Method], params: dict[str, Params], shape: tuple[int, ...]
+) -> Models:
+    """Return what samplers draw with, of methods and parameters by network; see ``models``."""
     if FLOW_MAP not in methods and methods[FLOW].flow_map is not None:
         methods[FLOW_MAP], params[FLOW_MAP] = methods[FLOW], params[FLOW]
     ts = time_grid(None, settings.marginals.solver_steps)
-    return Models(methods, params, plans[FLOW].shape, build.path(settings.common.path), ts)
+    return Models(methods, params, shape, build.path(settings.common.path), ts)
 
 
 def shapes(settings: Settings, plans: Plans) -> Models:
@@ -76,6 +83,57 @@ def bank(forward: correction.Marginals, backward: correction.Marginals) -> Param
     return banks | {"p_labels": jnp.asarray(forward.cond), "q_labels": jnp.asarray(backward.cond)}
 
 
+def example_facts(path: Path) -> dict[str, Any]:
+    """Return what is recorded of the data of a run: shape, kind, classes, levels, name."""
+    folder = workdir.network_folder(path)
+    return files.read_json(folder / workdir.STAGE)["data"]
+
+
+def load_without_data(settings: Settings, path: Path) -> tuple[Models, str, int]:
+    """Read the networks of a run folder without its data set, see ``load``.
+
+    Raises:
+        WorkdirError: no flow is trained there.
+    """
+    facts = example_facts(path)
+    shape, classes = tuple(facts["shape"]), facts["classes"] if settings.common.conditional else 0
+    average = lambda: np.zeros(shape, np.float32)
+    parts = {FLOW: settings.flow} | settings.correctors | ({FLOW_MAP: settings.flow_map} if settings.flow_map else {})
+    methods, found = {}, {}
+    for name, part in parts.items():
+        if (folder := trained_folder(path, name)) is not None:
+            _, params, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
+            net = part.net or settings.flow.net
+            _, methods[name] = assemble.network(stage_name(name), settings.common, part, net, classes, average)
+            found[name] = params
+    step = checkpoint.latest_step(workdir.network_folder(path) / "checkpoints")
+    identity = checkpoint.digest(found)
+    if (banks := stored_bank(path)) is not None:
+        found[DRIFT] = banks
+    return combine(settings, methods, found, shape), identity, step
+
+
+def trained_folder(path: Path, name: str) -> Path | None:
+    """Return the folder of a network's checkpoints, or ``None`` where it is not trained."""
+    if name == FLOW:
+        return workdir.network_folder(path)
+    folder = workdir.stage_folder(path, stage_name(name))
+    best = folder / "best"
+    folder = best if best.exists() else folder
+    return folder if checkpoint.latest_step(folder / "checkpoints") is not None else None
+
+
+def stored_bank(path: Path) -> Params | None:
+    """Return the marginals of a run folder as the kernel drift takes them, or ``None`` where they are not complete."""
+    folders = [workdir.stage_folder(path, "marginals") / direction for direction in ("forward", "backward")]
+    if not all(folder.is_dir() for folder in folders):
+        return None
+    try:
+        return bank(*(correction.read_marginals(folder) for folder in folders))
+    except FileNotFoundError:
+        return None
+
+
 def load(settings: Settings, plans: Plans, path: Path) -> tuple[Models, str, int]:
     """Read the networks of a run folder, as far as they are trained.
 
@@ -90,21 +148,10 @@ def load(settings: Settings, plans: Plans, path: Path) -> tuple[Models, str, int
     Raises:
         WorkdirError: no flow is trained there.
     """
-    found, step = {}, 0
-    for name, plan in plans.items():
-        folder = workdir.stage_folder(path, stage_name(name))
-        folder = folder / "best" if (folder / "best").exists() else folder
-        if name == FLOW:
-            folder = workdir.network_folder(path)
-            step = checkpoint.latest_step(folder / "checkpoints")
-        elif checkpoint.latest_step(folder / "checkpoints") is None:
-            continue
-        found[name] = loop.load_average(plan, folder, name)
-    ready = {name: plan for name, plan in plans.items() if name in found}
-    sets_folder = workdir.stage_folder(path, "marginals")
-    if all((sets_folder / direction).is_dir() for direction in ("forward", "backward")):
-        try:
-            found[DRIFT] = bank(*(correction.read_marginals(sets_folder / d) for d in ("forward", "backward")))
-        except FileNotFoundError:
-            pass  # being built
-    return models(settings, ready, found), checkpoint.digest(found), step
+    folders = {name: trained_folder(path, name) for name in plans}
+    ready = {name: plan for name, plan in plans.items() if folders[name] is not None}
+    found = {name: loop.load_average(plan, folders[name], name) for name, plan in ready.items()}
+    identity, step = checkpoint.digest(found), checkpoint.latest_step(folders[FLOW] / "checkpoints")
+    if (banks := stored_bank(path)) is not None:
+        found[DRIFT] = banks
+    return models(settings, ready, found), identity, step

@@ -59,7 +59,7 @@ def training_stages(settings: Settings, data: Dataset, plans: Plans) -> list[Sta
     found = [
         stages.trained(
             plans[FLOW], assemble.flow_fields(settings), start=lambda results: begin, teacher=lambda results: teacher,
-            pictures=settings.common.sample_every,
+            pictures=settings.common.sample_every, data=assemble.data_facts(data),
         )
     ]  # fmt: skip
     if settings.correctors:

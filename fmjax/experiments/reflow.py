@@ -67,8 +67,8 @@ def training_stages(settings: Settings, data: Dataset) -> tuple[list[Stage], Stu
     models, options = straightening.comparison_models(s.bounds, s.parts, s.sharing, full=s.full)
     flow = assemble.flow_plan(settings, data)
     students = {name: (student(settings, name, option, data), option) for name, option in options.items()}
-    fields = assemble.flow_fields(settings)
-    found = [stages.trained(flow, fields, pictures=settings.common.sample_every), trajectories(settings, flow, data)]
+    fields, facts, every = assemble.flow_fields(settings), assemble.data_facts(data), settings.common.sample_every
+    found = [stages.trained(flow, fields, pictures=every, data=facts), trajectories(settings, flow, data)]
     found += [student_stage(settings, data, plan, option) for plan, option in students.values()]
     return found, students, models
 

@@ -59,13 +59,14 @@ def open_workdir(path: str | Path, config: Mapping[str, Any], stages: Mapping[st
     return path
 
 
-def begin_stage(path: Path, name: str, fields: Mapping[str, Any]) -> Path:
+def begin_stage(path: Path, name: str, fields: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Path:
     """Make the folder of a stage and record the fields that its result depends on.
 
     Args:
         path: the run folder.
         name: the stage, such as ``"correctors.score"``.
         fields: dotted names of config fields with their values.
+        data: what samplers must know of the data: shape, kind, classes, levels, name.
 
     Returns:
         The folder of the stage.
@@ -73,7 +74,7 @@ def begin_stage(path: Path, name: str, fields: Mapping[str, Any]) -> Path:
     folder = stage_folder(path, name)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / STAGE, {"stage": name, "fields": plain(fields)})
+        files.write_json(folder / STAGE, {"stage": name, "fields": plain(fields), "data": dict(data or {})})
     return folder
 
 
