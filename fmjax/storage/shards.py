@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmjax import checks
-from fmjax.storage import files
+from fmjax.storage import columns, files
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -61,6 +61,9 @@ class Manifest(NamedTuple):
         seed: seed of the noise; ``None`` for the backward direction.
         data: SHA-256 of the data; ``None`` for the forward direction.
         shard_size: examples in a shard; the last one may hold fewer.
+        cond: description of an example's conditions (``columns.describe``); ``None`` for a set without conditions.
+        cond_digest: SHA-256 of all conditions; ``None`` for a set without conditions.
+        start: name of the function that drew the starts; ``None`` for starts from N(0, I).
         shards: the complete shards.
     """
 
@@ -77,10 +80,14 @@ class Manifest(NamedTuple):
     seed: int | None
     data: str | None
     shard_size: int
+    cond: str | None = None
+    cond_digest: str | None = None
+    start: str | None = None
     shards: tuple[Shard, ...] = ()
 
 
 IDENTITY = Manifest._fields[:-1]
+OPTIONAL = ("cond", "cond_digest", "start")  # left out of the file where they are None
 
 
 def ranges(m: Manifest) -> dict[str, tuple[int, int]]:
@@ -108,6 +115,7 @@ def size(m: Manifest, names: Iterable[str]) -> int:
         Bytes, at most two blocks of 64 KiB a shard too many.
     """
     record = len(m.steps) * math.prod(m.shape) * np.dtype(m.dtype).itemsize + 64  # with its header and index
+    record += 0 if m.cond is None else columns.row_bytes(m.cond) + 64
     counts = (stop - start for start, stop in (ranges(m)[name] for name in names))
     return sum(BLOCK * (2 + math.ceil(count * record * (1 + 32 / BLOCK) / BLOCK)) for count in counts)
 
@@ -156,36 +164,37 @@ def resume(directory: str | os.PathLike, m: Manifest, names: Iterable[str]) -> d
             raise ValueError(f"{directory} holds {unlisted[0].name} but no {MANIFEST}; build in an empty directory")
         return {}
     check_manifest(directory, old, {name: getattr(m, name) for name in IDENTITY})
-    good, entries = {}, _entries(old)
-    for name in names:
-        if name in entries:
-            shard = _verify(directory, name, entries[name])
-            if isinstance(shard, Shard):
-                good[name] = shard
-            else:
-                log.warning("%s %s; building it again", directory / name, shard)
+    good = {}
+    for name in {shard.file for shard in old.shards}.intersection(names):
+        shard = _verify(directory, name, old)
+        if isinstance(shard, Shard):
+            good[name] = shard
+        else:
+            log.warning("%s %s; building it again", directory / name, shard)
     return good
 
 
-def write_shard(directory: str | os.PathLike, name: str, records: Iterable[bytes]) -> Shard:
+def write_shard(directory: str | os.PathLike, name: str, records: Iterable[bytes], cond: Iterable[bytes] = ()) -> Shard:
     """Write one shard; ``write_manifest`` then enters it in the manifest.
 
     Args:
         directory: the folder of the shards.
         name: the shard's file name.
         records: the bytes of its examples.
+        cond: the bytes of their conditions, which follow the examples in the same file.
 
     Returns:
         The shard's entry.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    path, count = Path(directory) / name, 0
-    unfinished = path.with_name(f"{name}.tmp")
+    path, unfinished, count = Path(directory) / name, Path(directory) / f"{name}.tmp", 0
     with contextlib.closing(ArrayRecordWriter(str(unfinished), OPTIONS)) as writer:
         for record in records:
             writer.write(record)
             count += 1
+        for row in cond:
+            writer.write(row)
     shard = Shard(name, count, files.file_digest(unfinished))
     files.commit(unfinished, path)
     return shard
@@ -213,7 +222,8 @@ def write_manifest(
     """
     m = m._replace(shards=tuple(shards[name] for name in sorted(shards)))
     name = MANIFEST if process_count == 1 else f"manifest-{process_index:05d}-of-{process_count:05d}.json"
-    files.write_json(Path(directory) / name, m._asdict() | {"shards": [shard._asdict() for shard in m.shards]})
+    fields = {key: value for key, value in m._asdict().items() if key not in OPTIONAL or value is not None}
+    files.write_json(Path(directory) / name, fields | {"shards": [shard._asdict() for shard in m.shards]})
     return m
 
 
@@ -280,7 +290,35 @@ def check_manifest(directory: str | os.PathLike, m: Manifest, expect: dict[str, 
         )
 
 
-class StoredArray:
+class _Rows:
+    """One part of every record of a set as an array ``[M, ...]`` on disk: ``x[rows]`` reads it."""
+
+    def __init__(self, source, m: Manifest, second: bool, start: int, stop: int | None, shape, dtype):
+        self.source, self.shape, self.dtype, self.ndim = source, (m.count, *shape), np.dtype(dtype), 1 + len(shape)
+        self._second, self._span, self._size = second, slice(start, stop), None if m.cond is None else m.shard_size
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def _numbers(self, rows: np.ndarray) -> np.ndarray:
+        """Return the record of each example: in a shard all examples come first, then all their conditions."""
+        if self._size is None:
+            return rows
+        start = rows // self._size * self._size
+        return start + rows + (np.minimum(self._size, len(self) - start) if self._second else 0)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+        rows = np.where(rows < 0, rows + len(self), rows)
+        records = self.source.__getitems__(self._numbers(rows.ravel()).tolist()) if rows.size else []
+        x = np.frombuffer(b"".join(record[self._span] for record in records), self.dtype)
+        return x.reshape(*rows.shape, *self.shape[1:])
+
+    def __array__(self, *args, **kwargs):
+        raise ValueError(f"{len(self)} examples on disk are read by rows, x[rows]; for an array set stream=False")
+
+
+class StoredArray(_Rows):
     """A complete set of shards as an array ``[M, steps, ...]`` that stays on disk.
 
     ``x[rows]`` reads examples, ``x[rows, n]`` one step of each; ``rows`` is a slice, indices ``[k]`` or one index, so
@@ -290,6 +328,9 @@ class StoredArray:
         directory: the folder of the shards.
         m: its manifest.
 
+    Attributes:
+        cond: the conditions, a pytree whose leaves are read by ``[rows]`` too; ``None`` in a set without conditions.
+
     Raises:
         RuntimeError: a shard is missing or torn; the message names it.
     """
@@ -297,36 +338,39 @@ class StoredArray:
     def __init__(self, directory: str | os.PathLike, m: Manifest):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        directory, entries, again = Path(directory), _entries(m), "run the same build again"
-        if missing := [name for name in ranges(m) if name not in entries]:
+        directory, again, entered = Path(directory), "run the same build again", {shard.file for shard in m.shards}
+        if missing := [name for name in ranges(m) if name not in entered]:
             raise RuntimeError(
                 f"the marginals in {directory} are unfinished: {len(missing)} of {len(ranges(m))} shards are missing, "
                 f"first {missing[0]}; {again} to continue it"
             )
         for name in ranges(m):
-            if isinstance(fault := _verify(directory, name, entries[name]), str):
+            if isinstance(fault := _verify(directory, name, m), str):
                 raise RuntimeError(f"{directory / name} {fault}; {again}, it rebuilds this shard alone")
-        self.source = ArrayRecordDataSource([str(directory / name) for name in ranges(m)])
-        self.shape, self.dtype = (m.count, len(m.steps), *m.shape), np.dtype(m.dtype)
-        self.ndim = len(self.shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
+        source = ArrayRecordDataSource([str(directory / name) for name in ranges(m)])
+        super().__init__(source, m, False, 0, None, (len(m.steps), *m.shape), m.dtype)
+        self.cond, self._shard_size = None, m.shard_size
+        if m.cond is not None:
+            parts = columns.layout(m.cond)
+            self.cond = columns.rebuild(m.cond, [_Rows(source, m, True, *c[:2], c.shape, c.dtype) for c in parts])
 
     def __getitem__(self, at) -> np.ndarray:
         rows, n = at if isinstance(at, tuple) else (at, None)
-        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
-        rows = np.where(rows < 0, rows + len(self), rows)
-        records = self.source.__getitems__(rows.ravel().tolist()) if rows.size else []
-        x = np.frombuffer(b"".join(records), self.dtype).reshape(*rows.shape, *self.shape[1:])
-        return x if n is None else x[n] if rows.ndim == 0 else x[np.arange(len(rows)), n]
+        x = super().__getitem__(rows)
+        if n is None:
+            return x
+        return x[n] if x.ndim < self.ndim else x[np.arange(len(x)), n]
 
-    def __array__(self, *args, **kwargs):
-        raise ValueError(f"{len(self)} examples on disk are read by rows, x[rows]; for an array set stream=False")
+    def load(self) -> np.ndarray:
+        """Return all examples ``[M, steps, ...]`` in memory, read a shard at a time."""
+        x = np.empty(self.shape, self.dtype)
+        for start in range(0, len(x), self._shard_size):
+            x[start : start + self._shard_size] = self[start : start + self._shard_size]
+        return x
 
 
 def read_shards(directory: str | os.PathLike, m: Manifest) -> np.ndarray:
-    """Read all records of a complete set into memory.
+    """Read all examples of a complete set into memory.
 
     Args:
         directory: the folder of the shards.
@@ -338,11 +382,7 @@ def read_shards(directory: str | os.PathLike, m: Manifest) -> np.ndarray:
     Raises:
         RuntimeError: a shard is missing or torn; the message names it.
     """
-    stored = StoredArray(directory, m)
-    x = np.empty(stored.shape, stored.dtype)
-    for start, stop in ranges(m).values():
-        x[start:stop] = stored[start:stop]
-    return x
+    return StoredArray(directory, m).load()
 
 
 def _short(value) -> str:
@@ -350,17 +390,9 @@ def _short(value) -> str:
     return text if len(text) <= 120 else f"{text[:80]} ... {text[-30:]}"
 
 
-def _entries(m: Manifest) -> dict[str, list[Shard]]:
-    """Return the manifest's entries of each shard, by file name."""
-    entries: dict[str, list[Shard]] = {}
-    for shard in m.shards:
-        entries.setdefault(shard.file, []).append(shard)
-    return entries
-
-
-def _verify(directory: Path, name: str, entries: list[Shard]) -> Shard | str:
-    """Return the entry that agrees with the shard's bytes, or the fault of the file."""
-    path = directory / name
+def _verify(directory: Path, name: str, m: Manifest) -> Shard | str:
+    """Return the manifest's entry that agrees with the shard's bytes, or the fault of the file."""
+    path, entries = directory / name, [shard for shard in m.shards if shard.file == name]
     if not path.exists():
         return "is missing"
     actual = files.file_digest(path)
