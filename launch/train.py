@@ -5,7 +5,8 @@
   python -m launch.train --workdir=NEW --config=C --fork=OLD                          # from another run's whole state
 
 The run folder gets config.json, environment.json and a folder a stage with metrics.jsonl, tensorboard/,
-checkpoints/ and samples/. Run a command again to continue. FMJAX_DISTRIBUTED=1 joins the processes of a TPU pod or a GPU cluster.
+checkpoints/ and samples/. Run a command again to continue. FMJAX_DISTRIBUTED=1 joins the processes of a TPU pod or a
+GPU cluster.
 """
 
 from fmjax.experiments import command_line, train

@@ -56,13 +56,7 @@ def training_stages(settings: Settings, data: Dataset, plans: Plans) -> list[Sta
     Returns:
         The stages, each after those that it needs.
     """
-    begin, teacher = (assemble.start_of(plans[FLOW], settings, field) for field in ("init", "teacher"))
-    found = [
-        stages.trained(
-            plans[FLOW], assemble.flow_fields(settings), start=lambda results: begin, teacher=lambda results: teacher,
-            pictures=settings.common.sample_every, data=assemble.data_facts(data),
-        )
-    ]  # fmt: skip
+    found = [flow_stage(settings, data, plans[FLOW])]
     if settings.correctors:
         found.append(stages.marginal_sets(settings, plans[FLOW], data))
         found += [stages.corrector(settings, name, plans[name]) for name in settings.correctors]
