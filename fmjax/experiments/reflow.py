@@ -319,7 +319,7 @@ def _contents(cfg, path: Path, ready: Setup, found, shown) -> report.Contents:
         )
         for m in found["segments"]
     ]
-    low = [f"{name}: {spectrum.low_share(**one):.3f}" for name, one in found["spectra"].items()]
+    low = [f"{name}: {spectrum.low_fraction(**one):.3f}" for name, one in found["spectra"].items()]
     facts = {"along the time axis": "\n".join(measured)}
     facts |= {"share of the error below 1/5 cycle a pixel": "\n".join(low)} if low else {}
     facts |= {
