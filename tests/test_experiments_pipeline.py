@@ -69,7 +69,7 @@ def test_corrector_and_flow_map_are_trained_from_what_came_before(finished, tiny
     backward = correction.read_marginals(finished / "marginals" / "backward")
     forward = correction.read_marginals(finished / "marginals" / "forward")
     draws = correction.marginal_pairs(forward, backward, batch_size=16, seed=tiny.seed)
-    loop.train(ready.correctors["score"]._replace(batch=draws), tmp_path / "correctors" / "score")
+    loop.train(ready.correctors["score"].replace(batch=draws), tmp_path / "correctors" / "score")
     _, flow, _ = checkpoint.restore(finished / "flow" / "checkpoints", part="ema")
     loop.train(ready.flow_map, tmp_path / "flow_map", params=flow)
     for stage in ("correctors/score", "flow_map"):

@@ -149,8 +149,7 @@ def resume(directory: str | os.PathLike, m: Manifest, names: Iterable[str]) -> d
         OSError: the directory cannot be written.
         ValueError: the directory holds something else; the message names each field that differs.
     """
-    directory = Path(directory)
-    advice = "choose a directory that can be written"
+    directory, advice = Path(directory), "choose a directory that can be written"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -244,8 +243,8 @@ def read_manifest(directory: str | os.PathLike) -> Manifest | None:
     manifests = [_read_manifest(path) for path in sorted(directory.glob("manifest*.json"))]
     if not manifests:
         return None
-    first, *others = manifests
-    for m in others:
+    first = manifests[0]
+    for m in manifests:
         check_manifest(directory, m, {name: getattr(first, name) for name in IDENTITY})
     return first._replace(shards=tuple(sorted({shard for m in manifests for shard in m.shards})))
 
