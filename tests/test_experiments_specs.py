@@ -10,9 +10,8 @@ import optax
 import pytest
 from cases import discover
 
-from fmjax import couplings, paths, times
+from fmjax import couplings, paths, sampling, times
 from fmjax.experiments import specs
-from fmjax.sampling import solvers
 from fmjax.types import Method
 
 ml_collections = pytest.importorskip("ml_collections")
@@ -33,7 +32,7 @@ def test_names_resolve_by_module_path():
     assert specs.resolve("methods", "lagrangian") is lagrangian
     assert specs.resolve("nets", "mlp") is MLP and specs.resolve("nets", "unet") is UNet
     assert specs.resolve("paths", "trigonometric") is paths.trigonometric
-    assert specs.step("rk38") is solvers.rk38
+    assert specs.step("rk38") is sampling.rk38
 
 
 METHODS = ", ".join(discover()[:3])

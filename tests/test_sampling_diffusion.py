@@ -13,8 +13,8 @@ from fmjax import oracles, paths, sampling
 from fmjax.correction import correctors
 from fmjax.experiments import specs
 from fmjax.keys import as_keys, fold_in, normal
-from fmjax.sampling import diffusion, grids, solvers
-from fmjax.types import expand
+from fmjax.sampling import diffusion, grids
+from fmjax.types import Multistep, expand
 
 PATHS = {
     "linear": paths.linear(),
@@ -38,7 +38,7 @@ def times_of(path, sigma=LEVELS):
 
 def walk(step, x, ts, keys=None):
     """A plain loop over float64 times, which ``samplers.sample`` would round."""
-    remembers = isinstance(step, diffusion.Multistep)
+    remembers = isinstance(step, Multistep)
     memory, move = (step.init(x), jax.jit(step.step)) if remembers else (None, jax.jit(step))
     for i, (s, t) in enumerate(itertools.pairwise(ts)):
         key = None if keys is None else fold_in(keys, 2 * i + 1)
@@ -61,18 +61,18 @@ def test_ddim_is_eulers_step_in_each_of_the_three_rows(path, x64, key):
     np.testing.assert_allclose(got / b, x / b_s + noise * (a / b - a_s / b_s), rtol=1e-10)
     straight = x / (a_s + b_s) + (data - noise) * (b / (a + b) - b_s / (a_s + b_s))
     np.testing.assert_allclose(got / (a + b), straight, rtol=1e-10)
-    euler = solvers.euler(law.velocity)(x, s, t)
+    euler = sampling.euler(law.velocity)(x, s, t)
     assert (np.abs(got - euler).max() < 1e-12) == (path is PATHS["linear"])
 
 
 STEPS = {
     "churn": lambda v, path: diffusion.edm_heun(v, path=path, steps=5, s_churn=1.5, s_max=10.0, s_noise=1.1),
     "ancestral": lambda v, path: diffusion.ddim(v, path=path, eta=1.0),
-    "dpmpp_2m": diffusion.dpmpp_2m,
-    "ipndm": lambda v, path: diffusion.ipndm(v, path=path, even=False),
-    "initial_noise": diffusion.initial_noise,
-    "initial_noise, Heun's": lambda v, path: diffusion.initial_noise(v, path=path, heun=True),
-    "euler": lambda v, path: solvers.euler(v),
+    "dpmpp_2m": sampling.dpmpp_2m,
+    "ipndm": lambda v, path: sampling.ipndm(v, path=path, even=False),
+    "initial_noise": sampling.initial_noise,
+    "initial_noise, Heun's": lambda v, path: sampling.initial_noise(v, path=path, heun=True),
+    "euler": lambda v, path: sampling.euler(v),
 }
 
 
@@ -178,7 +178,7 @@ def test_what_is_evaluated_is_what_is_stated(name, key):
         jax.block_until_ready(jax.jit(run)(jnp.ones((2, 2))))
         jax.effects_barrier()
         assert len(seen) == NFE[name](n)
-        assert sampling.cost(n, step_nfe=solvers.nfe(name)).nfe == len(seen) + (name == "edm_heun")
+        assert sampling.cost(made, n).nfe == len(seen) + (name == "edm_heun")
 
 
 @pytest.mark.parametrize("name", ["ancestral", "half", "churn", "reverse_diffusion"])
@@ -304,7 +304,7 @@ def test_a_condition_reaches_the_velocity_of_every_step(x64, key):
     cond = jnp.array([1.0, -3.0])
     tell = lambda x, t, cond: expand(cond, x) + 0 * x  # on the linear path data less noise
     x, grid = jnp.zeros((2, 1)), grids.edm_grid(5)
-    for made in (diffusion.ddim(tell), diffusion.edm_heun(tell), diffusion.dpmpp_2m(tell), diffusion.ipndm(tell)):
+    for made in (diffusion.ddim(tell), diffusion.edm_heun(tell), sampling.dpmpp_2m(tell), sampling.ipndm(tell)):
         end = jax.jit(lambda x, made=made: sampling.sample(made, x, grid, cond=cond))(x)
         assert np.sign(end[:, 0]).tolist() == [1, -1] and end[1, 0] / end[0, 0] == pytest.approx(-3)
 
@@ -315,7 +315,7 @@ def test_steps_are_named_in_a_config_and_take_the_path_of_the_run(x64, key):
     step = specs.step({"name": "ddim", "eta": 1.0}, path=path)(law.velocity)
     want = diffusion.ddim(law.velocity, path=path, eta=1.0)(x, 0.3, 0.5, None, keys)
     np.testing.assert_array_equal(step(x, 0.3, 0.5, None, keys), want)
-    assert isinstance(specs.step("ipndm", path=path)(law.velocity), diffusion.Multistep)
+    assert isinstance(specs.step("ipndm", path=path)(law.velocity), Multistep)
     with pytest.raises(ValueError, match="solvers has no 'ddmi'; did you mean 'ddim'.*dpmpp_2m, edm_heun, euler"):
         specs.step("ddmi")
     with pytest.raises(ValueError, match="a step of a diffusion model needs a path without a latent"):
@@ -329,10 +329,10 @@ def test_steps_are_named_in_a_config_and_take_the_path_of_the_run(x64, key):
         (diffusion.edm_heun, {"s_churn": 40.0}, "s_churn=40.0 is shared by the steps of the grid: give steps=N, got N"),
         (diffusion.edm_heun, {"s_churn": -1.0, "steps": 4}, "churn needs s_churn >= 0.*got s_churn=-1.0"),
         (diffusion.edm_heun, {"s_min": 2.0, "s_max": 1.0}, "s_min=2.0, s_max=1.0"),
-        (diffusion.ipndm, {"order": 5}, "orders 1 to 4, got order=5"),
+        (sampling.ipndm, {"order": 5}, "orders 1 to 4, got order=5"),
         (diffusion.reverse_diffusion, {"path": paths.two_sided()}, "needs a path without a latent"),
-        (diffusion.denoiser, {"path": paths.two_sided()}, "needs a path without a latent"),
-        (diffusion.velocity_of, {"path": paths.two_sided()}, "needs a path without a latent"),
+        (sampling.denoiser, {"path": paths.two_sided()}, "needs a path without a latent"),
+        (sampling.velocity_of, {"path": paths.two_sided()}, "needs a path without a latent"),
     ],
 )
 def test_what_cannot_be_is_refused(make, options, message):

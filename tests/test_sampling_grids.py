@@ -10,7 +10,7 @@ import pytest
 from scipy import integrate
 
 from fmjax import oracles, paths, sampling
-from fmjax.sampling import diffusion, grids, solvers
+from fmjax.sampling import diffusion, grid_search, grids
 
 # EDM's 18 levels and the data, in the time of the linear path
 PUBLISHED = [.0123, .0171, .0239, .0340, .0491, .0719, .1064, .1583, .2349, .3421, .4789, .6308, .7713, .8776, .9434,
@@ -75,31 +75,31 @@ def teacher():
 def test_curvature_is_the_squared_second_derivative_of_trajectories(teacher):
     law, ts, xs, z = teacher
     want = bend(ts.astype(float)) ** 2 * np.mean((z**2).sum(1))
-    np.testing.assert_allclose(grids.curvature(law.velocity, xs, ts), want, rtol=1e-3)
+    np.testing.assert_allclose(sampling.curvature(law.velocity, xs, ts), want, rtol=1e-3)
 
 
 def test_steps_of_an_even_grid_have_equal_shares(teacher):
     law, ts, xs, _ = teacher
-    found = grids.curvature(law.velocity, xs, ts)
+    found = sampling.curvature(law.velocity, xs, ts)
     for power, density in ((1.0, lambda t: bend(t) ** 2), (0.25, lambda t: np.sqrt(abs(bend(t))))):
-        grid = grids.even_grid(7, ts, found**power)
+        grid = sampling.even_grid(7, ts, found**power)
         shares = np.array([integrate.quad(density, a, b)[0] for a, b in itertools.pairwise(grid)])
         np.testing.assert_allclose(shares, shares.mean(), rtol=0.02)  # the teacher has 200 steps
         assert (grid[0], grid[-1], len(grid)) == (0, 1, 8)
     start = xs[0]
-    miss = lambda grid: float(jnp.abs(sampling.sample(solvers.euler(law.velocity), start, grid) - xs[-1]).mean())
-    assert miss(grids.even_grid(7, ts, found**0.25)) < miss(grids.uniform_grid(7))
+    miss = lambda grid: float(jnp.abs(sampling.sample(sampling.euler(law.velocity), start, grid) - xs[-1]).mean())
+    assert miss(sampling.even_grid(7, ts, found**0.25)) < miss(grids.uniform_grid(7))
 
 
 def test_a_straight_flow_gets_even_times_and_densities_that_are_none_are_refused():
-    np.testing.assert_allclose(grids.even_grid(4, [0, 0.3, 1], np.zeros(3)), grids.uniform_grid(4), atol=1e-7)
-    falling = grids.even_grid(2, [1.0, 0.5, 0.0], np.array([0.0, 1.0, 2.0]))
+    np.testing.assert_allclose(sampling.even_grid(4, [0, 0.3, 1], np.zeros(3)), grids.uniform_grid(4), atol=1e-7)
+    falling = sampling.even_grid(2, [1.0, 0.5, 0.0], np.array([0.0, 1.0, 2.0]))
     assert falling[0] == 1 and falling[-1] == 0 and falling[1] < 0.5
     for density in (np.ones(2), np.array([1, -1, 1]), np.array([1, np.nan, 1])):
         with pytest.raises(ValueError, match="even_grid needs a density >= 0 for each of 3 times"):
-            grids.even_grid(4, [0, 0.3, 1], density)
+            sampling.even_grid(4, [0, 0.3, 1], density)
     with pytest.raises(ValueError, match="at least one step, got n=0"):
-        grids.even_grid(0, [0, 1], np.ones(2))
+        sampling.even_grid(0, [0, 1], np.ones(2))
 
 
 def every_path(costs, n, growth, through=()):
@@ -121,9 +121,9 @@ def test_dynamic_programming_finds_the_best_of_all_subsets(growth, through):
         costs = rng.normal(1, 1, (10, 10))  # some negative, as GITS's may be
         for n in range(len(through) + 1, 10):
             total, index = every_path(costs, n, growth, through)
-            got = grids.best_steps(costs, n, growth=growth, through=through)
+            got = sampling.best_steps(costs, n, growth=growth, through=through)
             assert got == index, (total, n)
-            counts = grids.steps_per_segment(got, through)
+            counts = sampling.steps_per_segment(got, through)
             edges = (0, *through, 9)
             assert counts == tuple(sum(a <= i < b for i in got[:-1]) for a, b in itertools.pairwise(edges))
 
@@ -132,18 +132,18 @@ def test_what_dynamic_programming_cannot_do_is_refused():
     costs = np.ones((5, 5))
     for n in (0, 5):
         with pytest.raises(ValueError, match=f"n={n} steps over 5 points must be from 1 to 4"):
-            grids.best_steps(costs, n)
+            sampling.best_steps(costs, n)
     with pytest.raises(ValueError, match=r"n=2 steps over 5 points must be from 3 to 4, through=\(1, 2\)"):
-        grids.best_steps(costs, 2, through=(1, 2))
+        sampling.best_steps(costs, 2, through=(1, 2))
     with pytest.raises(ValueError, match=r"through=\(9,\) some of the points"):
-        grids.best_steps(costs, 3, through=(9,))
+        sampling.best_steps(costs, 3, through=(9,))
     with pytest.raises(ValueError, match="growth=0.0 must be positive"):
-        grids.best_steps(costs, 2, growth=0.0)
+        sampling.best_steps(costs, 2, growth=0.0)
     for bad in (np.ones((4, 5)), np.full((5, 5), np.nan)):
         with pytest.raises(ValueError, match="a square matrix of costs without nan"):
-            grids.best_steps(bad, 2)
+            sampling.best_steps(bad, 2)
     with pytest.raises(ValueError, match="cost='chrod' must be one of chord, distance; did you mean 'chord'"):
-        grids.jump_costs(lambda *a: a[0], jnp.zeros((3, 2, 1)), [0, 0.5, 1], cost="chrod")
+        sampling.jump_costs(lambda *a: a[0], jnp.zeros((3, 2, 1)), [0, 0.5, 1], cost="chrod")
 
 
 def test_costs_are_those_of_single_jumps_and_cost_one_evaluation_a_time(key, x64):
@@ -156,9 +156,9 @@ def test_costs_are_those_of_single_jumps_and_cost_one_evaluation_a_time(key, x64
         return law.velocity(x, t)
 
     ts = np.array([0.0, 0.2, 0.5, 0.8, 1.0])
-    xs = sampling.sample(solvers.rk4(law.velocity), jax.random.normal(key, (4, 3)), ts, trajectory=True)
+    xs = sampling.sample(sampling.rk4(law.velocity), jax.random.normal(key, (4, 3)), ts, trajectory=True)
     step = diffusion.ddim(velocity)
-    got = {cost: grids.jump_costs(step, xs, ts, cost=cost) for cost in grids.COSTS}
+    got = {cost: sampling.jump_costs(step, xs, ts, cost=cost) for cost in grid_search.COSTS}
     jax.effects_barrier()
     assert len(seen) == 2 * len(ts)
     direction = (xs[-1] - xs[0]) / np.linalg.norm(xs[-1] - xs[0], axis=1, keepdims=True)
@@ -187,6 +187,6 @@ def test_the_best_steps_of_a_teacher_beat_its_even_ones(key):
         jnp.linalg.norm(jax.jit(lambda x: sampling.sample(step, x, grid))(x0) - xs[-1], axis=1).mean()
     )
     plain = miss(grids.edm_grid(6))
-    for cost in grids.COSTS:
-        best = grids.best_steps(grids.jump_costs(step, xs, ts, cost=cost), 6, growth=1.15)
+    for cost in grid_search.COSTS:
+        best = sampling.best_steps(sampling.jump_costs(step, xs, ts, cost=cost), 6, growth=1.15)
         assert miss(ts[list(best)]) < 0.9 * plain

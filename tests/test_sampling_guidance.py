@@ -12,7 +12,7 @@ from fmjax import oracles, paths, sampling
 from fmjax.keys import example_keys
 from fmjax.nets.adapters import from_linen
 from fmjax.nets.mlp import MLP
-from fmjax.sampling import grids, guidance, solvers
+from fmjax.sampling import grids, guidance
 from fmjax.types import Batch, Method, expand, over_batch
 
 NULL = 2
@@ -42,7 +42,7 @@ def ends(velocity, ts, labels=(0, 1)):
     """``(slope, offset)`` of the affine end point ``x0 -> x1``, for each label."""
     cond = jnp.tile(jnp.asarray(labels), 2)
     x = jnp.repeat(jnp.array([0.0, 1.0]), len(labels))[:, None]
-    xs = jax.jit(lambda x, cond: solvers.integrate(velocity, x, ts, cond=cond)[0])(x, cond)
+    xs = jax.jit(lambda x, cond: sampling.integrate(velocity, x, ts, cond=cond)[0])(x, cond)
     low, high = np.asarray(xs[-1, :, 0]).reshape(2, -1)
     return high - low, low
 
@@ -233,7 +233,7 @@ def dropped(rate, n, seed=0, null=NULL):
         seen = batch.cond["label"].astype(float)
         return seen.mean(), {"per_example": seen, "words": batch.cond["words"], "key": jax.random.key_data(key)}
 
-    wrapped = guidance.label_dropout(Method(loss), rate=rate, null={"label": null, "words": 0.0})
+    wrapped = sampling.label_dropout(Method(loss), rate=rate, null={"label": null, "words": 0.0})
     cond = {"label": jnp.arange(n) % NULL, "words": jnp.ones((n, 3))}
     keys = example_keys(jax.random.key(seed), jnp.arange(n))
     return wrapped.loss(None, None, Batch(jnp.zeros((n, 1)), cond=cond), keys)[1], cond, keys
@@ -258,20 +258,20 @@ def test_label_dropout_belongs_to_the_example_and_changes_with_its_key():
 
 def test_no_label_dropout_is_the_method_itself_and_a_bad_one_is_refused():
     method = Method(lambda *a: (0.0, {}))
-    assert guidance.label_dropout(method, rate=0.0, null=NULL) is method
+    assert sampling.label_dropout(method, rate=0.0, null=NULL) is method
     for rate in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match=rf"label_dropout={rate} is the share .* \[0, 1\)"):
-            guidance.label_dropout(method, rate=rate, null=NULL)
+            sampling.label_dropout(method, rate=rate, null=NULL)
     keys = example_keys(jax.random.key(0), jnp.arange(2))
     with pytest.raises(ValueError, match="label dropout needs labels"):
-        guidance.label_dropout(method, rate=0.1, null=NULL).loss(None, None, Batch(jnp.zeros((2, 1))), keys)
+        sampling.label_dropout(method, rate=0.1, null=NULL).loss(None, None, Batch(jnp.zeros((2, 1))), keys)
 
 
 def test_label_dropout_of_a_pair_drops_the_label_and_keeps_the_scale():
     seen = []
     method = Method(lambda params, target, batch, key: seen.append(batch.cond) or (0.0, {}))
     cond, keys = (jnp.arange(64) % NULL, jnp.linspace(1, 8, 64)), example_keys(jax.random.key(0), jnp.arange(64))
-    _, aux = guidance.label_dropout(method, rate=0.4, null=NULL).loss(
+    _, aux = sampling.label_dropout(method, rate=0.4, null=NULL).loss(
         None, None, Batch(jnp.zeros((64, 1)), cond=cond), keys
     )
     null, ((label, scale),) = np.asarray(aux["is_unconditional"]), seen
@@ -285,7 +285,7 @@ def test_a_random_scale_has_its_density_and_belongs_to_the_example(power):
     """``P(w < a) = (a^{1-b} - 1) / (8^{1-b} - 1)``, or ``log a / log 8``; the labels stay, the key is another."""
     seen, n = [], 20_000
     method = Method(lambda params, target, batch, key: seen.append((batch.cond, key)) or (0.0, {}))
-    loss = guidance.random_scale(method, power=power).loss
+    loss = sampling.random_scale(method, power=power).loss
     keys, labels = example_keys(jax.random.key(0), jnp.arange(n)), jnp.arange(n) % 3
     for rows in (slice(None), slice(0, 10)):
         loss(None, None, Batch(jnp.zeros((n, 1))[rows], cond=labels[rows]), keys[rows])
@@ -300,7 +300,7 @@ def test_a_random_scale_has_its_density_and_belongs_to_the_example(power):
 
 def test_a_guided_teacher_has_the_guided_velocity_of_each_rows_scale(key):
     velocity = conditional([-1.0, 2.0, 0.4], [0.5, 0.7, 1.0])
-    teacher = guidance.guided_teacher(
+    teacher = sampling.guided_teacher(
         lambda params, x, s, t, cond=None, key=None: params * velocity(x, t, cond), null=NULL
     )
     x, t, label, scale = jax.random.normal(key, (6, 1)), 0.3, jnp.arange(6) % 3, jnp.array([1.0, 2.5, 3, 0.5, 4, 2])
@@ -322,7 +322,7 @@ def test_a_guided_map_at_a_scale_is_one_of_labels(key):
     np.testing.assert_allclose(velocity(x, 0.5, labels), want * 0.5)
     np.testing.assert_allclose(jump(x, 0.25, 0.5, labels), want * 0.25)
     np.testing.assert_allclose(jump(x, 0.25, 0.5, cond=labels, key=key), want * 0.25)
-    walk = functools.partial(sampling.sample, solvers.euler(velocity), x, grids.uniform_grid(2))
+    walk = functools.partial(sampling.sample, sampling.euler(velocity), x, grids.uniform_grid(2))
     np.testing.assert_allclose(walk(cond=labels), x + 0.25 * want, rtol=1e-6)
     for bad in (0.0, float("nan")):
         with pytest.raises(ValueError, match=f"must be positive and finite, got {bad}"):
@@ -335,10 +335,10 @@ def test_bad_ranges_of_scales_are_refused():
     method = Method(lambda *a: (0.0, {}))
     for options in ({"low": 0.0}, {"low": 2.0, "high": 2.0}, {"high": float("inf")}, {"power": float("nan")}):
         with pytest.raises(ValueError, match="needs 0 < low < high, got low="):
-            guidance.random_scale(method, **options)
+            sampling.random_scale(method, **options)
     keys = example_keys(jax.random.key(0), jnp.arange(2))
     with pytest.raises(ValueError, match="a guidance scale needs labels"):
-        guidance.random_scale(method).loss(None, None, Batch(jnp.zeros((2, 1))), keys)
+        sampling.random_scale(method).loss(None, None, Batch(jnp.zeros((2, 1))), keys)
 
 
 def test_an_autoguided_teacher_is_autoguidance_on_the_diagonal_and_what_a_method_regresses_on(key):
@@ -348,12 +348,12 @@ def test_an_autoguided_teacher_is_autoguidance_on_the_diagonal_and_what_a_method
     weak = lambda params, x, s, t, cond=None, key=None: params * x
     x, t, target = jax.random.normal(key, (4, 2)), jnp.linspace(0.1, 0.7, 4), {"strong": 2.0, "weak": 0.5}
     for second, scale in ((None, 1.7), (weak, 1.7), (weak, guidance.interval(3.0, low=0.0)), (weak, 1.0)):
-        teacher = guidance.autoguided_teacher(net, second, scale=scale)
+        teacher = sampling.autoguided_teacher(net, second, scale=scale)
         strong = lambda x, t, cond=None: net(2.0, x, t, t)
         other = lambda x, t, cond=None, second=second: (second or net)(0.5, x, t, t)
         want = guidance.autoguidance(strong, other, scale=scale)(x, t)
         np.testing.assert_allclose(teacher(target, x, t, t), want, rtol=1e-6)
-    teacher = guidance.autoguided_teacher(net, weak, scale=1.7)
+    teacher = sampling.autoguided_teacher(net, weak, scale=1.7)
     pair = lambda key: (t, t)  # of no length: the residual is u - v
     loss = lagrangian(net, diagonal=0.0, teacher=teacher, pair=pair).loss
     _, aux = loss(1.0, target, Batch(x, x0=jnp.zeros_like(x)), example_keys(key, jnp.arange(4)))
@@ -361,4 +361,4 @@ def test_an_autoguided_teacher_is_autoguidance_on_the_diagonal_and_what_a_method
     want = jnp.mean((net(1.0, x, t, t) - teacher(target, x, t, t)) ** 2, 1)
     np.testing.assert_allclose(aux["per_example"], want, rtol=1e-5)
     with pytest.raises(ValueError, match="finite"):
-        guidance.autoguided_teacher(net, scale=float("nan"))
+        sampling.autoguided_teacher(net, scale=float("nan"))

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import training
+from fmjax import sampling, training
 from fmjax.experiments import assemble, specs, workdir
 from fmjax.keys import as_keys, example_keys, normal
-from fmjax.sampling import guidance
 from fmjax.storage import checkpoint, files
 from fmjax.training import hooks, logs, loop, sharding
 from fmjax.types import Batch
@@ -220,9 +219,9 @@ def test_a_net_told_the_scale_is_trained_at_random_scales_and_asked_at_the_confi
     net = {"name": "mlp", "width": 16, "depth": 1, "guided": True}
     cfg = config(net=net, method=name, classes=10, label_dropout=0.25, guidance=3.0, coupling="independent")
     plan = assemble.assemble(cfg)
-    options = {"teacher": guidance.guided_teacher(plan.model.net, null=10)} if name == "lagrangian" else {"null": 10}
+    options = {"teacher": sampling.guided_teacher(plan.model.net, null=10)} if name == "lagrangian" else {"null": 10}
     method = specs.from_spec("methods", {"name": name, **options}, plan.model.net)
-    method = guidance.label_dropout(guidance.random_scale(method), rate=0.25, null=10)
+    method = sampling.label_dropout(sampling.random_scale(method), rate=0.25, null=10)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda a: a + 0.3 * rng.standard_normal(a.shape, np.float32), loop.initial(plan))
     keys, batch = example_keys(jax.random.key(0), jnp.arange(32)), jax.tree.map(jnp.asarray, plan.batch(0))

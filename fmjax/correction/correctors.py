@@ -307,7 +307,7 @@ def nfe(corrector: str, *, each: int = 1, steps: int = 1, loops: int = 1) -> int
                                                  backward), 0 for ``kernel_drift``
     ``langevin``           ``each steps``        the score: of a ``score_of`` 1
     ``mala``               ``each (steps + 1)``  the score and the log-density together
-    ``restart``            ``each steps loops``  the step: ``solvers.nfe``, or 1 for a flow map
+    ``restart``            ``each steps loops``  the step's own, or 1 for a flow map
     =====================  ====================  ==================================================================
 
     >>> nfe("restart", each=4, steps=3, loops=2)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from fmjax import sampling
 from fmjax.data.arrays import Rows
 from fmjax.keys import example_keys, normal
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.storage.shards import Manifest
 from fmjax.types import FlowMapFn, Params, VelocityFn, over_batch
 
@@ -48,9 +48,9 @@ def carry(
     grid = ts[::-1] if backward else ts
     if backward and exact:
         # a map need not know the way back, from which a solver's step starts
-        step = bound if learned else solvers.runge_kutta(bound, solvers.tableau(solver))
+        step = bound if learned else sampling.runge_kutta(bound, sampling.tableau(solver))
         start = (lambda y, s, t, cond=None, key=None: y) if learned else None
-        back = solvers.inverse(step, iterations=ITERATIONS[learned], start=start)
+        back = sampling.inverse(step, iterations=ITERATIONS[learned], start=start)
         xs = sampling.sample(back, x, grid, trajectory=True)[::-1]
         rms = lambda y: jnp.sqrt(jnp.mean(y.reshape(len(y), -1) ** 2, 1))
         residual = lambda a, b, s, t: rms(step(a, over_batch(s, x), over_batch(t, x)) - b) / (1 + rms(b))
@@ -60,7 +60,7 @@ def carry(
     if learned:
         xs, result = sampling.sample(bound, x, grid, trajectory=True), None
     else:
-        xs, result = solvers.integrate(bound, x, grid, solver=solver)
+        xs, result = sampling.integrate(bound, x, grid, solver=solver)
     return xs[::-1] if backward else xs, result, None
 
 
@@ -69,10 +69,10 @@ def nfe(n: int, *, direction: str, solver: str, backward_map: str | None) -> int
     learned = solver == FLOW_MAP
     if direction == "backward" and backward_map == "inverse":
         starts, steps = (0 if learned else 1), ITERATIONS[learned] + 2  # the residuals, and the defect's
-        return n * (starts + steps) * (1 if learned else solvers.nfe(solver))
+        return n * (starts + steps) * (1 if learned else len(sampling.tableau(solver).b))
     if learned:
         return n
-    tableau = getattr(solvers.diffrax_solver(solver), "tableau", None)
+    tableau = getattr(sampling.diffrax_solver(solver), "tableau", None)
     if not hasattr(tableau, "b_sol") or getattr(tableau, "a_diagonal", None) is not None:
         return None
     # its last stage is the next step's first, which the first step has to evaluate
@@ -181,8 +181,8 @@ def check_how(direction: str, solver: str, backward_map: str) -> None:
     if solver == FLOW_MAP:
         return
     if direction == "backward" and backward_map == "inverse":
-        solvers.tableau(solver)  # only these steps can be inverted
-    solvers.diffrax_solver(solver)
+        sampling.tableau(solver)  # only these steps can be inverted
+    sampling.diffrax_solver(solver)
 
 
 def check_solved(x, finite, result, defect, index: np.ndarray, m: Manifest, tol: float) -> None:
@@ -195,7 +195,7 @@ def check_solved(x, finite, result, defect, index: np.ndarray, m: Manifest, tol:
         raise RuntimeError(f"{what} left finite numbers at step {at} in {_name(bad)}; check the parameters{hint}")
     if result is not None:
         worst = jax.tree.map(jnp.max, result)  # over devices; success is the least code
-        solvers.check(x, worst, what=f"{what} of examples {index[0]} .. {index[-1]}")
+        sampling.check_solve(x, worst, what=f"{what} of examples {index[0]} .. {index[-1]}")
     if defect is None:
         return
     defect = np.asarray(defect)[: len(index)]

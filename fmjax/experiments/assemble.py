@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from fmjax import training
+from fmjax import sampling, training
 from fmjax.data import arrays
 from fmjax.experiments import specs, workdir
 from fmjax.methods import weighting
@@ -145,8 +145,8 @@ def _conditional(method: Method, cfg, classes: int, told: bool) -> Method:
         what = "a guided net" if told else f"guidance={cfg.guidance}"
         raise ValueError(f"{what} needs a network that knows the null label: set label_dropout=0.1")
     if told:
-        method = guidance.random_scale(method)
-    method = guidance.label_dropout(method, rate=cfg.label_dropout, null=classes)
+        method = sampling.random_scale(method)
+    method = sampling.label_dropout(method, rate=cfg.label_dropout, null=classes)
     if told:
         at = lambda view: view and (lambda params: guidance.at_scale(view(params), cfg.guidance))
         return method._replace(velocity=at(method.velocity), flow_map=at(method.flow_map), score=None)

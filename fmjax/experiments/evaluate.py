@@ -27,12 +27,13 @@ from fmjax.keys import as_keys, fold_in, normal
 from fmjax.metrics import features, two_sample
 from fmjax.metrics.frechet import frechet
 from fmjax.metrics.two_sample import mean_se
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.storage import checkpoint, files
 from fmjax.training import logs
 from fmjax.types import Corrector, FlowMapFn, Method, Params
 
 FLOW_MAP = "flow_map"  # the solver of settings that jump with the learned map
+SDES = ("euler_maruyama", "stochastic_heun", "reverse_diffusion")
 # corrections that nobody trains, and their options with what stands for one that is not given (None: it must be)
 UNTRAINED = {"drift": {"alpha": None, "bandwidth": None, "beta": 0.0}, "restart": {"to": None, "inner": 1, "loops": 1}}
 SHOWN = 36  # examples in a grid of samples
@@ -76,11 +77,16 @@ class Setting(NamedTuple):
 
     def cost(self) -> sampling.Cost:
         """NFE and corrections; a step of a flow map evaluates its network once."""
-        stages = 1 if self.solver == FLOW_MAP else solvers.nfe(self.solver)
+        each_step = 1 if self.solver == FLOW_MAP else stages(self.solver)
         if self.by == "restart":
-            each = correctors.nfe("restart", each=stages, steps=self.inner, loops=self.loops)
-            return sampling.cost(self.steps, self.at, step_nfe=stages, corrector_nfe=each)
-        return sampling.cost(self.steps, self.at if self.alpha else (), step_nfe=stages, corrector_nfe=self.each)
+            each = correctors.nfe("restart", each=each_step, steps=self.inner, loops=self.loops)
+            return sampling.cost(each_step, self.steps, self.at, each)
+        return sampling.cost(each_step, self.steps, self.at if self.alpha else (), self.each)
+
+
+def stages(solver: str) -> int:
+    """Return the network evaluations of one step of a solver by name."""
+    return sampling.evaluations(specs.step(solver)(lambda x, t, cond=None: x))
 
 
 class Models(NamedTuple):
@@ -119,7 +125,7 @@ def settings(
     words = lambda solver, n: f"{title(solver)}, {n} step{'s' if n > 1 else ''}"
     found = []
     for solver, counts in plain.items():
-        solver == FLOW_MAP or solvers.nfe(solver)
+        solver == FLOW_MAP or stages(solver)
         for n in counts:
             grids.uniform_grid(n)
             found.append(Setting(words(solver, n), title(solver), solver, n))
@@ -214,7 +220,7 @@ def main(cfg, path: str | Path) -> None:
     left_out = ("seeds", "samples") if jumps else ("seeds", "samples", FLOW_MAP)
     solve = {name: steps for name, steps in s.items() if name not in left_out}
     found = settings(solve, {})
-    sde = [name for name in solve if name in solvers.SDE_STAGES]
+    sde = [name for name in solve if name in SDES]
     if sde and along.gamma is None and cfg.coupling != "independent":
         raise ValueError(
             f"{sde[0]} takes its score from the velocity, which has it for coupling='independent' only; take a solver "
@@ -236,7 +242,7 @@ def main(cfg, path: str | Path) -> None:
     metrics, net = distances(data)
     rows, _ = compare(drawn, metrics, training_samples(data, seeds=s.seeds, samples=s.samples, seed=cfg.seed))
     # guidance asks the network twice, and an SDE step on a path with a latent once more, for the score
-    latent = lambda row: models.path.gamma is not None and row.family in solvers.SDE_STAGES
+    latent = lambda row: models.path.gamma is not None and row.family in SDES
     rows = [row._replace(nfe=row.nfe * (1 + (cfg.guidance != 1 and not told) + latent(row))) for row in rows]
     facts = {"step": str(step), "guidance": str(cfg.guidance), "samples": f"{s.seeds} seeds of {s.samples}"}
     if net is not None:

@@ -32,7 +32,7 @@ from fmjax.experiments.report import Row
 from fmjax.keys import fold_in, normal
 from fmjax.metrics import spectrum
 from fmjax.metrics.two_sample import mean_se
-from fmjax.sampling import diffusion, grids, solvers
+from fmjax.sampling import diffusion, grids
 from fmjax.storage import checkpoint, files
 from fmjax.straightening import segments
 from fmjax.straightening.models import FULL, TEACHER
@@ -191,7 +191,8 @@ def compare(cfg, ready: Setup, methods: dict[str, Method], params: dict[str, Par
     reference = draw(lambda params: specs.step(s.solver)(flow(params[TEACHER])), params, noise, ts, index)
     metrics, _ = evaluate.distances(ready.data)
     by_seed = lambda x: x.reshape(cfg.sampling.seeds, cfg.sampling.samples, *x.shape[1:])
-    many = Sampler(f"{TEACHER}, {s.solver}", f"{len(ts) - 1} steps", None, ts, solvers.nfe(s.solver) * (len(ts) - 1))
+    nfe = evaluate.stages(s.solver) * (len(ts) - 1)
+    many = Sampler(f"{TEACHER}, {s.solver}", f"{len(ts) - 1} steps", None, ts, nfe)
     rows, spectra = [], {}
     shown = {"held-out data": ready.data.test_x, f"{many.family}, {many.name}": reference[-1]}
     found = [*_allocated(cfg, ready.models, methods), *_baselines(cfg, ready, methods, params, noise)]
@@ -261,23 +262,23 @@ def _baselines(cfg, ready: Setup, methods, params, noise) -> list[Sampler]:
     of = lambda make: lambda params: make(flow(params[TEACHER]))
     fine = grids.edm_grid(GITS["n"])
     along = draw(of(diffusion.edm_heun), params, noise[: GITS["examples"]], fine, range(len(fine)))
-    of_jumps = lambda params, xs: grids.jump_costs(diffusion.ddim(flow(params)), xs, fine)
+    of_jumps = lambda params, xs: sampling.jump_costs(diffusion.ddim(flow(params)), xs, fine)
     costs = np.asarray(jax.jit(of_jumps)(params[TEACHER], along))
     for n in s.baselines:
         even, levels = grids.uniform_grid(n), grids.edm_grid(n)
         heun = grids.edm_grid((n + 1) // 2)
-        best = fine[list(grids.best_steps(costs, n, growth=GITS["growth"]))]
+        best = fine[list(sampling.best_steps(costs, n, growth=GITS["growth"]))]
         found += [
-            Sampler(f"{TEACHER}, Euler", f"{n} even steps", of(solvers.euler), even, n),
-            Sampler(f"{TEACHER}, Euler on EDM's grid", f"of {n}", of(solvers.euler), levels, n),
+            Sampler(f"{TEACHER}, Euler", f"{n} even steps", of(sampling.euler), even, n),
+            Sampler(f"{TEACHER}, Euler on EDM's grid", f"of {n}", of(sampling.euler), levels, n),
             Sampler(
                 f"{TEACHER}, EDM's Heun", f"grid of {len(heun) - 1}", of(diffusion.edm_heun), heun, 2 * len(heun) - 3
             ),
-            Sampler(f"{TEACHER}, DPM-Solver++(2M)", f"grid of {n}", of(diffusion.dpmpp_2m), levels, n),
+            Sampler(f"{TEACHER}, DPM-Solver++(2M)", f"grid of {n}", of(sampling.dpmpp_2m), levels, n),
             Sampler(f"{TEACHER}, DDIM", f"GITS's grid of {n}", of(diffusion.ddim), best, n),
         ]
         if s.full:
-            reflowed = lambda params: solvers.euler(methods[FULL].velocity(params[FULL]))
+            reflowed = lambda params: sampling.euler(methods[FULL].velocity(params[FULL]))
             found.append(Sampler(f"{FULL}, Euler", f"{n} even steps", reflowed, even, n))
     return found
 

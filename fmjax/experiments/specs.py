@@ -24,11 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from fmjax import couplings, paths
+from fmjax import couplings, paths, sampling
 from fmjax.checks import nearest
 from fmjax.data import arrays
 from fmjax.nets import adapters, preconditioning
-from fmjax.sampling import guidance
 from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Net, VelocityFn
 
 Spec = Any  # a ConfigDict is no Mapping; what a spec may be is checked where it is opened
@@ -44,7 +43,7 @@ def resolve(package: str, name: str, *, takes: Names | None = None, like: Callab
 
     Raises ``ValueError`` for an unknown name, with the nearest and all valid ones.
 
-    >>> resolve("sampling.solvers", "heun").__name__, resolve("nets", "mlp").__name__
+    >>> resolve("sampling", "heun").__name__, resolve("nets", "mlp").__name__
     ('heun', 'MLP')
     """
     offered = _offered(package, name, takes, like)
@@ -137,7 +136,7 @@ def method(
     if getattr(net, "logit", False) and typing.get_type_hints(function).get("net") is not LogitNet:
         raise ValueError(f"{_label(function)} needs a net of x's shape, not a logit's: logit=False, or net 'unet'")
     options = _options(function)
-    teacher = None if null is None or "null" in options else guidance.guided_teacher(net, null=null)
+    teacher = None if null is None or "null" in options else sampling.guided_teacher(net, null=null)
     given = {"path": path, "null": null, "teacher": teacher, "mean": mean() if mean and "mean" in options else None}
     return from_spec("methods", spec, net, takes=("net",), **{k: v for k, v in given.items() if v is not None})
 
@@ -172,13 +171,11 @@ def coupling(
 def step(
     spec: Spec, *, path: paths.Path | None = None, score: VelocityFn | None = None
 ) -> Callable[[VelocityFn], FlowMapFn]:
-    """A step of ``solvers`` or ``diffusion`` without its velocity: ``"rk4"``, ``{"name": "ddim", "eta": 1.0}``.
+    """A step of ``sampling`` without its velocity: ``"rk4"``, ``{"name": "ddim", "eta": 1.0}``.
 
     ``path`` goes to those that take one; along a path with a latent SDE steps find no score and get ``score``.
     """
-    diffusion = tuple(_offered("sampling.diffusion", None, ("velocity",), None))
-    room = "sampling.diffusion" if _open("sampling.solvers", spec)[0] in diffusion else "sampling.solvers"
-    made = _partial(room, spec, takes=("velocity",), also=diffusion)
+    made = _partial("sampling", spec, takes=("velocity",))
     if path is None or "path" not in _options(made):
         return made
     latent = path.gamma is not None and "score" in _options(made)
@@ -257,7 +254,9 @@ def _open(package: str, spec: Spec) -> tuple[str, dict[str, Any]]:
 def _offered(package: str, name: str | None, takes, like) -> dict[str, Callable]:
     """What a package offers by name: the functions of one file, or the main one of each file (only of ``name``'s)."""
     module = importlib.import_module(f"fmjax.{package}")
-    if hasattr(module, "__path__"):
+    if package == "sampling":
+        found = {key: f for key in module.__all__ if inspect.isfunction(f := getattr(module, key))}
+    elif hasattr(module, "__path__"):
         files = [m.name for m in pkgutil.iter_modules(module.__path__) if name in (None, m.name)]
         found = {file: _main(importlib.import_module(f"{module.__name__}.{file}"), file) for file in files}
     else:

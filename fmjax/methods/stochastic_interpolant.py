@@ -24,8 +24,8 @@ def stochastic_interpolant(
 
     [SF]2M (arXiv 2307.03672) is this with ``paths.schroedinger_bridge(sigma)`` and pairs of the entropic plan of
     regularisation ``2 sigma^2``: its loss ``|lambda s + z|^2``, ``lambda = 2 gamma / sigma^2``, for
-    ``s = sigma^2 S / 2`` is ``|n - z|^2``. Its SDE is ``solvers.euler_maruyama(velocity, score=score,
-    strength=sigma)``; ``solvers`` takes other strengths too, best such as vanish at both ends.
+    ``s = sigma^2 S / 2`` is ``|n - z|^2``. Its SDE is ``sampling.euler_maruyama(velocity, score=score,
+    strength=sigma)``; other strengths work too, best with zeros at both ends.
 
     ``antithetic`` averages over ``z`` and ``-z``: twice the evaluations, and the part of the gradient that grows as
     ``gamma'`` near the ends cancels. ``score`` is asked at the nearest time of ``[1e-3, 1 - 1e-3]``. ``aux``: ``t``

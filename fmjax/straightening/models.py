@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fmjax.sampling import solvers
+from fmjax import sampling
 from fmjax.straightening import segments
 from fmjax.times import check_bounds
 from fmjax.types import FlowMapFn, Method, Params, VelocityFn, over_batch
@@ -80,7 +80,7 @@ def velocities(model: Model, methods: Mapping[str, Method], params: Mapping[str,
     return [made[name] for name in model.networks]
 
 
-def step(each: Sequence[VelocityFn], bounds: Sequence[float], solver: Callable = solvers.euler) -> FlowMapFn:
+def step(each: Sequence[VelocityFn], bounds: Sequence[float], solver: Callable = sampling.euler) -> FlowMapFn:
     """A step of ``solver`` with the velocity of the segment in which it starts."""
     made = {id(v): solver(v) for v in each}
     return segments.piecewise([made[id(v)] for v in each], bounds)

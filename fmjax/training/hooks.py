@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fmjax import sampling
 from fmjax.keys import as_keys, normal
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.storage import checkpoint
 from fmjax.training.loop import Hook, Plan
 from fmjax.training.step import State
@@ -62,7 +62,7 @@ def pictures(plan: Plan, directory: str | Path, *, every: int, count: int = 36, 
         if plan.method.flow_map is not None:
             step, n = plan.method.flow_map(params), 1
         else:
-            step, n = solvers.euler(plan.method.velocity(params)), steps
+            step, n = sampling.euler(plan.method.velocity(params)), steps
         return sampling.sample(step, normal(keys, plan.shape), grids.uniform_grid(n), cond=labels)
 
     def hook(n: int, state: State) -> None:

@@ -11,12 +11,12 @@ from jax.sharding import PartitionSpec as P
 from scipy import integrate as quadrature
 
 from fmjax import oracles, sampling
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids, runge_kutta
 from fmjax.training import sharding
 from fmjax.types import expand, over_batch
 
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "rk38": 4}
-MIS_INDEXED = solvers.RK4._replace(c=(0, 0, 1 / 2, 1 / 2))  # torchdyn 1.0.6
+MIS_INDEXED = runge_kutta.RK4._replace(c=(0, 0, 1 / 2, 1 / 2))  # torchdyn 1.0.6
 
 
 def field(x, t, cond=None):
@@ -47,7 +47,7 @@ def toy():
 
 
 def solve(method, n, x, start=0.0, stop=1.0, velocity=field):
-    step = solvers.runge_kutta(velocity, method)
+    step = sampling.runge_kutta(velocity, method)
     ts = np.linspace(start, stop, n + 1)
     return jax.jit(lambda x: sampling.sample(step, x, ts))(x)
 
@@ -59,7 +59,7 @@ def error(method, n, x, start=0.0, stop=1.0):
 @pytest.mark.parametrize("name", ORDER)
 def test_a_tableau_meets_the_order_conditions_and_no_more(name):
     """Butcher's conditions, one for each rooted tree; row sums are the abscissae."""
-    a, b, c = solvers.TABLEAUS[name]
+    a, b, c = runge_kutta.TABLEAUS[name]
     n = len(b)
     a = np.array([list(row) + [0.0] * (n - len(row)) for row in a]).reshape(n, n)
     b, c = np.array(b, float), np.array(c, float)
@@ -75,15 +75,15 @@ def test_a_tableau_meets_the_order_conditions_and_no_more(name):
     for order, group in enumerate(conditions, 1):
         holds = all(abs(got - want) < 1e-14 for got, want in group)
         assert holds == (order <= ORDER[name])
-    assert solvers.nfe(name) == n == {1: 1, 2: 2, 4: 4}[ORDER[name]]
+    assert getattr(sampling, name)(field).nfe == n == {1: 1, 2: 2, 4: 4}[ORDER[name]]
 
 
 @pytest.mark.parametrize(
     ("method", "x", "published"),
     [
-        (solvers.RK4, 1.0, {5: 1.7e-5, 10: 5.4e-7, 20: 1.6e-8}),
-        (solvers.RK38, 1.0, {5: 2.1e-5, 10: 1.1e-6, 20: 6.4e-8}),
-        (solvers.RK4, 0.0, {5: 1.1e-6, 10: 7.5e-8, 20: 4.3e-9, 40: 2.5e-10}),
+        (runge_kutta.RK4, 1.0, {5: 1.7e-5, 10: 5.4e-7, 20: 1.6e-8}),
+        (runge_kutta.RK38, 1.0, {5: 2.1e-5, 10: 1.1e-6, 20: 6.4e-8}),
+        (runge_kutta.RK4, 0.0, {5: 1.1e-6, 10: 7.5e-8, 20: 4.3e-9, 40: 2.5e-10}),
         (MIS_INDEXED, 1.0, {5: 8.1e-2, 10: 3.9e-2, 20: 1.9e-2}),
     ],
 )
@@ -96,7 +96,7 @@ def test_errors_on_a_time_dependent_field_are_the_published_ones(method, x, publ
 @pytest.mark.parametrize("name", ORDER)
 @pytest.mark.parametrize(("start", "stop"), [(0.0, 1.0), (1.0, 0.0)])
 def test_the_error_falls_at_the_order_of_the_method_in_both_directions(name, start, stop, x64):
-    method = solvers.TABLEAUS[name]  # from x = 0: from others the leading term of rk4 changes its sign, or vanishes
+    method = runge_kutta.TABLEAUS[name]  # from x = 0: from others the leading term of rk4 changes its sign, or vanishes
     slope = np.log2(error(method, 80, 0.0, start, stop) / error(method, 160, 0.0, start, stop))
     assert abs(slope - ORDER[name]) < 0.2
 
@@ -110,14 +110,14 @@ def test_a_step_by_name_is_the_step_of_its_tableau(name, x64):
         jax.debug.callback(lambda t: seen.append(np.asarray(t)), t)
         return field(x, t)
 
-    got = jax.block_until_ready(solvers.STEPS[name](velocity)(x, s, t))
+    got = jax.block_until_ready(getattr(sampling, name)(velocity)(x, s, t))
     jax.effects_barrier()
-    a, b, c = solvers.TABLEAUS[name]
+    a, b, c = runge_kutta.TABLEAUS[name]
     h, ks = (t - s)[:, None], []
     for row, ci in zip(a, c, strict=True):
         ks.append(field(x + h * sum(w * k for w, k in zip(row, ks, strict=True)), s + ci * (t - s)))
     np.testing.assert_allclose(got, x + h * sum(w * k for w, k in zip(b, ks, strict=True)), rtol=1e-14)
-    assert len(seen) == solvers.nfe(name)  # evaluations, not only stages
+    assert len(seen) == getattr(sampling, name)(field).nfe  # evaluations, not only stages
     np.testing.assert_allclose(sorted(s[0] for s in seen), sorted(0.1 + 0.3 * ci for ci in c), rtol=1e-14)
 
 
@@ -125,9 +125,9 @@ def test_every_example_steps_over_its_own_interval_and_condition(x64):
     velocity = lambda x, t, cond: cond[:, None] * field(x, t)
     x, cond = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([1.0, -1.0, 0.5])
     s, t = jnp.array([0.0, 0.5, 1.0]), jnp.array([0.3, 0.5, 0.6])
-    together = solvers.rk4(velocity)(x, s, t, cond)
+    together = sampling.rk4(velocity)(x, s, t, cond)
     for i in range(3):
-        alone = solvers.rk4(velocity)(x[i : i + 1], s[i], t[i], cond[i : i + 1])
+        alone = sampling.rk4(velocity)(x[i : i + 1], s[i], t[i], cond[i : i + 1])
         np.testing.assert_allclose(together[i], alone[0], rtol=1e-14)
     assert together[1, 0] == 2.0  # a step of no length is the identity
 
@@ -138,9 +138,9 @@ def test_the_hand_written_scan_agrees_with_diffrax(name, ts, x64):
     """Saved states at every time, on even and uneven grids, rising and falling, to rounding."""
     _, velocity = toy()
     x = jax.random.normal(jax.random.key(1), (4, 2), jnp.float64)
-    by_hand = sampling.sample(solvers.STEPS[name](velocity), x, ts, trajectory=True)
-    xs, result = jax.jit(lambda x: solvers.integrate(velocity, x, ts, solver=name))(x)
-    np.testing.assert_allclose(solvers.check(xs, result), by_hand, rtol=1e-11, atol=1e-12)
+    by_hand = sampling.sample(getattr(sampling, name)(velocity), x, ts, trajectory=True)
+    xs, result = jax.jit(lambda x: sampling.integrate(velocity, x, ts, solver=name))(x)
+    np.testing.assert_allclose(sampling.check_solve(xs, result), by_hand, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["heun", "rk4"])
@@ -148,8 +148,8 @@ def test_in_float32_they_agree_to_its_rounding(name):
     """A rounding of 2^-24 in each of 40 evaluations, times the size of the states (2) and their stretch (below 10)."""
     x = jnp.linspace(-1, 1, 6).reshape(3, 2)
     for ts in (grids.uniform_grid(10), grids.uniform_grid(10)[::-1]):
-        by_hand = sampling.sample(solvers.STEPS[name](field), x, ts, trajectory=True)
-        xs, _ = solvers.integrate(field, x, ts, solver=name)
+        by_hand = sampling.sample(getattr(sampling, name)(field), x, ts, trajectory=True)
+        xs, _ = sampling.integrate(field, x, ts, solver=name)
         assert xs.dtype == by_hand.dtype == jnp.float32
         np.testing.assert_allclose(xs, by_hand, atol=40 * 20 * 2.0**-24)
 
@@ -161,8 +161,8 @@ def test_an_adaptive_solve_meets_its_tolerance_on_a_gaussian(ts, x64):
     x = jax.random.normal(jax.random.key(2), (8, 2), jnp.float64)
     true = jnp.stack([oracle.flow_map(x, ts[0], t) for t in np.float32(ts).astype(float)])
     for tol in (1e-4, 1e-7):
-        xs, result = solvers.integrate(oracle.velocity, x, ts, solver="Tsit5", rtol=tol, atol=tol)
-        gap = float(jnp.abs(solvers.check(xs, result) - true).max())
+        xs, result = sampling.integrate(oracle.velocity, x, ts, solver="Tsit5", rtol=tol, atol=tol)
+        gap = float(jnp.abs(sampling.check_solve(xs, result) - true).max())
         assert tol / 1000 < gap < 30 * tol
 
 
@@ -172,9 +172,9 @@ def test_an_adaptive_solve_agrees_with_scipy(x64):
     flat = jax.jit(lambda t, y: velocity(y.reshape(4, 2), t).ravel())
     want = quadrature.solve_ivp(flat, (0.0, 1.0), np.asarray(x).ravel(), method="DOP853", rtol=1e-11, atol=1e-11)
     want = want.y[:, -1].reshape(4, 2)
-    xs, result = solvers.integrate(velocity, x, [0.0, 1.0], solver=diffrax.Dopri8(), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(solvers.check(xs, result)[-1], want, atol=1e-6)
-    step = solvers.from_diffrax(velocity, rtol=1e-9, atol=1e-9)
+    xs, result = sampling.integrate(velocity, x, [0.0, 1.0], solver=diffrax.Dopri8(), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(sampling.check_solve(xs, result)[-1], want, atol=1e-6)
+    step = sampling.from_diffrax(velocity, rtol=1e-9, atol=1e-9)
     there = sampling.sample(step, x, [0.0, 0.6, 1.0])
     np.testing.assert_allclose(there, want, atol=1e-6)
     np.testing.assert_allclose(sampling.sample(step, there, [1.0, 0.6, 0.0]), x, atol=1e-6)
@@ -184,10 +184,10 @@ def test_the_hardest_example_sets_the_step(x64):
     """Among 63 examples that do not move it is solved as if alone: the error is not diluted by a mean."""
     velocity = lambda x, t, cond=None: 8 * expand(jnp.cos(10 * t), x) * x
     hard, crowd = jnp.ones((1, 2)), jnp.zeros((64, 2)).at[5].set(1.0)
-    alone, _ = solvers.integrate(velocity, hard, [0.0, 1.0], solver="Tsit5", rtol=1e-3, atol=1e-3)
-    among, _ = solvers.integrate(velocity, crowd, [0.0, 1.0], solver="Tsit5", rtol=1e-3, atol=1e-3)
+    alone, _ = sampling.integrate(velocity, hard, [0.0, 1.0], solver="Tsit5", rtol=1e-3, atol=1e-3)
+    among, _ = sampling.integrate(velocity, crowd, [0.0, 1.0], solver="Tsit5", rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(among[:, 5], alone[:, 0], rtol=1e-12)
-    step = solvers.from_diffrax(velocity, rtol=1e-3, atol=1e-3)
+    step = sampling.from_diffrax(velocity, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(step(crowd, 0.0, 1.0)[5], step(hard, 0.0, 1.0)[0], rtol=1e-12)
 
 
@@ -196,19 +196,19 @@ def test_the_inverse_of_a_step_undoes_it_to_rounding(ts, x64):
     """The fixed point converges geometrically to the exact inverse, from the reverse step, which is not."""
     _, velocity = toy()
     x = jax.random.normal(jax.random.key(4), (16, 2), jnp.float64)
-    step = solvers.rk4(velocity)
+    step = sampling.rk4(velocity)
     y = step(x, *ts)
-    gaps = [float(jnp.abs(solvers.inverse(step, iterations=k)(y, *ts[::-1]) - x).max()) for k in (0, 4, 60)]
+    gaps = [float(jnp.abs(sampling.inverse(step, iterations=k)(y, *ts[::-1]) - x).max()) for k in (0, 4, 60)]
     assert gaps[0] > 1e-6 and gaps[1] < gaps[0] / 10
     assert gaps[2] < 1e-13
-    np.testing.assert_allclose(step(solvers.inverse(step, iterations=60)(x, *ts[::-1]), *ts), x, atol=1e-13)
+    np.testing.assert_allclose(step(sampling.inverse(step, iterations=60)(x, *ts[::-1]), *ts), x, atol=1e-13)
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("midpoint", 3), ("heun", 3), ("rk4", 5), ("rk38", 5)])
 def test_reverse_steps_undo_a_solve_up_to_their_order(name, order, x64):
     """Back from data and forth again: the leading local errors of an even order cancel, which gains one order."""
     oracle, velocity = toy()
-    method = solvers.TABLEAUS[name]
+    method = runge_kutta.TABLEAUS[name]
 
     def gap(n, examples=256):
         x = oracle.sample(jax.random.key(5), examples)
@@ -225,40 +225,40 @@ def test_reverse_steps_undo_a_solve_up_to_their_order(name, order, x64):
 def test_a_solve_that_leaves_finite_numbers_is_named_with_its_time(key):
     velocity = lambda x, t, cond=None: jnp.where(expand(t, x) > 0.55, jnp.nan, x)
     for ts, index in (grids.uniform_grid(10), 6), ([1.0, 0.5, 0.0], 1):
-        xs, result = solvers.integrate(velocity, jax.random.normal(key, (3, 2)), ts)
+        xs, result = sampling.integrate(velocity, jax.random.normal(key, (3, 2)), ts)
         with pytest.raises(RuntimeError, match=f"the noise left finite numbers at time index {index} of {len(ts) - 1}"):
-            solvers.check(xs, result, what="the noise")
+            sampling.check_solve(xs, result, what="the noise")
 
 
 def test_a_solve_that_runs_out_of_steps_says_so(key):
     x = jax.random.normal(key, (2, 2))
     options = {"solver": "Tsit5", "rtol": 1e-6, "atol": 1e-6}
     with pytest.raises(RuntimeError, match="the solve failed: .*maximum number of solver steps.* or raise max_steps"):
-        solvers.check(*solvers.integrate(field, x, [0.0, 1.0], max_steps=2, **options))
+        sampling.check_solve(*sampling.integrate(field, x, [0.0, 1.0], max_steps=2, **options))
     for late in (False, True):  # in whichever interval it happens
         fast = lambda x, t, cond=None: x * jnp.where((expand(t, x) > 0.5) == late, 20 * jnp.cos(40 * t[0]), 0)  # noqa: B023
         with pytest.raises(RuntimeError, match="maximum number of solver steps"):
-            solvers.check(*solvers.integrate(fast, x, [0.0, 0.5, 1.0], max_steps=9, **options))
-    enough = solvers.integrate(field, x, [0.0, 1.0], **options)
-    assert solvers.check(*enough) is enough[0]
+            sampling.check_solve(*sampling.integrate(fast, x, [0.0, 0.5, 1.0], max_steps=9, **options))
+    enough = sampling.integrate(field, x, [0.0, 1.0], **options)
+    assert sampling.check_solve(*enough) is enough[0]
     # a step has no result code: it turns to NaN, which the caller sees
-    hopeless = solvers.from_diffrax(lambda x, t, cond=None: x**2, rtol=1e-5, atol=1e-5)
+    hopeless = sampling.from_diffrax(lambda x, t, cond=None: x**2, rtol=1e-5, atol=1e-5)
     assert jnp.isnan(hopeless(jnp.full((1, 1), 10.0), 0.0, 1.0)).all()
 
 
 def test_unknown_solvers_and_half_a_tolerance_are_refused():
     x = jnp.zeros((1, 1))
     with pytest.raises(ValueError, match="no fixed-step solver 'rk5'; did you mean 'rk4'.*euler, midpoint, heun"):
-        solvers.tableau("rk5")
+        sampling.tableau("rk5")
     with pytest.raises(ValueError, match="no solver 'tsit5'; did you mean 'Tsit5'"):
-        solvers.integrate(field, x, [0.0, 1.0], solver="tsit5")
+        sampling.integrate(field, x, [0.0, 1.0], solver="tsit5")
     for wrong in ("PIDController", "nothing"):  # in diffrax, but no solver
         with pytest.raises(ValueError, match=f"no solver '{wrong}'.*any diffrax solver by name"):
-            solvers.integrate(field, x, [0.0, 1.0], solver=wrong)
+            sampling.integrate(field, x, [0.0, 1.0], solver=wrong)
     with pytest.raises(ValueError, match="both rtol and atol or neither, got rtol=0.1, atol=None"):
-        solvers.integrate(field, x, [0.0, 1.0], rtol=0.1)
+        sampling.integrate(field, x, [0.0, 1.0], rtol=0.1)
     with pytest.raises(ValueError, match="strictly"):
-        solvers.integrate(field, x, [0.0, 0.0])
+        sampling.integrate(field, x, [0.0, 0.0])
 
 
 def test_no_host_callback_is_in_the_program():
@@ -269,17 +269,17 @@ def test_no_host_callback_is_in_the_program():
         stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3),
     ).ys  # fmt: skip
     assert "callback" in text(throwing)
-    assert "callback" not in text(lambda x: solvers.integrate(field, x, [0.0, 0.7, 1.0]))
+    assert "callback" not in text(lambda x: sampling.integrate(field, x, [0.0, 0.7, 1.0]))
     adaptive = {"solver": "Tsit5", "rtol": 0.1, "atol": 0.1}
-    assert "callback" not in text(lambda x: solvers.integrate(field, x, [1.0, 0.5, 0.2, 0.0], **adaptive))
-    assert "callback" not in text(lambda x: solvers.from_diffrax(field)(x, 0.0, 1.0))
+    assert "callback" not in text(lambda x: sampling.integrate(field, x, [1.0, 0.5, 0.2, 0.0], **adaptive))
+    assert "callback" not in text(lambda x: sampling.from_diffrax(field)(x, 0.0, 1.0))
 
 
 @pytest.mark.parametrize("solver", ["rk4", "Tsit5"])
 def test_eight_devices_solve_what_one_solves(solver):
     _, velocity = toy()
     x = jax.random.normal(jax.random.key(6), (16, 2))
-    run = functools.partial(solvers.integrate, velocity, ts=[1.0, 0.6, 0.1, 0.0], solver=solver)
+    run = functools.partial(sampling.integrate, velocity, ts=[1.0, 0.6, 0.1, 0.0], solver=solver)
     spread = jax.shard_map(
         lambda x: run(x)[0], mesh=sharding.make_mesh(), in_specs=P("data"), out_specs=P(None, "data"), check_vma=False
     )
