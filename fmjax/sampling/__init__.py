@@ -4,6 +4,7 @@ from fmjax.sampling.adaptive import check_solve, diffrax_solver, from_diffrax, i
 from fmjax.sampling.conversions import as_flow, denoiser, velocity_of
 from fmjax.sampling.costs import Cost, cost, evaluations
 from fmjax.sampling.diffusion import ddim, edm_heun, reverse_diffusion
+from fmjax.sampling.explicit import Tableau, euler, heun, midpoint, rk4, rk38, runge_kutta, tableau
 from fmjax.sampling.fixed_point import anderson, inverse
 from fmjax.sampling.grid_search import best_steps, curvature, even_grid, jump_costs, steps_per_segment
 from fmjax.sampling.grids import (
@@ -31,7 +32,6 @@ from fmjax.sampling.likelihood import (
     log_density,
 )
 from fmjax.sampling.multistep import dpmpp_2m, initial_noise, ipndm
-from fmjax.sampling.runge_kutta import Tableau, euler, heun, midpoint, rk4, rk38, runge_kutta, tableau
 from fmjax.sampling.sample import SampleInfo, renoised, sample, source_sample, source_scale, with_memory
 from fmjax.sampling.stochastic import draw_noise, euler_maruyama, memoryless, stochastic_heun
 

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from fmjax.checks import nearest
 from fmjax.sampling import grids
-from fmjax.sampling.runge_kutta import TABLEAUS, tableau
+from fmjax.sampling.explicit import TABLEAUS, tableau
 from fmjax.sampling.states import time_dtype, wide_state
 from fmjax.types import Cond, Costed, VelocityFn, expand, over_batch
 

@@ -244,7 +244,7 @@ def flow_map_log_density(
     if not off <= tolerance:
         raise ValueError(
             f"tolerance={tolerance:g}: the round trip of x to the noise and back is off by {off:.3g} of its size: "
-            "this flow map is not its own inverse. Train both orders of times with flow_map_matching, or use log_density."
+            "this flow map is not its own inverse. Train both orders with flow_map_matching, or use log_density."
         )
     axes = jnp.eye(d, dtype=x.dtype).reshape(d, *x.shape[1:])
     columns = jax.lax.map(lambda e: push(jnp.broadcast_to(e, x.shape)), axes, batch_size=min(COLUMNS, d))

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from fmjax import paths
 from fmjax.keys import as_keys, normal
 from fmjax.sampling.costs import evaluations
-from fmjax.sampling.runge_kutta import euler, heun
+from fmjax.sampling.explicit import euler, heun
 from fmjax.types import Costed, VelocityFn, expand, over_batch
 
 Strength = float | str | Callable[[Array], Array]

@@ -11,12 +11,12 @@ from jax.sharding import PartitionSpec as P
 from scipy import integrate as quadrature
 
 from fmjax import oracles, sampling
-from fmjax.sampling import grids, runge_kutta
+from fmjax.sampling import explicit, grids
 from fmjax.training import sharding
 from fmjax.types import expand, over_batch
 
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "rk38": 4}
-MIS_INDEXED = runge_kutta.RK4._replace(c=(0, 0, 1 / 2, 1 / 2))  # torchdyn 1.0.6
+MIS_INDEXED = explicit.RK4._replace(c=(0, 0, 1 / 2, 1 / 2))  # torchdyn 1.0.6
 
 
 def field(x, t, cond=None):
@@ -59,7 +59,7 @@ def error(method, n, x, start=0.0, stop=1.0):
 @pytest.mark.parametrize("name", ORDER)
 def test_a_tableau_meets_the_order_conditions_and_no_more(name):
     """Butcher's conditions, one for each rooted tree; row sums are the abscissae."""
-    a, b, c = runge_kutta.TABLEAUS[name]
+    a, b, c = explicit.TABLEAUS[name]
     n = len(b)
     a = np.array([list(row) + [0.0] * (n - len(row)) for row in a]).reshape(n, n)
     b, c = np.array(b, float), np.array(c, float)
@@ -81,9 +81,9 @@ def test_a_tableau_meets_the_order_conditions_and_no_more(name):
 @pytest.mark.parametrize(
     ("method", "x", "published"),
     [
-        (runge_kutta.RK4, 1.0, {5: 1.7e-5, 10: 5.4e-7, 20: 1.6e-8}),
-        (runge_kutta.RK38, 1.0, {5: 2.1e-5, 10: 1.1e-6, 20: 6.4e-8}),
-        (runge_kutta.RK4, 0.0, {5: 1.1e-6, 10: 7.5e-8, 20: 4.3e-9, 40: 2.5e-10}),
+        (explicit.RK4, 1.0, {5: 1.7e-5, 10: 5.4e-7, 20: 1.6e-8}),
+        (explicit.RK38, 1.0, {5: 2.1e-5, 10: 1.1e-6, 20: 6.4e-8}),
+        (explicit.RK4, 0.0, {5: 1.1e-6, 10: 7.5e-8, 20: 4.3e-9, 40: 2.5e-10}),
         (MIS_INDEXED, 1.0, {5: 8.1e-2, 10: 3.9e-2, 20: 1.9e-2}),
     ],
 )
@@ -96,7 +96,7 @@ def test_errors_on_a_time_dependent_field_are_the_published_ones(method, x, publ
 @pytest.mark.parametrize("name", ORDER)
 @pytest.mark.parametrize(("start", "stop"), [(0.0, 1.0), (1.0, 0.0)])
 def test_the_error_falls_at_the_order_of_the_method_in_both_directions(name, start, stop, x64):
-    method = runge_kutta.TABLEAUS[name]  # from x = 0: from others the leading term of rk4 changes its sign, or vanishes
+    method = explicit.TABLEAUS[name]  # from x = 0: from others the leading term of rk4 changes its sign, or vanishes
     slope = np.log2(error(method, 80, 0.0, start, stop) / error(method, 160, 0.0, start, stop))
     assert abs(slope - ORDER[name]) < 0.2
 
@@ -112,7 +112,7 @@ def test_a_step_by_name_is_the_step_of_its_tableau(name, x64):
 
     got = jax.block_until_ready(getattr(sampling, name)(velocity)(x, s, t))
     jax.effects_barrier()
-    a, b, c = runge_kutta.TABLEAUS[name]
+    a, b, c = explicit.TABLEAUS[name]
     h, ks = (t - s)[:, None], []
     for row, ci in zip(a, c, strict=True):
         ks.append(field(x + h * sum(w * k for w, k in zip(row, ks, strict=True)), s + ci * (t - s)))
@@ -208,7 +208,7 @@ def test_the_inverse_of_a_step_undoes_it_to_rounding(ts, x64):
 def test_reverse_steps_undo_a_solve_up_to_their_order(name, order, x64):
     """Back from data and forth again: the leading local errors of an even order cancel, which gains one order."""
     oracle, velocity = toy()
-    method = runge_kutta.TABLEAUS[name]
+    method = explicit.TABLEAUS[name]
 
     def gap(n, examples=256):
         x = oracle.sample(jax.random.key(5), examples)
