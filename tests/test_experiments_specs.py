@@ -185,7 +185,7 @@ def test_a_law_that_follows_the_progress_is_named_as_others_are_and_gets_it(key)
         method = specs.method({**spec, "diagonal": 0.0}, net)
         _, aux = method.loss(jnp.float32(1.0), jnp.float32(1.0), batch, as_keys(key, 4))
         np.testing.assert_allclose(aux["t"] - aux["s"], [1 / 8, 1 / 4, 1 / 2, 1], rtol=1e-6)
-    with pytest.raises(ValueError, match="fmjax.times has no 'ordered_pair' .*constant_fraction, ect_fraction"):
+    with pytest.raises(ValueError, match="fmjax.fractions has no 'ordered_pair' .*constant_fraction, ect_fraction"):
         specs.method({"name": "alpha_flow", "share": "ordered_pair"}, net)
 
 
