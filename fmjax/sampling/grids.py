@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fmjax import paths
-from fmjax.types import Cond, FlowMapFn, VelocityFn, over_batch
+from fmjax.types import Cond, Costed, FlowMapFn, VelocityFn, over_batch
 
 COSTS = ("chord", "distance")
 
@@ -239,8 +239,7 @@ def per_step(ts, values) -> Callable[[Array], Array]:
         value = values.astype(t.dtype)[jnp.argmin(gap, -1)]
         return jnp.where(jnp.min(gap, -1) <= SAME, value, jnp.nan)
 
-    at.check = lambda t: steps_at(ts, t)
-    return at
+    return Costed(at, nfe=0, check=lambda t: steps_at(ts, t))
 
 
 def check_grid(ts) -> np.ndarray:
