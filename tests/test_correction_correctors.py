@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from fmjax import oracles, paths, sampling
+from fmjax import correction, oracles, paths, sampling
 from fmjax.correction import correctors
 from fmjax.keys import as_keys, normal, split
 from fmjax.sampling import grids
@@ -38,7 +38,7 @@ def test_a_corrected_gaussian_has_the_closed_form_std(alpha, beta, a, b, sigma, 
     assert_std(info["noised"], np.sqrt(a**2 + beta**2))
     np.testing.assert_allclose(info["moved"], np.abs(y - info["noised"])[:, 0], atol=1e-6)
     ratio = (1 + beta**2 / a**2) * (1 - alpha * sigma**2 / (b**2 + sigma**2)) ** 2
-    told = float(correctors.dispersion_ratio(x, y))
+    told = float(correction.dispersion_ratio(x, y))
     assert told == pytest.approx(ratio, rel=1e-4 if beta == 0 else 4.5 * (4 / N) ** 0.5)
 
 
@@ -71,10 +71,10 @@ def test_presets_without_noise_contract_a_perfect_model_and_the_library_reports_
     q = b * normal(as_keys(key, 1000), (2,), jnp.float64)
     fix = correctors.marginal_matching(gaussian_direction(b, sigma), **correctors.preset(name, sigma))
     var, shrunk = np.var(q, 0), 1 - alpha * sigma**2 / (np.asarray(b) ** 2 + sigma**2)
-    ratio = float(correctors.dispersion_ratio(q, fix(None, q, 0.5)[0]))
+    ratio = float(correction.dispersion_ratio(q, fix(None, q, 0.5)[0]))
     assert ratio == pytest.approx(float((var * shrunk**2).sum() / var.sum()), rel=1e-9) and ratio < 0.95
     images = lambda x: (x + 3).reshape(-1, 2, 1)
-    assert float(correctors.dispersion_ratio(images(q), images(q))) == pytest.approx(1)
+    assert float(correction.dispersion_ratio(images(q), images(q))) == pytest.approx(1)
 
 
 def test_presets_by_name():
@@ -217,9 +217,9 @@ def test_noise_is_independent_between_steps_and_examples(key):
 def test_the_score_of_a_velocity_is_the_score_of_its_law(path, x64, key):
     oracle = oracles.mixture(jnp.asarray(MEANS[:, None]), jnp.asarray(STD), jnp.asarray(WEIGHTS), path=path)
     x, t = jax.random.normal(key, (9, 1), jnp.float64), jnp.linspace(0.0, 0.99, 9)
-    np.testing.assert_allclose(correctors.score_of(oracle.velocity, path=path)(x, t), oracle.score(x, t), rtol=1e-9)
+    np.testing.assert_allclose(correction.score_of(oracle.velocity, path=path)(x, t), oracle.score(x, t), rtol=1e-9)
     linear = oracles.gaussian(1.0, 0.5)
-    np.testing.assert_allclose(correctors.score_of(linear.velocity)(x, t), linear.score(x, t), rtol=1e-9)
+    np.testing.assert_allclose(correction.score_of(linear.velocity)(x, t), linear.score(x, t), rtol=1e-9)
 
 
 def test_under_a_coupling_what_the_velocity_gives_is_not_the_score(x64, key):
@@ -229,10 +229,10 @@ def test_under_a_coupling_what_the_velocity_gives_is_not_the_score(x64, key):
         jnp.zeros(1), jnp.zeros(1), jnp.array([[1.0, rho * a], [rho * a, a**2]]), path=paths.linear()
     )
     free, bound = law(0.0), law(1.0)
-    np.testing.assert_allclose(correctors.score_of(free.velocity)(x, t), free.score(x, t), rtol=1e-9)
+    np.testing.assert_allclose(correction.score_of(free.velocity)(x, t), free.score(x, t), rtol=1e-9)
     m = (1 - t + a * t)[:, None]
     np.testing.assert_allclose(bound.score(x, t), -x / m**2, rtol=1e-9)
-    np.testing.assert_allclose(correctors.score_of(bound.velocity)(x, t), -x / (m * (1 - t)[:, None]), rtol=1e-9)
+    np.testing.assert_allclose(correction.score_of(bound.velocity)(x, t), -x / (m * (1 - t)[:, None]), rtol=1e-9)
 
 
 @pytest.mark.parametrize("path", [paths.linear(), paths.trigonometric(), paths.vp()])
@@ -242,15 +242,15 @@ def test_the_score_at_the_end_is_refused_where_it_is_asked_for(path, key):
     oracle = oracles.gaussian(0.0, 0.5, path=path)
 
     def run(x, at, path=path):
-        fix = correctors.langevin(correctors.score_of(oracle.velocity, path=path), step=0.01)
+        fix = correctors.langevin(correction.score_of(oracle.velocity, path=path), step=0.01)
         return sampling.sample(lambda x, s, t, cond=None, key=None: x, x, ts, key=key, corrector=fix, at=at)
 
     assert np.isfinite(jax.jit(run, static_argnums=1)(x, (1, 3))).all()
     with pytest.raises(ValueError, match="the score at t=1 is not in the velocity"):
         jax.jit(run, static_argnums=1)(x, (1, 4))
-    assert correctors.score_of(oracle.velocity, path=paths.ve()).check(ts) is None
+    assert correction.score_of(oracle.velocity, path=paths.ve()).check(ts) is None
     with pytest.raises(ValueError, match="score_of needs a path without a latent"):
-        correctors.score_of(oracle.velocity, path=paths.two_sided())
+        correction.score_of(oracle.velocity, path=paths.two_sided())
 
 
 def test_alpha_and_beta_may_depend_on_the_time_of_each_example(x64, key):

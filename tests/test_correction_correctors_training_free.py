@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
-from fmjax import oracles, paths, sampling
+from fmjax import correction, oracles, paths, sampling
 from fmjax.correction import correctors
 from fmjax.keys import as_keys, normal, split
 from fmjax.sampling import grids, likelihood
@@ -208,7 +208,7 @@ def test_the_kernel_drift_is_the_difference_of_the_scores_of_kernel_densities(sh
     (p, q), ts = banks(key, shape), [0.0, 0.5, 1.0]
     x, step = jax.random.normal(jax.random.key(1), (5, *shape), jnp.float64), [2, 0, 1, 2, 0]
     t = jnp.asarray(ts)[jnp.asarray(step)]
-    got = jax.jit(correctors.kernel_drift(p, q, ts=ts, bandwidth=bandwidth))(x, t)
+    got = jax.jit(correction.kernel_drift(p, q, ts=ts, bandwidth=bandwidth))(x, t)
     for i, n in enumerate(step):
         h = bandwidth(t[i]) if callable(bandwidth) else bandwidth
         log_kde = lambda x, bank: jax.nn.logsumexp(
@@ -221,7 +221,7 @@ def test_the_kernel_drift_is_the_difference_of_the_scores_of_kernel_densities(sh
 def test_equal_banks_do_not_drift_and_far_points_stay_finite(key):
     p, q = banks(key, (2,), dtype=jnp.float32)
     x = 30 * jax.random.normal(jax.random.key(1), (7, 2))
-    drift = functools.partial(correctors.kernel_drift, ts=[0.0, 0.5, 1.0], bandwidth=0.05)
+    drift = functools.partial(correction.kernel_drift, ts=[0.0, 0.5, 1.0], bandwidth=0.05)
     np.testing.assert_array_equal(jax.jit(drift(p, p))(x, 0.5), 0 * x)
     moved = jax.jit(drift(p, q))(x, 0.5)
     assert np.isfinite(moved).all() and (moved != 0).all()
@@ -233,7 +233,7 @@ def test_the_mean_of_a_shifted_gaussian_moves_by_its_share_of_the_gap(key):
     moved = []
     fixed = jax.jit(  # the banks are arguments
         lambda p, q, x, key: correctors.marginal_matching(
-            correctors.kernel_drift(p, q, ts=[0.0, 1.0], bandwidth=h), alpha=a
+            correction.kernel_drift(p, q, ts=[0.0, 1.0], bandwidth=h), alpha=a
         )(as_keys(key, len(x)), x, 1.0)[0]
     )
     for k in jax.random.split(key, 32):
@@ -249,7 +249,7 @@ def test_the_mean_of_a_shifted_gaussian_moves_by_its_share_of_the_gap(key):
 def test_banks_are_arguments_and_bad_ones_are_refused(key):
     (p, q), x = banks(key, (2,), dtype=jnp.float32), jnp.zeros((4, 2))
     ts, grid = [0.0, 0.5, 1.0], grids.uniform_grid(4)
-    direction = lambda p, q: correctors.kernel_drift(p, q, ts=ts, bandwidth=0.5)
+    direction = lambda p, q: correction.kernel_drift(p, q, ts=ts, bandwidth=0.5)
 
     def run(p, q, x, at=(0, 2, 4)):
         fix = correctors.marginal_matching(direction(p, q), alpha=0.5, beta=0.1)
@@ -264,7 +264,7 @@ def test_banks_are_arguments_and_bad_ones_are_refused(key):
         with pytest.raises(ValueError, match=r"banks \[examples, 3 steps, ...\] of one shape"):
             direction(*bad)
     with pytest.raises(ValueError, match="the bandwidth must be positive, got 0"):
-        correctors.kernel_drift(p, q, ts=ts, bandwidth=0.0)
+        correction.kernel_drift(p, q, ts=ts, bandwidth=0.0)
 
 
 def everything(counted=lambda name, f: f):
@@ -274,7 +274,7 @@ def everything(counted=lambda name, f: f):
     density = counted("density", lambda x, t, cond=None: oracle.log_density(x, t))
     velocity = counted("velocity", oracle.velocity)
     p, q = banks(jax.random.key(3), (2,), steps=1, dtype=jnp.float32)
-    drift = correctors.kernel_drift(p, q, ts=[0.75], bandwidth=0.5)
+    drift = correction.kernel_drift(p, q, ts=[0.75], bandwidth=0.5)
     return {
         "score": (correctors.marginal_matching(score, alpha=0.5, beta=0.2), "marginal_matching", {}),
         "drift": (correctors.marginal_matching(drift, alpha=0.5, beta=0.2), "marginal_matching", {"each": 0}),

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from fmjax import oracles, sampling
-from fmjax.correction import correctors, marginals
+from fmjax import correction, oracles, sampling
+from fmjax.correction import correctors
 from fmjax.oracles import mismatch
 from fmjax.sampling import grids
 
@@ -107,12 +107,12 @@ def built(tmp_path_factory):
     """
     ts, m, steps = grids.uniform_grid(120), flow(MIXED), (0, 30, 60, 90, 120)
     how = {"flow": "toy", "batch": 2048, "shard_size": 2048, "steps": steps}
-    make = functools.partial(marginals.build, lambda params: m.velocity, {}, ts, **how)
+    make = functools.partial(correction.build_marginals, lambda params: m.velocity, {}, ts, **how)
     forward, backward = (tmp_path_factory.mktemp(name) for name in "pq")
     make(directory=forward, direction="forward", count=2048, shape=(2,))
     data = np.asarray(RING.sample(jax.random.key(1), 2048))
     make(directory=backward, direction="backward", backward_map="inverse", data=data)
-    return marginals.read(forward), marginals.read(backward)
+    return correction.read_marginals(forward), correction.read_marginals(backward)
 
 
 def test_the_best_classifier_has_the_same_loss_at_every_step_of_built_marginals(built):

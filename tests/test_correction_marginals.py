@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fmjax import oracles
-from fmjax.correction import marginals, trajectories
+from fmjax import correction, oracles
+from fmjax.correction import trajectories
 from fmjax.keys import example_keys, normal
 from fmjax.sampling import grids
 from fmjax.storage import shards
@@ -42,8 +42,8 @@ def data(m, *shape):
 
 
 def build_read(directory, *args, **kwargs):
-    marginals.build(*args, directory=directory, flow="a", **kwargs)
-    return marginals.read(directory)
+    correction.build_marginals(*args, directory=directory, flow="a", **kwargs)
+    return correction.read_marginals(directory)
 
 
 def small(directory, velocity=SCALED, params=0.1, ts=None, **changes):
@@ -51,7 +51,7 @@ def small(directory, velocity=SCALED, params=0.1, ts=None, **changes):
     options = {"direction": "forward", "flow": "a", "count": 90, "shape": (3,), "solver": "euler", "batch": 16}
     options = options | {"shard_size": 32} | changes
     ts = grids.uniform_grid(4) if ts is None else ts
-    return marginals.build(velocity, jnp.float32(params), ts, directory=directory, **options)
+    return correction.build_marginals(velocity, jnp.float32(params), ts, directory=directory, **options)
 
 
 def contents(directory):
@@ -161,7 +161,7 @@ def test_round_trip(x64, key):
     """Reverse fourth-order steps come back to order 5, inverse steps exactly (where they are fine enough)."""
     law, velocity = ring()
     x = law.sample(key, 300)
-    trip = lambda n, how: marginals.round_trip(velocity, 0.35, x, grids.uniform_grid(n), backward_map=how)
+    trip = lambda n, how: correction.round_trip(velocity, 0.35, x, grids.uniform_grid(n), backward_map=how)
     coarse, fine = trip(20, "reverse"), trip(40, "reverse")
     assert coarse / fine > 2**4
     assert 1e-4 < coarse < 1e-3  # 3.7e-4 is known for another sample
@@ -177,7 +177,7 @@ def test_record_is_the_example(tmp_path, built):
     np.testing.assert_array_equal(m.x[:, 0], x0)
     np.testing.assert_allclose(m.x, x0[:, None] * spread(ts)[:, None], rtol=1e-4, atol=1e-5)
     small(tmp_path / "some", steps=(4, 0, 3))
-    part, full = marginals.read(tmp_path / "some"), marginals.read(built)
+    part, full = correction.read_marginals(tmp_path / "some"), correction.read_marginals(built)
     np.testing.assert_array_equal(part.x, full.x[:, [0, 3, 4]])
     np.testing.assert_array_equal(part.ts, full.ts[[0, 3, 4]])
 
@@ -198,7 +198,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_eight_devices(tmp_path, way, monkeypatch):
     """The same numbers on 1 and 8 devices, and no communication in the program."""
-    lower, programs, found = trajectories.lower, [], []
+    lower, programs, found = trajectories.lower_solve, [], []
     monkeypatch.setattr(trajectories, "lower", lambda *args: programs.append(lower(*args)) or programs[-1])
     for n in (1, 8):
         options = {"mesh": Mesh(np.array(jax.devices()[:n]), ("data",)), "batch": 32, "shard_size": 50} | WAYS[way]
@@ -227,7 +227,7 @@ def test_killed_and_resumed(tmp_path, reference):
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert (tmp_path / f"{FILE}.tmp").exists()
     with pytest.raises(RuntimeError, match=f"unfinished: 2 of 3 shards.*{FILE}.*same build again"):
-        marginals.read(tmp_path)
+        correction.read_marginals(tmp_path)
     first = tmp_path / "shard-00000-of-00003.array_record"
     before, seen = first.stat().st_mtime_ns, []
     small(tmp_path, progress=lambda done, total: seen.append((done, total)))
@@ -242,7 +242,7 @@ def test_complete_set_solves_nothing(built, reference):
 
     stamp = {p.name: p.stat().st_mtime_ns for p in built.iterdir()}
     m = small(built, velocity=no_velocity)
-    assert m == marginals.read(built).manifest
+    assert m == correction.read_marginals(built).manifest
     assert stamp == {p.name: p.stat().st_mtime_ns for p in built.iterdir()}
 
 
@@ -265,7 +265,7 @@ def test_damaged_shard(built, reference, damage, caplog):
     harm, text = DAMAGE[damage]
     harm(built / FILE)
     with pytest.raises(RuntimeError, match=f"{FILE} {text}.*rebuilds this shard alone"):
-        marginals.read(built)
+        correction.read_marginals(built)
     seen = []
     small(built, progress=lambda done, total: seen.append(done))
     assert f"{FILE} {text}" in caplog.text
@@ -314,13 +314,13 @@ def test_data_are_part_of_the_set(tmp_path):
 
 def test_read_expects(built):
     expect = {"flow": "a", "solver": "euler", "ts": grids.uniform_grid(4), "steps": [0, 1, 2, 3, 4], "shape": [3]}
-    assert marginals.read(built, expect=expect).x.shape == (90, 5, 3)
+    assert correction.read_marginals(built, expect=expect).x.shape == (90, 5, 3)
     with pytest.raises(ValueError, match="flow: 'a' there, 'b' asked for; ts: .* asked for"):
-        marginals.read(built, expect={"flow": "b", "solver": "euler", "ts": grids.uniform_grid(5)})
+        correction.read_marginals(built, expect={"flow": "b", "solver": "euler", "ts": grids.uniform_grid(5)})
     with pytest.raises(ValueError, match="no field 'solvr'; did you mean 'solver'"):
-        marginals.read(built, expect={"solvr": "euler"})
+        correction.read_marginals(built, expect={"solvr": "euler"})
     with pytest.raises(FileNotFoundError, match="manifest.json is missing; build"):
-        marginals.read(built / "nowhere")
+        correction.read_marginals(built / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_directory_that_cannot_be_used(built, tmp_path):
     manifest = json.loads((built / "manifest.json").read_text())
     (built / "manifest.json").write_text(json.dumps(manifest | {"version": 0}))
     with pytest.raises(ValueError, match="format version 0"):
-        marginals.read(built)
+        correction.read_marginals(built)
     (built / "manifest.json").unlink()
     with pytest.raises(ValueError, match="holds shard-00000-of-00003.array_record but no manifest.json"):
         small(built)
@@ -381,7 +381,7 @@ def test_failed_solves_name_the_examples(tmp_path):
 
 def test_half_precision(tmp_path, built):
     small(tmp_path / "half", dtype="float16")
-    half, full = marginals.read(tmp_path / "half"), marginals.read(built)
+    half, full = correction.read_marginals(tmp_path / "half"), correction.read_marginals(built)
     np.testing.assert_array_equal(half.x, full.x.astype(np.float16))
 
 
@@ -390,9 +390,9 @@ def test_straightness_defect(gaussians):
     m, ts = gaussians["rk4", "forward"], grids.uniform_grid(20)
     c = spread(ts) * np.exp(EPS * ts)
     exact = np.abs(1 - ts + ts * c[-1] - c) * np.sqrt((m.x[:, 0] ** 2).sum(-1).mean())
-    np.testing.assert_allclose(marginals.straightness_defect(m), exact, atol=1e-4)
+    np.testing.assert_allclose(correction.straightness_defect(m), exact, atol=1e-4)
     straight = m._replace(x=m.x[:, :1] + 2 * ts[:, None])
-    np.testing.assert_allclose(marginals.straightness_defect(straight), 0, atol=1e-5)
+    np.testing.assert_allclose(correction.straightness_defect(straight), 0, atol=1e-5)
     part = m._replace(x=m.x[:, :5], ts=m.ts[:5], manifest=m.manifest._replace(steps=(0, 1, 2, 3, 4)))
     with pytest.raises(ValueError, match="needs steps 0 and 20"):
-        marginals.straightness_defect(part)
+        correction.straightness_defect(part)

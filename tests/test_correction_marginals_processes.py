@@ -14,7 +14,7 @@ import pytest
 from test_correction_marginals import data, small
 from test_storage_shards import Crash, M, X, crashing_operations
 
-from fmjax.correction import marginals
+from fmjax import correction
 from fmjax.storage import shards
 
 BACKWARD = {"direction": "backward", "count": None, "shape": None, "data": data(90, 3)}
@@ -44,13 +44,13 @@ def test_processes_in_any_order_make_the_files_of_one(alone, tmp_path, order):
         assert len(list(tmp_path.glob("manifest*"))) == len({*seen} - {6})  # the seventh has nothing to name
         if i < 6 and seen:
             with pytest.raises(RuntimeError, match=f"unfinished: .* first {SHARDS[min({*order} - {*seen})]}"):
-                marginals.read(tmp_path)
+                correction.read_marginals(tmp_path)
         m = part(tmp_path, i, len(order), progress=lambda done, total, i=i: sizes.__setitem__(i, (done, total)))
         seen.append(i)
     assert contents(tmp_path) == contents(alone)
     assert sum(total for _, total in sizes.values()) == 90 and all(done == total for done, total in sizes.values())
-    found = marginals.read(tmp_path)
-    np.testing.assert_array_equal(found.x, marginals.read(alone).x)
+    found = correction.read_marginals(tmp_path)
+    np.testing.assert_array_equal(found.x, correction.read_marginals(alone).x)
     assert m == found.manifest
 
 
@@ -69,11 +69,11 @@ def test_a_complete_share_solves_nothing_and_others_are_left_alone(tmp_path):
 
 def test_manifests_of_two_sets_in_one_folder_are_refused(alone, tmp_path):
     """Two processes that began at the same moment with different flows."""
-    m = marginals.read(alone).manifest
+    m = correction.read_marginals(alone).manifest
     shards.save(tmp_path, m, {}, process_index=0, process_count=2)
     shards.save(tmp_path, m._replace(flow="b"), {}, process_index=1, process_count=2)
     with pytest.raises(ValueError, match="flow: 'b' there, 'a' asked for"):
-        marginals.read(tmp_path)
+        correction.read_marginals(tmp_path)
 
 
 def write_part(folder, i, count, x=X):
@@ -158,7 +158,7 @@ def test_a_process_that_looks_while_another_starts_is_not_misled(tmp_path, monke
 CHILD = """
 import os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-from fmjax import sharding
+from fmjax import correction, sharding
 sharding.start()
 import jax
 import test_marginals as t
@@ -167,7 +167,7 @@ kill = lambda done, total: done == {at} and os.kill(os.getpid(), signal.SIGKILL)
 # the mesh of all processes, parameters on all of it, one device each
 mesh = sharding.make_mesh()
 params = jax.make_array_from_callback((), sharding.replicated(mesh), lambda _: t.np.float32(0.1))
-t.marginals.build(
+t.correction.build_marginals(
     t.SCALED, params, t.times.uniform_grid(4), directory={folder!r}, direction="forward", flow="a", count=90,
     shape=(3,), solver="euler", batch=16, shard_size=16, mesh=mesh, progress=kill,
 )
@@ -210,4 +210,4 @@ def test_two_real_processes_killed_in_turn_end_with_the_files_of_one(alone, tmp_
     status, ends = pair(None, None)
     assert status == [0, 0], ends
     assert contents(tmp_path) == contents(alone)
-    np.testing.assert_array_equal(marginals.read(tmp_path).x, marginals.read(alone).x)
+    np.testing.assert_array_equal(correction.read_marginals(tmp_path).x, correction.read_marginals(alone).x)

@@ -32,17 +32,17 @@ def opened(evaluate=bowl, **options):
     return search.Evaluations(evaluate, **({"tuning": TUNING, "reporting": REPORTING} | options))
 
 
-SPACE = Space(n=5, steps=(0, 1, 3, 5), alpha=search.grid(0, 1, 0.1), beta=(0.0, 0.05))
+SPACE = Space(n=5, steps=(0, 1, 3, 5), alpha=search.value_grid(0, 1, 0.1), beta=(0.0, 0.05))
 
 
 def test_grids_are_those_of_the_paper():
-    assert search.grid(0, 0.3, 0.1) == (0.0, 0.1, 0.2, 0.3)
+    assert search.value_grid(0, 0.3, 0.1) == (0.0, 0.1, 0.2, 0.3)
     space = search.score_space(10, sigma=0.1)
     assert space.steps == tuple(range(11)) and space.alpha[:3] == (0.0, 0.05, 0.1) and space.alpha[-1] == 1.5
     assert space.beta == tuple(i / 100 for i in range(21)) and space.alphas(10) == space.alpha
     space = search.classifier_space(10, steps=(10, 0))
     assert space.steps == (0, 10) and space.beta == (0.0,)
-    assert space.alphas(0) == search.grid(0, 1.5, 0.05) and space.alphas(10) == tuple(i / 100 for i in range(31))
+    assert space.alphas(0) == search.value_grid(0, 1.5, 0.05) and space.alphas(10) == tuple(i / 100 for i in range(31))
 
 
 def test_single_steps_and_shared_grids_find_their_minima():
@@ -80,7 +80,7 @@ def test_a_single_step_that_beats_the_greedy_search_is_chosen():
 def test_greedy_search_refits_earlier_steps():
     """Steps that compound, ``(1 - sum alpha)^2 + 0.1 sum alpha^2``: one wants 0.9, two share it."""
     compound = lambda setting, key: (1 - sum(setting.alpha)) ** 2 + 0.1 * sum(a**2 for a in setting.alpha)
-    space = Space(n=1, steps=(0, 1), alpha=search.grid(0, 1, 0.1))
+    space = Space(n=1, steps=(0, 1), alpha=search.value_grid(0, 1, 0.1))
     path = search.greedy(opened(compound), space)
     assert path[1].setting.alpha == (0.9,)
     assert max(path[2].setting.alpha) < 0.9 and sum(path[2].setting.alpha) == pytest.approx(1.0)
@@ -109,7 +109,7 @@ def test_what_is_reported_was_never_tuned_on(tmp_path):
         rng = np.random.default_rng([*np.asarray(jax.random.key_data(key)), *(int(1e6 * a) for a in setting.alpha)])
         return float(rng.normal())
 
-    space = Space(n=0, steps=(0,), alpha=search.grid(0, 2, 0.01))
+    space = Space(n=0, steps=(0,), alpha=search.value_grid(0, 2, 0.01))
     value = opened(noisy, tuning=TUNING[:1], reporting=jax.random.split(jax.random.key(1), 30))
     choice = search.choose(value, space, record=tmp_path / "tuning.json")
     assert choice.chosen.value < -2  # the least of 201 standard normal draws
@@ -204,7 +204,7 @@ def test_the_best_classifier_step_of_a_gaussian_is_the_closed_one(eps):
 
     value = opened(lambda setting, key: abs(float(std(key, setting.dense(10)[0])) - 0.5))
     a, b = 0.5 * np.exp(eps), 0.5
-    space = Space(n=10, steps=(10,), alpha=search.grid(0, 0.3, 0.01))
+    space = Space(n=10, steps=(10,), alpha=search.value_grid(0, 0.3, 0.01))
     choice = search.choose(value, space)
     assert abs(choice.chosen.setting.alpha[0] - a * b**2 / (a + b)) <= 0.0051
     assert choice.reported.mean < 0.1 * choice.plain.mean

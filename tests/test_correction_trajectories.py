@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_correction_marginals import EPS, MLP, SCALED, build_read, data, kl, mlp, small, spread
 
-from fmjax import sampling
+from fmjax import correction, sampling
 from fmjax.correction import marginals, trajectories
 from fmjax.sampling import grids
 from fmjax.storage import shards
@@ -63,9 +63,9 @@ def test_a_jump_that_is_no_contraction_is_inverted_and_one_without_an_inverse_is
     options = {"direction": "backward", "count": None, "shape": None, "solver": "flow_map", "ts": grids.uniform_grid(1)}
     options |= {"data": data(90, 3), "backward_map": "inverse"}
     small(tmp_path / "a", velocity=stretch, **options)
-    np.testing.assert_allclose(marginals.read(tmp_path / "a").x[:, 0], data(90, 3) / scale, atol=1e-4)
+    np.testing.assert_allclose(correction.read_marginals(tmp_path / "a").x[:, 0], data(90, 3) / scale, atol=1e-4)
     trip = {"solver": "flow_map", "backward_map": "inverse"}
-    assert marginals.round_trip(stretch, 0.0, jnp.asarray(data(90, 3)), grids.uniform_grid(1), **trip) < 1e-5
+    assert correction.round_trip(stretch, 0.0, jnp.asarray(data(90, 3)), grids.uniform_grid(1), **trip) < 1e-5
     far = data(90, 3)
     far[[37, 41]] = 20
     saturated = lambda params: lambda x, s, t, cond=None, key=None: 5 * jnp.tanh(x / 5)
@@ -106,7 +106,7 @@ def test_the_evaluations_told_are_those_made(solver, direction, backward_map):
     run = jax.jit(lambda eps, x: trajectories.carry(view(eps), x, ts, **how))
     jax.block_until_ready(run(jnp.float32(EPS), jnp.ones((2, 4))))
     jax.effects_barrier()
-    assert len(calls) == trajectories.nfe(3, **how)
+    assert len(calls) == trajectories.solve_nfe(3, **how)
 
 
 def test_what_a_set_costs_is_told_before_it_is_built(tmp_path):
@@ -118,18 +118,18 @@ def test_what_a_set_costs_is_told_before_it_is_built(tmp_path):
     ):
         how = {"direction": "forward", "count": count, "shape": shape, "shard_size": shard_size, "steps": steps}
         zero = lambda params: lambda x, t, cond=None: 0 * x
-        told = marginals.estimate(zero, 0.0, grids.uniform_grid(3), **how)
+        told = correction.estimate_cost(zero, 0.0, grids.uniform_grid(3), **how)
         folder = tmp_path / str(count)
-        m = marginals.build(zero, 0.0, grids.uniform_grid(3), directory=folder, flow="a", **how)
+        m = correction.build_marginals(zero, 0.0, grids.uniform_grid(3), directory=folder, flow="a", **how)
         found = sum((folder / shard.file).stat().st_size for shard in m.shards)
         assert found <= told.bytes <= found + 2 * shards.BLOCK * len(m.shards)
         assert (told.count, told.nfe, told.evaluations) == (count, 12, 12 * count) and told.seconds > 0
     how |= {"direction": "backward", "solver": "Kvaerno3"}
-    assert marginals.estimate(zero, 0.0, grids.uniform_grid(3), **how)[2:] == (None, None, None)
+    assert correction.estimate_cost(zero, 0.0, grids.uniform_grid(3), **how)[2:] == (None, None, None)
 
 
 def test_a_disk_without_room_for_what_is_left_is_refused_before_any_work(tmp_path, monkeypatch):
-    told = marginals.estimate(
+    told = correction.estimate_cost(
         SCALED, 0.1, grids.uniform_grid(4), direction="forward", count=90, shape=(3,), shard_size=32
     )
     room = {"free": told.bytes - 1}
@@ -145,4 +145,4 @@ def test_a_disk_without_room_for_what_is_left_is_refused_before_any_work(tmp_pat
     (tmp_path / "shard-00001-of-00003.array_record").unlink()
     room["free"] = told.bytes // 2  # enough for one shard of three
     small(tmp_path)
-    assert marginals.read(tmp_path).x.shape == (90, 5, 3)
+    assert correction.read_marginals(tmp_path).x.shape == (90, 5, 3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_training_loop import config
 
-from fmjax import oracles, paths, sampling
+from fmjax import correction, oracles, paths, sampling
 from fmjax.correction import correctors
 from fmjax.experiments import assemble, evaluate, report
 from fmjax.experiments.evaluate import Models, Setting
@@ -143,7 +143,7 @@ def test_a_restart_is_that_of_the_settings_own_step_and_a_drift_that_of_the_bank
     bank = {name: jnp.asarray(rng.standard_normal((50, 3, 3)), jnp.float32) for name in ("p", "q")}
     models = models._replace(params=models.params | {"drift": bank}, ts=ts)
     jump = models.flow_map.flow_map(jnp.ones(()))
-    drift = correctors.kernel_drift(**bank, ts=ts, bandwidth=0.7)
+    drift = correction.kernel_drift(**bank, ts=ts, bandwidth=0.7)
     wanted = {
         Setting("", "", "flow_map", 2, (2,), by="restart", to=0.3, loops=2): correctors.restart(jump, to=0.3, loops=2),
         Setting("", "", "flow_map", 2, (2,), 0.5, 0.1, by="drift", bandwidth=0.7): correctors.marginal_matching(

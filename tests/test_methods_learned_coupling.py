@@ -135,12 +135,14 @@ def straightness_after(name, steps=400):
         return params
 
     x0 = jax.random.normal(jax.random.key(9), (2000, 2))
-    return float(segments.straightness(method.velocity(train(params)), x0, 0.0, 1.0))
+    return float(segments.segment_straightness(method.velocity(train(params)), x0, 0.0, 1.0))
 
 
 def test_training_makes_the_flow_straighter_than_flow_matching_does():
     ours, theirs = straightness_after("learned"), straightness_after("flow matching")
-    exact = float(segments.straightness(LAW.velocity, jax.random.normal(jax.random.key(9), (2000, 2)), 0.0, 1.0))
+    exact = float(
+        segments.segment_straightness(LAW.velocity, jax.random.normal(jax.random.key(9), (2000, 2)), 0.0, 1.0)
+    )
     assert 0.7 < theirs / exact < 1.3 and ours < theirs / 3, (ours, theirs, exact)
 
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import oracles, sampling, times
-from fmjax.correction import correctors, marginals
+from fmjax import correction, oracles, sampling, times
 from fmjax.sampling import grids, guidance
 
 README = Path(__file__).parents[1] / "README.md"
@@ -48,15 +47,15 @@ def test_the_example_of_corrections_corrects(ring, tmp_path):
         "backward": {"data": np.asarray(ring.sample(jax.random.key(0), 512))},
     }
     for direction, start in sets.items():
-        marginals.build(
+        correction.build_marginals(
             lambda p: ring.velocity, {}, ten, directory=tmp_path / direction, direction=direction, flow="exact", **start
         )
-    forward, backward = (marginals.read(tmp_path / direction) for direction in sets)
+    forward, backward = (correction.read_marginals(tmp_path / direction) for direction in sets)
     noised = lambda x, t, cond=None: (
         -(sigma**2) * x / (((1 - t) ** 2)[:, None] + t[:, None] ** 2 * jnp.array([0.25, 2.25]) + sigma**2)
     )
     names = run(
-        CORRECTED, correctors=correctors, samplers=sampling, times=times, guidance=guidance, direction=noised,
+        CORRECTED, correction=correction, samplers=sampling, times=times, guidance=guidance, direction=noised,
         sigma=sigma, flow_map=ring.flow_map, forward=forward, backward=backward, step=sampling.rk4(ring.velocity),
         x0=jax.random.normal(jax.random.key(1), (4096, 2)), key=jax.random.key(2), alphas=np.full(11, 0.1),
     )  # fmt: skip

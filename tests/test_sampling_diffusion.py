@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from affine import MEAN, STD, marginal, moments, rows
 
-from fmjax import oracles, paths, sampling
+from fmjax import correction, oracles, paths, sampling
 from fmjax.correction import correctors
 from fmjax.experiments import specs
 from fmjax.keys import as_keys, fold_in, normal
@@ -246,12 +246,12 @@ def test_predictor_corrector_has_the_moments_of_its_recursion_and_its_cost(x64):
     size = lambda t: 0.05 * (1.1 - t)
     velocity, seen = counted(law.velocity)
     predict = diffusion.reverse_diffusion(velocity, path=path, end=ts[-1])
-    fix = correctors.langevin(correctors.score_of(velocity, path=path), step=size, steps=steps)
+    fix = correctors.langevin(correction.score_of(velocity, path=path), step=size, steps=steps)
     x0 = jax.random.normal(jax.random.key(0), (examples, 1))
     run = lambda x: sampling.sample(predict, x, ts, key=jax.random.key(1), corrector=fix, at=range(n))
     got = np.asarray(jax.block_until_ready(jax.jit(run)(x0)))
     jax.effects_barrier()
-    cost = sampling.cost(n, range(n), corrector_nfe=steps)
+    cost = sampling.cost(1, n, range(n), steps)
     assert len(seen) == cost.nfe == n * (steps + 1)
     mean, var = 0.0, 1.0
     plain = diffusion.reverse_diffusion(law.velocity, path=path, end=ts[-1])

@@ -140,7 +140,7 @@ def test_the_hand_written_scan_agrees_with_diffrax(name, ts, x64):
     x = jax.random.normal(jax.random.key(1), (4, 2), jnp.float64)
     by_hand = sampling.sample(getattr(sampling, name)(velocity), x, ts, trajectory=True)
     xs, result = jax.jit(lambda x: sampling.integrate(velocity, x, ts, solver=name))(x)
-    np.testing.assert_allclose(sampling.check_solve(xs, result), by_hand, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(sampling.checked_solve(xs, result), by_hand, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["heun", "rk4"])
@@ -162,7 +162,7 @@ def test_an_adaptive_solve_meets_its_tolerance_on_a_gaussian(ts, x64):
     true = jnp.stack([oracle.flow_map(x, ts[0], t) for t in np.float32(ts).astype(float)])
     for tol in (1e-4, 1e-7):
         xs, result = sampling.integrate(oracle.velocity, x, ts, solver="Tsit5", rtol=tol, atol=tol)
-        gap = float(jnp.abs(sampling.check_solve(xs, result) - true).max())
+        gap = float(jnp.abs(sampling.checked_solve(xs, result) - true).max())
         assert tol / 1000 < gap < 30 * tol
 
 
@@ -173,7 +173,7 @@ def test_an_adaptive_solve_agrees_with_scipy(x64):
     want = quadrature.solve_ivp(flat, (0.0, 1.0), np.asarray(x).ravel(), method="DOP853", rtol=1e-11, atol=1e-11)
     want = want.y[:, -1].reshape(4, 2)
     xs, result = sampling.integrate(velocity, x, [0.0, 1.0], solver=diffrax.Dopri8(), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(sampling.check_solve(xs, result)[-1], want, atol=1e-6)
+    np.testing.assert_allclose(sampling.checked_solve(xs, result)[-1], want, atol=1e-6)
     step = sampling.from_diffrax(velocity, rtol=1e-9, atol=1e-9)
     there = sampling.sample(step, x, [0.0, 0.6, 1.0])
     np.testing.assert_allclose(there, want, atol=1e-6)
@@ -227,20 +227,20 @@ def test_a_solve_that_leaves_finite_numbers_is_named_with_its_time(key):
     for ts, index in (grids.uniform_grid(10), 6), ([1.0, 0.5, 0.0], 1):
         xs, result = sampling.integrate(velocity, jax.random.normal(key, (3, 2)), ts)
         with pytest.raises(RuntimeError, match=f"the noise left finite numbers at time index {index} of {len(ts) - 1}"):
-            sampling.check_solve(xs, result, what="the noise")
+            sampling.checked_solve(xs, result, what="the noise")
 
 
 def test_a_solve_that_runs_out_of_steps_says_so(key):
     x = jax.random.normal(key, (2, 2))
     options = {"solver": "Tsit5", "rtol": 1e-6, "atol": 1e-6}
     with pytest.raises(RuntimeError, match="the solve failed: .*maximum number of solver steps.* or raise max_steps"):
-        sampling.check_solve(*sampling.integrate(field, x, [0.0, 1.0], max_steps=2, **options))
+        sampling.checked_solve(*sampling.integrate(field, x, [0.0, 1.0], max_steps=2, **options))
     for late in (False, True):  # in whichever interval it happens
         fast = lambda x, t, cond=None: x * jnp.where((expand(t, x) > 0.5) == late, 20 * jnp.cos(40 * t[0]), 0)  # noqa: B023
         with pytest.raises(RuntimeError, match="maximum number of solver steps"):
-            sampling.check_solve(*sampling.integrate(fast, x, [0.0, 0.5, 1.0], max_steps=9, **options))
+            sampling.checked_solve(*sampling.integrate(fast, x, [0.0, 0.5, 1.0], max_steps=9, **options))
     enough = sampling.integrate(field, x, [0.0, 1.0], **options)
-    assert sampling.check_solve(*enough) is enough[0]
+    assert sampling.checked_solve(*enough) is enough[0]
     # a step has no result code: it turns to NaN, which the caller sees
     hopeless = sampling.from_diffrax(lambda x, t, cond=None: x**2, rtol=1e-5, atol=1e-5)
     assert jnp.isnan(hopeless(jnp.full((1, 1), 10.0), 0.0, 1.0)).all()

@@ -52,7 +52,7 @@ def test_the_density_of_a_gaussian_is_the_closed_form(x64, key):
     x = oracle.sample(key, 5)
     for t in (1.0, 0.6):
         found = exact(oracle.velocity, x, ts=(t, 0.0))
-        np.testing.assert_allclose(likelihood.check_density(found), oracle.log_density(x, t), atol=1e-7)
+        np.testing.assert_allclose(likelihood.checked_density(found), oracle.log_density(x, t), atol=1e-7)
         np.testing.assert_allclose(oracle.flow_map(found.x0, 0.0, t), x, atol=1e-7)
 
 
@@ -68,7 +68,7 @@ def test_the_default_solver_keeps_its_tolerance_in_float32(key):
     x = oracle.sample(key, 32).astype(jnp.float32)
     found = jax.jit(lambda x: likelihood.log_density(oracle.velocity, x))(x)
     assert found.log_p.dtype == jnp.float32
-    np.testing.assert_allclose(likelihood.check_density(found), oracle.log_density(x, 1.0), atol=2e-3)
+    np.testing.assert_allclose(likelihood.checked_density(found), oracle.log_density(x, 1.0), atol=2e-3)
 
 
 def test_conditions_reach_the_velocity(x64):
@@ -157,7 +157,7 @@ def test_the_density_by_one_jump_of_the_exact_map_is_the_closed_form(path, x64, 
     x = oracle.sample(key, 5)
     for t in (1.0, 0.6):
         found = likelihood.flow_map_log_density(oracle.flow_map, x, ts=(0.0, t))
-        log_p = likelihood.check_density(found)
+        log_p = likelihood.checked_density(found)
         np.testing.assert_allclose(log_p, oracle.log_density(x, t), atol=1e-12)
         np.testing.assert_allclose(oracle.flow_map(found.x0, 0.0, t), x, atol=1e-6)
     bits = likelihood.bits_per_dim(likelihood.flow_map_log_density(oracle.flow_map, x), level=0.5)
@@ -218,7 +218,7 @@ def test_few_fixed_steps_are_refused_unless_asked(key):
     assert abs(off) / (2 * math.log(2)) > 0.01  # and it is wrong indeed
     asked = likelihood.bits_per_dim(few, level=1.0, tolerance=math.inf)
     np.testing.assert_allclose(asked, -few.log_p / (2 * math.log(2)), rtol=1e-6)
-    np.testing.assert_allclose(likelihood.check_density(many), oracle.log_density(x, 1.0), atol=0.02)
+    np.testing.assert_allclose(likelihood.checked_density(many), oracle.log_density(x, 1.0), atol=0.02)
 
 
 def test_halved_steps_are_the_solve_on_the_refined_grid(x64, key):
@@ -237,7 +237,7 @@ def test_a_failed_solve_is_an_error_and_not_a_number(key):
     oracle = mixture()
     x = oracle.sample(key, 4)
     with pytest.raises(RuntimeError, match="solve of the log-density failed"):
-        likelihood.check_density(likelihood.log_density(oracle.velocity, x, max_steps=2))
+        likelihood.checked_density(likelihood.log_density(oracle.velocity, x, max_steps=2))
     broken = likelihood.log_density(oracle.velocity, x)._replace(log_p=jnp.array([0.0, jnp.nan, 0.0, 0.0]))
     with pytest.raises(RuntimeError, match="left finite numbers"):
         likelihood.bits_per_dim(broken, level=1.0)

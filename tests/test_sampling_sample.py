@@ -488,4 +488,5 @@ def test_the_start_belongs_to_its_example_and_knows_a_later_time():
     ts = grids.edm_grid(5)
     later = sampling.source_sample(paths.linear(), key, (8, 3), start=ts[0])
     np.testing.assert_allclose(later, (1 - ts[0]) * normal(as_keys(key, 8), (3,)), rtol=1e-6)
-    assert sampling.source_scale(paths.two_sided(scale=2.0), 0.5) == pytest.approx(np.sqrt(0.25 + 4 * 0.25))
+    latent = sampling.source_sample(paths.two_sided(scale=2.0), key, (8, 3), start=0.5)
+    np.testing.assert_allclose(latent, np.sqrt(0.25 + 4 * 0.25) * normal(as_keys(key, 8), (3,)), rtol=1e-6)

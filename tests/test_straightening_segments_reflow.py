@@ -8,9 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from fmjax import oracles, paths, sampling
-from fmjax.correction import marginals
-from fmjax.data import arrays
+from fmjax import correction, oracles, paths, sampling
+from fmjax.data import batches as data_batches
 from fmjax.keys import as_keys, normal
 from fmjax.methods.straighten import straighten
 from fmjax.metrics import two_sample
@@ -29,7 +28,7 @@ scaled = lambda solver: lambda params: solver(lambda x, t, cond=None: params * L
 
 
 def data(size, x=DATA, **options):
-    return arrays.batches(x, np.arange(len(x)), batch_size=size, seed=0, **options)
+    return data_batches(x, np.arange(len(x)), batch_size=size, seed=0, **options)
 
 
 def ends(t):
@@ -146,8 +145,8 @@ def sets(tmp_path_factory):
     ):
         folder = tmp_path_factory.mktemp(direction)
         velocity = lambda params, law=law: law.velocity
-        marginals.build(velocity, {}, ts, directory=folder, direction=direction, flow="gaussian", **given)
-        made.append((marginals.read(folder), marginals.read(folder, stream=True)))
+        correction.build_marginals(velocity, {}, ts, directory=folder, direction=direction, flow="gaussian", **given)
+        made.append((correction.read_marginals(folder), correction.read_marginals(folder, stream=True)))
     return made
 
 
@@ -159,7 +158,7 @@ def is_of(law, batch):
 
 def test_backward_marginals_are_trajectories_that_end_in_data(sets):
     backward = sets[1][0]
-    batch = segments.batches(backward, BOUNDS, batch_size=2048, seed=0)(0)
+    batch = segments.segment_batches(backward, BOUNDS, batch_size=2048, seed=0)(0)
     assert is_of(OTHER, batch).all()
     late, real = batch.x1[batch.t > 0], np.asarray(OTHER.sample(jax.random.key(4), 128))
     assert {x.tobytes() for x in late} == {x.tobytes() for x in real}
@@ -167,7 +166,7 @@ def test_backward_marginals_are_trajectories_that_end_in_data(sets):
 
 @pytest.mark.parametrize("shares", [None, (1.0, 3.0), (0.0, 2.0)])
 def test_sets_are_mixed_by_their_shares_and_no_pair_is_of_two(sets, shares):
-    mixed = segments.batches([m for m, _ in sets], BOUNDS, batch_size=32_768, seed=0, shares=shares)
+    mixed = segments.segment_batches([m for m, _ in sets], BOUNDS, batch_size=32_768, seed=0, shares=shares)
     batch, chance = mixed(7), 0.5 if shares is None else shares[0] / sum(shares)
     first, second = is_of(LAW, batch), is_of(OTHER, batch)
     assert (first ^ second).all()
@@ -183,12 +182,14 @@ def test_sets_are_mixed_by_their_shares_and_no_pair_is_of_two(sets, shares):
 
 def test_sets_on_disk_give_the_same_batches(sets):
     options = {"batch_size": 64, "seed": 3, "shares": (1.0, 2.0), "longest": 0.2}
-    for a, b in zip(*(segments.batches([s[i] for s in sets], BOUNDS, **options)(1)[:2] for i in (0, 1)), strict=True):
+    for a, b in zip(
+        *(segments.segment_batches([s[i] for s in sets], BOUNDS, **options)(1)[:2] for i in (0, 1)), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
 
 
 def test_the_longest_trajectories_are_left_out_of_each_set(sets):
-    batch = segments.batches([m for m, _ in sets], BOUNDS, batch_size=8192, seed=0, longest=0.25)(0)
+    batch = segments.segment_batches([m for m, _ in sets], BOUNDS, batch_size=8192, seed=0, longest=0.25)(0)
     for m, _ in sets:
         length = np.linalg.norm(m.x[:, -1] - m.x[:, 0], axis=1)
         short = m.x[length <= np.quantile(length, 0.75), 0]
@@ -198,7 +199,7 @@ def test_the_longest_trajectories_are_left_out_of_each_set(sets):
 
 def test_what_cannot_be_mixed_or_solved_is_refused(sets):
     forward, backward = (m for m, _ in sets)
-    make = lambda m, **options: segments.batches(m, BOUNDS, batch_size=8, seed=0, **options)
+    make = lambda m, **options: segments.segment_batches(m, BOUNDS, batch_size=8, seed=0, **options)
     for shares in ((1.0,), (1.0, -1.0), (0.0, 0.0), (np.nan, 1.0)):
         with pytest.raises(ValueError, match="must be 2 numbers, one a set"):
             make([forward, backward], shares=shares)
@@ -231,12 +232,12 @@ def test_rounds_of_reflow_shorten_the_way_and_straighten_the_flow(tmp_path):
         if n:
             params, view = train(method, first, batch, rate=3e-3, steps=800, size=size), method.velocity
         how = {"directory": tmp_path / str(n), "direction": "forward", "flow": str(n)}
-        marginals.build(view, params, ts, **how, count=count, shape=(2,), steps=(0, 16))
-        pairs = marginals.read(tmp_path / str(n))
-        batch = segments.batches(pairs, (0.0, 1.0), batch_size=size, seed=n)
+        correction.build_marginals(view, params, ts, **how, count=count, shape=(2,), steps=(0, 16))
+        pairs = correction.read_marginals(tmp_path / str(n))
+        batch = segments.segment_batches(pairs, (0.0, 1.0), batch_size=size, seed=n)
         start, end = jnp.asarray(pairs.x[:, 0]), jnp.asarray(pairs.x[:, 1])
         costs.append(float(jnp.mean(jnp.sum((end - start) ** 2, 1))))
-        bends.append(float(segments.straightness(view(params), start, 0.0, 1.0)))
+        bends.append(float(segments.segment_straightness(view(params), start, 0.0, 1.0)))
         assert float(two_sample.energy_distance(end[:2000], law.sample(jax.random.key(7), 2000))) < 0.02
     assert costs[1] < costs[0] / 2 and costs[2] < 1.005 * costs[1] and costs[3] < 1.005 * costs[2], costs
     assert bends[1] < bends[0] / 100 and bends[2] < bends[1], bends

@@ -1,6 +1,6 @@
 """Samplers: the scan over a time grid, solver steps, time grids, guidance and likelihood."""
 
-from fmjax.sampling.adaptive import check_solve, diffrax_solver, from_diffrax, integrate
+from fmjax.sampling.adaptive import checked_solve, diffrax_solver, from_diffrax, integrate
 from fmjax.sampling.conversions import as_flow, denoiser, velocity_of
 from fmjax.sampling.costs import Cost, cost, evaluations
 from fmjax.sampling.diffusion import ddim, edm_heun, reverse_diffusion
@@ -23,7 +23,7 @@ from fmjax.sampling.guided_training import autoguided_teacher, guided_teacher, l
 from fmjax.sampling.likelihood import (
     Density,
     bits_per_dim,
-    check_density,
+    checked_density,
     dequantise,
     divergence,
     draw_probes,
@@ -32,17 +32,17 @@ from fmjax.sampling.likelihood import (
     log_density,
 )
 from fmjax.sampling.multistep import dpmpp_2m, initial_noise, ipndm
-from fmjax.sampling.sample import SampleInfo, renoised, sample, source_sample, source_scale, with_memory
+from fmjax.sampling.sample import SampleInfo, renoised, sample, source_sample, with_memory
 from fmjax.sampling.stochastic import draw_noise, euler_maruyama, memoryless, stochastic_heun
 
 __all__ = [
     "Cost", "Density", "SampleInfo", "Tableau", "added", "anderson", "as_flow", "at_scale", "autoguidance",
-    "autoguided_teacher", "best_steps", "bits_per_dim", "check_at", "check_density", "check_grid", "check_solve",
+    "autoguided_teacher", "best_steps", "bits_per_dim", "check_at", "check_grid", "checked_density", "checked_solve",
     "classifier_free", "cost", "curvature", "ddim", "default_grid", "denoiser", "density_ratio", "dequantise",
     "diffrax_solver", "divergence", "dpmpp_2m", "draw_noise", "draw_probes", "edm_grid", "edm_heun", "euler",
     "euler_maruyama", "evaluations", "even_grid", "flow_map_log_density", "from_diffrax", "guided_teacher", "heun",
     "hutchinson", "initial_noise", "integrate", "interval", "inverse", "ipndm", "jump_costs", "label_dropout",
     "log_density", "log_snr_grid", "memoryless", "midpoint", "per_step", "random_scale", "renoised",
-    "reverse_diffusion", "rk38", "rk4", "runge_kutta", "same_times", "sample", "source_sample", "source_scale",
-    "steps_at", "steps_per_segment", "stochastic_heun", "tableau", "uniform_grid", "velocity_of", "with_memory",
+    "reverse_diffusion", "rk38", "rk4", "runge_kutta", "same_times", "sample", "source_sample", "steps_at",
+    "steps_per_segment", "stochastic_heun", "tableau", "uniform_grid", "velocity_of", "with_memory",
 ]  # fmt: skip

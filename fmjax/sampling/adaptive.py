@@ -67,7 +67,7 @@ def integrate(
     Without tolerances each interval of the grid is one step. With both tolerances the steps are adaptive, and the error
     is the largest over the batch (a mean would dilute the hardest example). A failed solve raises nothing under jit,
     where a host callback would force collectives and defeat the compilation cache: pass both results to
-    ``check_solve`` outside of jit.
+    ``checked_solve`` outside of jit.
 
     Args:
         velocity: ``v(x, t, cond)``.
@@ -87,7 +87,7 @@ def integrate(
 
     >>> import jax.numpy as jnp
     >>> xs, result = integrate(lambda x, t, cond=None: -x, jnp.ones((1, 1)), 2, solver="euler")
-    >>> check_solve(xs, result)[:, 0, 0].tolist()
+    >>> checked_solve(xs, result)[:, 0, 0].tolist()
     [1.0, 0.5, 0.25]
     """
     import diffrax
@@ -126,7 +126,7 @@ def integrate(
     return solution.ys.astype(dtype), solution.result
 
 
-def check_solve(xs: Array, result: Any, *, what: str = "the solve") -> Array:
+def checked_solve(xs: Array, result: Any, *, what: str = "the solve") -> Array:
     """Raise an error for a failed solve, outside of jit, or return its states.
 
     Args:
@@ -141,7 +141,7 @@ def check_solve(xs: Array, result: Any, *, what: str = "the solve") -> Array:
         RuntimeError: with diffrax's reason, or with the first time index whose states are not all finite.
 
     >>> import jax.numpy as jnp
-    >>> check_solve(jnp.ones((2, 1, 1)), None).shape
+    >>> checked_solve(jnp.ones((2, 1, 1)), None).shape
     (2, 1, 1)
     """
     import diffrax

@@ -56,7 +56,7 @@ def as_flow(net: Net, *, predicts: str, path: paths.Path = paths.linear(), onto:
 
         def velocity(y, start, cond):
             predicted = net(params, y, start, jnp.where(s == t, start, end), cond, key)
-            return paths.convert(path, y, predicted, start, given=predicts, to="velocity")
+            return paths.convert(path, y, predicted, start, kind=predicts, to="velocity")
 
         return paths.change(velocity, path, onto)(x, s, cond)
 
@@ -89,7 +89,7 @@ def denoiser(flow: VelocityFn, *, path: paths.Path = paths.linear()) -> Costed:
     def denoise(x, sigma, cond: Cond = None):
         t, _ = paths.match_snr(path, paths.linear(), 1 / (1 + over_batch(sigma, x)))
         x = path_at(path, x, t)[1] * x
-        return paths.convert(path, x, flow(x, t, cond), t, given="velocity", to="data")
+        return paths.convert(path, x, flow(x, t, cond), t, kind="velocity", to="data")
 
     return Costed(denoise, evaluations(flow))
 
@@ -121,6 +121,6 @@ def velocity_of(denoise: Callable, *, path: paths.Path = paths.linear()) -> Cost
         t = over_batch(t, x)
         alpha, beta = path.coefficients(t)
         data = denoise(x / expand(beta, x), alpha / beta, cond)
-        return paths.convert(path, x, data, t, given="data", to="velocity")
+        return paths.convert(path, x, data, t, kind="data", to="velocity")
 
     return Costed(velocity, evaluations(denoise))

@@ -53,7 +53,7 @@ def cost(
     step: FlowMapFn | Multistep | int,
     ts: Any,
     at: Iterable[int] = (),
-    corrector: Corrector | int = 1,
+    corrector: Corrector | int | None = None,
     *,
     parallel: bool = False,
 ) -> Cost:
@@ -67,7 +67,7 @@ def cost(
         step: a step, or the number ``m`` of its evaluations. A plain function counts as one evaluation.
         ts: the time grid, or the number ``N`` of its steps.
         at: indices of the corrected steps, from ``0`` to ``N``.
-        corrector: a corrector, or the number ``w`` of its evaluations. A plain function counts as one evaluation.
+        corrector: a corrector, or the number ``w`` of its evaluations. A plain function, or ``None``, counts as one.
         parallel: whether a step and the correction before it run side by side.
 
     Returns:
@@ -82,7 +82,7 @@ def cost(
     """
     n = len(grids.check_grid(ts)) - 1
     at = grids.check_at(at, n)
-    m, w = _known("step", step), _known("corrector", corrector) if at else 0
+    m, w = _known("step", step), _known("corrector", 1 if corrector is None else corrector) if at else 0
     c_nfe = w * len(at)
     serial = w * (n in at) if parallel else c_nfe
     return Cost(m * n + c_nfe, len(at), c_nfe, m * n + serial)

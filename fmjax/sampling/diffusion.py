@@ -123,7 +123,7 @@ def edm_heun(
     def churned(x, s, key):
         alpha, beta = path.coefficients(s)
         sigma = alpha / beta
-        raised, _ = paths.match_snr(path, grids.LINEAR, 1 / (1 + (1 + gamma) * sigma))
+        raised, _ = paths.match_snr(path, paths.linear(), 1 / (1 + (1 + gamma) * sigma))
         raised = jnp.where((s_min <= sigma) & (sigma <= s_max) & jnp.isfinite(sigma), raised, s)
         noisier = paths.renoise(path, x, s_noise * draw_noise(key, x), jnp.where(raised == s, 0.5, s), raised)
         return jnp.where(expand(raised == s, x), x, noisier), raised

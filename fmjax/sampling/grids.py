@@ -20,8 +20,6 @@ from fmjax import paths
 from fmjax.types import Costed
 
 SAME = 1e-6  # times closer than this are equal: float32 grids of other lengths differ by a rounding error
-LINEAR = paths.linear()
-END = 1e-3  # distance from an end of a path where the velocity is infinite (arXiv 2011.13456, appendix C)
 
 
 def uniform_grid(n: int, *, start: float = 0.0, stop: float = 1.0) -> np.ndarray:
@@ -48,8 +46,7 @@ def uniform_grid(n: int, *, start: float = 0.0, stop: float = 1.0) -> np.ndarray
 def default_grid(path: paths.Path, n: int) -> np.ndarray:
     """Return the uniform grid of ``n`` steps on the interval where the velocity of a path is finite.
 
-    That is [0, 1] for most paths. An end where ``alpha'`` or ``beta'`` is infinite (the data end of ``paths.vp``) is
-    left out: the grid keeps a distance of ``1e-3`` from it, as score-based SDEs do (arXiv 2011.13456).
+    That is the ``span`` of the path: [0, 1] for most paths, and [0, 0.999] for ``paths.vp``, as in arXiv 2011.13456.
 
     Args:
         path: the path of the velocity.
@@ -65,11 +62,8 @@ def default_grid(path: paths.Path, n: int) -> np.ndarray:
     >>> default_grid(paths.linear(), 2).tolist(), default_grid(paths.vp(), 1).tolist()
     ([0.0, 0.5, 1.0], [0.0, 0.999])
     """
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        ends = jnp.array([0.0, 1.0], jnp.float64)
-        _, rates = jax.jvp(path.coefficients, (ends,), (jnp.ones_like(ends),))
-        finite = np.all([np.isfinite(np.asarray(rate)) for rate in rates], axis=0)
-    return uniform_grid(n, start=0.0 if finite[0] else END, stop=1.0 if finite[1] else 1 - END)
+    start, stop = path.span
+    return uniform_grid(n, start=start, stop=stop)
 
 
 def edm_grid(
@@ -78,7 +72,7 @@ def edm_grid(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
-    path: paths.Path = LINEAR,
+    path: paths.Path = paths.linear(),
 ) -> np.ndarray:
     """Return the grid of EDM: ``n`` noise levels even in ``sigma^(1 / rho)``, then the data (arXiv 2206.00364, eq. 5).
 
@@ -109,7 +103,9 @@ def edm_grid(
     return _at_levels(path, np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n) ** rho)
 
 
-def log_snr_grid(n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, path: paths.Path = LINEAR) -> np.ndarray:
+def log_snr_grid(
+    n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, path: paths.Path = paths.linear()
+) -> np.ndarray:
     """Return ``n`` noise levels even in ``log sigma``, then the data (arXiv 2206.00927).
 
     Even in ``log sigma`` is even in the log signal-to-noise ratio ``-2 log sigma``.
@@ -314,10 +310,10 @@ def _check_levels(n: int, sigma_min: float, sigma_max: float) -> None:
 
 def _at_levels(path: paths.Path, sigma: np.ndarray) -> np.ndarray:
     """The times of falling noise levels on a path, and ``t = 1``."""
-    if path is LINEAR:
+    if path == paths.linear():
         return check_grid(np.append(1 / (1 + sigma), 1.0))
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        t, _ = (np.asarray(a) for a in paths.match_snr(path, LINEAR, jnp.asarray(1 / (1 + sigma))))
+        t, _ = (np.asarray(a) for a in paths.match_snr(path, paths.linear(), jnp.asarray(1 / (1 + sigma))))
         alpha, beta = (np.asarray(a) for a in path.coefficients(jnp.asarray(t)))
     if (missing := np.abs(alpha - sigma * beta) > 1e-6 * (alpha + sigma * beta)).any():
         raise ValueError(

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 from fmjax import checks, paths
 from fmjax.keys import as_keys, normal
 from fmjax.sampling import adaptive, grids
-from fmjax.sampling.sample import source_scale
 from fmjax.sampling.states import wide_state
 from fmjax.types import Cond, FlowMapFn, VelocityFn, over_batch
 
@@ -26,7 +25,7 @@ PROBES = ("rademacher", "gaussian")
 
 
 class Density(NamedTuple):
-    """Log-densities and how far to trust them; pass it to ``check_density`` or ``bits_per_dim``.
+    """Log-densities and how far to trust them; pass it to ``checked_density`` or ``bits_per_dim``.
 
     Attributes:
         log_p: log-density of each example in nats, ``[B]``.
@@ -124,7 +123,7 @@ def log_density(
     cond: Cond = None,
     key=None,
     *,
-    path: paths.Path = grids.LINEAR,
+    path: paths.Path = paths.linear(),
     probes: int | None = None,
     distribution: str = "rademacher",
     ts: Any = None,
@@ -137,7 +136,7 @@ def log_density(
 
     With tolerances (the default 1e-5 is that in scipy and score_sde) steps are adaptive. With ``rtol=None, atol=None``
     every interval of ``ts`` is one step, and the solve is repeated with halved steps, since a few fixed steps give no
-    likelihood: ``check_density`` compares the two. A failed solve raises nothing under jit. Differentiable in reverse
+    likelihood: ``checked_density`` compares the two. A failed solve raises nothing under jit. Differentiable in reverse
     mode.
 
     Args:
@@ -170,7 +169,7 @@ def log_density(
     -1.8379
     """
     x, _ = wide_state("x", x)
-    noise, data = grids.default_grid(path, 1)
+    noise, data = path.span
     ts = grids.check_grid((data, noise) if ts is None else ts)
     if not grids.is_traced(ts) and (ts[-1] > noise + grids.SAME or ts[0] < ts[-1]):
         raise ValueError(f"ts={ts[0]:g} .. {ts[-1]:g}: must fall from the time of x to the noise at {noise:g}.")
@@ -179,7 +178,7 @@ def log_density(
         raise ValueError(
             f"{what}: Hutchinson's estimate needs probes and key, the exact divergence neither. Give both."
         )
-    b, shape, scale = x.shape[0], x.shape[1:], source_scale(path, noise)
+    b, shape, scale = x.shape[0], x.shape[1:], path.source_scale
     d = math.prod(shape)
     e = None if probes is None else draw_probes(
         as_keys(key, b), probes, shape, distribution=distribution, dtype=x.dtype
@@ -253,7 +252,7 @@ def flow_map_log_density(
     return Density(log_p, z, None, None)
 
 
-def check_density(density: Density, *, tolerance: float = 0.01) -> Float[Array, " b"]:
+def checked_density(density: Density, *, tolerance: float = 0.01) -> Float[Array, " b"]:
     """Raise an error for a log-density that cannot be trusted, outside of jit, or return it.
 
     Args:
@@ -268,10 +267,10 @@ def check_density(density: Density, *, tolerance: float = 0.01) -> Float[Array, 
         RuntimeError: where the solve failed, a value is not finite, or fixed steps are too few.
 
     >>> import jax.numpy as jnp
-    >>> check_density(Density(jnp.zeros(2), jnp.ones((2, 1)), None, None)).tolist()
+    >>> checked_density(Density(jnp.zeros(2), jnp.ones((2, 1)), None, None)).tolist()
     [0.0, 0.0]
     """
-    log_p = adaptive.check_solve(density.log_p[None], density.result, what="the solve of the log-density")[0]
+    log_p = adaptive.checked_solve(density.log_p[None], density.result, what="the solve of the log-density")[0]
     if density.halved is not None:
         d = math.prod(density.x0.shape[1:])
         change = float(jnp.abs(density.halved - log_p).mean()) / (d * math.log(2))
@@ -284,7 +283,7 @@ def check_density(density: Density, *, tolerance: float = 0.01) -> Float[Array, 
 
 
 def bits_per_dim(density: Density, *, level: float, tolerance: float = 0.01) -> Float[Array, " b"]:
-    """Return the bits per dimension of each example, ``-log p(x) / (d ln 2) - log2(level)``, after ``check_density``.
+    """Return the bits per dimension of each example, ``-log p(x) / (d ln 2) - log2(level)``, after ``checked_density``.
 
     For ``x = u / 128 - 1`` the level is ``1 / 128`` and the offset 7 bits, for ``x = u / 127.5 - 1`` ``1 / 127.5`` and
     ``log2(127.5) = 6.994``; ``level=1`` leaves the density of continuous data. With ``x`` from
@@ -294,14 +293,14 @@ def bits_per_dim(density: Density, *, level: float, tolerance: float = 0.01) -> 
     Args:
         density: the result of ``log_density``.
         level: the size of one grey level in the units of ``x``: the density is per level, not per unit of ``x``.
-        tolerance: as for ``check_density``.
+        tolerance: as for ``checked_density``.
 
     Returns:
         Bits per dimension ``[B]``.
 
     Raises:
         ValueError: for a level that is not positive.
-        RuntimeError: as ``check_density`` does.
+        RuntimeError: as ``checked_density`` does.
 
     >>> import jax.numpy as jnp
     >>> bits_per_dim(Density(jnp.zeros(1), jnp.ones((1, 1)), None, None), level=1 / 128).tolist()
@@ -310,7 +309,7 @@ def bits_per_dim(density: Density, *, level: float, tolerance: float = 0.01) -> 
     if not level > 0:
         raise ValueError(f"level={level}: not positive. Give the size of a grey level: 1/127.5 for x = u/127.5 - 1.")
     d = math.prod(density.x0.shape[1:])
-    return -check_density(density, tolerance=tolerance) / (d * math.log(2)) - math.log2(level)
+    return -checked_density(density, tolerance=tolerance) / (d * math.log(2)) - math.log2(level)
 
 
 def dequantise(key, x: Float[Array, "b ..."], *, level: float) -> Float[Array, "b ..."]:

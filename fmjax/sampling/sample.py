@@ -158,7 +158,7 @@ def sample(
 
 
 def source_sample(
-    path: paths.Path, key, shape: tuple[int, ...], *, start: float = 0.0, dtype: Any = jnp.float32
+    path: paths.Path, key, shape: tuple[int, ...], *, start: float | None = None, dtype: Any = jnp.float32
 ) -> Array:
     """Draw the noise that a sampler starts from: ``alpha x0`` with ``x0 ~ N(0, I)``.
 
@@ -169,7 +169,7 @@ def source_sample(
         path: the path of the velocity.
         key: one key, or keys ``[B]``.
         shape: the shape ``(B, ...)`` of the states.
-        start: the first time of the grid.
+        start: the first time of the grid, by default the start of ``path.span``.
         dtype: the type of the states.
 
     Returns:
@@ -181,27 +181,10 @@ def source_sample(
     >>> bool(45 < x0.std() < 55)
     True
     """
-    scale = source_scale(path, start)
-    return jnp.asarray(scale, dtype) * normal(as_keys(key, shape[0]), tuple(shape[1:]), dtype)
-
-
-def source_scale(path: paths.Path, start: float = 0.0) -> float:
-    """Return the standard deviation of the noise in the state of a path, ``sqrt(alpha^2 + gamma^2)``.
-
-    Args:
-        path: the path of the velocity.
-        start: the time.
-
-    Returns:
-        A number; 1 at ``t = 0`` of most paths.
-
-    >>> from fmjax import paths
-    >>> source_scale(paths.linear()), round(source_scale(paths.ve(sigma_max=50.0)), 3)
-    (1.0, 50.0)
-    """
+    start = path.span[0] if start is None else start
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        alpha, _ = paths.one_sided(path).coefficients(jnp.asarray(start, jnp.float64))
-        return float(alpha)
+        scale = float(paths.one_sided(path).coefficients(jnp.asarray(start, jnp.float64))[0])
+    return jnp.asarray(scale, dtype) * normal(as_keys(key, shape[0]), tuple(shape[1:]), dtype)
 
 
 def with_memory(step: FlowMapFn | Multistep) -> Multistep:

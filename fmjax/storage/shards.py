@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fmjax.storage import columns
+
 VERSION = 1
 MANIFEST = "manifest.json"
 BLOCK = 2**16  # bytes: what ArrayRecord's files are made of
@@ -43,7 +45,10 @@ class Manifest(NamedTuple):
 
     ``flow`` names the parameters (a digest), ``ts`` is the whole rising grid and ``steps`` the indices stored; ``seed``
     is that of the noise (forward), ``data`` the SHA-256 of the data and ``backward_map`` how they were carried
-    (backward); ``shape`` is that of one example at one time.
+    (backward); ``shape`` is that of one example at one time. ``cond`` describes the conditions of an example
+    (``columns.describe``) and ``cond_digest`` is the SHA-256 of all of them; ``start`` names the function that drew
+    the starts. The last three are ``None`` for a set without conditions and for starts from N(0, I), and are then left
+    out of the file.
     """
 
     version: int
@@ -59,10 +64,14 @@ class Manifest(NamedTuple):
     seed: int | None
     data: str | None
     shard_size: int
+    cond: str | None = None
+    cond_digest: str | None = None
+    start: str | None = None
     shards: tuple[Shard, ...] = ()
 
 
 IDENTITY = Manifest._fields[:-1]
+OPTIONAL = ("cond", "cond_digest", "start")
 
 
 def ranges(m: Manifest) -> dict[str, tuple[int, int]]:
@@ -75,6 +84,7 @@ def ranges(m: Manifest) -> dict[str, tuple[int, int]]:
 def size(m: Manifest, names: Iterable[str]) -> int:
     """Bytes of these shards on disk, from above, within two blocks of 64 KiB a shard."""
     record = len(m.steps) * math.prod(m.shape) * np.dtype(m.dtype).itemsize + 64  # and its header and index
+    record += 0 if m.cond is None else columns.row_bytes(m.cond) + 64
     counts = (stop - start for start, stop in (ranges(m)[name] for name in names))
     return sum(BLOCK * (2 + math.ceil(count * record * (1 + 32 / BLOCK) / BLOCK)) for count in counts)
 
@@ -116,8 +126,11 @@ def resume(directory: str | os.PathLike, m: Manifest, names: Iterable[str]) -> d
     return good
 
 
-def write(directory: str | os.PathLike, name: str, records: Iterable[bytes]) -> Shard:
-    """Writes one shard and gives it its name; what it returns is yet to be entered in the manifest (``save``)."""
+def write(directory: str | os.PathLike, name: str, records: Iterable[bytes], cond: Iterable[bytes] = ()) -> Shard:
+    """Writes one shard and gives it its name; what it returns is yet to be entered in the manifest (``save``).
+
+    The conditions ``cond``, one ``bytes`` per example, follow the examples in the same file.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     path, count = Path(directory) / name, 0
@@ -126,6 +139,8 @@ def write(directory: str | os.PathLike, name: str, records: Iterable[bytes]) -> 
         for record in records:
             writer.write(record)
             count += 1
+        for row in cond:
+            writer.write(row)
     shard = Shard(name, count, _sha256(unfinished))
     _commit(unfinished, path)
     return shard
@@ -145,6 +160,7 @@ def save(
     path = Path(directory) / name
     unfinished = path.with_name(f"{name}.tmp")
     fields = m._asdict() | {"shards": [shard._asdict() for shard in m.shards]}
+    fields = {key: value for key, value in fields.items() if key not in OPTIONAL or value is not None}
     unfinished.write_text(json.dumps(fields, indent=1) + "\n")
     _commit(unfinished, path)
     return m
@@ -194,11 +210,40 @@ def check(directory: str | os.PathLike, m: Manifest, expect: dict) -> None:
         )
 
 
-class Records:
+class _Rows:
+    """One part of every record of a set, as if it were an array ``[M, ...]``: ``x[rows]`` reads it."""
+
+    def __init__(self, source, m: Manifest, second: bool, start: int, stop: int | None, shape, dtype):
+        self.source, self.shape, self.dtype, self.ndim = source, (m.count, *shape), np.dtype(dtype), 1 + len(shape)
+        self._second, self._span, self._size = second, slice(start, stop), None if m.cond is None else m.shard_size
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def _numbers(self, rows: np.ndarray) -> np.ndarray:
+        """The record of each example: in a shard all examples come first, then all their conditions."""
+        if self._size is None:
+            return rows
+        start = rows // self._size * self._size
+        return start + rows + (np.minimum(self._size, len(self) - start) if self._second else 0)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+        rows = np.where(rows < 0, rows + len(self), rows)
+        records = self.source.__getitems__(self._numbers(rows.ravel()).tolist()) if rows.size else []
+        x = np.frombuffer(b"".join(record[self._span] for record in records), self.dtype)
+        return x.reshape(*rows.shape, *self.shape[1:])
+
+    def __array__(self, *args, **kwargs):
+        raise ValueError(f"{len(self)} examples on disk are read by rows, x[rows]; for an array set stream=False")
+
+
+class Records(_Rows):
     """A set on disk as if it were an array ``[M, steps, ...]``: ``x[rows]`` reads examples, ``x[rows, n]`` one step.
 
-    ``rows`` is a slice, indices ``[k]`` or one index, so that it is a source for grain too. Every shard is checked
-    when the set is opened: ``RuntimeError`` naming one that is missing or torn.
+    ``rows`` is a slice, indices ``[k]`` or one index, so that it is a source for grain too. ``cond`` holds the
+    conditions, each array read by ``[rows]`` alike, ``None`` in a set without. Every shard is checked when the set is
+    opened: ``RuntimeError`` naming one that is missing or torn.
     """
 
     def __init__(self, directory: str | os.PathLike, m: Manifest):
@@ -213,28 +258,28 @@ class Records:
         for name in ranges(m):
             if isinstance(fault := _whole(directory, name, told[name]), str):
                 raise RuntimeError(f"{directory / name} {fault}; {again}, it rebuilds this shard alone")
-        self.source = ArrayRecordDataSource([str(directory / name) for name in ranges(m)])
-        self.shape, self.dtype = (m.count, len(m.steps), *m.shape), np.dtype(m.dtype)
-        self.ndim = len(self.shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
+        source = ArrayRecordDataSource([str(directory / name) for name in ranges(m)])
+        super().__init__(source, m, False, 0, None, (len(m.steps), *m.shape), m.dtype)
+        self.cond = None
+        if m.cond is not None:
+            parts = columns.layout(m.cond)
+            self.cond = columns.rebuild(m.cond, [_Rows(source, m, True, *c[:2], c.shape, c.dtype) for c in parts])
 
     def __getitem__(self, at) -> np.ndarray:
         rows, n = at if isinstance(at, tuple) else (at, None)
-        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
-        rows = np.where(rows < 0, rows + len(self), rows)
-        records = self.source.__getitems__(rows.ravel().tolist()) if rows.size else []
-        x = np.frombuffer(b"".join(records), self.dtype).reshape(*rows.shape, *self.shape[1:])
-        return x if n is None else x[n] if rows.ndim == 0 else x[np.arange(len(rows)), n]
-
-    def __array__(self, *args, **kwargs):
-        raise ValueError(f"{len(self)} examples on disk are read by rows, x[rows]; for an array set stream=False")
+        x = super().__getitem__(rows)
+        if n is None:
+            return x
+        return x[n] if x.ndim < self.ndim else x[np.arange(len(x)), n]
 
 
 def read(directory: str | os.PathLike, m: Manifest) -> np.ndarray:
     """All records ``[M, steps, ...]``, every shard checked as ``Records`` does."""
-    records = Records(directory, m)
+    return in_memory(Records(directory, m), m)
+
+
+def in_memory(records: Records, m: Manifest) -> np.ndarray:
+    """All of an open set as an array, read a shard at a time."""
     x = np.empty(records.shape, records.dtype)
     for start, stop in ranges(m).values():
         x[start:stop] = records[start:stop]

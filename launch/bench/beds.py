@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import sampling
-from fmjax.correction import correctors, marginals, search
+from fmjax import correction, sampling
+from fmjax.correction import correctors, search
 from fmjax.correction.marginals import Marginals
-from fmjax.data import arrays
+from fmjax.data import Dataset, in_memory
 from fmjax.experiments import assemble, evaluate, report, specs
 from fmjax.keys import as_keys, fold_in, normal
 from fmjax.metrics import features, neighbours, two_sample
@@ -72,7 +72,7 @@ PROBLEMS = {
         MLP,
         {"name": "mlp", "width": 128, "depth": 3, "logit": True},
         {"score": 1500, "classifier": 600, "residual": 1500},
-        (1437, 1437),
+        (1257, 1257),
         360,
         (10, 11, 12, 13, 15, 20, 50, 100),
         seeds=4,
@@ -110,7 +110,7 @@ class Bed(NamedTuple):
 
     problem: Problem
     plan: loop.Plan
-    data: arrays.Splits
+    data: Dataset
     flow: Params
     metrics: dict[str, Callable]
     folder: Path
@@ -123,14 +123,15 @@ def bed(name: str, folder: Path | None = None) -> Bed:
     data = specs.data(cfg.data)
     plan = assemble.assemble(cfg, data=data)
     flow = loop.train(plan, folder / "flow").ema
-    data = arrays.in_memory(data, train=20_000, test=2_000, seed=0)  # to compare with, and to start backward from
+    # to compare with, and to start backward from
+    data = in_memory(data, train=20_000, validation=2_000, test=2_000, seed=0)
     metrics, net = evaluate.distances(data)
     told = lambda x: net.features(features.quantise(x, data.levels))
-    real = told(data.test_x)
+    real = told(data.test.x)
     for i, metric in enumerate(("precision", "recall")):
         metrics[metric] = lambda x, i=i: neighbours.precision_recall(real[: len(x)], told(x)[: len(real)])[i]
-    away = float(nearest(data.test_x, data.train_x))
-    metrics["to training"] = lambda x: float(nearest(x, data.train_x)) / away  # below 1: nearer than held-out data are
+    away = float(nearest(data.test.x, data.train.x))
+    metrics["to training"] = lambda x: float(nearest(x, data.train.x)) / away  # below 1: nearer than held-out data are
     return Bed(problem, plan, data, flow, metrics, folder)
 
 
@@ -152,13 +153,13 @@ def sets(b: Bed, name: str, view, params: Params, ts, count: int, **options) -> 
     n = len(ts) - 1
     common = {"flow": checkpoint.digest(params), "steps": range(0, n + 1, max(1, n // SHORT)), **options}
     starts = {
-        "forward": {"count": count, "shape": b.data.train_x.shape[1:], "seed": 1},
-        "backward": {"data": b.data.train_x[:count]},
+        "forward": {"count": count, "shape": b.data.train.x.shape[1:], "seed": 1},
+        "backward": {"data": b.data.train.x[:count]},
     }
     for direction, start in starts.items():
         folder = b.folder / "marginals" / name / direction
-        marginals.build(view, params, ts, directory=folder, direction=direction, **common, **start)
-    return tuple(marginals.read(b.folder / "marginals" / name / direction) for direction in starts)
+        correction.build_marginals(view, params, ts, directory=folder, direction=direction, **common, **start)
+    return tuple(correction.read_marginals(b.folder / "marginals" / name / direction) for direction in starts)
 
 
 def corrector(b: Bed, kind: str, name: str, p: Marginals, q: Marginals) -> tuple[Method, Params]:
@@ -174,7 +175,7 @@ def corrector(b: Bed, kind: str, name: str, p: Marginals, q: Marginals) -> tuple
     same = "weighting coupling batch_size target warmup schedule clip beta2 weight_decay ema".split()
     part = {field: b_field for field, b_field in config(b.problem).items() if field in same}
     part |= {"steps": b.problem.steps[kind.removeprefix("plain ")], "learning_rate": 1e-3, **spec}
-    batch = marginals.pairs(p, q, batch_size=part["batch_size"], seed=0)
+    batch = correction.marginal_pairs(p, q, batch_size=part["batch_size"], seed=0)
     plan = assemble.assemble(config(b.problem, correctors={kind: part}), f"correctors.{kind}", batch=batch)
     return plan.method, loop.train(plan, b.folder / f"{kind}-{name}").ema
 
@@ -197,7 +198,7 @@ def pushed(method: Method) -> Callable:
 def drifted(ts) -> Callable:
     """Marginal matching with the drift between banks at the times ``ts``."""
     return lambda params, alpha, beta: correctors.marginal_matching(
-        correctors.kernel_drift(**params["bank"], ts=ts, bandwidth=1.0), alpha=alpha, beta=beta
+        correction.kernel_drift(**params["bank"], ts=ts, bandwidth=1.0), alpha=alpha, beta=beta
     )
 
 
@@ -221,13 +222,13 @@ class Sampler(NamedTuple):
     kind: str = "none"
     cost: sampling.Cost | None = None
     evaluations: float = 0.0
-    given: tuple[search.Setting, ...] = ()
+    given: tuple[search.Placement, ...] = ()
     group: str = ""
 
 
 def sampler(b: Bed, step_of: Callable, n, at=(), fix_of: Callable | None = None) -> Callable:
     """``step_of(params)`` from the noise of the keys over a grid or ``n`` uniform steps, corrected by ``fix_of``."""
-    ts, shape = grids.uniform_grid(n) if isinstance(n, int) else n, b.data.train_x.shape[1:]
+    ts, shape = grids.uniform_grid(n) if isinstance(n, int) else n, b.data.train.x.shape[1:]
 
     @jax.jit
     def draw(params, keys, alpha, beta):
@@ -239,7 +240,7 @@ def sampler(b: Bed, step_of: Callable, n, at=(), fix_of: Callable | None = None)
     return draw
 
 
-def distances(b: Bed, s: Sampler, setting: search.Setting, key) -> dict[str, float]:
+def distances(b: Bed, s: Sampler, setting: search.Placement, key) -> dict[str, float]:
     """Every metric of one run of samples."""
     keys, (alpha, beta) = as_keys(key, b.problem.samples), setting.dense(s.n)
     x = np.concatenate(
@@ -248,10 +249,10 @@ def distances(b: Bed, s: Sampler, setting: search.Setting, key) -> dict[str, flo
     return {name: metric(x) for name, metric in b.metrics.items()}
 
 
-def chosen(b: Bed, s: Sampler) -> search.Setting:
+def chosen(b: Bed, s: Sampler) -> search.Placement:
     """The strength that is best on the tuning seeds by the first metric; every evaluation is kept."""
     first = next(iter(b.metrics))
-    same = lambda a, c: search.Setting(s.at, (a,) * len(s.at), (c,) * len(s.at))
+    same = lambda a, c: search.Placement(s.at, (a,) * len(s.at), (c,) * len(s.at))
     given = s.given or tuple(
         same(a, c) for a in ALPHAS.get(s.kind, ()) for c in (b.problem.betas if s.kind == "score" else (0.0,))
     )
@@ -262,9 +263,9 @@ def chosen(b: Bed, s: Sampler) -> search.Setting:
         tuning=keys(TUNING, b.problem.tuning),
         reporting=keys(SEED, b.problem.seeds),
         directory=b.folder / "tuning" / "-".join(files.slug(str(v)) for v in s.name.values()),
-        what={"params": checkpoint.digest(s.params), "samples": b.problem.samples},
+        identity={"params": checkpoint.digest(s.params), "samples": b.problem.samples},
     )
-    return value.best(given).setting
+    return value.best(given).placement
 
 
 def keys(seed: int, n: int):
@@ -292,5 +293,5 @@ def measured(b: Bed, rows: list[Sampler]) -> list[dict]:
 
 def flops(f: Callable, params: Params, b: Bed) -> float:
     """FLOPs of an evaluation, by XLA."""
-    x = jnp.zeros((8, *b.data.train_x.shape[1:]))
+    x = jnp.zeros((8, *b.data.train.x.shape[1:]))
     return jax.jit(lambda params, x: f(params)(x, jnp.full(8, 0.5))).lower(params, x).compile().cost_analysis()["flops"]

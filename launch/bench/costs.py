@@ -16,7 +16,7 @@ import optax
 
 from fmjax import sampling, training
 from fmjax.correction import correctors, marginals
-from fmjax.methods import common
+from fmjax.methods import views
 from fmjax.methods.flow_matching import flow_matching
 from fmjax.methods.lagrangian import lagrangian
 from fmjax.methods.score_corrector import score_corrector
@@ -141,7 +141,7 @@ def sampler(repeats: int) -> list[dict]:
     """
     rows = []
     for name, case in networks().items():
-        velocity, jump = common.diagonal(case.net), common.jump(case.net)
+        velocity, jump = views.velocity_view(case.net), views.flow_map_view(case.net)
         score = lambda q, case=case: score_corrector(case.net, sigma=0.1).direction(q)
         fix = lambda q, score=score: {
             "corrector": correctors.marginal_matching(score(q), alpha=0.5, beta=0.1),
@@ -228,7 +228,7 @@ def marginal_sets(repeats: int) -> list[dict]:
     """
     n, batches, rows = 4, 5, []
     for name, case in networks().items():
-        velocity, size, first = common.diagonal(case.net), len(case.x), {}
+        velocity, size, first = views.velocity_view(case.net), len(case.x), {}
 
         def build(direction, case=case, velocity=velocity, size=size, first=first):
             marks, start = [], now()

@@ -59,7 +59,7 @@ class Learned(NamedTuple):
     logit: bool = False
 
 
-SCORE, CLASSIFIER = search.grid(0, 1.5, 0.05), search.grid(0, 0.3, 0.01)
+SCORE, CLASSIFIER = search.value_grid(0, 1.5, 0.05), search.value_grid(0, 0.3, 0.01)
 LEARNED = {
     "score": Learned(functools.partial(score_corrector, sigma=SIGMA), SCORE),
     "classifier": Learned(functools.partial(classifier_corrector, eps=0.0), CLASSIFIER, logit=True),
@@ -191,7 +191,7 @@ def best_alpha(coefficients, params, row: str, solver: str) -> float:
     keys = {str(jax.random.key_data(key)): key for key in TUNING}
     evaluate = lambda setting, key: values(str(jax.random.key_data(key)))[alphas.index(setting.alpha[0])]
     found = search.Evaluations(evaluate, tuning=TUNING, reporting=REPORTING)
-    return search.grid_search(found, search.Space(GRID, (GRID,), alphas), (GRID,)).setting.alpha[0]
+    return search.grid_search(found, search.Space(GRID, (GRID,), alphas), (GRID,)).placement.alpha[0]
 
 
 @jax.jit

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import sampling, straightening
-from fmjax.correction import marginals
+from fmjax import correction, sampling, straightening
 from fmjax.experiments import assemble, reflow, report, specs
 from fmjax.keys import as_keys, fold_in, normal
 from fmjax.metrics import spectrum, two_sample
@@ -136,7 +135,7 @@ def straightened_spectra(repeats: int) -> list[dict]:
     """The share of the end-point error's power below 1/5 cycle a pixel, by allocation; that of data less their mean."""
     lines, ends = {}, []
     for name in NAMES:
-        data = specs.data(runs.config(f"half_straightening_{name}", {}).data).train_x[:5000]
+        data = specs.data(runs.config(f"half_straightening_{name}", {}).data).train.x[:5000]
         ends.append(
             {"data": name, "straightened": "the data"}
             | {"(1, 1)": f"{spectrum.low_share(*spectrum.radial(data - data.mean(0))):.3f}"}
@@ -167,12 +166,12 @@ def straightened_corrected(repeats: int) -> list[dict]:
     lines = []
 
     def add(name, step_of, given, counts, fixes=True):
-        grid = segments.grid(bounds, counts)
+        grid = segments.segment_grid(bounds, counts)
         n, inner = len(grid) - 1, tuple(int(i) for i in np.cumsum(counts))
         where = ", ".join(map(str, counts))
         common = {"params": given, "n": n, "group": f"{name} {where}"}
         label = lambda how, at: {"sampler": f"{name} ({where})", "corrector": how, "at t": at}
-        plain = beds.Sampler(label("none", "-"), beds.sampler(b, step_of, grid), cost=sampling.cost(n), **common)
+        plain = beds.Sampler(label("none", "-"), beds.sampler(b, step_of, grid), cost=sampling.cost(1, n), **common)
         lines.append(plain._replace(evaluations=n))
         if not fixes:
             return
@@ -196,8 +195,8 @@ def straightened_corrected(repeats: int) -> list[dict]:
         lines.append(row._replace(cost=sampling.cost(1, n, (n,), counts[-1])))
 
     for name, counts in (("noise half, gated", (1, 9)), ("both halves, gated", (1, 1))):
-        of = lambda given, m=models[name]: straightening.step(
-            straightening.velocities(m, methods, given["students"]), bounds
+        of = lambda given, m=models[name]: straightening.segmented_step(
+            straightening.segment_velocities(m, methods, given["students"]), bounds
         )
         used = {network: params[network] for network in models[name].networks}
         add(name, of, {"students": used}, counts)
@@ -218,13 +217,13 @@ def straightened_corrected(repeats: int) -> list[dict]:
     return beds.measured(b, lines)
 
 
-def _sets(b: beds.Bed, name: str, step_of, given, grid, inner) -> tuple[marginals.Marginals, marginals.Marginals]:
+def _sets(b: beds.Bed, name: str, step_of, given, grid, inner) -> tuple[correction.Marginals, correction.Marginals]:
     """The states of a model at the bounds after the first, and what they should be in law: noised training data."""
-    count, real = b.problem.examples[0], b.data.train_x
+    count, real = b.problem.examples[0], b.data.train.x
     folder = b.folder / "marginals" / files.slug(f"{name} {len(grid) - 1}")
     common = {"direction": "forward", "flow": checkpoint.digest(given), "solver": "flow_map", "steps": inner, "seed": 1}
-    marginals.build(step_of, given, grid, directory=folder, count=count, shape=real.shape[1:], **common)
-    p = marginals.read(folder)
+    correction.build_marginals(step_of, given, grid, directory=folder, count=count, shape=real.shape[1:], **common)
+    p = correction.read_marginals(folder)
     keys = as_keys(jax.random.key(5), len(real))
     z = np.stack([np.asarray(normal(fold_in(keys, i), real.shape[1:])) for i in range(len(p.ts))], 1)
     t = p.ts.reshape(1, -1, 1, 1, 1)
@@ -234,7 +233,7 @@ def _sets(b: beds.Bed, name: str, step_of, given, grid, inner) -> tuple[marginal
 def _map(b: beds.Bed, cfg, k: int, name: str, start):
     """The flow map of segment ``k``, distilled from the network ``name`` of it, which it starts as."""
     low, high = cfg.straighten.bounds[k : k + 2]
-    pair = {"name": "ordered_pair", "law": {"name": "uniform", "low": low, "high": high}}
+    pair = {"name": "ordered_pair", "time": {"name": "uniform", "low": low, "high": high}}
     same = "weighting coupling batch_size schedule clip beta2 weight_decay ema".split()
     part = {field: cfg[field] for field in same} | {"steps": MAP_STEPS, "learning_rate": 5e-4, "warmup": 0}
     part |= {"target": "frozen", "method": {"name": "lagrangian", "diagonal": 0.0, "pair": pair}}
