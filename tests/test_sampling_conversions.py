@@ -48,7 +48,7 @@ def predictor(path, predicts):
         ("trigonometric", "sub_vp", "score"), ("sub_vp", "vp", "velocity"),
     ],
 )  # fmt: skip
-def test_a_trained_prediction_is_the_velocity_on_another_path_and_turns_back(old, new, predicts, x64, key):
+def test_a_trained_prediction_is_the_velocity_on_another_path_and_back(old, new, predicts, x64, key):
     """All pairs of paths are in ``test_paths``; here each prediction, and there and back it is what it was."""
     old, new = PATHS[old], PATHS[new]
     net = predictor(old, predicts)
@@ -82,7 +82,7 @@ def test_what_starts_from_a_diffusion_model_is_it_and_trains_on(x64, key):
     np.testing.assert_allclose(jump, x + expand(t - s, x) * straight.velocity(x, s), rtol=1e-9)
 
 
-def test_off_the_diagonal_the_network_is_asked_for_the_matching_pair_of_times(x64, key):
+def test_off_the_diagonal_the_network_gets_the_matching_pair_of_times(x64, key):
     path, seen = paths.trigonometric(), []
 
     def net(params, x, s, t, cond=None, key=None):
@@ -119,7 +119,7 @@ def test_a_velocity_is_edms_denoiser_and_back(name, x64, key):
 
 
 def test_what_no_network_predicts_is_refused():
-    with pytest.raises(ValueError, match="no network predicts 'epsilon'; it is one of velocity, noise, data"):
+    with pytest.raises(ValueError, match="predicts='epsilon': .*velocity, noise, data"):
         sampling.as_flow(lambda *a: a[1], predicts="epsilon")
-    with pytest.raises(ValueError, match="a diffusion model needs a path without a latent"):
+    with pytest.raises(ValueError, match="a diffusion model.* latent"):
         sampling.as_flow(lambda *a: a[1], predicts="noise", onto=paths.two_sided())

@@ -291,7 +291,7 @@ def test_draws_belong_to_their_example_and_falling_steps_go_back(x64, key):
         step = jax.jit(made)
         whole = step(x, 0.3, 0.5, None, keys)
         np.testing.assert_allclose(step(x[2:4], 0.3, 0.5, None, keys[2:4]), whole[2:4], rtol=1e-12)
-        with pytest.raises(ValueError, match="draws noise and needs a key"):
+        with pytest.raises(ValueError, match="key=None: "):
             made(x, 0.3, 0.5)
     exact = law.flow_map(x, 1.0, 0.0)
     for make, order in ((diffusion.ddim, 1), (diffusion.edm_heun, 2)):
@@ -316,23 +316,23 @@ def test_steps_are_named_in_a_config_and_take_the_path_of_the_run(x64, key):
     want = diffusion.ddim(law.velocity, path=path, eta=1.0)(x, 0.3, 0.5, None, keys)
     np.testing.assert_array_equal(step(x, 0.3, 0.5, None, keys), want)
     assert isinstance(specs.step("ipndm", path=path)(law.velocity), Multistep)
-    with pytest.raises(ValueError, match="solvers has no 'ddmi'; did you mean 'ddim'.*dpmpp_2m, edm_heun, euler"):
+    with pytest.raises(ValueError, match="'ddmi'.*did you mean 'ddim'.*dpmpp_2m, edm_heun, euler"):
         specs.step("ddmi")
-    with pytest.raises(ValueError, match="a step of a diffusion model needs a path without a latent"):
+    with pytest.raises(ValueError, match="ddim.* latent"):
         specs.step("ddim", path=paths.two_sided(), score=law.score)(law.velocity)
 
 
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (diffusion.ddim, {"eta": 1.5}, r"eta=1.5 must lie in \[0, 1\]"),
-        (diffusion.edm_heun, {"s_churn": 40.0}, "s_churn=40.0 is shared by the steps of the grid: give steps=N, got N"),
-        (diffusion.edm_heun, {"s_churn": -1.0, "steps": 4}, "churn needs s_churn >= 0.*got s_churn=-1.0"),
+        (diffusion.ddim, {"eta": 1.5}, "eta=1.5: "),
+        (diffusion.edm_heun, {"s_churn": 40.0}, "steps=None: s_churn=40.0"),
+        (diffusion.edm_heun, {"s_churn": -1.0, "steps": 4}, "s_churn=-1.0, "),
         (diffusion.edm_heun, {"s_min": 2.0, "s_max": 1.0}, "s_min=2.0, s_max=1.0"),
-        (sampling.ipndm, {"order": 5}, "orders 1 to 4, got order=5"),
-        (diffusion.reverse_diffusion, {"path": paths.two_sided()}, "needs a path without a latent"),
-        (sampling.denoiser, {"path": paths.two_sided()}, "needs a path without a latent"),
-        (sampling.velocity_of, {"path": paths.two_sided()}, "needs a path without a latent"),
+        (sampling.ipndm, {"order": 5}, "order=5: "),
+        (diffusion.reverse_diffusion, {"path": paths.two_sided()}, "latent"),
+        (sampling.denoiser, {"path": paths.two_sided()}, "latent"),
+        (sampling.velocity_of, {"path": paths.two_sided()}, "latent"),
     ],
 )
 def test_what_cannot_be_is_refused(make, options, message):
@@ -340,7 +340,7 @@ def test_what_cannot_be_is_refused(make, options, message):
         make(lambda x, t, cond=None: x, **options)
 
 
-def test_a_uniform_grid_from_pure_noise_to_the_data_has_no_hole_at_its_ends(key):
+def test_a_uniform_grid_from_noise_to_data_is_finite_at_its_ends(key):
     """Where a noise level is infinite or zero, on a path whose ends are both exact and on one with a rounded end."""
     x = jax.random.normal(key, (64, 1))
     for path in (PATHS["linear"], PATHS["trigonometric"]):

@@ -17,7 +17,7 @@ def problem(batch=4, d=6):
     return root, lambda x: b - jnp.einsum("bij,bj->bi", jnp.asarray(a), x)
 
 
-def test_a_linear_residual_is_solved_in_as_many_steps_as_unknowns_though_the_plain_iteration_diverges(x64):
+def test_a_linear_residual_takes_as_many_iterations_as_unknowns(x64):
     root, residual = problem()
     x = jnp.zeros(root.shape)
     gap = lambda n: float(jnp.abs(fixed_point.anderson(residual, x, iterations=n, memory=6) - root).max())
@@ -38,7 +38,7 @@ def test_examples_do_not_see_each_other(x64):
         np.testing.assert_allclose(alone(i)[0], together[i], rtol=1e-12, atol=1e-12)
 
 
-def test_what_has_no_root_ends_at_its_least_residual_and_not_at_a_number_that_is_none():
+def test_without_a_root_the_iterate_of_smallest_residual_is_returned():
     """``2 + x^2`` is least at 0, where the iteration starts; ``x - 3`` is not defined below 2.9 but at its start."""
     start = jnp.array([[0.0], [0.1]])
     np.testing.assert_array_equal(fixed_point.anderson(lambda x: 2 + x**2, start, iterations=30)[0], start[0])

@@ -163,7 +163,7 @@ def test_with_the_initial_noise_a_straight_flow_is_exact_on_any_grid(path, heun,
 
 
 @every_path
-def test_the_first_step_with_the_initial_noise_is_ddims_and_no_key_is_asked_for(path, x64, key):
+def test_the_first_step_with_the_initial_noise_is_ddims_without_a_key(path, x64, key):
     x = jax.random.normal(key, (4, 2))
     v = oracles.mixture(jnp.array([[2.0, 0.5], [-1.5, 1.0]]), jnp.array([0.3, 0.4]), path=path).velocity
     for ts in ([0.0, 0.6], [0.3, 0.6]):
@@ -201,7 +201,7 @@ def test_the_initial_noise_is_kept_as_2_rectified_flow_keeps_it(heun, x64, key):
     assert len(seen) == (7 if heun else 4)
 
 
-def test_with_the_initial_noise_more_steps_do_not_lead_to_the_end_of_a_curved_flow(x64, key):
+def test_the_initial_noise_is_no_solver_of_a_curved_flow(x64, key):
     x = jax.random.normal(key, (4, 2))
     gap = lambda make, n: np.abs(
         sampling.sample(make(LAW.velocity), x, grids.uniform_grid(n)) - LAW.flow_map(x, 0.0, 1.0)

@@ -78,7 +78,7 @@ def test_bad_requests_are_refused_before_any_work(key):
         sampling.sample(double, x, TS, key=key, corrector=add_time, at=(0,), parallel=True)
 
 
-def test_a_correction_of_no_size_and_one_nowhere_leave_the_plain_sample_to_the_bit(flow, key):
+def test_a_correction_of_no_size_leaves_the_plain_sample_to_the_bit(flow, key):
     velocity, direction = flow
     step, ts = sampling.rk4(velocity), grids.uniform_grid(6)
     x = jax.random.normal(key, (8, 2))
@@ -359,7 +359,7 @@ def test_a_renoised_jump_of_the_exact_map_keeps_the_marginals(path, fraction, x6
     assert np.abs(xs[1] - plain[1]).mean() > 0.1 and np.abs(xs[3] - plain[3]).mean() > 0.1
 
 
-def test_without_a_way_to_go_renoising_is_the_jump_and_its_ends_are_checked(key):
+def test_renoising_by_no_fraction_is_the_jump(key):
     oracle = oracles.gaussian(0.3, 0.7)
     x, step = jax.random.normal(key, (5, 2)), sampling.renoised(oracle.flow_map, fraction=0.0)
     np.testing.assert_array_equal(step(x, 0.2, 0.6), oracle.flow_map(x, 0.2, 0.6))

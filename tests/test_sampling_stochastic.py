@@ -23,7 +23,7 @@ MEANS, STDS, WEIGHTS = jnp.array([[2.0, 0.5], [-1.5, 1.0], [0.3, -2.0]]), jnp.ar
 @every_step
 @pytest.mark.parametrize("strength", STRENGTHS)
 @pytest.mark.parametrize(("start", "stop"), [(0.1, 0.9), (0.9, 0.1)])
-def test_moments_converge_to_the_marginals_at_the_weak_order_in_both_directions(name, strength, start, stop, x64):
+def test_moments_converge_to_the_marginals_at_the_weak_order(name, strength, start, stop, x64):
     path = paths.trigonometric()  # on the linear one both steps carry the mean without error
     oracle = oracles.gaussian(MEAN, STD, path=path)
     step = STEPS[name](oracle.velocity, strength=STRENGTHS[strength], path=path)
@@ -32,7 +32,7 @@ def test_moments_converge_to_the_marginals_at_the_weak_order_in_both_directions(
     assert (error < 0.02).all()
 
 
-def test_heuns_order_holds_to_the_data_where_the_score_is_not_in_the_velocity(x64):
+def test_heuns_order_holds_to_the_data_where_the_score_is_open(x64):
     path = paths.trigonometric()
     oracle = oracles.gaussian(MEAN, STD, path=path)
     step = sampling.stochastic_heun(oracle.velocity, strength=0.8, path=path)
@@ -100,7 +100,7 @@ def test_every_strength_has_the_marginals_of_the_mixture(strength, key):
 
 
 @every_step
-def test_memoryless_ends_do_not_depend_on_their_start_and_those_of_the_ode_do(name, x64):
+def test_memoryless_ends_do_not_depend_on_their_start(name, x64):
     """The exact covariance of ``x1`` and ``x0``, from the first step, of the ODE, on: it falls with its length."""
     oracle = oracles.gaussian(MEAN, STD)
     grid = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, 200)])
@@ -213,13 +213,13 @@ def test_steps_are_named_in_a_config_with_their_strength(key):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strength": -1.0}, "a number g >= 0, got -1.0"),
-        ({"strength": float("inf")}, "got inf"),
-        ({"strength": "memory"}, "no strength 'memory': give a number, a function of time or 'memoryless'"),
-        ({"path": paths.two_sided()}, "the score of an SDE step, where score=... is not given, needs a path without"),
+        ({"strength": -1.0}, "strength=-1.0: "),
+        ({"strength": float("inf")}, "strength=inf: "),
+        ({"strength": "memory"}, "strength='memory': "),
+        ({"path": paths.two_sided()}, "the score of an SDE step.* latent"),
         (
             {"path": paths.two_sided(), "strength": "memoryless", "score": lambda x, t: x},
-            "the memoryless strength needs",
+            "the memoryless strength.* latent",
         ),
     ],
 )
@@ -231,5 +231,5 @@ def test_what_cannot_be_is_refused(name, options, message):
 
 @every_step
 def test_a_step_without_a_key_says_so(name):
-    with pytest.raises(ValueError, match=r"draws noise and needs a key: sample\(..., key="):
+    with pytest.raises(ValueError, match="key=None: "):
         sampling.sample(STEPS[name](lambda x, t, cond=None: x), jnp.zeros((2, 1)), [0.0, 0.5])
