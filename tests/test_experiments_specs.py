@@ -10,9 +10,8 @@ import optax
 import pytest
 from cases import discover
 
-from fmjax import couplings, paths, times
+from fmjax import couplings, paths, sampling, times
 from fmjax.experiments import specs
-from fmjax.sampling import solvers
 from fmjax.types import Method
 
 ml_collections = pytest.importorskip("ml_collections")
@@ -33,7 +32,7 @@ def test_names_resolve_by_module_path():
     assert specs.resolve("methods", "lagrangian") is lagrangian
     assert specs.resolve("nets", "mlp") is MLP and specs.resolve("nets", "unet") is UNet
     assert specs.resolve("paths", "trigonometric") is paths.trigonometric
-    assert specs.step("rk38") is solvers.rk38
+    assert specs.step("rk38") is sampling.rk38
 
 
 METHODS = ", ".join(discover()[:3])
@@ -185,7 +184,7 @@ def test_a_law_that_follows_the_progress_is_named_as_others_are_and_gets_it(key)
         method = specs.method({**spec, "diagonal": 0.0}, net)
         _, aux = method.loss(jnp.float32(1.0), jnp.float32(1.0), batch, as_keys(key, 4))
         np.testing.assert_allclose(aux["t"] - aux["s"], [1 / 8, 1 / 4, 1 / 2, 1], rtol=1e-6)
-    with pytest.raises(ValueError, match="fmjax.times has no 'ordered_pair' .*constant_fraction, ect_fraction"):
+    with pytest.raises(ValueError, match="fmjax.fractions has no 'ordered_pair' .*constant_fraction, ect_fraction"):
         specs.method({"name": "alpha_flow", "fraction": "ordered_pair"}, net)
 
 
