@@ -30,7 +30,7 @@ def small_digits(tmp_path_factory):
         patch.setitem(features.RECIPE, "steps", 8)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         images = digits()
-        yield images, metrics.fd_small_to(images, images.test), files.cache() / "features"
+        yield images, metrics.fd_small_to(images, images.test), files.cache_folder() / "features"
 
 
 def test_every_factory_has_the_form_that_a_config_needs():

@@ -101,7 +101,7 @@ def sample(
     keys = None if key is None else as_keys(key, x0.shape[0])
     sub = lambda i: None if keys is None else fold_in(keys, i)
     before = np.isin(np.arange(n), at)
-    init, move = with_memory(step)
+    init, move = with_memory(step)[:2]
 
     def correct(x, i, t):
         fixed, info = corrector(sub(2 * i), x, over_batch(t, x), cond)
