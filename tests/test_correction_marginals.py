@@ -276,13 +276,13 @@ def test_damaged_shard(built, reference, damage, caplog):
 @pytest.mark.parametrize(
     "changes, names",
     [
-        ({"flow": "b"}, ["flow: 'a' there, 'b' asked for"]),
-        ({"solver": "rk4"}, ["solver: 'euler' there, 'rk4' asked for"]),
+        ({"flow": "b"}, ["flow: 'a' stored, 'b' requested"]),
+        ({"solver": "rk4"}, ["solver: 'euler' stored, 'rk4' requested"]),
         ({"ts": grids.uniform_grid(5)}, ["ts: ", "steps: "]),
         ({"ts": np.linspace(0, 1, 5) ** 2}, ["ts: "]),
         (
             {"seed": 1, "dtype": "float16"},
-            ["seed: 0 there, 1 asked for", "dtype: 'float32' there, 'float16' asked for"],
+            ["seed: 0 stored, 1 requested", "dtype: 'float32' stored, 'float16' requested"],
         ),
         ({"count": 91}, ["count: "]),
         ({"shard_size": 16}, ["shard_size: "]),
@@ -296,7 +296,7 @@ def test_other_set_is_refused(built, reference, changes, names):
     with pytest.raises(ValueError, match="another directory") as e:
         small(built, **changes)
     found = str(e.value)
-    assert all(name in found for name in names) and found.count(" asked for;") == len(found.split("; ")) - 2, found
+    assert all(name in found for name in names) and found.count(" requested;") == len(found.split("; ")) - 2, found
     assert contents(built) == reference
 
 
@@ -305,17 +305,17 @@ def test_data_are_part_of_the_set(tmp_path):
     small(tmp_path, data=data(90, 3), **options)
     other = data(90, 3)
     other[17, 1] += 1e-3
-    for changed, name in ((other, "data: "), (data(91, 3), "count: 90 there, 91 asked for")):
+    for changed, name in ((other, "data: "), (data(91, 3), "count: 90 stored, 91 requested")):
         with pytest.raises(ValueError, match=name):
             small(tmp_path, data=changed, **options)
-    with pytest.raises(ValueError, match="backward_map: 'reverse' there, 'inverse' asked for"):
+    with pytest.raises(ValueError, match="backward_map: 'reverse' stored, 'inverse' requested"):
         small(tmp_path, data=data(90, 3), backward_map="inverse", **options)
 
 
 def test_read_expects(built):
     expect = {"flow": "a", "solver": "euler", "ts": grids.uniform_grid(4), "steps": [0, 1, 2, 3, 4], "shape": [3]}
     assert correction.read_marginals(built, expect=expect).x.shape == (90, 5, 3)
-    with pytest.raises(ValueError, match="flow: 'a' there, 'b' asked for; ts: .* asked for"):
+    with pytest.raises(ValueError, match="flow: 'a' stored, 'b' requested; ts: .* requested"):
         correction.read_marginals(built, expect={"flow": "b", "solver": "euler", "ts": grids.uniform_grid(5)})
     with pytest.raises(ValueError, match="no field 'solvr'; did you mean 'solver'"):
         correction.read_marginals(built, expect={"solvr": "euler"})
@@ -371,7 +371,7 @@ def test_failed_solves_name_the_examples(tmp_path):
     broken = lambda params: lambda x, t, cond=None: jnp.where((x > 9).any(1, keepdims=True), jnp.nan, 0 * x)
     with pytest.raises(RuntimeError, match="left finite numbers at step [34] in examples 37, 41; check the parameters"):
         small(tmp_path / "a", velocity=broken, **options)
-    assert [s.count for s in shards.load(tmp_path / "a").shards] == [32]
+    assert [s.count for s in shards.read_manifest(tmp_path / "a").shards] == [32]
     steep = lambda params: lambda x, t, cond=None: jnp.where((x > 9).any(1, keepdims=True), 8 * jnp.sin(9 * x), 0.1 * x)
     with pytest.raises(RuntimeError, match="did not converge in examples 37, 41: .* backward_map='reverse'"):
         small(tmp_path / "b", velocity=steep, backward_map="inverse", **options)

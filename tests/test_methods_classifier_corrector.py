@@ -262,7 +262,7 @@ def test_a_config_builds_it_over_a_net_of_a_logit_and_refuses_other_pairs():
     pairs = lambda step: Batch(x, x0=x, t=np.zeros(16, np.float32))
     assert assemble.assemble(cfg, "correctors.classifier", batch=pairs).model.net.logit
     with pytest.raises(ValueError, match="its batches need backward examples in Batch.x1, forward ones in Batch.x0"):
-        assemble.assemble(cfg, "correctors.classifier", batch=lambda step: pairs(step)._replace(x0=None))
+        assemble.assemble(cfg, "correctors.classifier", batch=lambda step: pairs(step).replace(x0=None))
     with cfg.unlocked(), cfg.ignore_type():
         cfg.correctors.classifier.net = {"name": "mlp", "width": 8}
     with pytest.raises(ValueError, match=r"a net of one number an example, \(4,\), got \(4, 8, 8, 1\)"):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fmjax.storage.images import _check_finite, _png, grid
+from fmjax.storage.images import check_finite_values, image_grid, png_bytes
 
 REFERENCE = "data"  # the family of rows that are no sampler: training data against held-out data
 COLUMNS = 16  # times shown of a trajectory
@@ -252,7 +252,7 @@ def check_points(name: str, x: np.ndarray, shape: str) -> None:
     """Raises ``ValueError`` unless ``x`` is finite points ``[.., 2]``; ``shape`` says in words what was wanted."""
     if x.shape[-1] != 2 or 0 in x.shape:
         raise ValueError(f"{name} has shape {list(x.shape)}; points are {shape}, images have a channel axis of 1 or 3")
-    _check_finite(name, x)
+    check_finite_values(name, x)
 
 
 def _chart(draw: Callable, caption: str, alt: str, *, size, remark: str = "") -> Picture:
@@ -296,8 +296,10 @@ def _value_scale(axes, values, *, log: bool = False) -> None:
 
 
 def _sheet(images: np.ndarray, columns: int | None, caption: str, alt: str, remark: str = "") -> Picture:
-    sheet = grid(images, columns=columns)
-    return Picture(caption, alt, sheet.shape[1], sheet.shape[0], base64.b64encode(_png(sheet)).decode(), None, remark)
+    sheet = image_grid(images, columns=columns)
+    return Picture(
+        caption, alt, sheet.shape[1], sheet.shape[0], base64.b64encode(png_bytes(sheet)).decode(), None, remark
+    )
 
 
 def _plain(text: str) -> str:

@@ -110,7 +110,7 @@ def corrected_maps(repeats: int) -> list[dict]:
     b = bed("digits")
     cfg = config(b.problem)
     plan = assemble.assemble(cfg, "flow_map", data=b.data)
-    params = loop.train(plan, b.folder / "flow_map", params=loop.grafted(plan, b.flow)).ema
+    params = loop.train(plan, b.folder / "flow_map", params=loop.merge_parameters(plan, b.flow)).ema
     view = plan.method.flow_map
     one = flops(b.plan.method.velocity, b.flow, b)
     jump = lambda params: view(params["map"])

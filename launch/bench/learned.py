@@ -239,10 +239,10 @@ def cost(problem: Problem, method: dict) -> float:
         from fmjax.training import loop
 
         args = (
-            loop.initial(plan),
-            loop.initial(plan),
-            plan.batch(0),
-            example_keys(jax.random.key(0), jnp.arange(plan.batch_size)),
+            loop.initial_parameters(plan),
+            loop.initial_parameters(plan),
+            plan.data.batch(0),
+            example_keys(jax.random.key(0), jnp.arange(plan.data.batch_size)),
         )
         compiled = jax.jit(jax.value_and_grad(plan.method.loss, has_aux=True)).lower(*args).compile()
         return compiled.cost_analysis()["flops"]
@@ -270,7 +270,7 @@ def train_one(name: str, row: str, seed: int) -> None:
         place = path / f"round-{i}"
         steps = round(budget / len(how.methods) / cost(problem, method))
         plan = plan_of(problem, method, steps=steps, seed=seed, teacher=teacher)
-        start = loop.given(plan, teacher) if teacher else None
+        start = loop.load_average(plan, teacher) if teacher else None
         last = i == len(how.methods) - 1
 
         def hook(n, state, plan=plan, steps=steps):
