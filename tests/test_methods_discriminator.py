@@ -8,7 +8,7 @@ import pytest
 from fmjax import oracles, paths, sampling
 from fmjax.keys import as_keys
 from fmjax.methods.discriminator import discriminator
-from fmjax.sampling import grids, guidance, solvers
+from fmjax.sampling import grids, guidance
 from fmjax.types import Batch, expand
 
 PATHS = {
@@ -55,7 +55,7 @@ def test_a_guided_sampler_ends_on_the_data(path, x64, key):
     real, made = (oracles.gaussian(0.0, std, path=path) for std in (0.5, 0.9))
     guided = guidance.density_ratio(made.velocity, exact(real, made, path), path=path)
     x = jnp.linspace(-2, 2, 7)[:, None]
-    end = sampling.sample(solvers.rk4(guided), x, grids.uniform_grid(40))
+    end = sampling.sample(sampling.rk4(guided), x, grids.uniform_grid(40))
     np.testing.assert_allclose(end, real.flow_map(x, 0.0, 1.0), rtol=1e-4)
     assert np.abs(made.flow_map(x, 0.0, 1.0) - end).max() > 0.5
 

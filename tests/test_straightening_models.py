@@ -11,7 +11,6 @@ from fmjax import oracles, sampling, straightening
 from fmjax.experiments import specs
 from fmjax.keys import as_keys
 from fmjax.methods.straighten import straighten
-from fmjax.sampling import solvers
 from fmjax.straightening import segments
 from fmjax.straightening.models import FULL, TEACHER
 from fmjax.types import expand
@@ -83,7 +82,7 @@ def test_students_at_their_start_are_the_teacher(key):
     methods[TEACHER] = straighten(model.net)
     at = dict.fromkeys(methods, params)
     grid = segments.segment_grid(BOUNDS, (2, 3))
-    plain = sampling.sample(solvers.euler(methods[TEACHER].velocity(params)), x, grid, trajectory=True)
+    plain = sampling.sample(sampling.euler(methods[TEACHER].velocity(params)), x, grid, trajectory=True)
     for one in models:
         got = sampling.sample(
             straightening.segmented_step(straightening.segment_velocities(one, methods, at), BOUNDS),

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fmjax import sampling
 from fmjax.data import Dataset, batches, mean
 from fmjax.experiments import build, specs, workdir
 from fmjax.experiments.settings import SECTIONS, Common, Settings, Training
@@ -192,9 +193,9 @@ def conditional(method: Method, common: Common, classes: int, guided: bool) -> M
     if guided and not common.label_dropout:
         raise refusal("net.guided", True, "needs a network that knows the null label", "Set label_dropout=0.1")
     if guided:
-        method = guidance.random_scale(method)
+        method = sampling.random_scale(method)
     if common.label_dropout:
-        method = guidance.label_dropout(method, rate=common.label_dropout, null=classes)
+        method = sampling.label_dropout(method, rate=common.label_dropout, null=classes)
     if guided:
         at = lambda view: view and (lambda params: guidance.at_scale(view(params), common.guidance))
         return method._replace(velocity=at(method.velocity), flow_map=at(method.flow_map), score=None)

@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fmjax import paths
+from fmjax import paths, sampling
 from fmjax.checks import check_bounds
 from fmjax.keys import as_keys
-from fmjax.sampling import solvers
 from fmjax.straightening import segments
 from fmjax.types import Cond, FlowMapFn, Method, Params, VelocityFn, over_batch
 
@@ -125,7 +124,7 @@ def segment_velocities(
     return [by_name[name] for name in model.networks]
 
 
-def segmented_step(each: Sequence[VelocityFn], bounds: Sequence[float], solver: Callable = solvers.euler) -> FlowMapFn:
+def segmented_step(each: Sequence[VelocityFn], bounds: Sequence[float], solver: Callable = sampling.euler) -> FlowMapFn:
     """Return a solver step with the velocity of the segment in which the step starts.
 
     Args:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fmjax import sampling
 from fmjax.correction import correctors, search
 from fmjax.experiments import assemble
-from fmjax.sampling import grids, guidance, solvers
+from fmjax.sampling import grids, guidance
 from fmjax.training import loop
 from launch.bench.beds import (
     ALL,
@@ -46,13 +46,13 @@ def table(name: str) -> list[dict]:
     one = flops(velocity, b.flow, b)
     weight = {kind: flops(method.direction, params, b) / one for (kind, _), (method, params) in fixes.items()}
     rows = []
-    plain = lambda params: solvers.rk4(velocity(params["flow"]))
+    plain = lambda params: sampling.rk4(velocity(params["flow"]))
     for n in b.problem.base:
         told = {"corrector": "none", "steps": n, "corrected at": "-"}
-        cost = sampling.cost(n, step_nfe=4)
+        cost = sampling.cost(4, n)
         rows.append(Sampler(told, sampler(b, plain, n), {"flow": b.flow}, n, cost=cost, evaluations=4 * n))
-    both = lambda params: solvers.rk4(guidance.added(velocity(params["flow"]), field.velocity(params["residual"])))
-    told, cost = {"corrector": "residual", "steps": SHORT, "corrected at": "-"}, sampling.cost(SHORT, step_nfe=4)
+    both = lambda params: sampling.rk4(guidance.added(velocity(params["flow"]), field.velocity(params["residual"])))
+    told, cost = {"corrector": "residual", "steps": SHORT, "corrected at": "-"}, sampling.cost(4, SHORT)
     params = {"flow": b.flow, "residual": r}
     rows.append(Sampler(told, sampler(b, both, SHORT), params, SHORT, (), "residual", cost, 8 * SHORT))
     best: dict[Any, search.Placement] = {}
@@ -64,7 +64,7 @@ def table(name: str) -> list[dict]:
                 draw = sampler(b, plain, steps, at, pushed(method))
                 where = "all of n = 0 .. 10" if place == ALL else ", ".join(map(str, at))
                 told = {"corrector": f"{kind}, trained at N = {trained}", "steps": steps, "corrected at": where}
-                cost = sampling.cost(steps, at, step_nfe=4, corrector_nfe=1 + ("classifier" in kind))
+                cost = sampling.cost(4, steps, at, 1 + ("classifier" in kind))
                 worth = 4 * steps + weight[kind] * len(at)
                 row = Sampler(told, draw, {"flow": b.flow, "fix": params}, steps, at, kind, cost, worth)
                 if steps == SHORT:
@@ -85,7 +85,7 @@ def table(name: str) -> list[dict]:
     )
     for how, fix, given, nfe, kind in more:
         told, at = {"corrector": how, "steps": SHORT, "corrected at": f"{SHORT}"}, (SHORT,)
-        cost = sampling.cost(SHORT, at, step_nfe=4, corrector_nfe=nfe)
+        cost = sampling.cost(4, SHORT, at, nfe)
         draw = sampler(b, plain, SHORT, at, fix)
         rows.append(Sampler(told, draw, {"flow": b.flow, **given}, SHORT, at, kind, cost, 4 * SHORT + nfe))
     return measured(b, rows)
@@ -117,7 +117,7 @@ def corrected_maps(repeats: int) -> list[dict]:
     rows = []
     for n in (1, 2, 4):
         told = lambda how, where: {"corrector": how, "jumps": n, "corrected at": where}  # noqa: B023
-        cost = functools.partial(sampling.cost, n)
+        cost = functools.partial(sampling.cost, 1, n)
         rows.append(Sampler(told("none", "-"), sampler(b, jump, n), {"map": params}, n, cost=cost(), evaluations=n))
         # the last jumps of a learned map reach the images to no less than this, relative rms
         how = {"solver": "flow_map", "backward_map": "inverse", "tol": 0.1}
@@ -136,18 +136,18 @@ def corrected_maps(repeats: int) -> list[dict]:
                     at,
                     kind,
                 )
-                each = cost(at, corrector_nfe=1 + ("classifier" in kind))
+                each = cost(at, 1 + ("classifier" in kind))
                 rows.append(row._replace(cost=each, evaluations=n + worth * len(at)))
         given = {"map": params, "bank": bank}
         row = Sampler(told("kernel drift", "end"), sampler(b, jump, n, (n,), drifted(p.ts)), given, n, (n,), "drift")
-        rows.append(row._replace(cost=cost((n,), corrector_nfe=0), evaluations=n))
+        rows.append(row._replace(cost=cost((n,), 0), evaluations=n))
         for to in (0.25, 0.5, 0.75):
             draw = sampler(b, jump, n, (n,), restarted(jump, to))
             row = Sampler(told(f"restart to {to:g}", "end"), draw, {"map": params}, n, (n,), "restart")
             rows.append(row._replace(cost=cost((n,)), evaluations=n + 1))
     for n in (3, 5, 6, 8):  # as many evaluations as corrections take above
         name = {"corrector": "none", "jumps": n, "corrected at": "-"}
-        rows.append(Sampler(name, sampler(b, jump, n), {"map": params}, n, cost=sampling.cost(n), evaluations=n))
+        rows.append(Sampler(name, sampler(b, jump, n), {"map": params}, n, cost=sampling.cost(1, n), evaluations=n))
     return measured(b, rows)
 
 

@@ -158,9 +158,8 @@ def oracle(name: str) -> Problem:
     import jax
     import jax.numpy as jnp
 
-    from fmjax import oracles, paths, times
+    from fmjax import oracles, paths, sampling, times
     from fmjax.keys import as_keys, normal, split
-    from fmjax.sampling import solvers
     from fmjax.types import expand
 
     corners = 0.7 * jnp.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
@@ -173,7 +172,7 @@ def oracle(name: str) -> Problem:
     def exact(x, s, t):
         if law.flow_map is not None:
             return law.flow_map(x, s, t)
-        step, n = solvers.rk4(law.velocity), 200
+        step, n = sampling.rk4(law.velocity), 200
         body = lambda k, x: step(x, s + (t - s) * k / n, s + (t - s) * (k + 1) / n)
         return jax.lax.fori_loop(0, n, body, x)
 

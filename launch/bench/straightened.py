@@ -18,7 +18,6 @@ from fmjax import correction, sampling, straightening
 from fmjax.experiments import assemble, reflow, report, specs
 from fmjax.keys import as_keys, fold_in, normal
 from fmjax.metrics import spectrum, two_sample
-from fmjax.sampling import solvers
 from fmjax.storage import checkpoint, files
 from fmjax.straightening import segments
 from fmjax.training import loop
@@ -172,7 +171,7 @@ def straightened_corrected(repeats: int) -> list[dict]:
         where = ", ".join(map(str, counts))
         common = {"params": given, "n": n, "group": f"{name} {where}"}
         label = lambda how, at: {"sampler": f"{name} ({where})", "corrector": how, "at t": at}
-        plain = beds.Sampler(label("none", "-"), beds.sampler(b, step_of, grid), cost=sampling.cost(n), **common)
+        plain = beds.Sampler(label("none", "-"), beds.sampler(b, step_of, grid), cost=sampling.cost(1, n), **common)
         lines.append(plain._replace(evaluations=n))
         if not fixes:
             return
@@ -188,12 +187,12 @@ def straightened_corrected(repeats: int) -> list[dict]:
             ):
                 draw = beds.sampler(b, step_of, grid, at, fix)
                 row = plain._replace(name=label(how, told), draw=draw, params=given | more, at=at, kind=kind)
-                cost = sampling.cost(n, at, corrector_nfe=worth)
+                cost = sampling.cost(1, n, at, worth)
                 lines.append(row._replace(cost=cost, evaluations=n + worth * weight * len(at)))
         back = beds.restarted(step_of, float(bounds[-2]), counts[-1])
         row = plain._replace(name=label(f"restart to {bounds[-2]:g}", "1"), at=(n,), kind="restart")
         row = row._replace(draw=beds.sampler(b, step_of, grid, (n,), back), evaluations=n + counts[-1])
-        lines.append(row._replace(cost=sampling.cost(n, (n,), corrector_nfe=counts[-1])))
+        lines.append(row._replace(cost=sampling.cost(1, n, (n,), counts[-1])))
 
     for name, counts in (("noise half, gated", (1, 9)), ("both halves, gated", (1, 1))):
         of = lambda given, m=models[name]: straightening.segmented_step(
@@ -212,7 +211,7 @@ def straightened_corrected(repeats: int) -> list[dict]:
         given = {"maps": [one for _, one in maps]}
         for counts in ((1, 1), (2, 2)):
             add(name, of, given, counts, fixes=counts == (1, 1) and "both" in name)
-    euler = lambda given: solvers.euler(methods["teacher"].velocity(given["teacher"]))
+    euler = lambda given: sampling.euler(methods["teacher"].velocity(given["teacher"]))
     for counts in ((1, 1), (2, 2), (5, 5)):
         add("teacher, Euler", euler, {"teacher": params["teacher"]}, counts, fixes=False)
     return beds.measured(b, lines)
