@@ -24,6 +24,7 @@ from fmjax.types import (
     Params,
     VelocityFn,
     expand,
+    network,
     over_batch,
     with_null,
 )
@@ -206,8 +207,8 @@ def semigradient(u: Array, g: Array, normalise: float = 0.0) -> tuple[Array, Arr
 
 
 def with_jvp(net: Net) -> Net:
-    """The net for a jvp: ``net.with_jvp`` where it has one, of the same parameters, since fused kernels have none."""
-    return getattr(net, "with_jvp", net)
+    """The net for a jvp: ``for_jvp`` where it has one, of the same parameters, since fused kernels have none."""
+    return network(net).for_jvp or net
 
 
 def two_time(net: Net, loss: LossFn) -> Method:

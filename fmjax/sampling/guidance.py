@@ -24,7 +24,7 @@ from jaxtyping import Array
 
 from fmjax import paths
 from fmjax.keys import split
-from fmjax.types import Cond, FlowMapFn, Method, Net, VelocityFn, expand, is_null, over_batch, with_null
+from fmjax.types import Cond, FlowMapFn, Method, Net, VelocityFn, expand, is_null, network, over_batch, with_null
 
 Scale = float | Callable[[Array], Array]
 
@@ -144,14 +144,17 @@ def guided_teacher(net: Net, *, null: Cond) -> Net:
     ``step="euler"``). Rows whose label is ``null`` are left alone. Raises ``ValueError`` for a condition without scale.
     """
 
-    def guided(params, x, s, t, cond=None, key=None):
-        if not isinstance(cond, tuple):
-            raise ValueError("a guided teacher needs conditions (labels, scale): wrap the method in random_scale")
-        labels, scale = cond
-        base, goal = net(params, x, s, t, with_null(labels, null), key), net(params, x, s, t, labels, key)
-        return jnp.where(expand(is_null(labels, null), x), goal, base + expand(scale, x) * (goal - base))
+    def guided(net):
+        def apply(params, x, s, t, cond=None, key=None):
+            if not isinstance(cond, tuple):
+                raise ValueError("a guided teacher needs conditions (labels, scale): wrap the method in random_scale")
+            labels, scale = cond
+            base, goal = net(params, x, s, t, with_null(labels, null), key), net(params, x, s, t, labels, key)
+            return jnp.where(expand(is_null(labels, null), x), goal, base + expand(scale, x) * (goal - base))
 
-    return guided
+        return apply
+
+    return network(net).wrap(guided)
 
 
 def at_scale(fn: VelocityFn | FlowMapFn, scale: float):
