@@ -16,7 +16,7 @@ from fmjax.methods.learned_coupling import learned_coupling
 from fmjax.nets import adapters
 from fmjax.nets.mlp import MLP
 from fmjax.straightening import segments
-from fmjax.types import Batch, expand
+from fmjax.types import Batch, Network, expand
 
 MEAN, STD = np.array([0.75, -0.5], np.float32), np.array([0.2, 1.5], np.float32)
 LAW = oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD))
@@ -28,8 +28,7 @@ def joined(velocity, encode):
     def net(params, x, s, t, cond=None, key=None):
         return velocity(params, x, s)
 
-    net.encoder = lambda params, x, s, t, cond, key: jnp.concatenate(encode(params, x), -1)
-    return net
+    return Network(net, encoder=lambda params, x, s, t, cond, key: jnp.concatenate(encode(params, x), -1))
 
 
 def test_with_an_encoder_at_zero_it_is_flow_matching_with_independent_noise(key):
@@ -175,11 +174,7 @@ def test_a_config_has_the_encoder_as_an_option_of_the_net(key):
     without = {name: p for name, p in params.items() if name != "encoder"}
     for own in (params, without):  # the flow is the plain net's, and its checkpoint passes
         np.testing.assert_array_equal(model.net(own, x, 0.2, 0.7), plain(without, x, 0.2, 0.7))
-    assert not hasattr(model.net, "with_jvp")
-    fused = adapters.Model(lambda key, x, cond=None: {"a": 2.0}, lambda params, x, s, t: params["a"] * x)
-    fused.net.with_jvp = lambda params, x, s, t: -len(params) * params["a"] * x
-    joint = adapters.with_encoder(fused, fused)
-    assert float(joint.net.with_jvp(joint.init(key, x), 3.0, 0, 0)) == -6  # of the same parameters, without others
+    assert model.net.for_jvp is None
     with pytest.raises(ValueError, match="a noise_encoder needs a network with outputs, .* which 'encoder' is not"):
         specs.net({**spec, "noise_encoder": "encoder"})
     with pytest.raises(ValueError, match="did you mean 'mlp'"):
