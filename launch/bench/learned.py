@@ -309,7 +309,7 @@ def results(name: str) -> dict[str, list[dict]]:
         try:
             with (path / "log.txt").open("a") as log:
                 pin = ["taskset", "-c", str(core)] if len(cores) > 1 else []
-                command = [*pin, sys.executable, "-m", "launch.bench_learned", name, row, str(seed)]
+                command = [*pin, sys.executable, "-m", "launch.bench.learned", name, row, str(seed)]
                 if subprocess.run(command, stdout=log, stderr=log).returncode:
                     raise RuntimeError(f"{row}, seed {seed} failed: see {path / 'log.txt'}")
         finally:

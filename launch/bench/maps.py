@@ -95,9 +95,9 @@ def map_costs(repeats: int) -> list[dict]:
     XLA counts the body of a scan once: FLOPs are given for unrolled networks alone. ``diagonal`` is the fraction of
     the batch on the flow-matching term. ``remat full`` is measured against flow matching without it.
 
-    The velocity of the network costs one evaluation more than the velocity of the data: "ESD, all stopped" costs at least
-    5/3: teacher 1, primal 1, tangent 1, backward 2, over the 3 of flow matching. With the Jacobian stopped it is 8/3:
-    teacher 1, primal 1, a tangent for the value and one for the gradient 2, backward through the primal and the
+    The velocity of the network costs one evaluation more than the velocity of the data: "ESD, all stopped" costs at
+    least 5/3: teacher 1, primal 1, tangent 1, backward 2, over the 3 of flow matching. With the Jacobian stopped it is
+    8/3: teacher 1, primal 1, a tangent for the value and one for the gradient 2, backward through the primal and the
     tangent in time 4. LSD is 7/3, and more where attention, bilinear in the tangents, is a part of the whole.
     """
     rows = []
