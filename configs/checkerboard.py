@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     """All fields of the experiment; any can be changed by ``--config.FIELD=VALUE``."""
     c = ConfigDict()
     c.seed = 0
-    c.data = {"name": "checkerboard", "train": 100_000, "test": 10_000, "seed": 0}
+    c.data = {"name": "checkerboard", "train": 100_000, "validation": 10_000, "test": 10_000, "seed": 0}
     c.flip = False
     c.classes, c.label_dropout, c.guidance = 0, 0.0, 1.0
     c.negatives = config_dict.placeholder(str)  # 'any', 'other_label': what the contrastive method needs

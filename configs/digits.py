@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     """All fields of the experiment; any can be changed by ``--config.FIELD=VALUE``."""
     c = ConfigDict()
     c.seed = 0
-    c.data = {"name": "digits", "held_out": 0.2}
+    c.data = {"name": "digits", "validation": 0.1, "test": 0.2}
     c.flip = False
     c.classes, c.label_dropout, c.guidance = 0, 0.0, 1.0  # 10, 0.1 and 2.0: a conditional flow, guided in its pictures
     c.negatives = config_dict.placeholder(str)  # 'any', 'other_label': what the contrastive method needs

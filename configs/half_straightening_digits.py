@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     """All fields of the experiment; any can be changed by ``--config.FIELD=VALUE``."""
     c = ConfigDict()
     c.seed = 0
-    c.data = {"name": "digits", "held_out": 0.2}
+    c.data = {"name": "digits", "validation": 0.1, "test": 0.2}
     c.flip = False
     c.classes, c.label_dropout, c.guidance = 0, 0.0, 1.0
     c.negatives = config_dict.placeholder(str)

@@ -6,7 +6,7 @@ import pytest
 from test_couplings import paired_cost
 
 from fmjax import couplings
-from fmjax.data import arrays
+from fmjax.data import batches
 from fmjax.data.digits import digits
 
 
@@ -42,7 +42,7 @@ def test_two_atoms_are_told_apart_at_the_gaussian_quantile(p, duplicates):
 @pytest.fixture(scope="module")
 def digits_ot():
     data = digits()
-    x, y = data.train_x, data.train_y
+    x, y = data.train.x, data.train.cond
     fit = {by: couplings.fit_semidiscrete(jax.random.key(0), x, y, by_class=by, draws=100) for by in (False, True)}
     return x, y, fit
 
@@ -59,8 +59,7 @@ def test_semidiscrete_targets_are_uniform_and_nearer_than_those_of_minibatches(d
     n, b, repeats = len(x), 128, 200
     couple = couplings.semidiscrete(x, fit[by_class], y, by_class=by_class)
     f, minibatch = (
-        arrays.batches(x, y, batch_size=b, seed=0, couple=c)
-        for c in (couple, couplings.minibatch_ot(by_class=by_class))
+        batches(x, y, batch_size=b, seed=0, couple=c) for c in (couple, couplings.minibatch_ot(by_class=by_class))
     )
     index = {example.tobytes(): i for i, example in enumerate(x)}
     counts, cost, other = np.zeros(n), np.zeros(repeats), np.zeros(20)
@@ -85,7 +84,7 @@ def test_semidiscrete_by_class_leaves_the_noise_of_a_class_standard_normal(digit
     x, y, fit = digits_ot
     shift, spread = {}, {}
     for by_class, g in fit.items():
-        f = arrays.batches(x, y, batch_size=128, seed=1, couple=couplings.semidiscrete(x, g, y, by_class=by_class))
+        f = batches(x, y, batch_size=128, seed=1, couple=couplings.semidiscrete(x, g, y, by_class=by_class))
         found = [f(step) for step in range(100)]
         x0 = np.concatenate([batch.x0 for batch in found]).reshape(-1, 64)
         label = np.concatenate([batch.cond for batch in found])

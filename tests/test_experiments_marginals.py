@@ -59,7 +59,7 @@ def test_it_tells_the_cost_first_and_the_errors_last_and_builds_nothing_twice(fi
         r"forward: 128 examples, at most ([\d.]+) kB, 8 NFE each \(1.02e\+03 evaluations\), about \S+ s", forward
     )
     assert size <= 1000 * float(told[1]) * 1.005 < size + 2**17 + 5000
-    assert backward.startswith("backward: 1437 examples, at most ") and backward.endswith("marginals/backward")
+    assert backward.startswith("backward: 1257 examples, at most ") and backward.endswith("marginals/backward")
     plan, (_, flow, _) = assemble.assemble(tiny), checkpoint.restore(finished / "checkpoints", part="ema")
     x = specs.data(tiny.data).train_x[:256]
     found = correction.round_trip(plan.method.velocity, flow, marginal_sets.jnp.asarray(x), grids.uniform_grid(2))

@@ -24,7 +24,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    return features.small_classifier(data.train_x, data.train_y, cache_dir=tmp_path_factory.mktemp("cache"))
+    return features.small_classifier(data.train.x, data.train.cond, cache_dir=tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -34,31 +34,31 @@ def short(monkeypatch):
 
 
 def test_held_out_accuracy(trained, data):
-    assert features.accuracy(trained, data.test_x, data.test_y) >= 0.95
+    assert features.accuracy(trained, data.test.x, data.test.cond) >= 0.95
 
 
 def test_no_feature_is_dead_and_blocks_do_not_show(trained, data):
-    f = trained.features(data.train_x)
-    assert f.shape == (len(data.train_x), 32) and len(f) > 512
+    f = trained.features(data.train.x)
+    assert f.shape == (data.train.count, 32) and len(f) > 512
     assert (f.std(0) > 1e-3 * f.std()).all()
-    np.testing.assert_array_equal(f[500:530], trained.features(data.train_x[500:530]))
+    np.testing.assert_array_equal(f[500:530], trained.features(data.train.x[500:530]))
 
 
 def test_larger_corruptions_are_farther(trained, data):
-    x, reference = np.asarray(data.test_x), data.train_x
+    x, reference = np.asarray(data.test.x), data.train.x
     g = np.random.default_rng(0).standard_normal(x.shape)
     noise = [features.fd_small(trained, x + s * g, reference) for s in (0, 0.1, 0.2, 0.4)]
     blur = [
         features.fd_small(trained, gaussian_filter(x, (0, s, s, 0), mode="nearest"), reference)
         for s in (0, 0.5, 0.7, 1)
     ]
-    missing = [features.fd_small(trained, x[data.test_y >= k], reference) for k in (0, 1, 3)]
+    missing = [features.fd_small(trained, x[data.test.cond >= k], reference) for k in (0, 1, 3)]
     for distances in (noise, blur, missing):
         assert distances == sorted(distances) and distances[-1] > 3 * distances[0]
 
 
 def test_quantisation_restores_data_and_agrees_with_uint8(trained, data):
-    x = np.asarray(data.test_x)
+    x = np.asarray(data.test.x)
     np.testing.assert_array_equal(features.quantise(x, 17), x)
     nudged = x + np.random.default_rng(0).uniform(-0.06, 0.06, x.shape)  # less than half a grey level, 1/16
     np.testing.assert_array_equal(features.quantise(nudged, 17), x)
@@ -69,18 +69,18 @@ def test_quantisation_restores_data_and_agrees_with_uint8(trained, data):
 
 
 def test_the_recipe_gives_the_same_weights_twice_and_the_cache_is_used(data, short, tmp_path, monkeypatch):
-    args = (data.train_x, data.train_y)
+    args = (data.train.x, data.train.cond)
     first = features.small_classifier(*args, cache_dir=tmp_path / "a")
     second = features.small_classifier(*args, cache_dir=tmp_path / "b")
     assert first.weights == second.weights
     monkeypatch.setattr(features, "_train", None)  # calling it would raise
     third = features.small_classifier(*args, cache_dir=tmp_path / "a")
     assert third.weights == first.weights
-    np.testing.assert_array_equal(third.logits(data.test_x), first.logits(data.test_x))
+    np.testing.assert_array_equal(third.logits(data.test.x), first.logits(data.test.x))
 
 
 def test_another_recipe_or_other_data_is_another_file(data, short, tmp_path, monkeypatch):
-    x, y = np.array(data.train_x), data.train_y
+    x, y = np.array(data.train.x), data.train.cond
     features.small_classifier(x, y, cache_dir=tmp_path)
     x[0, 0, 0] *= 0.5
     features.small_classifier(x, y, cache_dir=tmp_path)
@@ -109,7 +109,7 @@ def _rename(file):
     ("damage", "words"), [(_tear, "cannot be read"), (_alter, "sha256 it states"), (_rename, "another recipe")]
 )
 def test_a_damaged_cache_is_named_and_replaced(damage, words, data, short, tmp_path, recwarn):
-    args = (data.train_x, data.train_y)
+    args = (data.train.x, data.train.cond)
     good = features.small_classifier(*args, cache_dir=tmp_path)
     (file,) = tmp_path.iterdir()
     damage(file)
@@ -122,7 +122,7 @@ def test_a_damaged_cache_is_named_and_replaced(damage, words, data, short, tmp_p
 
 
 def test_bad_input_is_named(data, trained, tmp_path):
-    x, y = np.asarray(data.train_x), data.train_y
+    x, y = np.asarray(data.train.x), data.train.cond
     with pytest.raises(ValueError, match=r"lie in \[-1, 1\]"):
         features.small_classifier(8 * x, y, cache_dir=tmp_path)
     with pytest.raises(ValueError, match="images .* and labels"):

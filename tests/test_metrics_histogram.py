@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from fmjax.data import toy
+from fmjax.data import densities
 from fmjax.metrics import histogram
 
 
 def board(n, seed=0):
-    return np.asarray(toy.checkerboard(jax.random.key(seed), n))
+    return np.asarray(densities.draw_checkerboard(jax.random.key(seed), n))
 
 
 def spread(n, bins):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fmjax import oracles, sampling
-from fmjax.data import toy
+from fmjax.data import densities
 from fmjax.oracles import mismatch
 from fmjax.sampling import grids, likelihood, solvers
 
@@ -159,7 +159,7 @@ def test_the_kl_of_a_sampler_needs_no_density_estimate(key):
 
 def test_the_ring_is_the_law_of_the_eight_gaussians(key):
     """The score of a law has mean zero over it, and Stein's identity ``E[S x^T] = -I``."""
-    x = toy.eight_gaussians(key, 100_000)
+    x = densities.draw_eight_gaussians(key, 100_000)
     score = np.asarray(oracles.ring().score(x, 1.0), np.float64)
     for product, want in ((score, 0.0), (score[:, :, None] * np.asarray(x)[:, None], -np.eye(2))):
         assert (np.abs(product.mean(0) - want) < 4.5 * product.std(0) / len(x) ** 0.5).all()

@@ -346,7 +346,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
 
 SAVE_FOR_EVER = """
 import sys, jax.numpy as jnp
-from fmjax import checkpoint
+from fmjax.storage import checkpoint
 with checkpoint.writer(sys.argv[1], after=checkpoint.latest_step(sys.argv[1])) as manager:
     step = checkpoint.latest_step(sys.argv[1]) or 0
     while True:
@@ -357,7 +357,7 @@ with checkpoint.writer(sys.argv[1], after=checkpoint.latest_step(sys.argv[1])) a
 
 
 def test_a_kill_while_saving_leaves_the_former_checkpoint_intact(tmp_path):
-    root = Path(checkpoint.__file__).parents[1]
+    root = Path(checkpoint.__file__).parents[2]
     env = os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": ""}
     seen = 0
     for saves in (3, 4):

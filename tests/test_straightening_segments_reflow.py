@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from fmjax import correction, oracles, paths
-from fmjax.data import arrays
+from fmjax.data import batches as data_batches
 from fmjax.keys import as_keys, normal
 from fmjax.methods.straighten import straighten
 from fmjax.metrics import two_sample
@@ -28,7 +28,7 @@ scaled = lambda solver: lambda params: solver(lambda x, t, cond=None: params * L
 
 
 def data(size, x=DATA, **options):
-    return arrays.batches(x, np.arange(len(x)), batch_size=size, seed=0, **options)
+    return data_batches(x, np.arange(len(x)), batch_size=size, seed=0, **options)
 
 
 def ends(t):

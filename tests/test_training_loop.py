@@ -57,7 +57,7 @@ def same(a, b):
         ("flow", {"coupling": "minibatch"}, "did you mean 'minibatch_ot'"),
         ("flow", {"data": "digit"}, "did you mean 'digits'"),
         ("flow", {"batch_size": 30}, "batch_size=30 is not divisible by 8 devices; use 24 or 32"),
-        ("flow", {"batch_size": 100_000}, r"batch_size=100000 must be in 1..1437"),
+        ("flow", {"batch_size": 100_000}, r"batch_size=100000: .* 1..1257"),
         ("flow", {"steps": 0}, "steps=0 must be at least 1"),
         ("flow", {"log_every": 0}, "log_every=0 must be at least 1"),
         ("flow", {"ema": 1.0}, "ema=1.0 is the decay"),
@@ -303,8 +303,8 @@ def test_a_conditional_run_trains_on_its_labels_and_guides_its_velocity():
     plan, plain = small(**changes), small()
     data = specs.data("digits")
     batch = plan.batch(0)
-    index = [int(np.flatnonzero((data.train_x == x).all((1, 2, 3)))[0]) for x in batch.x1]
-    np.testing.assert_array_equal(batch.cond, data.train_y[index])
+    index = [int(np.flatnonzero((data.train.x == x).all((1, 2, 3)))[0]) for x in batch.x1]
+    np.testing.assert_array_equal(batch.cond, data.train.cond[index])
     assert plain.batch(0).cond is None
     params = loop.initial(plan)
     assert params["Embed_0"]["embedding"].shape[0] == 11 and "Embed_0" not in loop.initial(plain)
@@ -334,10 +334,10 @@ def test_a_conditional_run_records_the_loss_without_labels(tmp_path):
 def test_a_contrastive_run_gets_other_examples_and_the_mean_of_the_data():
     plan, data = small(method={"name": "contrastive", "weight": 0.2}, negatives="any"), specs.data("digits")
     batch = plan.batch(0)
-    each = lambda x: [int(np.flatnonzero((data.train_x == a).all((1, 2, 3)))[0]) for a in x]
-    assert not set(zip(each(batch.x1), each(batch.negative), strict=True)) & {(i, i) for i in range(len(data.train_x))}
+    each = lambda x: [int(np.flatnonzero((data.train.x == a).all((1, 2, 3)))[0]) for a in x]
+    assert not set(zip(each(batch.x1), each(batch.negative), strict=True)) & {(i, i) for i in range(data.train.count)}
     params, x = loop.initial(plan), jnp.asarray(batch.x1)  # a network that is zero: the mean alone is left
-    np.testing.assert_allclose(plan.method.velocity(params)(x, 0.3)[0], 0.2 * data.train_x.mean(0), atol=1e-6)
+    np.testing.assert_allclose(plan.method.velocity(params)(x, 0.3)[0], 0.2 * data.train.x.mean(0), atol=1e-6)
 
 
 def test_a_semidiscrete_run_pairs_noise_with_all_the_data_nearer_than_a_minibatch_can():

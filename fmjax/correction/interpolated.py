@@ -6,7 +6,7 @@ import numpy as np
 
 from fmjax.correction.marginals import Marginals
 from fmjax.correction.trajectories import elapsed_fractions
-from fmjax.data.arrays import Rows
+from fmjax.data.dataset import Rows
 from fmjax.storage import checkpoint
 
 

@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 from fmjax.correction import trajectories
 from fmjax.correction.trajectories import View
-from fmjax.data.arrays import Rows
+from fmjax.data.dataset import Rows
 from fmjax.keys import as_keys, normal
 from fmjax.storage import checkpoint, columns, shards
 from fmjax.storage.shards import Manifest

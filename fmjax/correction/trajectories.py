@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from fmjax import sampling
-from fmjax.data.arrays import Rows
+from fmjax.data.dataset import Rows
 from fmjax.keys import example_keys, normal
 from fmjax.sampling import grids, solvers
 from fmjax.storage import columns

@@ -54,7 +54,7 @@ def kl(samples: Samples, mass: Cells) -> float:
 
 
 def checkerboard_mass(*, bins: int) -> Cells:
-    """The masses of ``data.toy.checkerboard`` on ``bins x bins`` cells: ``2 / bins^2`` each on half of them.
+    """The masses of ``data.draw_checkerboard`` on ``bins x bins`` cells: ``2 / bins^2`` each on half of them.
 
     Raises ``ValueError`` unless ``bins`` is a multiple of 4.
     """
@@ -69,7 +69,7 @@ def checkerboard_mass(*, bins: int) -> Cells:
 
 
 def checkerboard_kl(samples: Samples, *, bins: int = 64) -> float:
-    """KL of the checkerboard (``data.toy.checkerboard``) from samples ``[n, 2]``, in nats: ``kl`` on its exact masses.
+    """KL of the checkerboard (``data.draw_checkerboard``) from samples ``[n, 2]``, in nats: ``kl`` on its exact masses.
 
     The estimator of arXiv 2505.18825 (eq. 103), which has 50 x 50 bins: their centres lie on edges of the squares and
     perfect samples score 0.067 with 64 000 and 0.056 with 1 000 000 of them. With 64 bins the floor is 0.016 and

@@ -21,15 +21,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fmjax import paths
+from fmjax.checks import check_bounds
 from fmjax.keys import as_keys
 from fmjax.sampling import solvers
 from fmjax.straightening import segments
-from fmjax.times import check_bounds
 from fmjax.types import Cond, FlowMapFn, Method, Params, VelocityFn, over_batch
 
 SHARING = ("gated", "shared", "retained", "conditioned")
 TEACHER, FULL = "teacher", "full reflow"
-CONDITIONED = {"told": True}  # the option of ``methods.straighten`` for a network that is conditioned on its segment
+CONDITIONED = {"to_bound": True}  # the option of ``methods.straighten`` for a network that is conditioned on its segment
 
 
 class SegmentedModel(NamedTuple):

@@ -23,12 +23,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from fmjax import paths, sampling
+from fmjax.checks import check_bounds
 from fmjax.correction import trajectories
 from fmjax.correction.marginals import Marginals, take_conditions
-from fmjax.data.arrays import Rows
+from fmjax.data.dataset import Rows
 from fmjax.keys import example_keys, fold_in, normal, split
 from fmjax.sampling import grids
-from fmjax.times import check_bounds
 from fmjax.types import Batch, Cond, FlowMapFn, Multistep, Params, VelocityFn, expand, over_batch
 
 
@@ -275,7 +275,7 @@ def from_data(
     one, and nothing is stored. A batch depends on the seed and the step only; the solve is compiled once.
 
     Args:
-        real: batches of data as a function of the step (``data.arrays.batches``); the teacher gets their conditions.
+        real: batches of data as a function of the step (``data.batches``); the teacher gets their conditions.
         step: ``step(params)`` is a step of the teacher, such as ``diffusion.ddim(method.velocity(params))``.
         params: parameters of the teacher.
         bounds: bounds of the segments.

@@ -2,8 +2,9 @@
 
 from fmjax.training import hooks, logs, sharding
 from fmjax.training.loop import Plan, given, grafted, initial, train
-from fmjax.training.step import State, init, make_step
+from fmjax.training.step import TARGETS, State, init, make_step
 
 __all__ = [
-    "Plan", "State", "given", "grafted", "hooks", "init", "initial", "logs", "make_step", "sharding", "train",
+    "Plan", "State", "TARGETS", "given", "grafted", "hooks", "init", "initial", "logs", "make_step", "sharding",
+    "train",
 ]  # fmt: skip

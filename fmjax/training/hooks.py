@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fmjax import sampling
 from fmjax.keys import as_keys, normal
 from fmjax.sampling import grids, solvers
-from fmjax.storage import checkpoint
+from fmjax.storage import checkpoint, images
 from fmjax.training.loop import Hook, Plan
 from fmjax.training.step import State
 from fmjax.types import Params
@@ -67,9 +67,9 @@ def pictures(plan: Plan, directory: str | Path, *, every: int, count: int = 36, 
 
     def hook(n: int, state: State) -> None:
         if every and n % every == 0 and len(plan.shape) == 3:
-            images = draw(state.ema)
+            drawn = draw(state.ema)
             if jax.process_index() == 0:
                 folder.mkdir(exist_ok=True)
-                images.save_png(folder / f"step-{n:07d}.png", jax.device_get(images))
+                images.save_png(folder / f"step-{n:07d}.png", jax.device_get(drawn))
 
     return hook

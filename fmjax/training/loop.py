@@ -17,7 +17,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from fmjax.data import arrays
+from fmjax.data import prefetch
 from fmjax.keys import example_keys
 from fmjax.nets.adapters import Model
 from fmjax.storage import checkpoint
@@ -147,7 +147,7 @@ def train(
         checkpoint.writer(checkpoints, keep=plan.keep, after=start) as manager,
         logs.recorder(directory, first) as record,
         _sigterm() as stop,
-        contextlib.closing(arrays.prefetch(functools.partial(_batch, plan), first, plan.steps)) as batches,
+        contextlib.closing(prefetch(functools.partial(_batch, plan), first, plan.steps)) as batches,
         logs.bar(plan.name, plan.steps, first) as progress,
     ):
         for n, batch in enumerate(batches, first + 1):

@@ -30,7 +30,7 @@ def start() -> None:
     Compiled programs are kept in ``JAX_COMPILATION_CACHE_DIR``, by default ``~/.cache/fmjax/xla``.
     """
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(files.cache() / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
     distributed = os.environ.get("FMJAX_DISTRIBUTED", "0")
     if distributed not in ("0", "1", ""):
         raise ValueError(f"FMJAX_DISTRIBUTED={distributed!r} must be 0 or 1")

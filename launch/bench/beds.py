@@ -16,7 +16,7 @@ import numpy as np
 from fmjax import correction, sampling
 from fmjax.correction import correctors, search
 from fmjax.correction.marginals import Marginals
-from fmjax.data import arrays
+from fmjax.data import Dataset, in_memory
 from fmjax.experiments import assemble, evaluate, report, specs
 from fmjax.keys import as_keys, fold_in, normal
 from fmjax.metrics import features, neighbours, two_sample
@@ -72,7 +72,7 @@ PROBLEMS = {
         MLP,
         {"name": "mlp", "width": 128, "depth": 3, "logit": True},
         {"score": 1500, "classifier": 600, "residual": 1500},
-        (1437, 1437),
+        (1257, 1257),
         360,
         (10, 11, 12, 13, 15, 20, 50, 100),
         seeds=4,
@@ -110,7 +110,7 @@ class Bed(NamedTuple):
 
     problem: Problem
     plan: loop.Plan
-    data: arrays.Splits
+    data: Dataset
     flow: Params
     metrics: dict[str, Callable]
     folder: Path
@@ -123,14 +123,15 @@ def bed(name: str, folder: Path | None = None) -> Bed:
     data = specs.data(cfg.data)
     plan = assemble.assemble(cfg, data=data)
     flow = loop.train(plan, folder / "flow").ema
-    data = arrays.in_memory(data, train=20_000, test=2_000, seed=0)  # to compare with, and to start backward from
+    # to compare with, and to start backward from
+    data = in_memory(data, train=20_000, validation=2_000, test=2_000, seed=0)
     metrics, net = evaluate.distances(data)
     told = lambda x: net.features(features.quantise(x, data.levels))
-    real = told(data.test_x)
+    real = told(data.test.x)
     for i, metric in enumerate(("precision", "recall")):
         metrics[metric] = lambda x, i=i: neighbours.precision_recall(real[: len(x)], told(x)[: len(real)])[i]
-    away = float(nearest(data.test_x, data.train_x))
-    metrics["to training"] = lambda x: float(nearest(x, data.train_x)) / away  # below 1: nearer than held-out data are
+    away = float(nearest(data.test.x, data.train.x))
+    metrics["to training"] = lambda x: float(nearest(x, data.train.x)) / away  # below 1: nearer than held-out data are
     return Bed(problem, plan, data, flow, metrics, folder)
 
 
@@ -152,8 +153,8 @@ def sets(b: Bed, name: str, view, params: Params, ts, count: int, **options) -> 
     n = len(ts) - 1
     common = {"flow": checkpoint.digest(params), "steps": range(0, n + 1, max(1, n // SHORT)), **options}
     starts = {
-        "forward": {"count": count, "shape": b.data.train_x.shape[1:], "seed": 1},
-        "backward": {"data": b.data.train_x[:count]},
+        "forward": {"count": count, "shape": b.data.train.x.shape[1:], "seed": 1},
+        "backward": {"data": b.data.train.x[:count]},
     }
     for direction, start in starts.items():
         folder = b.folder / "marginals" / name / direction
@@ -227,7 +228,7 @@ class Sampler(NamedTuple):
 
 def sampler(b: Bed, step_of: Callable, n, at=(), fix_of: Callable | None = None) -> Callable:
     """``step_of(params)`` from the noise of the keys over a grid or ``n`` uniform steps, corrected by ``fix_of``."""
-    ts, shape = grids.uniform_grid(n) if isinstance(n, int) else n, b.data.train_x.shape[1:]
+    ts, shape = grids.uniform_grid(n) if isinstance(n, int) else n, b.data.train.x.shape[1:]
 
     @jax.jit
     def draw(params, keys, alpha, beta):
@@ -292,5 +293,5 @@ def measured(b: Bed, rows: list[Sampler]) -> list[dict]:
 
 def flops(f: Callable, params: Params, b: Bed) -> float:
     """FLOPs of an evaluation, by XLA."""
-    x = jnp.zeros((8, *b.data.train_x.shape[1:]))
+    x = jnp.zeros((8, *b.data.train.x.shape[1:]))
     return jax.jit(lambda params, x: f(params)(x, jnp.full(8, 0.5))).lower(params, x).compile().cost_analysis()["flops"]

@@ -121,7 +121,7 @@ def corrected_maps(repeats: int) -> list[dict]:
         rows.append(Sampler(told("none", "-"), sampler(b, jump, n), {"map": params}, n, cost=cost(), evaluations=n))
         # the last jumps of a learned map reach the images to no less than this, relative rms
         how = {"solver": "flow_map", "backward_map": "inverse", "tol": 0.1}
-        p, q = sets(b, f"map-{n}", view, params, grids.uniform_grid(n), len(b.data.train_x), **how)
+        p, q = sets(b, f"map-{n}", view, params, grids.uniform_grid(n), b.data.train.count, **how)
         bank = {"p": jnp.asarray(p.x), "q": jnp.asarray(q.x)}
         for kind in AT:
             method, trained = corrector(b, kind, f"map-{n}", p, q)

@@ -124,10 +124,10 @@ def board() -> Problem:
     """The checkerboard: KL by ``metrics.histogram`` and exact W2 of 2,048 samples, for every number of steps."""
     import jax
 
-    from fmjax.data import toy
+    from fmjax.data import densities
     from fmjax.metrics import histogram, two_sample
 
-    sample = jax.jit(toy.checkerboard, static_argnums=1)
+    sample = jax.jit(densities.draw_checkerboard, static_argnums=1)
     chunk = 1 << 14
 
     def evaluate(method, params, seed, solver):
@@ -350,9 +350,9 @@ def perfect(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Two sets of 2,048 points of the checkerboard."""
     import jax
 
-    from fmjax.data import toy
+    from fmjax.data import densities
 
-    draw = lambda base: np.asarray(toy.checkerboard(jax.random.key(seed + base), 2048))
+    draw = lambda base: np.asarray(densities.draw_checkerboard(jax.random.key(seed + base), 2048))
     return draw(2000), draw(3000)
 
 

@@ -136,7 +136,7 @@ def straightened_spectra(repeats: int) -> list[dict]:
     """The share of the end-point error's power below 1/5 cycle a pixel, by allocation; that of data less their mean."""
     lines, ends = {}, []
     for name in NAMES:
-        data = specs.data(runs.config(f"half_straightening_{name}", {}).data).train_x[:5000]
+        data = specs.data(runs.config(f"half_straightening_{name}", {}).data).train.x[:5000]
         ends.append(
             {"data": name, "straightened": "the data"}
             | {"(1, 1)": f"{spectrum.low_share(*spectrum.radial(data - data.mean(0))):.3f}"}
@@ -220,7 +220,7 @@ def straightened_corrected(repeats: int) -> list[dict]:
 
 def _sets(b: beds.Bed, name: str, step_of, given, grid, inner) -> tuple[correction.Marginals, correction.Marginals]:
     """The states of a model at the bounds after the first, and what they should be in law: noised training data."""
-    count, real = b.problem.examples[0], b.data.train_x
+    count, real = b.problem.examples[0], b.data.train.x
     folder = b.folder / "marginals" / files.slug(f"{name} {len(grid) - 1}")
     common = {"direction": "forward", "flow": checkpoint.digest(given), "solver": "flow_map", "steps": inner, "seed": 1}
     correction.build_marginals(step_of, given, grid, directory=folder, count=count, shape=real.shape[1:], **common)
@@ -234,7 +234,7 @@ def _sets(b: beds.Bed, name: str, step_of, given, grid, inner) -> tuple[correcti
 def _map(b: beds.Bed, cfg, k: int, name: str, start):
     """The flow map of segment ``k``, distilled from the network ``name`` of it, which it starts as."""
     low, high = cfg.straighten.bounds[k : k + 2]
-    pair = {"name": "ordered_pair", "law": {"name": "uniform", "low": low, "high": high}}
+    pair = {"name": "ordered_pair", "time": {"name": "uniform", "low": low, "high": high}}
     same = "weighting coupling batch_size schedule clip beta2 weight_decay ema".split()
     part = {field: cfg[field] for field in same} | {"steps": MAP_STEPS, "learning_rate": 5e-4, "warmup": 0}
     part |= {"target": "frozen", "method": {"name": "lagrangian", "diagonal": 0.0, "pair": pair}}
