@@ -168,8 +168,9 @@ kill = lambda done, total: done == {at} and os.kill(os.getpid(), signal.SIGKILL)
 mesh = sharding.make_mesh()
 params = jax.make_array_from_callback((), sharding.replicated(mesh), lambda _: t.np.float32(0.1))
 t.correction.build_marginals(
-    lambda eps: t.solvers.euler(t.SCALED(eps)), params, t.grids.uniform_grid(4), directory={folder!r}, direction="forward", flow="a", count=90,
-    shape=(3,), solver="flow_map", batch=16, shard_size=16, mesh=mesh, progress=kill,
+    lambda eps: t.solvers.euler(t.SCALED(eps)), params, t.grids.uniform_grid(4), directory={folder!r},
+    direction="forward", flow="a", count=90, shape=(3,), solver="flow_map", batch=16, shard_size=16, mesh=mesh,
+    progress=kill,
 )
 sys.stdin.read()  # the first one is what the other is connected to: it stays until it is told
 os._exit(0)  # without waiting for the other, which may be dead
