@@ -198,6 +198,11 @@ def conditional(method: Method, common: Common, classes: int, guided: bool) -> M
     return method._replace(velocity=guide)
 
 
+def gives_logit(net: Any) -> bool:
+    """Return whether the network of a spec gives a logit, which makes its corrector a classifier."""
+    return bool(hasattr(net, "items") and dict(net.items()).get("logit", False))
+
+
 def data_facts(data: Dataset) -> dict[str, Any]:
     """Return what samplers must know of a data set: shape, kind, classes, levels, name."""
     shape = list(data.train.x.shape[1:])

@@ -141,13 +141,14 @@ def scaled_noise(keys, shape: tuple[int, ...], *, alpha: float):
     return alpha * normal(keys, shape)
 
 
+@workdir.owner
 def main(
     settings: Settings,
     path: Path,
     *,
     direction: str = "both",
     out: str | Path | None = None,
-    steps: Iterable[int] | None = None,
+    keep: Iterable[int] | None = None,
     dtype: str = "float32",
     tol: float = 1e-4,
 ) -> None:
@@ -160,7 +161,7 @@ def main(
         path: the run folder.
         direction: ``"forward"``, ``"backward"`` or ``"both"``.
         out: folder of the sets; by default ``path/marginals``.
-        steps: indices of the grid to keep; by default all.
+        keep: indices of the grid to store; by default all.
         dtype: of the stored numbers.
         tol: tolerance of inverse steps.
 
@@ -176,7 +177,7 @@ def main(
     step, flow, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
     flow = loop.merge_parameters(plan, flow)
     directions = DIRECTIONS if direction == "both" else (direction,)
-    stored = {"steps": None if steps is None else tuple(steps), "dtype": dtype}
+    stored = {"steps": None if keep is None else tuple(keep), "dtype": dtype}
     out = workdir.begin_stage(path, "marginals", plans.fields) if out is None else Path(out)
     first = jax.process_index() == 0
     for name in directions:

@@ -89,8 +89,15 @@ def example_facts(path: Path) -> dict[str, Any]:
     return files.read_json(folder / workdir.STAGE)["data"]
 
 
-def load_without_data(settings: Settings, path: Path) -> tuple[Models, str, int]:
-    """Read the networks of a run folder without its data set, see ``load``.
+def load(settings: Settings, path: Path) -> tuple[Models, str, int]:
+    """Read the networks of a run folder, as far as they are trained; its data set is not needed.
+
+    Args:
+        settings: the config.
+        path: the folder of a flow, of a pipeline, or of a converted network.
+
+    Returns:
+        What samplers draw with, the digest of the parameters, and the flow's step.
 
     Raises:
         WorkdirError: no flow is trained there.
@@ -132,26 +139,3 @@ def stored_bank(path: Path) -> Params | None:
         return bank(*(correction.read_marginals(folder) for folder in folders))
     except FileNotFoundError:
         return None
-
-
-def load(settings: Settings, plans: Plans, path: Path) -> tuple[Models, str, int]:
-    """Read the networks of a run folder, as far as they are trained.
-
-    Args:
-        settings: the config.
-        plans: the plans by network.
-        path: the run folder; a flow's, a pipeline's or a converted one.
-
-    Returns:
-        What samplers draw with, the digest of the parameters, and the flow's step.
-
-    Raises:
-        WorkdirError: no flow is trained there.
-    """
-    folders = {name: trained_folder(path, name) for name in plans}
-    ready = {name: plan for name, plan in plans.items() if folders[name] is not None}
-    found = {name: loop.load_average(plan, folders[name], name) for name, plan in ready.items()}
-    identity, step = checkpoint.digest(found), checkpoint.latest_step(folders[FLOW] / "checkpoints")
-    if (banks := stored_bank(path)) is not None:
-        found[DRIFT] = banks
-    return models(settings, ready, found), identity, step

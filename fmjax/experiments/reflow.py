@@ -26,6 +26,7 @@ from fmjax.training import loop
 Students = Mapping[str, tuple[loop.Plan, dict[str, Any]]]
 
 
+@workdir.owner
 def main(settings: Settings, path: Path) -> None:
     """Train what is missing of teacher and students in a run folder, compare them, and write the report.
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from fmjax import checks, correction
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, stages, workdir
+from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.samplers import FLOW, Sampler
 from fmjax.experiments.settings import Settings
@@ -31,18 +31,19 @@ TUNING = 4  # purpose of the keys that strengths are chosen with
 NOTE = "Steps, alpha and beta were chosen on validation data and other noise than the table's."
 
 
+@workdir.owner
 def main(
     settings: Settings,
     path: Path,
     *,
     by: str,
     solver: str,
-    steps: int,
+    solver_steps: int,
     metric: str | None = None,
     most: int | None = 3,
     seeds: int = 4,
-    alphas: Sequence[float] = (),
-    betas: Sequence[float] = (),
+    alpha: Sequence[float] | None = None,
+    beta: Sequence[float] | None = None,
 ) -> None:
     """Tune a corrector of a finished run for one plain sampler.
 
@@ -56,12 +57,12 @@ def main(
         path: the run folder.
         by: the corrector.
         solver: the solver, or ``"flow_map"``.
-        steps: its number of steps.
+        solver_steps: its number of steps.
         metric: name of the distance; by default the first of the config's.
         most: largest number of corrections.
         seeds: runs that a value is the mean of.
-        alphas: candidate strengths.
-        betas: candidate noise levels.
+        alpha: candidate strengths.
+        beta: candidate noise levels.
 
     Raises:
         ValueError: a corrector or a distance that does not exist (with the nearest), or too few runs.
@@ -73,11 +74,10 @@ def main(
         raise refusal("by", by, f"no such corrector{near}", f"There are {', '.join(settings.correctors)}")
     if settings.sampling.seeds < 3:
         raise refusal("sampling.seeds", settings.sampling.seeds, "errors need more runs", "Give 3 or more")
-    plans = networks.plans(settings, data)
-    space = search_space(settings, plans[by], by, steps, alphas, betas)
+    steps, space = solver_steps, search_space(settings, by, solver_steps, alpha or (), beta or ())
     everywhere = Sampler("tuned", "tuned", solver, steps, None, space.steps, by, {"alpha": 1.0, "beta": 0.0})
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
-    models, identity, _ = networks.load(settings, plans, path)
+    models, identity, _ = networks.load(settings, path)
     if by not in models.methods:
         raise workdir.WorkdirError(f"workdir={path}: its corrector {by!r} is not trained. Complete launch.pipeline.")
     distance = chosen_metric(comparison.distances(settings, data, data.validation), metric)
@@ -101,10 +101,11 @@ def main(
     print(f"open {folder / 'report.html'}")
 
 
-def search_space(settings: Settings, plan, by: str, steps: int, alphas, betas) -> correction.Space:
+def search_space(settings: Settings, by: str, steps: int, alphas, betas) -> correction.Space:
     """Return the steps, strengths and noise levels that are tried; refuse a negative noise level."""
-    classifies = stages.is_classifier(plan)
-    method = settings.correctors[by].method
+    part = settings.correctors[by]
+    classifies = assemble.gives_logit(part.net or settings.flow.net)
+    method = part.method
     level = float(np.max(method["sigma"])) if hasattr(method, "items") and "sigma" in method else 0.0
     betas = tuple(betas) or tuple(beta * level for beta in BETAS[: None if level else 1])
     if min(betas) < 0:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from fmjax.experiments import specs
-from fmjax.storage import checkpoint, files
+from fmjax.storage import checkpoint, files, lock
 
 PACKAGES = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 ABSENT = "absent"
@@ -57,6 +58,27 @@ def open_workdir(path: str | Path, config: Mapping[str, Any], stages: Mapping[st
             at = f" ({error.filename})" if error.filename else ""
             raise WorkdirError(f"workdir={path}: cannot be written: {error.strerror}{at}. Choose another.") from error
     return path
+
+
+def owner(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate ``main(settings, path, ...)`` so that it owns the run folder while it works.
+
+    Raises:
+        storage.lock.Owned: another process works there; the message names its host and process id.
+    """
+
+    @functools.wraps(main)
+    def owned_main(settings: Any, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        path = local(path)
+        try:
+            with lock.owned(path):
+                return main(settings, path, *args, **kwargs)
+        except OSError as error:
+            if error.filename is None or not str(error.filename).startswith(str(path)):
+                raise
+            raise WorkdirError(f"workdir={path}: cannot be written: {error.strerror} ({error.filename}).") from error
+
+    return owned_main
 
 
 def begin_stage(path: Path, name: str, fields: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Path:

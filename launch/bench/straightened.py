@@ -139,14 +139,14 @@ def straightened_spectra(repeats: int) -> list[dict]:
         data = specs.data(runs.config(f"half_straightening_{name}", {}).data).train.x[:5000]
         ends.append(
             {"data": name, "straightened": "the data"}
-            | {"(1, 1)": f"{spectrum.low_share(*spectrum.radial(data - data.mean(0))):.3f}"}
+            | {"(1, 1)": f"{spectrum.low_fraction(*spectrum.radial(data - data.mean(0))):.3f}"}
         )
         for one in numbers(name):
             for key, found in one["spectra"].items():
                 family, _, counts = key.rpartition(", (")
                 if family.endswith(("teacher", "gated", "reflow")):
                     line = lines.setdefault((name, family), {})
-                    line.setdefault(f"({counts}", []).append(spectrum.low_share(found["frequency"], found["power"]))
+                    line.setdefault(f"({counts}", []).append(spectrum.low_fraction(found["frequency"], found["power"]))
     rows = [{"data": d, "straightened": f} | {c: told(v) for c, v in line.items()} for (d, f), line in lines.items()]
     return [*rows, *(dict.fromkeys(rows[0], "-") | end for end in ends)]
 
