@@ -129,7 +129,8 @@ def accept(ts) -> None:
     """
 
 
-class Costed(NamedTuple):
+@dataclasses.dataclass(frozen=True)  # jax.jit needs weak references, which tuples do not have
+class Costed:
     """A step, corrector, direction or schedule that states its cost and refuses times at which it cannot work.
 
     Calling the object calls ``apply``. Read ``nfe`` and ``check`` with ``stated``, which also sees through ``jax.jit``
@@ -182,6 +183,8 @@ def stated(function: Any) -> Costed | Multistep:
     >>> step = Costed(lambda x, s, t, cond=None, key=None: x, nfe=4)
     >>> stated(jax.jit(step)).nfe, stated(functools.partial(step, cond=None)).nfe, stated(abs).nfe
     (4, 4, None)
+    >>> jax.jit(step)(1.0, 0.0, 0.5).item()
+    1.0
     """
     inner = function
     while not isinstance(inner, (Costed, Multistep)):
