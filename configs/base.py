@@ -59,25 +59,39 @@ def get_config() -> ConfigDict:
     return c
 
 
+def finish(c: ConfigDict) -> ConfigDict:
+    """Return the config, locked; a score corrector and a flow map are there even where a config names none."""
+    with c.ignore_type():
+        c.correctors = c.correctors or {"score": score(c)}
+        c.flow_map = c.flow_map or lagrangian(c)
+    return c.lock()
+
+
 TRAINING = (
-    "weighting", "coupling", "batch_size", "steps", "target", "learning_rate", "warmup", "schedule", "clip", "beta2",
+    "coupling", "batch_size", "steps", "target", "learning_rate", "warmup", "schedule", "clip", "beta2",
     "weight_decay", "ema",
 )  # fmt: skip
 
 
 def stage(c: ConfigDict, **differs) -> dict:
     """Return the fields of a training stage: those of the flow, but for ``differs``; without ``net`` the flow's."""
-    return {"net": None, **{name: c[name] for name in TRAINING}, **differs}
+    fields = {"net": None, "weighting": None, **{name: c[name] for name in TRAINING}}
+    none = config_dict.placeholder(str)
+    return {name: none if value is None else value for name, value in {**fields, **differs}.items()}
 
 
 def score(c: ConfigDict, **differs) -> dict:
-    """Return a corrector that learns the score of the backward marginals."""
-    return stage(c, **{"net": c.net, "method": {"name": "score_corrector", "sigma": 0.2}, "steps": 1500, **differs})
+    """Return a corrector that learns the score of the backward marginals, with the network of the flow."""
+    method = {"name": "score_corrector", "sigma": 0.2}
+    fields = {"net": c.net.to_dict(), "method": method, "weighting": None, "steps": max(1, c.steps // 3)}
+    return stage(c, **{**fields, "learning_rate": c.learning_rate, **differs})
 
 
 def lagrangian(c: ConfigDict, **differs) -> dict:
     """Return a flow map learned from the flow by Lagrangian self-distillation."""
-    return stage(c, **{"method": {"name": "lagrangian", "diagonal": 0.75}, "steps": 2000, **differs})
+    method = {"name": "lagrangian", "diagonal": 0.75}
+    fields = {"method": method, "weighting": None, "steps": max(1, c.steps // 2), "learning_rate": c.learning_rate / 2}
+    return stage(c, **{**fields, **differs})
 
 
 def straighten(c: ConfigDict, **differs) -> dict:
@@ -86,7 +100,7 @@ def straighten(c: ConfigDict, **differs) -> dict:
         "seed": 0,  # of the trajectories' noise and of the students
         "bounds": (0.0, 0.5, 1.0),  # of the segments of the time axis
         "parts": {"noise half": (0,), "data half": (1,), "both halves": (0, 1)},  # which segments are straightened
-        "sharing": ("shared", "retained", "told", "gated"),  # how a student treats the kept segments
+        "sharing": ("shared", "retained", "conditioned", "gated"),  # how a student treats the kept segments
         "full": True,  # also a full reflow
         "grid": "edm",  # of the teacher's trajectories, or 'even'
         "grid_steps": 40,
@@ -97,5 +111,4 @@ def straighten(c: ConfigDict, **differs) -> dict:
         "baselines": (2, 10, 18),  # evaluations at which other samplers of the teacher are compared
         "probes": 1024,  # examples of the straightness measures
     }
-    training = stage(c, method={"name": "straighten"}, target="frozen")
-    return {**training, **fields, **differs}
+    return stage(c, **{"method": {"name": "straighten"}, "target": "frozen", **fields, **differs})

@@ -178,9 +178,22 @@ class LossFn(Protocol):
 
 
 class Method(NamedTuple):
-    """A training objective and what its parameters can be used as (compare ``optax.GradientTransformation``).
+    """A training objective and the functions that its trained parameters define: the views of the method.
 
-    ``score(params)(x, t, cond)`` is ``grad log p_t(x)``, what an SDE step needs beside the velocity.
+    Compare ``optax.GradientTransformation``. Each view takes parameters and returns a function of arrays, for example
+    ``method.velocity(params)(x, t, cond)``. A view that a method does not have is ``None``; the subclasses below state
+    in their types which views are always there. ``method._replace(loss=...)`` keeps the subclass.
+
+    Attributes:
+        loss: ``loss(params, target, batch, key) -> (scalar, aux)``; ``key`` is one key, or one key per example ``[B]``.
+        velocity: ``velocity(params)(x, t, cond) -> [B, ...]``, the drift of the probability flow.
+        flow_map: ``flow_map(params)(x, s, t, cond, key) -> [B, ...]``, the jump ``X_{s,t}(x)``.
+        direction: ``direction(params)(x, t, cond) -> [B, ...]``, where a corrector pushes ``x``.
+        score: ``score(params)(x, t, cond) -> [B, ...]``, ``grad log p_t(x)``, which an SDE step needs beside the
+            velocity.
+
+    >>> Method(loss=lambda params, target, batch, key: (0.0, {}), velocity=lambda params: lambda x, t, cond=None: x)
+    Method(loss, velocity)
     """
 
     loss: LossFn
@@ -188,6 +201,45 @@ class Method(NamedTuple):
     flow_map: Callable[[Params], FlowMapFn] | None = None
     direction: Callable[[Params], DirectionFn] | None = None
     score: Callable[[Params], VelocityFn] | None = None
+
+    def __repr__(self) -> str:
+        names = (name for name, function in zip(self._fields, self, strict=True) if function is not None)
+        return f"{type(self).__name__}({', '.join(names)})"
+
+
+class FlowMethod(Method):
+    """A method whose parameters define a velocity; a score only where the path of the method gives one."""
+
+    __slots__ = ()
+    velocity: Callable[[Params], VelocityFn]
+
+
+class DiffusionMethod(FlowMethod):
+    """A method whose parameters define a velocity and a score."""
+
+    __slots__ = ()
+    score: Callable[[Params], VelocityFn]
+
+
+class FlowMapMethod(FlowMethod):
+    """A method whose parameters define a velocity, on the diagonal ``s = t``, and a flow map."""
+
+    __slots__ = ()
+    flow_map: Callable[[Params], FlowMapFn]
+
+
+class CorrectorMethod(Method):
+    """A method whose parameters define the direction of a corrector."""
+
+    __slots__ = ()
+    direction: Callable[[Params], DirectionFn]
+
+
+class ScoreCorrectorMethod(CorrectorMethod):
+    """A method whose parameters define the direction of a corrector and the score behind that direction."""
+
+    __slots__ = ()
+    score: Callable[[Params], VelocityFn]
 
 
 def with_null(cond: Cond, null: Cond) -> Cond:

@@ -137,7 +137,7 @@ def test_a_path_reaches_the_methods_that_take_one(key):
     np.testing.assert_allclose(score.direction(2.0)(x1, 0.5), -2.0 * x1, rtol=1e-6)
     with pytest.raises(ValueError, match="is given 'path' from a field of its own"):
         specs.method({"name": "flow_matching", "path": "linear"}, net, path=path)
-    with pytest.raises(ValueError, match="path of methods.flow_matching must be Path or None, got 'linear'"):
+    with pytest.raises(ValueError, match="path of methods.flow_matching must be Path, got 'linear'"):
         specs.method({"name": "flow_matching", "path": "linear"}, net)
 
 
@@ -181,12 +181,12 @@ def test_a_law_that_follows_the_progress_is_named_as_others_are_and_gets_it(key)
     grid = {"name": "grid_pair", "steps": 8, "rounds": 4}
     share = {"name": "sigmoid_fraction", "rate": 10}
     batch = types.Batch(jnp.ones((4, 2)), progress=jnp.array([0.0, 0.3, 0.6, 0.9]))
-    for spec in ({"name": "progressive", "pair": grid}, {"name": "alpha_flow", "pair": grid, "share": share}):
+    for spec in ({"name": "progressive", "pair": grid}, {"name": "alpha_flow", "pair": grid, "fraction": share}):
         method = specs.method({**spec, "diagonal": 0.0}, net)
         _, aux = method.loss(jnp.float32(1.0), jnp.float32(1.0), batch, as_keys(key, 4))
         np.testing.assert_allclose(aux["t"] - aux["s"], [1 / 8, 1 / 4, 1 / 2, 1], rtol=1e-6)
     with pytest.raises(ValueError, match="fmjax.times has no 'ordered_pair' .*constant_fraction, ect_fraction"):
-        specs.method({"name": "alpha_flow", "share": "ordered_pair"}, net)
+        specs.method({"name": "alpha_flow", "fraction": "ordered_pair"}, net)
 
 
 def test_couplings_and_steps_take_their_options(key):

@@ -42,7 +42,7 @@ def draw():
 
 def test_with_the_whole_jump_as_its_step_it_is_flow_matching_on_trajectories(draw):
     """``a = 1``: ``|u(I_s, s, t) - dI_s|^2``, which is mean flow without its derivative."""
-    whole = alpha_flow(mlp, share=constant(1.0), path=paths.trigonometric())
+    whole = alpha_flow(mlp, fraction=constant(1.0), path=paths.trigonometric())
     assert_same_method(
         unlogged(whole), eulerian(mlp, velocity="conditional", limit=0.0, path=paths.trigonometric()), *draw
     )
@@ -50,7 +50,7 @@ def test_with_the_whole_jump_as_its_step_it_is_flow_matching_on_trajectories(dra
 
 def test_with_half_the_jump_by_the_teachers_map_it_is_progressive(draw):
     """``a = 1/2``: ``u(x, s, t) = (u(x, s, m) + u(X_{s,m}(x), m, t)) / 2`` (arXiv 2510.20771, of shortcut models)."""
-    half = alpha_flow(mlp, share=constant(0.5), power=0.0, velocity="own", solver="jump", bootstrap="target")
+    half = alpha_flow(mlp, fraction=constant(0.5), power=0.0, velocity="own", solver="jump", bootstrap="target")
     assert_same_method(unlogged(half), progressive(mlp), *draw)
 
 
@@ -68,7 +68,7 @@ def test_its_gradient_is_that_of_the_eulerian_map_to_first_order_in_the_share(ve
     limit = told(eulerian(mlp, velocity=velocity, tangent=velocity, stop="all", diagonal=0.0))
     errors = [
         [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(told(m), limit, strict=True)]
-        for m in (alpha_flow(mlp, velocity=velocity, share=constant(a), diagonal=0.0) for a in (4e-3, 2e-3))
+        for m in (alpha_flow(mlp, velocity=velocity, fraction=constant(a), diagonal=0.0) for a in (4e-3, 2e-3))
     ]
     assert 0 < max(errors[1]) < 0.1
     np.testing.assert_allclose(np.log2(np.divide(*errors)), 1, atol=0.03)
@@ -93,7 +93,7 @@ def test_the_chord_ends_on_the_interpolant_and_is_the_tangent_where_the_path_is_
     batch, keys, params, target = draw
     a, path = 0.3, paths.trigonometric()
     method = alpha_flow(
-        mlp, velocity="chord", share=constant(a), path=path, diagonal=0.0, bootstrap="target", power=0.0
+        mlp, velocity="chord", fraction=constant(a), path=path, diagonal=0.0, bootstrap="target", power=0.0
     )
     aux = method.loss(params, target, batch, keys)[1]
     s, t = aux["s"], aux["t"]

@@ -13,7 +13,7 @@ from fmjax import oracles, paths, times
 from fmjax.keys import example_keys
 from fmjax.methods.align_your_flow import align_your_flow
 from fmjax.methods.alpha_flow import alpha_flow
-from fmjax.methods.consistency import consistency, cost
+from fmjax.methods.consistency import consistency, consistency_cost
 from fmjax.methods.consistency_trajectory import consistency_trajectory
 from fmjax.methods.continuous_consistency import angular, continuous_consistency
 from fmjax.methods.eulerian import eulerian
@@ -64,7 +64,7 @@ def test_consistency_training_takes_its_neighbours_from_the_grid_and_its_end_fro
     level = lambda i: (80 ** (1 / 7) + i / n * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     law = lambda key: jnp.asarray(1 / (1 + level(i)))
     method = consistency(
-        mlp, time=law, share=times.level_fraction, distance="squared", weight="none", bootstrap="target"
+        mlp, time=law, fraction=times.level_fraction, distance="squared", weight="none", bootstrap="target"
     )
     aux = method.loss(params, target, batch, keys)[1]
     after = jnp.asarray(np.where(i < n, level(np.minimum(i + 1, n)), 0))
@@ -76,7 +76,7 @@ def test_consistency_training_takes_its_neighbours_from_the_grid_and_its_end_fro
 def test_consistency_distillation_takes_a_heun_step_of_the_teacher(draw):
     batch, keys, params, target = draw
     method = consistency(
-        mlp, velocity="own", solver="heun", distance="squared", weight="none", share=times.level_fraction
+        mlp, velocity="own", solver="heun", distance="squared", weight="none", fraction=times.level_fraction
     )
     aux = method.loss(params, target, batch, keys)[1]
     s = aux["s"]
@@ -94,12 +94,12 @@ def test_what_consistency_cannot_do_is_refused():
         ({"scale": 0.0}, "scale=0.0 must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
-            cost(**options)
+            consistency_cost(**options)
     for options, message in (
         ({"sigma": 0.0}, "sigma=0.0 must be positive"),
         ({"normalise": -0.1}, "normalise=-0.1 cannot be negative"),
         ({"velocity": "chord"}, "velocity='chord' must be one of own, conditional"),
-        ({"warmup": 2.0}, "warmup=2.0"),
+        ({"warmup": 2.0}, "warmup=2.0 is a share"),
     ):
         with pytest.raises(ValueError, match=message):
             continuous_consistency(mlp, **options)
@@ -185,7 +185,7 @@ def test_trajectories_that_end_in_the_data_are_compared_there_as_by_the_eulerian
     """``t = 1``: nothing is left to map on, and CTM is CD: ``|X_{s,1} - X_{m,1}|^2 = (1 - s)^2 |d|^2``."""
     batch, keys, params, target = draw
     options = {"diagonal": 0.0, "pair": times.to_data, "velocity": "own", "solver": "heun", "bootstrap": "target"}
-    options |= {"share": times.exponential_fraction, "power": 1.0}
+    options |= {"fraction": times.exponential_fraction, "power": 1.0}
     ours = consistency_trajectory(mlp, **options).loss(params, target, batch, keys)[1]
     theirs = alpha_flow(mlp, **options).loss(params, target, batch, keys)[1]
     np.testing.assert_allclose(ours["per_example"], (1 - ours["s"]) ** 2 * theirs["per_example"], rtol=1e-9)
@@ -195,7 +195,7 @@ def test_trajectories_are_compared_after_a_map_whose_input_alone_has_a_gradient(
     """The gradient of the comparison is that of ``X_{s,t}`` pulled back by the stopped ``X_{t,1}``."""
     batch, keys, params, target = draw
     share = functools.partial(times.constant_fraction, value=0.25)
-    method = consistency_trajectory(mlp, diagonal=0.0, share=share, power=0.0)
+    method = consistency_trajectory(mlp, diagonal=0.0, fraction=share, power=0.0)
     (_, aux), got = jax.value_and_grad(method.loss, has_aux=True)(params, target, batch, keys)
     s, t = aux["s"], aux["t"]
     m = s + (t - s) / 4

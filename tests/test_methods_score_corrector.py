@@ -10,7 +10,7 @@ from scipy import stats
 
 from fmjax.experiments import specs
 from fmjax.keys import as_keys
-from fmjax.methods.score_corrector import level, score_corrector
+from fmjax.methods.score_corrector import noise_level_at, score_corrector
 from fmjax.types import Batch, expand
 
 N, B = 40_000, 0.8
@@ -69,8 +69,8 @@ def test_the_mean_square_error_identity_of_a_mixture(sigma, key):
 def test_levels_are_the_steps_of_a_uniform_grid_and_come_from_json(key):
     sigmas = json.loads("[0.1, 0.4, 0.2, 0.3]")
     grid = jnp.arange(4, dtype=jnp.float32) / 3
-    np.testing.assert_allclose(level(sigmas, grid), sigmas, rtol=1e-6)
-    np.testing.assert_allclose(level(0.7, grid), 0.7 * np.ones(4, np.float32))
+    np.testing.assert_allclose(noise_level_at(sigmas, grid), sigmas, rtol=1e-6)
+    np.testing.assert_allclose(noise_level_at(0.7, grid), 0.7 * np.ones(4, np.float32))
     built = specs.method({"name": "score_corrector", "sigma": sigmas}, lambda params, x, s, t, cond=None, key=None: x)
     x = jax.random.normal(key, (4, 2))
     np.testing.assert_allclose(built.direction(None)(x, grid), -np.array(sigmas)[:, None] * x, rtol=1e-6)

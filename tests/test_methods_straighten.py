@@ -61,7 +61,7 @@ def test_the_segment_that_starts_at_a_bound_owns_it_and_a_told_net_knows_its_end
     net = lambda params, x, s, t, cond=None, key=None: jnp.stack([s, t], 1)
     t = jnp.array([0.0, 0.2, 0.5, 0.7, 1.0])
     for keep in ((), (1,), (0,)):  # kept ones too: (0.5, 0.5) would be asked from both sides of the bound
-        v = straighten(net, bounds=(0.0, 0.5, 1.0), keep=keep, told=True).velocity(None)(jnp.zeros((5, 2)), t)
+        v = straighten(net, bounds=(0.0, 0.5, 1.0), keep=keep, to_bound=True).velocity(None)(jnp.zeros((5, 2)), t)
         np.testing.assert_array_equal(v, np.stack([t, [0.5, 0.5, 1, 1, 1]], 1).astype(np.float32))
     plain = straighten(net, bounds=(0.0, 0.5, 1.0)).velocity(None)(jnp.zeros((5, 2)), t)
     np.testing.assert_array_equal(plain, np.stack([t, t], 1))

@@ -38,9 +38,9 @@ def test_two_segments_need_these_networks():
         "both, shared": {"bounds": BOUNDS, "keep": ()},
         "early, retained": {"bounds": BOUNDS, "keep": (1,)},
         "late, retained": {"bounds": BOUNDS, "keep": (0,)},
-        "early, told": {"bounds": BOUNDS, "keep": (1,), "told": True},
-        "late, told": {"bounds": BOUNDS, "keep": (0,), "told": True},
-        "both, told": {"bounds": BOUNDS, "keep": (), "told": True},
+        "early, told": {"bounds": BOUNDS, "keep": (1,), "to_bound": True},
+        "late, told": {"bounds": BOUNDS, "keep": (0,), "to_bound": True},
+        "both, told": {"bounds": BOUNDS, "keep": (), "to_bound": True},
         FULL: {"bounds": (0.0, 1.0)},
     }
     net = lambda params, x, s, t, cond=None, key=None: x

@@ -118,7 +118,7 @@ def test_an_ordered_pair_is_cut_at_its_gap_and_put_on_the_diagonal_by_chance(key
             times.ordered_pair(keys, **options)
 
 
-def test_two_laws_are_independent_and_the_end_is_not_before_the_start(keys):
+def test_two_times_are_independent_and_the_end_is_not_before_the_start(keys):
     """``P(t < a) = F_s(a) F_t(a)``, with an atom of ``t = s`` where the second draw was the smaller."""
     start = functools.partial(times.logit_normal, mean=0.6, std=1.6)
     stop = functools.partial(times.logit_normal, mean=4.0, std=1.6)

@@ -15,6 +15,7 @@ from fmjax.experiments import build, specs, workdir
 from fmjax.experiments.settings import SECTIONS, Common, Settings, Training
 from fmjax.experiments.specs import refusal
 from fmjax.methods import weighting
+from fmjax.nets import Model
 from fmjax.sampling import guidance
 from fmjax.storage import checkpoint, files
 from fmjax.training import loop, sharding
@@ -88,27 +89,11 @@ def plan(
     Raises:
         ValueError: a name, option or shape that cannot work.
     """
-    kind = name.partition(".")[0]
     prefix = "" if name == "flow" else f"{name}."
     mesh, seed = sharding.make_mesh(), common.seed if seed is None else seed
     sharding.check_batch(part.batch_size, mesh)
     classes = label_classes(common, data)
-    model = build.net(net, classes=classes, field=f"{prefix}net")
-    guided = takes_scale(net)
-    average = functools.partial(mean, data.train.x)
-    method = build.method(
-        part.method, model.net, path=build.path(common.path), mean=average, null=classes if guided else None,
-        field=f"{prefix}method",
-    )  # fmt: skip
-    if part.weighting:
-        method = specs.build(specs.WEIGHTING, part.weighting, method, field=f"{prefix}weighting")
-        if specs.name_of(part.weighting) == "learned":
-            model = weighting.with_log_variance(model)
-    if kind in ("flow", "flow_map"):
-        method = conditional(method, common, classes, guided)
-    if getattr(method, NEEDS[kind]) is None:
-        wrong = f"gives no {NEEDS[kind].replace('_', ' ')}, which the stage {name!r} needs"
-        raise refusal(f"{prefix}method", specs.name_of(part.method), wrong, "Take another method")
+    model, method = network(name, common, part, net, classes, functools.partial(mean, data.train.x))
     if batch is None:
         batch = data_batches(common, part, data, f"{prefix}coupling")
     rate = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
@@ -137,6 +122,40 @@ def plan(
     )
     loop.check(ready)
     return ready
+
+
+def network(
+    name: str, common: Common, part: Training, net: Any, classes: int, average: Callable[[], np.ndarray] | None = None
+) -> tuple[Model, Method]:
+    """Return the network and the method of a stage, without its data.
+
+    Args:
+        name: the stage.
+        common: fields that all stages share.
+        part: fields of its training.
+        net: spec of the network.
+        classes: number of label classes; 0 without labels.
+        average: gives the mean of the training data, for methods that take it.
+
+    Returns:
+        The network with its initialiser, and the method.
+    """
+    kind, prefix = name.partition(".")[0], "" if name == "flow" else f"{name}."
+    model, guided = build.net(net, classes=classes, field=f"{prefix}net"), takes_scale(net)
+    method = build.method(
+        part.method, model.net, path=build.path(common.path), mean=average, null=classes if guided else None,
+        field=f"{prefix}method",
+    )  # fmt: skip
+    if part.weighting:
+        method = specs.build(specs.WEIGHTING, part.weighting, method, field=f"{prefix}weighting")
+        if specs.name_of(part.weighting) == "learned":
+            model = weighting.with_log_variance(model)
+    if kind in ("flow", "flow_map"):
+        method = conditional(method, common, classes, guided)
+    if getattr(method, NEEDS[kind]) is None:
+        wrong = f"gives no {NEEDS[kind].replace('_', ' ')}, which the stage {name!r} needs"
+        raise refusal(f"{prefix}method", specs.name_of(part.method), wrong, "Take another method")
+    return model, method
 
 
 def label_classes(common: Common, data: Dataset) -> int:
@@ -177,6 +196,17 @@ def conditional(method: Method, common: Common, classes: int, guided: bool) -> M
         return method
     guide = lambda params: guidance.classifier_free(method.velocity(params), null=classes, scale=common.guidance)
     return method._replace(velocity=guide)
+
+
+def gives_logit(net: Any) -> bool:
+    """Return whether the network of a spec gives a logit, which makes its corrector a classifier."""
+    return bool(hasattr(net, "items") and dict(net.items()).get("logit", False))
+
+
+def data_facts(data: Dataset) -> dict[str, Any]:
+    """Return what samplers must know of a data set: shape, kind, classes, levels, name."""
+    shape = list(data.train.x.shape[1:])
+    return {"shape": shape, "kind": data.kind, "classes": data.classes, "levels": data.levels, "name": data.name}
 
 
 def takes_scale(net: Any) -> bool:

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fmjax import paths, sampling
-from fmjax.correction import correctors
+from fmjax import correction, paths, sampling
 from fmjax.experiments import build, specs
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler, corrector_factory, time_grid
 from fmjax.experiments.specs import refusal
@@ -40,12 +39,14 @@ class Models(NamedTuple):
         params: their parameters by the same names; ``"drift"`` has the arguments of ``correction.kernel_drift``.
         shape: shape of one example.
         path: the flow's interpolant.
+        ts: the times of the marginals in ``params["drift"]``.
     """
 
     methods: dict[str, Method]
     params: dict[str, Params]
     shape: tuple[int, ...]
     path: paths.Path
+    ts: np.ndarray | None = None
 
 
 class Draws(NamedTuple):
@@ -91,13 +92,14 @@ def corrector_of(sampler: Sampler, models: Models, params: dict[str, Params], op
     if sampler.by == NOISE:
         direction = lambda x, t, cond=None: x
     elif sampler.by == DRIFT:
-        bank = {"bandwidth": options.pop("bandwidth")} | params[DRIFT]
-        direction = correctors.kernel_drift(bank.pop("p"), bank.pop("q"), **bank)
+        bank, bandwidth = params[DRIFT], options.pop("bandwidth")
+        labels = bank.get("p_labels"), bank.get("q_labels")
+        direction = correction.kernel_drift(bank["p"], bank["q"], *labels, ts=models.ts, bandwidth=bandwidth)
     elif sampler.by in models.methods:
         direction = models.methods[sampler.by].direction(params[sampler.by])
     else:
         return _training_free(sampler, models, params, options)
-    return correctors.marginal_matching(direction, **options)
+    return correction.marginal_matching(direction, **options)
 
 
 def cost(sampler: Sampler, models: Models) -> sampling.Cost:
@@ -267,8 +269,8 @@ def _training_free(sampler: Sampler, models: Models, params, options: dict[str, 
     sources = {
         "step": lambda: step_of(sampler, models, params),
         "velocity": lambda: velocity,
-        "score": lambda: score(params[FLOW]) if score else correctors.score_of(velocity, path=models.path),
-        "direction": lambda: score(params[FLOW]) if score else correctors.score_of(velocity, path=models.path),
+        "score": lambda: score(params[FLOW]) if score else correction.score_of(velocity, path=models.path),
+        "direction": lambda: score(params[FLOW]) if score else correction.score_of(velocity, path=models.path),
         "log_density": lambda: _log_density(velocity),
     }
     if "path" in specs.options_of(factory):

@@ -13,19 +13,19 @@ from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.specs import refusal
-from fmjax.sampling import stochastic
 from fmjax.storage import files
 from fmjax.training import sharding
 
 TRAIN, HELD_OUT = 50_000, 10_000  # examples of data on disk that are compared with
-SDE = stochastic.__all__ if hasattr(stochastic, "__all__") else ("euler_maruyama", "stochastic_heun")
+SDE = ("euler_maruyama", "stochastic_heun")  # steps that need the score
 
 
+@workdir.owner
 def main(settings: Settings, path: Path) -> None:
     """Draw the samplers of a config with the newest networks of a run folder, compare them, and write a report.
 
-    Writes ``evaluation.json`` (mean and standard error over runs of every distance), ``evaluation.html`` and the samples
-    into ``draws``; prints a line a sampler. Samplers whose networks are not trained there are left out, and said.
+    Writes ``evaluation.json`` (mean and standard error over runs of every distance), ``evaluation.html`` and the
+    samples into ``draws``; prints a line a sampler and which samplers are left out, since a network is not trained.
 
     Args:
         settings: the config; fields that no training depends on may differ from those of the run.
@@ -36,10 +36,10 @@ def main(settings: Settings, path: Path) -> None:
         WorkdirError: no flow in the folder, or a flow of another config.
     """
     data = build.data(settings.common.data)
-    plans, draws = networks.plans(settings, data), comparison.draws_of(settings, data)
+    draws = comparison.draws_of(settings, data)
     check_scores(settings)
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
-    models, identity, step = networks.load(settings, plans, path)
+    models, identity, step = networks.load(settings, path)
     names = drawable(comparison.read_samplers(settings, flow_map=True), models)
     for sampler in names:
         drawing.check(sampler, models, cond=draws.cond)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fmjax.correction import marginals as sets
+from fmjax import correction
 from fmjax.correction import trajectories
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, drawing, samplers, workdir
@@ -49,21 +49,21 @@ class Recipe(NamedTuple):
     def check(self) -> None:
         """Refuse a solver or a way back that cannot work."""
         for direction, options in self.options.items():
-            trajectories.check_how(direction, options["solver"], options.get("backward_map", "reverse"))
+            trajectories.check_options(direction, options["solver"], options.get("backward_map", "reverse"))
 
     def build(self, flow: Params, folder: Path, *, directions: Iterable[str] = DIRECTIONS, **stored: Any):
         """Build the sets, or what is left of them, and return ``(forward, backward)``, or those of ``directions``."""
         digest = checkpoint.digest(flow)
         for direction in directions:
             make = functools.partial(
-                sets.build_marginals, self.view, flow, self.ts, directory=folder / direction, flow=digest,
+                correction.build_marginals, self.view, flow, self.ts, directory=folder / direction, flow=digest,
                 **self.options[direction], **stored,
             )  # fmt: skip
             with_bar(make, direction)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"marginals {folder}")
         expect = {"flow": digest} if stored.get("steps") else {"flow": digest, "ts": self.ts}
-        return tuple(sets.read_marginals(folder / direction, expect=expect) for direction in directions)
+        return tuple(correction.read_marginals(folder / direction, expect=expect) for direction in directions)
 
     def read(self, flow: Params, folder: Path):
         """Return ``(forward, backward)`` where both are complete and of this flow, else ``None``."""
@@ -71,19 +71,19 @@ class Recipe(NamedTuple):
             return None
         expect = {"flow": checkpoint.digest(flow), "ts": self.ts}
         try:
-            return tuple(sets.read_marginals(folder / direction, expect=expect) for direction in DIRECTIONS)
+            return tuple(correction.read_marginals(folder / direction, expect=expect) for direction in DIRECTIONS)
         except FileNotFoundError:
             return None
 
     def digest(self, found) -> str:
-        """Return a digest of two sets."""
+        """Return a digest of two correction."""
         return hashlib.sha256(repr([m.manifest for m in found]).encode()).hexdigest()
 
     def round_trip(self, flow: Params) -> float:
         """Return the round-trip error of training examples: forward after backward, against the examples."""
         x, cond = self.measured
         way = {name: self.options["backward"][name] for name in ("solver", "backward_map")}
-        return float(sets.round_trip(self.view, flow, jnp.asarray(x), self.ts, cond=cond, **way))
+        return float(correction.round_trip(self.view, flow, jnp.asarray(x), self.ts, cond=cond, **way))
 
 
 def recipe(settings: Settings, plan: loop.Plan, data: Dataset) -> Recipe:
@@ -141,13 +141,14 @@ def scaled_noise(keys, shape: tuple[int, ...], *, alpha: float):
     return alpha * normal(keys, shape)
 
 
+@workdir.owner
 def main(
     settings: Settings,
     path: Path,
     *,
     direction: str = "both",
     out: str | Path | None = None,
-    steps: Iterable[int] | None = None,
+    keep: Iterable[int] | None = None,
     dtype: str = "float32",
     tol: float = 1e-4,
 ) -> None:
@@ -160,7 +161,7 @@ def main(
         path: the run folder.
         direction: ``"forward"``, ``"backward"`` or ``"both"``.
         out: folder of the sets; by default ``path/marginals``.
-        steps: indices of the grid to keep; by default all.
+        keep: indices of the grid to store; by default all.
         dtype: of the stored numbers.
         tol: tolerance of inverse steps.
 
@@ -176,11 +177,11 @@ def main(
     step, flow, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
     flow = loop.merge_parameters(plan, flow)
     directions = DIRECTIONS if direction == "both" else (direction,)
-    stored = {"steps": None if steps is None else tuple(steps), "dtype": dtype}
+    stored = {"steps": None if keep is None else tuple(keep), "dtype": dtype}
     out = workdir.begin_stage(path, "marginals", plans.fields) if out is None else Path(out)
     first = jax.process_index() == 0
     for name in directions:
-        estimate = sets.estimate_cost(plans.view, flow, plans.ts, **sizes(plans.options[name]), **stored)
+        estimate = correction.estimate_cost(plans.view, flow, plans.ts, **sizes(plans.options[name]), **stored)
         if first:
             print(f"{name}: {sentence(estimate)}, into {out / name}", flush=True)
     plans.build(flow, out, directions=directions, tol=tol, **stored)
@@ -193,7 +194,7 @@ def main(
             )[0]
         )
         states = np.moveaxis(np.asarray(down(flow, jnp.asarray(x))), 0, 1)
-        defect = trajectories.straightness(states, plans.ts)
+        defect = trajectories.chord_distance(states, plans.ts)
         print(f"flow of step {step}, {len(x)} training examples: round-trip error {plans.round_trip(flow):.2e}")
         print(f"straightness defect {', '.join(f'{s:.3g}' for s in defect)} along the grid")
 

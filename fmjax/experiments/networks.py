@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax.correction import marginals as sets
+from fmjax import correction
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, workdir
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, time_grid
 from fmjax.experiments.settings import Settings
-from fmjax.storage import checkpoint
+from fmjax.storage import checkpoint, files
 from fmjax.training import loop
-from fmjax.types import Params
+from fmjax.types import Method, Params
 
 Plans = Mapping[str, loop.Plan]
 
@@ -52,32 +53,48 @@ def models(settings: Settings, plans: Plans, params: Mapping[str, Params]) -> Mo
         plans: the plans by network.
         params: their averaged parameters, and ``"drift"`` for the stored marginals ``p`` and ``q``.
     """
-    methods, params = {name: plan.method for name, plan in plans.items()}, dict(params)
+    return combine(settings, {name: plan.method for name, plan in plans.items()}, dict(params), plans[FLOW].shape)
+
+
+def combine(
+    settings: Settings, methods: dict[str, Method], params: dict[str, Params], shape: tuple[int, ...]
+) -> Models:
+    """Return what samplers draw with, of methods and parameters by network; see ``models``."""
     if FLOW_MAP not in methods and methods[FLOW].flow_map is not None:
         methods[FLOW_MAP], params[FLOW_MAP] = methods[FLOW], params[FLOW]
-    return Models(methods, params, plans[FLOW].shape, build.path(settings.common.path))
+    ts = time_grid(None, settings.marginals.solver_steps)
+    return Models(methods, params, shape, build.path(settings.common.path), ts)
 
 
 def shapes(settings: Settings, plans: Plans) -> Models:
     """Return what samplers draw with before anything is trained: shapes in place of parameters."""
     params = {name: jax.eval_shape(lambda plan=plan: loop.initial_parameters(plan)) for name, plan in plans.items()}
-    ts = time_grid(None, settings.marginals.solver_steps)
-    bank = jax.ShapeDtypeStruct((4, len(ts), *plans[FLOW].shape), np.float32)
-    return models(settings, plans, params | {DRIFT: {"p": bank, "q": bank, "ts": ts}})
+    shape = (4, settings.marginals.solver_steps + 1, *plans[FLOW].shape)
+    rows, labels = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((4,), np.int32)
+    banks = {"p": rows, "q": rows} | ({"p_labels": labels, "q_labels": labels} if plans[FLOW].classes else {})
+    return models(settings, plans, params | {DRIFT: banks})
 
 
-def bank(forward: sets.Marginals, backward: sets.Marginals) -> Params:
+def bank(forward: correction.Marginals, backward: correction.Marginals) -> Params:
     """Return two marginals as the kernel drift takes them."""
-    return {"p": jnp.asarray(forward.x), "q": jnp.asarray(backward.x), "ts": forward.ts}
+    banks = {"p": jnp.asarray(forward.x), "q": jnp.asarray(backward.x)}
+    if forward.cond is None:
+        return banks
+    return banks | {"p_labels": jnp.asarray(forward.cond), "q_labels": jnp.asarray(backward.cond)}
 
 
-def load(settings: Settings, plans: Plans, path: Path) -> tuple[Models, str, int]:
-    """Read the networks of a run folder, as far as they are trained.
+def example_facts(path: Path) -> dict[str, Any]:
+    """Return what is recorded of the data of a run: shape, kind, classes, levels, name."""
+    folder = workdir.network_folder(path)
+    return files.read_json(folder / workdir.STAGE)["data"]
+
+
+def load(settings: Settings, path: Path) -> tuple[Models, str, int]:
+    """Read the networks of a run folder, as far as they are trained; its data set is not needed.
 
     Args:
         settings: the config.
-        plans: the plans by network.
-        path: the run folder; a flow's, a pipeline's or a converted one.
+        path: the folder of a flow, of a pipeline, or of a converted network.
 
     Returns:
         What samplers draw with, the digest of the parameters, and the flow's step.
@@ -85,21 +102,40 @@ def load(settings: Settings, plans: Plans, path: Path) -> tuple[Models, str, int
     Raises:
         WorkdirError: no flow is trained there.
     """
-    found, step = {}, 0
-    for name, plan in plans.items():
-        folder = workdir.stage_folder(path, stage_name(name))
-        folder = folder / "best" if (folder / "best").exists() else folder
-        if name == FLOW:
-            folder = workdir.network_folder(path)
-            step = checkpoint.latest_step(folder / "checkpoints")
-        elif checkpoint.latest_step(folder / "checkpoints") is None:
-            continue
-        found[name] = loop.load_average(plan, folder, name)
-    ready = {name: plan for name, plan in plans.items() if name in found}
-    sets_folder = workdir.stage_folder(path, "marginals")
-    if all((sets_folder / direction).is_dir() for direction in ("forward", "backward")):
-        try:
-            found[DRIFT] = bank(*(sets.read_marginals(sets_folder / d) for d in ("forward", "backward")))
-        except FileNotFoundError:
-            pass  # being built
-    return models(settings, ready, found), checkpoint.digest(found), step
+    facts = example_facts(path)
+    shape, classes = tuple(facts["shape"]), facts["classes"] if settings.common.conditional else 0
+    average = lambda: np.zeros(shape, np.float32)
+    parts = {FLOW: settings.flow} | settings.correctors | ({FLOW_MAP: settings.flow_map} if settings.flow_map else {})
+    methods, found = {}, {}
+    for name, part in parts.items():
+        if (folder := trained_folder(path, name)) is not None:
+            _, params, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
+            net = part.net or settings.flow.net
+            _, methods[name] = assemble.network(stage_name(name), settings.common, part, net, classes, average)
+            found[name] = params
+    step = checkpoint.latest_step(workdir.network_folder(path) / "checkpoints")
+    identity = checkpoint.digest(found)
+    if (banks := stored_bank(path)) is not None:
+        found[DRIFT] = banks
+    return combine(settings, methods, found, shape), identity, step
+
+
+def trained_folder(path: Path, name: str) -> Path | None:
+    """Return the folder of a network's checkpoints, or ``None`` where it is not trained."""
+    if name == FLOW:
+        return workdir.network_folder(path)
+    folder = workdir.stage_folder(path, stage_name(name))
+    best = folder / "best"
+    folder = best if best.exists() else folder
+    return folder if checkpoint.latest_step(folder / "checkpoints") is not None else None
+
+
+def stored_bank(path: Path) -> Params | None:
+    """Return the marginals of a run folder as the kernel drift takes them, or ``None`` where they are not complete."""
+    folders = [workdir.stage_folder(path, "marginals") / direction for direction in ("forward", "backward")]
+    if not all(folder.is_dir() for folder in folders):
+        return None
+    try:
+        return bank(*(correction.read_marginals(folder) for folder in folders))
+    except FileNotFoundError:
+        return None

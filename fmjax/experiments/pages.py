@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmjax.correction import marginals as sets
+from fmjax import correction
 from fmjax.data import Dataset
 from fmjax.experiments import comparison, drawing, report, stages, workdir
 from fmjax.experiments.drawing import Draws, Models
@@ -77,7 +77,7 @@ def pipeline(
     if "marginals" in results:
         forward, backward = results["marginals"].value
         gaps = distances_of_marginals(forward, backward, draws.seeds)
-        straightness = sets.straightness_defect(backward)
+        straightness = correction.straightness_defect(backward)
         facts["straightness defect"] = numbers(straightness) + " along the grid"
         record["straightness"] = straightness
         record["gaps"] = {n: dict(zip(("t", "distance", "se"), gap, strict=True)) for n, gap in gaps.items()}
@@ -106,7 +106,9 @@ def jumps(names: Sequence[Sampler], models: Models, draws: Draws) -> dict[str, n
     return {longest.name: np.asarray(states)}
 
 
-def distances_of_marginals(forward: sets.Marginals, backward: sets.Marginals, runs: int) -> dict[str, tuple]:
+def distances_of_marginals(
+    forward: correction.Marginals, backward: correction.Marginals, runs: int
+) -> dict[str, tuple]:
     """Return the sliced W2 distance of p_n to q_n along the grid, with its error over parts of p_n, and its floor."""
     size = len(forward.x) // runs
     p = np.asarray(forward.x[: size * runs]).reshape(runs, size, *forward.x.shape[1:])

@@ -19,6 +19,7 @@ from fmjax.storage import checkpoint, files
 from fmjax.training import loop
 
 
+@workdir.owner
 def main(settings: Settings, path: Path) -> None:
     """Run what is left of the pipeline in a run folder and write its report.
 
@@ -55,13 +56,7 @@ def training_stages(settings: Settings, data: Dataset, plans: Plans) -> list[Sta
     Returns:
         The stages, each after those that it needs.
     """
-    begin, teacher = (assemble.start_of(plans[FLOW], settings, field) for field in ("init", "teacher"))
-    found = [
-        stages.trained(
-            plans[FLOW], assemble.flow_fields(settings), start=lambda results: begin, teacher=lambda results: teacher,
-            pictures=settings.common.sample_every,
-        )
-    ]  # fmt: skip
+    found = [flow_stage(settings, data, plans[FLOW])]
     if settings.correctors:
         found.append(stages.marginal_sets(settings, plans[FLOW], data))
         found += [stages.corrector(settings, name, plans[name]) for name in settings.correctors]
@@ -72,6 +67,22 @@ def training_stages(settings: Settings, data: Dataset, plans: Plans) -> list[Sta
         fields = assemble.stage_fields(settings, FLOW_MAP)
         found.append(stages.trained(plan, fields, needs=(FLOW,), start=start, teacher=frozen))
     return found
+
+
+def flow_stage(settings: Settings, data: Dataset, plan: loop.Plan | None = None) -> Stage:
+    """Return the stage that trains the flow, from the parameters of ``init`` and with the target of ``teacher``.
+
+    Args:
+        settings: the config.
+        data: its data set.
+        plan: the flow's plan; by default assembled here.
+    """
+    plan = plan or assemble.flow_plan(settings, data)
+    begin, teacher = (assemble.start_of(plan, settings, field) for field in ("init", "teacher"))
+    return stages.trained(
+        plan, assemble.flow_fields(settings), start=lambda results: begin, teacher=lambda results: teacher,
+        pictures=settings.common.sample_every, data=assemble.data_facts(data),
+    )  # fmt: skip
 
 
 def comparing_stages(

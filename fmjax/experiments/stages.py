@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fmjax import checks
-from fmjax.correction import marginals as sets
+from fmjax import checks, correction
 from fmjax.experiments import assemble, marginals, workdir
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.workdir import WorkdirError
@@ -48,6 +47,7 @@ class Stage(NamedTuple):
         check: refuses, before any stage works, what this one would refuse.
         run: ``run(results, folder) -> Result``: does the work, or what is left of it.
         read: ``read(results, folder) -> Result | None``: the complete result, if there is one.
+        data: what samplers must know of the data that the stage trains on.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Stage(NamedTuple):
     check: Callable[[], None]
     run: Callable[[dict[str, Result], Path], Result]
     read: Callable[[dict[str, Result], Path], Result | None]
+    data: Mapping[str, Any] | None = None
 
     def digest(self, results: Mapping[str, Result]) -> str:
         """Return the digest of what the stage depends on: its fields and the results that it needs."""
@@ -84,7 +85,7 @@ def run(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
             folder = workdir.stage_folder(path, stage.name)
             result = stage.read(results, folder)
             if result is None:
-                result = stage.run(results, workdir.begin_stage(path, stage.name, stage.fields))
+                result = stage.run(results, workdir.begin_stage(path, stage.name, stage.fields, stage.data))
             results[stage.name] = result
             tell(result.summary)
     return results
@@ -111,7 +112,7 @@ def run_one(stages: Sequence[Stage], name: str, path: Path) -> Result:
         raise ValueError(f"stage={name!r}: this config has no such stage{near}. It has {', '.join(by_name)}.")
     by_name[name].check()
     results = read(stages, by_name[name].needs, path)
-    return by_name[name].run(results, workdir.begin_stage(path, name, by_name[name].fields))
+    return by_name[name].run(results, workdir.begin_stage(path, name, by_name[name].fields, by_name[name].data))
 
 
 def read(stages: Sequence[Stage], names: Iterable[str], path: Path) -> dict[str, Result]:
@@ -157,6 +158,7 @@ def trained(
     start: Callable[[dict[str, Result]], Params | None] = lambda results: None,
     teacher: Callable[[dict[str, Result]], Params | None] = lambda results: None,
     pictures: int = 0,
+    data: Mapping[str, Any] | None = None,
 ) -> Stage:
     """Return the stage that trains a plan on batches that do not depend on other stages.
 
@@ -167,6 +169,7 @@ def trained(
         start: parameters to begin with, by default drawn.
         teacher: parameters of a frozen target.
         pictures: a picture of samples every so many steps; 0 draws none.
+        data: what samplers must know of the data.
 
     Returns:
         The stage; its value is the averaged parameters.
@@ -180,7 +183,7 @@ def trained(
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
         return read_trained(plan, folder, {"params": start(results), "teacher": teacher(results)})
 
-    return Stage(plan.name, tuple(needs), fields, lambda: None, work, complete)
+    return Stage(plan.name, tuple(needs), fields, lambda: None, work, complete, data)
 
 
 def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence[str] = ("flow", "marginals")) -> Stage:
@@ -202,7 +205,9 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
 
     def batch(results: dict[str, Result], examples=None) -> loop.Plan:
         forward, backward = results[needs[1]].value
-        draws = sets.marginal_pairs(forward, backward, batch_size=plan.batch_size, seed=plan.seed, examples=examples)
+        draws = correction.marginal_pairs(
+            forward, backward, batch_size=plan.batch_size, seed=plan.seed, examples=examples
+        )
         return plan._replace(batch=draws)
 
     def frozen(results: dict[str, Result]) -> Params | None:

@@ -1,7 +1,6 @@
 """Choose where and how strongly the corrections of a finished run are made.
 
-Strengths and steps are chosen on validation examples and their own noise, and reported on test examples and the noise of
-the run's table.
+Strengths and steps are chosen on validation examples and reported on test examples, each with other noise.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import checks
-from fmjax.correction import search
+from fmjax import checks, correction
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, stages, workdir
+from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.samplers import FLOW, Sampler
 from fmjax.experiments.settings import Settings
@@ -33,18 +31,19 @@ TUNING = 4  # purpose of the keys that strengths are chosen with
 NOTE = "Steps, alpha and beta were chosen on validation data and other noise than the table's."
 
 
+@workdir.owner
 def main(
     settings: Settings,
     path: Path,
     *,
     by: str,
     solver: str,
-    steps: int,
+    solver_steps: int,
     metric: str | None = None,
     most: int | None = 3,
     seeds: int = 4,
-    alphas: Sequence[float] = (),
-    betas: Sequence[float] = (),
+    alpha: Sequence[float] | None = None,
+    beta: Sequence[float] | None = None,
 ) -> None:
     """Tune a corrector of a finished run for one plain sampler.
 
@@ -58,12 +57,12 @@ def main(
         path: the run folder.
         by: the corrector.
         solver: the solver, or ``"flow_map"``.
-        steps: its number of steps.
+        solver_steps: its number of steps.
         metric: name of the distance; by default the first of the config's.
         most: largest number of corrections.
         seeds: runs that a value is the mean of.
-        alphas: candidate strengths.
-        betas: candidate noise levels.
+        alpha: candidate strengths.
+        beta: candidate noise levels.
 
     Raises:
         ValueError: a corrector or a distance that does not exist (with the nearest), or too few runs.
@@ -75,11 +74,10 @@ def main(
         raise refusal("by", by, f"no such corrector{near}", f"There are {', '.join(settings.correctors)}")
     if settings.sampling.seeds < 3:
         raise refusal("sampling.seeds", settings.sampling.seeds, "errors need more runs", "Give 3 or more")
-    plans = networks.plans(settings, data)
-    space = search_space(settings, plans[by], by, steps, alphas, betas)
+    steps, space = solver_steps, search_space(settings, by, solver_steps, alpha or (), beta or ())
     everywhere = Sampler("tuned", "tuned", solver, steps, None, space.steps, by, {"alpha": 1.0, "beta": 0.0})
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
-    models, identity, _ = networks.load(settings, plans, path)
+    models, identity, _ = networks.load(settings, path)
     if by not in models.methods:
         raise workdir.WorkdirError(f"workdir={path}: its corrector {by!r} is not trained. Complete launch.pipeline.")
     distance = chosen_metric(comparison.distances(settings, data, data.validation), metric)
@@ -87,7 +85,7 @@ def main(
     folder = path / "tuning" / files.slug(f"{by} {plain.name} {distance.name}")
     draws = comparison.draws_of(settings, data)
     choice = choose(everywhere, models, draws, distance, space, most, seeds, folder, identity)
-    best = choice.chosen.setting
+    best = choice.chosen.placement
     entry = {"solver": solver, "steps": steps, "by": by, **{k: list(v) for k, v in best._asdict().items()}}
     tuned = samplers.corrected_samplers({"tuned": entry} if best.at else {}, [plain], [by])
     names = [plain, *tuned]
@@ -103,15 +101,16 @@ def main(
     print(f"open {folder / 'report.html'}")
 
 
-def search_space(settings: Settings, plan, by: str, steps: int, alphas, betas) -> search.Space:
+def search_space(settings: Settings, by: str, steps: int, alphas, betas) -> correction.Space:
     """Return the steps, strengths and noise levels that are tried; refuse a negative noise level."""
-    classifies = stages.is_classifier(plan)
-    method = settings.correctors[by].method
+    part = settings.correctors[by]
+    classifies = assemble.gives_logit(part.net or settings.flow.net)
+    method = part.method
     level = float(np.max(method["sigma"])) if hasattr(method, "items") and "sigma" in method else 0.0
     betas = tuple(betas) or tuple(beta * level for beta in BETAS[: None if level else 1])
     if min(betas) < 0:
         raise refusal("beta", betas, "a standard deviation is not negative", "Give 0 or more")
-    return search.Space(steps, tuple(range(steps + 1)), tuple(alphas) or ALPHAS[classifies], betas)
+    return correction.Space(steps, tuple(range(steps + 1)), tuple(alphas) or ALPHAS[classifies], betas)
 
 
 def chosen_metric(metrics: Sequence[Metric], name: str | None) -> Metric:
@@ -144,16 +143,16 @@ def choose(
 
         key = lambda n, purpose: jnp.stack([drawing.run_key(draws.seed, i, purpose) for i in range(n)])
         what = {"samples": draws.samples, "params": identity, "by": everywhere.by, "metric": metric.name}
-        value = search.Evaluations(
+        value = correction.Evaluations(
             distance, tuning=key(seeds, TUNING), reporting=key(draws.seeds, 3), directory=folder,
-            what=what | {"solver": everywhere.solver, "steps": steps},
+            identity=what | {"solver": everywhere.solver, "steps": steps},
         )  # fmt: skip
-        return search.choose(value, space, most=most, record=folder / "choice.json")
+        return correction.choose(value, space, most=most, record=folder / "choice.json")
 
 
 def page(data: Dataset, choice, metric: str, sampler: str, rows, verdicts, drawn, entry) -> report.Contents:
     """Return the report of a search."""
-    ts, best, level = grids.uniform_grid(len(choice.influence) - 1), choice.chosen.setting, choice.path[0].value
+    ts, best, level = grids.uniform_grid(len(choice.influence) - 1), choice.chosen.placement, choice.path[0].value
     where = "; ".join(f"alpha {a:g}, beta {b:g} at step {i}" for i, a, b in zip(*best, strict=True)) or "none"
     alone = np.array([trial.value for trial in choice.influence])
     lines = {"one correction, its best strength": alone, "none": np.full(len(ts), level)}
@@ -173,7 +172,7 @@ def page(data: Dataset, choice, metric: str, sampler: str, rows, verdicts, drawn
         gaps={},
         facts={
             "greedy search, number of corrections: value": "; ".join(
-                f"{len(t.setting.at)}: {t.value:.4g}" for t in choice.path
+                f"{len(t.placement.at)}: {t.value:.4g}" for t in choice.path
             ),
             "value where all alphas are multiplied": json.dumps(choice.sensitivity),
             "corrections of a config": json.dumps({"tuned": entry}),

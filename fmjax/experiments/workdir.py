@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from fmjax.experiments import specs
-from fmjax.storage import checkpoint, files
+from fmjax.storage import checkpoint, files, lock
 
 PACKAGES = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 ABSENT = "absent"
@@ -59,13 +60,35 @@ def open_workdir(path: str | Path, config: Mapping[str, Any], stages: Mapping[st
     return path
 
 
-def begin_stage(path: Path, name: str, fields: Mapping[str, Any]) -> Path:
+def owner(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate ``main(settings, path, ...)`` so that it owns the run folder while it works.
+
+    Raises:
+        storage.lock.Owned: another process works there; the message names its host and process id.
+    """
+
+    @functools.wraps(main)
+    def owned_main(settings: Any, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        path = local(path)
+        try:
+            with lock.owned(path):
+                return main(settings, path, *args, **kwargs)
+        except OSError as error:
+            if error.filename is None or not str(error.filename).startswith(str(path)):
+                raise
+            raise WorkdirError(f"workdir={path}: cannot be written: {error.strerror} ({error.filename}).") from error
+
+    return owned_main
+
+
+def begin_stage(path: Path, name: str, fields: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Path:
     """Make the folder of a stage and record the fields that its result depends on.
 
     Args:
         path: the run folder.
         name: the stage, such as ``"correctors.score"``.
         fields: dotted names of config fields with their values.
+        data: what samplers must know of the data: shape, kind, classes, levels, name.
 
     Returns:
         The folder of the stage.
@@ -73,7 +96,7 @@ def begin_stage(path: Path, name: str, fields: Mapping[str, Any]) -> Path:
     folder = stage_folder(path, name)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / STAGE, {"stage": name, "fields": plain(fields)})
+        files.write_json(folder / STAGE, {"stage": name, "fields": plain(fields), "data": dict(data or {})})
     return folder
 
 

@@ -29,7 +29,7 @@ from fmjax.types import Cond, FlowMapFn, Method, Params, VelocityFn, over_batch
 
 SHARING = ("gated", "shared", "retained", "conditioned")
 TEACHER, FULL = "teacher", "full reflow"
-CONDITIONED = {"told": True}  # the option of ``methods.straighten`` for a network that is conditioned on its segment
+CONDITIONED = {"to_bound": True}  # the option of ``methods.straighten`` for a network that is conditioned on its segment
 
 
 class SegmentedModel(NamedTuple):

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmjax import correction, sampling, training
-from fmjax.correction import correctors
-from fmjax.methods import common
+from fmjax import sampling, training
+from fmjax.correction import correctors, marginals
+from fmjax.methods import views
 from fmjax.methods.flow_matching import flow_matching
 from fmjax.methods.lagrangian import lagrangian
 from fmjax.methods.score_corrector import score_corrector
@@ -141,7 +141,7 @@ def sampler(repeats: int) -> list[dict]:
     """
     rows = []
     for name, case in networks().items():
-        velocity, jump = common.diagonal(case.net), common.jump(case.net)
+        velocity, jump = views.velocity_view(case.net), views.flow_map_view(case.net)
         score = lambda q, case=case: score_corrector(case.net, sigma=0.1).direction(q)
         fix = lambda q, score=score: {
             "corrector": correctors.marginal_matching(score(q), alpha=0.5, beta=0.1),
@@ -228,14 +228,14 @@ def marginal_sets(repeats: int) -> list[dict]:
     """
     n, batches, rows = 4, 5, []
     for name, case in networks().items():
-        velocity, size, first = common.diagonal(case.net), len(case.x), {}
+        velocity, size, first = views.velocity_view(case.net), len(case.x), {}
 
         def build(direction, case=case, velocity=velocity, size=size, first=first):
             marks, start = [], now()
             count, shape = batches * size, case.x.shape[1:]
             given = {"forward": {"count": count, "shape": shape}, "backward": {"data": np.zeros((count, *shape), "f")}}
             with tempfile.TemporaryDirectory() as folder:
-                correction.build_marginals(
+                marginals.build(
                     velocity, case.params, grids.uniform_grid(n), directory=folder, direction=direction, flow="bench",
                     batch=size, shard_size=count, progress=lambda *_: marks.append(now()), **given[direction],
                 )  # fmt: skip
@@ -274,14 +274,14 @@ class Noise:
 def use_set(what: str, count: int, folder: str) -> float:
     """Builds a set of five times of Euler's in ``folder``, or reads batches from it; this process's peak in MB."""
     if what == "read":
-        batch = correction.marginal_batches(correction.read_marginals(folder, stream=True), batch_size=128, seed=0)
+        batch = marginals.batches(marginals.read(folder, stream=True), batch_size=128, seed=0)
         for step in range(count // 64):  # about twice as many examples as there are
             batch(step)
     else:
         given = {"count": count, "shape": (32, 32, 3)} if what == "forward" else {"data": Noise(count)}
         velocity = lambda params: lambda x, t, cond=None: params * x
         how = {"direction": what, "solver": "euler", "batch": 128, "shard_size": 512, "flow": "bench"}
-        correction.build_marginals(velocity, jnp.float32(0.1), grids.uniform_grid(4), directory=folder, **how, **given)
+        marginals.build(velocity, jnp.float32(0.1), grids.uniform_grid(4), directory=folder, **how, **given)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
