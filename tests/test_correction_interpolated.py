@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from test_correction_marginals import SCALED, build_read, data
 
-from fmjax import correction
-from fmjax.sampling import solvers
+from fmjax import correction, sampling
 from fmjax.types import expand
 
 TS = np.array([0, 0.1, 0.5, 0.7, 1.0], np.float32)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fmjax import correction, oracles
+from fmjax import correction, oracles, sampling
 from fmjax.correction import trajectories
 from fmjax.keys import example_keys, normal
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.storage import shards
 
 S = 0.5  # the data are N(0, S^2 I) unless said otherwise

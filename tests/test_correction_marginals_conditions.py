@@ -12,7 +12,7 @@ from test_correction_marginals import contents, data, small
 
 from fmjax import correction, oracles, sampling
 from fmjax.keys import as_keys, example_keys, normal
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.storage import columns, shards
 
 MEANS = np.array([[-3.0, 0.0], [0.0, 2.0], [4.0, 1.0]], np.float32)

@@ -245,7 +245,7 @@ def check_rows(name: str, x: np.ndarray) -> None:
     """Refuse what is neither vectors ``[n, d]`` nor series ``[n, L, C]`` of finite values."""
     if x.ndim not in (2, 3) or 0 in x.shape:
         raise ValueError(f"{name}={list(x.shape)}: not a kind of samples. Give [n, d], [n, L, C] or [n, H, W, C].")
-    _check_finite(name, x)
+    check_finite_values(name, x)
 
 
 def check_points(name: str, x: np.ndarray, shape: str) -> None:
