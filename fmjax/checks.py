@@ -3,31 +3,252 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import math
+import numbers
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing where none is near. The last part of a dotted name may match alone."""
+    """Return a hint at the known name nearest to an unknown name.
+
+    Args:
+        name: the unknown name.
+        names: the known names. The last part of a dotted name may match alone.
+
+    Returns:
+        ``"; did you mean 'x'?"``, or an empty string where no name is near.
+
+    >>> nearest("lerning_rate", ("learning_rate", "net.width")), nearest("widht", ("net.width",)), nearest("q", ("a",))
+    ("; did you mean 'learning_rate'?", "; did you mean 'net.width'?", '')
+    """
     names = list(names)
     last = {n.rpartition(".")[2]: n for n in names} | {n: n for n in names}
     name = str(name)
-    found = (
+    matches = (
         difflib.get_close_matches(name, names, 1)
         or difflib.get_close_matches(name.rpartition(".")[2], last, 1)
         or [n for n in last if n.startswith(name)]
     )
-    return f"; did you mean {last[found[0]]!r}?" if found else ""
+    return f"; did you mean {last[matches[0]]!r}?" if matches else ""
 
 
 def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
-    """``ValueError`` for a value that is none of the known ones, with the nearest."""
+    """Refuse a value that is not a known choice, and name the nearest one.
+
+    Args:
+        what: name of the argument, for the message.
+        value: the value.
+        known: the choices.
+
+    Raises:
+        ValueError: ``value`` is not in ``known``.
+
+    >>> check_choice("solver", "rk4", ("euler", "rk4"))
+    """
     if value not in known:
         near = difflib.get_close_matches(str(value), known, 1, 0.0)
         raise ValueError(f"{what}={value!r} must be one of {', '.join(known)}; did you mean {near[0]!r}?")
 
 
-def check_share(**shares: float) -> None:
-    """``ValueError`` for a share of the training or of a batch outside [0, 1], by name."""
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is a share and must lie in [0, 1]")
+def check_fraction(**fractions: float) -> None:
+    """Refuse a fraction of the training or of a batch outside [0, 1].
+
+    Args:
+        **fractions: values by the names of the arguments.
+
+    Raises:
+        ValueError: a value outside [0, 1].
+
+    >>> check_fraction(diagonal=0.75)
+    """
+    for name, value in fractions.items():
+        check_range(name, value, Range(0, 1))
+
+
+def check_bounds(bounds: Sequence[float]) -> np.ndarray:
+    """Check the bounds of the segments of a cut time axis.
+
+    Args:
+        bounds: at least two times that rise strictly within [0, 1].
+
+    Returns:
+        The bounds, float32.
+
+    Raises:
+        ValueError: the bounds do not rise strictly within [0, 1].
+
+    >>> check_bounds((0.0, 0.5, 1.0))
+    array([0. , 0.5, 1. ], dtype=float32)
+    """
+    edges = np.asarray(bounds, np.float32)
+    if edges.ndim != 1 or len(edges) < 2 or (np.diff(edges) <= 0).any() or edges[0] < 0 or edges[-1] > 1:
+        raise ValueError(f"bounds={tuple(bounds)}: do not rise strictly within [0, 1]. Give two times or more.")
+    return edges
+
+
+class Range(NamedTuple):
+    """The finite numbers from ``low`` to ``high``, for type hints: ``width: Annotated[int, Range(low=1)]``.
+
+    Attributes:
+        low: lowest number allowed.
+        high: highest number allowed.
+        open_low: whether ``low`` itself is refused.
+        open_high: whether ``high`` itself is refused.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return bool(above and below)
+
+    def __str__(self) -> str:
+        low, high = (f"{end:,.12g}".replace(",", "") for end in (self.low, self.high))
+        if math.isinf(self.low) and math.isinf(self.high):
+            return "a finite number"
+        if math.isinf(self.high):
+            return f"a finite number above {low}" if self.open_low else f"a finite number of at least {low}"
+        if math.isinf(self.low):
+            return f"a finite number below {high}" if self.open_high else f"a finite number of at most {high}"
+        return f"a number in {'(' if self.open_low else '['}{low}, {high}{')' if self.open_high else ']'}"
+
+
+Positive = Annotated[int, Range(low=1)]
+NonNegative = Annotated[int, Range(low=0)]
+Finite = Annotated[float, Range()]
+PositiveFloat = Annotated[float, Range(low=0, open_low=True)]
+NonNegativeFloat = Annotated[float, Range(low=0)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
+def check_range(name: str, value: Any, allowed: Range) -> None:
+    """Refuse a number outside a range; numbers that are not finite are outside every range.
+
+    Args:
+        name: name of the argument, for the message.
+        value: a Python or numpy number.
+        allowed: the range.
+
+    Raises:
+        ValueError: ``value`` is not a number of the range.
+
+    >>> check_range("width", 64, Range(low=1))
+    >>> check_range("width", 0, Range(low=1))
+    Traceback (most recent call last):
+    ValueError: width=0: outside the allowed range. Give a finite number of at least 1.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name}={reprlib.repr(value)}: outside the allowed range. Give {allowed}.")
+
+
+def check_hints(function: Callable[..., Any], values: Mapping[str, Any], *, label: str = "") -> None:
+    """Check values against the ranges and choices in the type hints of a function or of a class's fields.
+
+    ``Annotated[int, Range(low=1)]`` gives a range and ``Literal["a", "b"]`` a choice; both also inside ``X | None``
+    and ``Sequence[X]``. Other hints, and values whose name has no hint, are not checked: types are the caller's.
+
+    Args:
+        function: a function, or a class with annotated fields.
+        values: arguments by name.
+        label: prefix of the names in the message: ``"net."``.
+
+    Raises:
+        ValueError: a value outside its range, or a value that is no choice.
+
+    >>> def mlp(*, width: Positive = 64, dtype: Literal["float32", "bfloat16"] = "float32"): ...
+    >>> check_hints(mlp, {"width": 128, "dtype": "bfloat16"})
+    >>> check_hints(mlp, {"width": -1}, label="net.")
+    Traceback (most recent call last):
+    ValueError: net.width=-1: outside the allowed range. Give a finite number of at least 1.
+    """
+    hints = _hints(function)
+    for name, value in values.items():
+        if name in hints:
+            _check_hint(f"{label}{name}", value, hints[name])
+
+
+def check_fields(instance: Any) -> None:
+    """Check every field of a dataclass or Flax module against its type hint (see ``check_hints``).
+
+    Args:
+        instance: the object, its fields set.
+
+    Raises:
+        ValueError: a field outside its range, or a field that is no choice.
+
+    >>> import dataclasses
+    >>> @dataclasses.dataclass
+    ... class Grid:
+    ...     steps: Positive = 8
+    ...     def __post_init__(self):
+    ...         check_fields(self)
+    >>> Grid(steps=0)
+    Traceback (most recent call last):
+    ValueError: steps=0: outside the allowed range. Give a finite number of at least 1.
+    """
+    check_hints(type(instance), {name: getattr(instance, name) for name in _hints(type(instance))})
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The hints that state a range or a choice, by name."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name != "return" and _states(hint)}
+
+
+def _states(hint: Any) -> bool:
+    if typing.get_origin(hint) is Annotated:
+        return any(isinstance(extra, Range) for extra in hint.__metadata__) or _states(hint.__origin__)
+    return typing.get_origin(hint) is Literal or any(_states(part) for part in typing.get_args(hint))
+
+
+def _check_hint(name: str, value: Any, hint: Any) -> None:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        _check_hint(name, value, hint.__origin__)
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if hint.__origin__ is int and not whole:
+            raise ValueError(f"{name}={reprlib.repr(value)}: not a whole number. Give an integer.")
+        for allowed in hint.__metadata__:
+            if isinstance(allowed, Range):
+                check_range(name, value, allowed)
+    elif origin is Literal:
+        _check_literal(name, value, parts)
+    elif origin in (typing.Union, types.UnionType):
+        _check_union(name, value, parts)
+    elif origin in (Sequence, tuple, list) and isinstance(value, (list, tuple)):
+        for i, entry in enumerate(value):
+            _check_hint(f"{name}[{i}]", entry, parts[0])
+
+
+def _check_union(name: str, value: Any, parts: tuple[Any, ...]) -> None:
+    """Accept what one part accepts; refuse in the words of the first part that states something."""
+    if any(isinstance(part, type) and isinstance(value, part) for part in parts):
+        return
+    errors = []
+    for part in filter(_states, parts):
+        try:
+            return _check_hint(name, value, part)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _check_literal(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        choices = ", ".join(map(repr, known))
+        near = nearest(value, known) if isinstance(value, str) else ""
+        raise ValueError(f"{name}={reprlib.repr(value)}: not a choice{near}. Give one of {choices}.")

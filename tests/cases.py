@@ -202,7 +202,7 @@ def edm_case(path) -> Case:
 def denoising_case(path) -> Case:
     """The v-prediction of Gaussian data along a path."""
     case, oracle = flow_case(path, "denoising", "velocity", "score"), gaussian_along(path)
-    turned = lambda x, s: paths.convert(path, x, oracle.velocity(x, s), s, given="velocity", to="v_prediction")
+    turned = lambda x, s: paths.convert(path, x, oracle.velocity(x, s), s, kind="velocity", to="v_prediction")
     return case._replace(solution=lambda params, x, s, t, cond=None, key=None: turned(x, s))
 
 
@@ -296,7 +296,7 @@ CASES = {
     # the one step without an error of its own: the others are the Eulerian map's to first order (its own tests)
     "alpha_flow": map_case(
         "alpha_flow",
-        fraction=functools.partial(times.constant_share, value=0.3),
+        fraction=functools.partial(times.constant_fraction, value=0.3),
         velocity="own",
         solver="jump",
         teacher=True,
@@ -305,13 +305,13 @@ CASES = {
     "consistency": alias(
         "alpha_flow",
         diagonal=0.0,
-        pair=functools.partial(times.to_data, law=times.noise_level),
+        pair=functools.partial(times.to_data, time=times.noise_level),
         velocity="chord",
-        fraction=times.ect_share,
+        fraction=times.ect_fraction,
         cost=consistency_cost(),
     ),
     "consistency_trajectory": map_case(
-        "consistency_trajectory", fraction=times.constant_share, solver="jump", teacher=True
+        "consistency_trajectory", fraction=times.constant_fraction, solver="jump", teacher=True
     ),
     "continuous_consistency": map_case("continuous_consistency", velocity="own", diagonal=0.5, teacher=True),
     "contrastive": contrastive_case,
@@ -330,7 +330,7 @@ CASES = {
     "residual": residual_case,
     "score_corrector": score_case,
     "shortcut": alias("progressive", diagonal=7 / 8, pair=times.dyadic),
-    "soflow": alias("alpha_flow", fraction=times.exponential_share, power=2.0),
+    "soflow": alias("alpha_flow", fraction=times.exponential_fraction, power=2.0),
     "stochastic_interpolant": interpolant_case,
     "straighten": straight_case,
     "terminal_velocity_matching": map_case("terminal_velocity_matching", teacher=True),

@@ -152,8 +152,8 @@ def test_a_law_of_times_is_named_with_its_own_options(key):
     from fmjax import types
     from fmjax.keys import as_keys
 
-    pair = specs.check_options(specs.resolve("methods", "mean_flow"), {"pair": "two_laws"})["pair"]
-    assert pair is times.two_laws  # where the default is a functools.partial
+    pair = specs.check_options(specs.resolve("methods", "mean_flow"), {"pair": "two_times"})["pair"]
+    assert pair is times.two_times  # where the default is a functools.partial
     spec = {"name": "flow_matching", "time": {"name": "logit_normal", "mean": 3}}
     keys = as_keys(key, 512)
     law = specs.check_options(specs.resolve("methods", "flow_matching"), {"time": spec["time"]})["time"]
@@ -179,13 +179,13 @@ def test_a_law_that_follows_the_progress_is_named_as_others_are_and_gets_it(key)
     from fmjax.keys import as_keys
 
     grid = {"name": "grid_pair", "steps": 8, "rounds": 4}
-    share = {"name": "sigmoid_share", "rate": 10}
+    share = {"name": "sigmoid_fraction", "rate": 10}
     batch = types.Batch(jnp.ones((4, 2)), progress=jnp.array([0.0, 0.3, 0.6, 0.9]))
     for spec in ({"name": "progressive", "pair": grid}, {"name": "alpha_flow", "pair": grid, "fraction": share}):
         method = specs.method({**spec, "diagonal": 0.0}, net)
         _, aux = method.loss(jnp.float32(1.0), jnp.float32(1.0), batch, as_keys(key, 4))
         np.testing.assert_allclose(aux["t"] - aux["s"], [1 / 8, 1 / 4, 1 / 2, 1], rtol=1e-6)
-    with pytest.raises(ValueError, match="fmjax.times has no 'ordered_pair' .*constant_share, ect_share"):
+    with pytest.raises(ValueError, match="fmjax.times has no 'ordered_pair' .*constant_fraction, ect_fraction"):
         specs.method({"name": "alpha_flow", "fraction": "ordered_pair"}, net)
 
 

@@ -18,7 +18,7 @@ from fmjax.methods.soflow import soflow
 from fmjax.types import Batch
 
 pytestmark = pytest.mark.usefixtures("x64")
-constant = lambda a: functools.partial(times.constant_share, value=a)
+constant = lambda a: functools.partial(times.constant_fraction, value=a)
 
 
 def unlogged(method):
@@ -111,7 +111,7 @@ def test_the_chord_ends_on_the_interpolant_and_is_the_tangent_where_the_path_is_
         ({"solver": "heun"}, "solver='heun' needs a velocity to evaluate: velocity='own', got 'conditional'"),
         ({"bootstrap": "ema"}, "bootstrap='ema' must be one of params, target"),
         ({"power": -1.0}, "power=-1.0 cannot be negative"),
-        ({"diagonal": 1.5}, "diagonal=1.5 is a share"),
+        ({"diagonal": 1.5}, "diagonal=1.5"),
     ],
 )
 def test_what_it_cannot_do_is_refused(options, message):

@@ -64,7 +64,7 @@ def test_consistency_training_takes_its_neighbours_from_the_grid_and_its_end_fro
     level = lambda i: (80 ** (1 / 7) + i / n * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     law = lambda key: jnp.asarray(1 / (1 + level(i)))
     method = consistency(
-        mlp, time=law, fraction=times.level_share, distance="squared", weight="none", bootstrap="target"
+        mlp, time=law, fraction=times.level_fraction, distance="squared", weight="none", bootstrap="target"
     )
     aux = method.loss(params, target, batch, keys)[1]
     after = jnp.asarray(np.where(i < n, level(np.minimum(i + 1, n)), 0))
@@ -76,11 +76,11 @@ def test_consistency_training_takes_its_neighbours_from_the_grid_and_its_end_fro
 def test_consistency_distillation_takes_a_heun_step_of_the_teacher(draw):
     batch, keys, params, target = draw
     method = consistency(
-        mlp, velocity="own", solver="heun", distance="squared", weight="none", fraction=times.level_share
+        mlp, velocity="own", solver="heun", distance="squared", weight="none", fraction=times.level_fraction
     )
     aux = method.loss(params, target, batch, keys)[1]
     s = aux["s"]
-    m = s + times.level_share(s, aux["t"], batch.progress) * (1 - s)
+    m = s + times.level_fraction(s, aux["t"], batch.progress) * (1 - s)
     x = at(1 - s) * batch.x0 + at(s) * batch.x1
     step, jump = solvers.heun(method.velocity(target)), method.flow_map(params)
     apart = jump(x, s, 1.0) - jump(step(x, s, m), m, 1.0)
@@ -111,7 +111,7 @@ def test_in_continuous_time_the_gradient_is_the_eulerian_one_times_a_positive_fa
     batch, keys, params, target = draw
     sigma, path, net = 0.5, paths.trigonometric(), trigonometric(mlp, sigma=0.5)
     one = {"velocity": velocity, "path": path, "diagonal": 0.0}
-    law = functools.partial(times.to_data, law=times.noise_angle)
+    law = functools.partial(times.to_data, time=times.noise_angle)
     ours = continuous_consistency(net, normalise=0.0, sigma=sigma, **one)
     theirs = eulerian(net, pair=law, tangent=velocity, stop="all", **one)
 
@@ -185,7 +185,7 @@ def test_trajectories_that_end_in_the_data_are_compared_there_as_by_the_eulerian
     """``t = 1``: nothing is left to map on, and CTM is CD: ``|X_{s,1} - X_{m,1}|^2 = (1 - s)^2 |d|^2``."""
     batch, keys, params, target = draw
     options = {"diagonal": 0.0, "pair": times.to_data, "velocity": "own", "solver": "heun", "bootstrap": "target"}
-    options |= {"fraction": times.exponential_share, "power": 1.0}
+    options |= {"fraction": times.exponential_fraction, "power": 1.0}
     ours = consistency_trajectory(mlp, **options).loss(params, target, batch, keys)[1]
     theirs = alpha_flow(mlp, **options).loss(params, target, batch, keys)[1]
     np.testing.assert_allclose(ours["per_example"], (1 - ours["s"]) ** 2 * theirs["per_example"], rtol=1e-9)
@@ -194,7 +194,7 @@ def test_trajectories_that_end_in_the_data_are_compared_there_as_by_the_eulerian
 def test_trajectories_are_compared_after_a_map_whose_input_alone_has_a_gradient(draw):
     """The gradient of the comparison is that of ``X_{s,t}`` pulled back by the stopped ``X_{t,1}``."""
     batch, keys, params, target = draw
-    share = functools.partial(times.constant_share, value=0.25)
+    share = functools.partial(times.constant_fraction, value=0.25)
     method = consistency_trajectory(mlp, diagonal=0.0, fraction=share, power=0.0)
     (_, aux), got = jax.value_and_grad(method.loss, has_aux=True)(params, target, batch, keys)
     s, t = aux["s"], aux["t"]

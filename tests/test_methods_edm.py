@@ -140,7 +140,7 @@ def test_errors_of_predictions_are_the_noises_times_the_stated_weights(path, x64
 
     def predicting(what):
         def net(params, x, s, t, cond=None, key=None):
-            return paths.convert(path, x, jnp.sin(x) + expand(s, x), s, given="noise", to=what)
+            return paths.convert(path, x, jnp.sin(x) + expand(s, x), s, kind="noise", to=what)
 
         method = denoising(net, path=path, time=inner, predict=what)
         return jax.jit(lambda x1, keys: method.loss(None, None, Batch(x1), keys)[1])(x1, keys)
@@ -152,7 +152,7 @@ def test_errors_of_predictions_are_the_noises_times_the_stated_weights(path, x64
         np.testing.assert_allclose(predicting(what)["per_example"], weight * noise["per_example"], rtol=1e-8)
     straight = flow_matching(
         lambda params, x, s, t, cond=None, key=None: paths.convert(
-            path, x, jnp.sin(x) + expand(s, x), s, given="noise", to="velocity"
+            path, x, jnp.sin(x) + expand(s, x), s, kind="noise", to="velocity"
         ),
         path=path, time=inner,
     ).loss(None, None, Batch(x1), keys)[1]  # fmt: skip
@@ -165,7 +165,7 @@ def test_every_prediction_is_read_as_the_velocity_and_the_score(predict, x64, ke
     path = paths.vp()
     law = oracles.gaussian(jnp.array([0.4, -0.1]), jnp.array([0.6, 0.3]), path=path)
     net = lambda params, x, s, t, cond=None, key=None: paths.convert(
-        path, x, law.velocity(x, s), s, given="velocity", to=predict
+        path, x, law.velocity(x, s), s, kind="velocity", to=predict
     )
     method = denoising(net, path=path, predict=predict)
     x, t = jax.random.normal(key, (4, 2)), jnp.array([0.05, 0.4, 0.7, 0.99])

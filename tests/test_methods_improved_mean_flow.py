@@ -44,7 +44,7 @@ def graded(method, params, batch, keys):
 def test_without_a_head_it_is_the_eulerian_method_of_conditional_velocity_and_own_tangent():
     batch, keys = setting()
     law = functools.partial(times.logit_normal, mean=0.4)
-    laws = {"time": functools.partial(times.earlier, law=law), "pair": functools.partial(times.ordered_pair, law=law)}
+    laws = {"time": functools.partial(times.earlier, time=law), "pair": functools.partial(times.ordered_pair, time=law)}
     same = eulerian(net, velocity="conditional", tangent="own", stop="all", diagonal=0.5, **laws)
     one, two = graded(improved_mean_flow(net), ONE, batch, keys), graded(weighting.adaptive(same), ONE, batch, keys)
     jax.tree.map(np.testing.assert_array_equal, one, two)
@@ -114,5 +114,5 @@ def test_bad_options_are_refused():
             improved_mean_flow(net, **options)
     with pytest.raises(ValueError, match="needs low < high"):
         improved_mean_flow(net, null=NULL, low=0.5, high=0.2)
-    with pytest.raises(ValueError, match="diagonal=1.5 is a share"):
+    with pytest.raises(ValueError, match="diagonal=1.5"):
         improved_mean_flow(net, head=True, diagonal=1.5)

@@ -45,8 +45,8 @@ def test_it_is_the_eulerian_method_with_conditional_velocities_under_an_adaptive
     path, (batch, keys) = paths.trigonometric(), setting()
     drawn = {
         "path": path,
-        "time": functools.partial(times.earlier, law=LAW),
-        "pair": functools.partial(times.ordered_pair, law=LAW),
+        "time": functools.partial(times.earlier, time=LAW),
+        "pair": functools.partial(times.ordered_pair, time=LAW),
         "diagonal": 0.75,
     }
     same = eulerian(net, velocity="conditional", tangent="conditional", stop="all", **drawn)

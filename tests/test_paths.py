@@ -173,7 +173,7 @@ def test_every_prediction_converts_to_every_other(path, x64, key):
     # the worst determinant is the smallest coefficient, down to 0.0066, against alpha up to 50 for ve
     for given in values:
         for to in values:
-            got = paths.convert(path, x, values[given], t, given=given, to=to)
+            got = paths.convert(path, x, values[given], t, kind=given, to=to)
             np.testing.assert_allclose(got, values[to], rtol=1e-10, atol=1e-10, err_msg=f"{given} to {to}")
 
 
@@ -186,7 +186,7 @@ def test_predictions_of_a_law_are_its_conditional_means(path, name, x64, key):
     x = beta * oracle.sample(key, 4) + alpha * jax.random.normal(jax.random.key(1), (4, 2))
     score = jax.grad(lambda x: oracle.log_density(x, t).sum())(x)
     v = oracle.velocity(x, t)
-    convert = lambda value, given, to: paths.convert(path, x, value, t, given=given, to=to)
+    convert = lambda value, given, to: paths.convert(path, x, value, t, kind=given, to=to)
     np.testing.assert_allclose(convert(score, "score", "velocity"), v, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(convert(v, "velocity", "score"), score, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(convert(v, "velocity", "data"), (x + alpha**2 * score) / beta, rtol=1e-9, atol=1e-9)
@@ -206,7 +206,7 @@ def test_conversions_at_the_ends_say_what_they_can_and_nothing_else(name, x64, k
             open_ |= {(g, "score") for g in values} | {("score", to) for to in values}
         for given in values:
             for to in values:
-                got = paths.convert(path, x, values[given], ends, given=given, to=to)[end]
+                got = paths.convert(path, x, values[given], ends, kind=given, to=to)[end]
                 if alpha == 0 and given == to == "score":  # handed through as it came
                     np.testing.assert_array_equal(got, values["score"][end])
                 elif (given, to) in open_:
@@ -218,9 +218,9 @@ def test_conversions_at_the_ends_say_what_they_can_and_nothing_else(name, x64, k
 def test_an_unknown_prediction_is_refused():
     x = jnp.ones((2, 1))
     with pytest.raises(ValueError, match="no prediction 'epsilon'; there are velocity, noise"):
-        paths.convert(paths.linear(), x, x, 0.5, given="epsilon", to="data")
+        paths.convert(paths.linear(), x, x, 0.5, kind="epsilon", to="data")
     with pytest.raises(ValueError, match="no prediction 'x1'"):
-        paths.convert(paths.linear(), x, x, 0.5, given="data", to="x1")
+        paths.convert(paths.linear(), x, x, 0.5, kind="data", to="x1")
 
 
 def common_times(old, new, n=400):

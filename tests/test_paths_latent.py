@@ -114,7 +114,7 @@ def test_what_velocity_and_state_alone_do_not_say_is_refused(key):
     for ask in (
         lambda: paths.score(path, x, x, 0.5),
         lambda: paths.endpoints(path, x, x, 0.5),
-        lambda: paths.convert(path, x, x, 0.5, given="noise", to="noise"),
+        lambda: paths.convert(path, x, x, 0.5, kind="noise", to="noise"),
         lambda: paths.change(lambda x, t: x, path, paths.linear()),
         lambda: paths.change(lambda x, t: x, paths.linear(), path),
         lambda: paths.match_snr(paths.linear(), path, jnp.array([0.5])),

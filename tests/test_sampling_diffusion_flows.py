@@ -37,7 +37,7 @@ def predictor(path, predicts):
     velocity = mixture(path).velocity
 
     def net(params, x, s, t, cond=None, key=None):
-        return params * paths.convert(path, x, velocity(x, s), s, given="velocity", to=predicts)
+        return params * paths.convert(path, x, velocity(x, s), s, kind="velocity", to=predicts)
 
     return net
 

@@ -69,7 +69,7 @@ def test_an_ordered_pair_is_uniform_on_the_triangle(keys):
 
 def test_an_ordered_pair_of_another_law_has_its_order_statistics(keys):
     """``P(s < a) = 1 - (1 - F(a))^2`` and ``P(t < a) = F(a)^2``."""
-    s, t = (np.asarray(a, np.float64) for a in times.ordered_pair(keys, law=times.logit_normal))
+    s, t = (np.asarray(a, np.float64) for a in times.ordered_pair(keys, time=times.logit_normal))
     cdf = lambda a: stats.norm.cdf(special.logit(a))
     assert stats.kstest(s, lambda a: 1 - (1 - cdf(a)) ** 2).pvalue > LEVEL
     assert stats.kstest(t, lambda a: cdf(a) ** 2).pvalue > LEVEL
@@ -77,8 +77,8 @@ def test_an_ordered_pair_of_another_law_has_its_order_statistics(keys):
 
 def test_the_earlier_of_two_draws_is_where_an_ordered_pair_starts(keys):
     law = functools.partial(times.logit_normal, mean=0.4)
-    s, _ = times.ordered_pair(keys, law=law)
-    np.testing.assert_array_equal(times.earlier(keys, law=law), s)
+    s, _ = times.ordered_pair(keys, time=law)
+    np.testing.assert_array_equal(times.earlier(keys, time=law), s)
     assert stats.kstest(np.asarray(times.earlier(keys)), stats.beta(1, 2).cdf).pvalue > LEVEL
 
 
@@ -122,12 +122,12 @@ def test_two_laws_are_independent_and_the_end_is_not_before_the_start(keys):
     """``P(t < a) = F_s(a) F_t(a)``, with an atom of ``t = s`` where the second draw was the smaller."""
     start = functools.partial(times.logit_normal, mean=0.6, std=1.6)
     stop = functools.partial(times.logit_normal, mean=4.0, std=1.6)
-    s, t = numbers(times.two_laws(keys, start=start, stop=stop))
+    s, t = numbers(times.two_times(keys, start=start, stop=stop))
     first, second = (lambda a, m=m: stats.norm.cdf(special.logit(a), m, 1.6) for m in (0.6, 4.0))
     assert stats.kstest(s, first).pvalue > LEVEL
     assert stats.kstest(t, lambda a: first(a) * second(a)).pvalue > LEVEL
     assert stats.binomtest(int((s == t).sum()), N, stats.norm.cdf(-3.4 / (1.6 * 2**0.5))).pvalue > LEVEL
-    s, t = numbers(times.two_laws(keys, start=times.uniform, stop=functools.partial(times.uniform, low=0.0)))
+    s, t = numbers(times.two_times(keys, start=times.uniform, stop=functools.partial(times.uniform, low=0.0)))
     assert (s <= t).all() and stats.binomtest(int((s == t).sum()), N, 0.5).pvalue > LEVEL
 
 
@@ -147,7 +147,7 @@ def test_pairs_in_either_order_fill_the_square_but_for_a_strip(keys):
 
 
 def test_a_pair_by_its_gap_has_a_uniform_start(keys):
-    s, t = numbers(times.gap_pair(keys, law=functools.partial(times.logit_normal, mean=-0.8)))
+    s, t = numbers(times.gap_pair(keys, time=functools.partial(times.logit_normal, mean=-0.8)))
     gap = t - s
     assert stats.kstest(gap, lambda d: stats.norm.cdf(special.logit(np.clip(d, 1e-9, 1 - 1e-9)), -0.8)).pvalue > LEVEL
     for part in (gap < 0.2, gap > 0.5):
@@ -157,7 +157,7 @@ def test_a_pair_by_its_gap_has_a_uniform_start(keys):
 
 @pytest.mark.parametrize("pair", [times.to_data, times.from_source])
 def test_pairs_with_one_end_fixed(pair, keys):
-    ends = dict(zip(("s", "t"), numbers(pair(keys, law=times.logit_normal)), strict=True))
+    ends = dict(zip(("s", "t"), numbers(pair(keys, time=times.logit_normal)), strict=True))
     fixed, free = ("t", "s") if pair is times.to_data else ("s", "t")
     assert (ends[fixed] == (fixed == "t")).all()
     assert stats.kstest(ends[free], lambda a: stats.norm.cdf(special.logit(a))).pvalue > LEVEL
@@ -181,7 +181,7 @@ def test_dyadic_pairs_have_every_length_and_every_place_alike(keys):
 
 @pytest.mark.parametrize(
     "pair",
-    [times.ordered_pair, times.two_laws, times.either_order, times.gap_pair, times.to_data, times.from_source]
+    [times.ordered_pair, times.two_times, times.either_order, times.gap_pair, times.to_data, times.from_source]
     + [times.dyadic, functools.partial(times.ordered_pair, diagonal=0.5)],
 )
 def test_a_pair_belongs_to_its_example(pair, keys):
@@ -247,30 +247,33 @@ def test_alpha_flows_share_falls_from_one_to_its_least_along_a_sigmoid():
     progress = np.linspace(0, 1, 21)
     want = 1 - special.expit(25 * (progress - 0.5))
     want = np.where(want > 0.995, 1, np.maximum(want, 0.005))
-    got = at_progress(times.sigmoid_share, *progress)
+    got = at_progress(times.sigmoid_fraction, *progress)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert (got[[0, -1]] == np.float32([1, 0.005])).all() and got[10] == 0.5
-    later = at_progress(times.sigmoid_share, *(0.2 + 0.6 * progress), start=0.2, stop=0.8)
+    later = at_progress(times.sigmoid_fraction, *(0.2 + 0.6 * progress), start=0.2, stop=0.8)
     np.testing.assert_allclose(later, want, rtol=1e-5)
     with pytest.raises(ValueError, match="start < stop"):
-        at_progress(times.sigmoid_share, 0.5, start=1.0, stop=0.5)
+        at_progress(times.sigmoid_fraction, 0.5, start=1.0, stop=0.5)
 
 
 def test_soflows_share_falls_exponentially_and_its_step_has_a_least_length():
     progress = np.linspace(0, 1, 5)
-    np.testing.assert_allclose(at_progress(times.exponential_share, *progress), 0.1 * 0.02**progress, rtol=1e-5)
-    short = at_progress(times.exponential_share, *progress, apart=1e-3)
+    np.testing.assert_allclose(at_progress(times.exponential_fraction, *progress), 0.1 * 0.02**progress, rtol=1e-5)
+    short = at_progress(times.exponential_fraction, *progress, apart=1e-3)
     np.testing.assert_allclose(short, 0.1, rtol=1e-4)  # of 1e-3, for the last ones
-    assert at_progress(times.exponential_share, 0.0, 1.0, apart=0.0).tolist() == [1, 1]  # of no length: the whole of it
+    assert at_progress(times.exponential_fraction, 0.0, 1.0, apart=0.0).tolist() == [
+        1,
+        1,
+    ]  # of no length: the whole of it
     for options in ({"first": 0.0}, {"last": 2.0}, {"gap": 0.0}):
-        with pytest.raises(ValueError, match="exponential_share needs shares in"):
-            at_progress(times.exponential_share, 0.5, **options)
+        with pytest.raises(ValueError, match="exponential_fraction needs shares in"):
+            at_progress(times.exponential_fraction, 0.5, **options)
 
 
 def test_a_constant_share_is_constant_and_a_share():
-    assert at_progress(times.constant_share, 0.0, 0.9, value=0.25).tolist() == [0.25, 0.25]
+    assert at_progress(times.constant_fraction, 0.0, 0.9, value=0.25).tolist() == [0.25, 0.25]
     with pytest.raises(ValueError, match="0 < value <= 1, got 0"):
-        at_progress(times.constant_share, 0.0, value=0.0)
+        at_progress(times.constant_fraction, 0.0, value=0.0)
 
 
 def test_a_grids_jumps_double_from_round_to_round_and_start_anywhere_on_it(keys):
@@ -294,17 +297,17 @@ def test_a_grids_jumps_double_from_round_to_round_and_start_anywhere_on_it(keys)
 def test_shares_of_noise_levels_are_shares_up_to_the_ends_and_refuse_what_makes_none():
     """Their values: the consistency losses, in ``test_methods_consistency.py``."""
     s = jnp.array([0.0, 1e-4, 0.5, 1 - 1e-6, 1.0])
-    for share in (times.level_share, times.ect_share):
+    for share in (times.level_fraction, times.ect_fraction):
         for progress in (0.0, 0.5, 1.0):
             a = np.asarray(share(s, jnp.ones(5), jnp.full(5, progress)))
             assert ((a > 0) & (a <= 1)).all() and a[-1] == 1
     one = jnp.ones(1)
     for share, options in (
-        (times.level_share, {"levels": 0}),
-        (times.level_share, {"last": 5}),
-        (times.level_share, {"sigma_min": 90.0}),
-        (times.ect_share, {"stages": 0}),
-        (times.ect_share, {"base": 1.0}),
+        (times.level_fraction, {"levels": 0}),
+        (times.level_fraction, {"last": 5}),
+        (times.level_fraction, {"sigma_min": 90.0}),
+        (times.ect_fraction, {"stages": 0}),
+        (times.ect_fraction, {"base": 1.0}),
     ):
         with pytest.raises(ValueError, match=f"{share.__name__} needs"):
             share(one, one, one, **options)

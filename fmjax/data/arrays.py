@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import jax
 import numpy as np
 
-from fmjax import couplings
+from fmjax import transport
 from fmjax.couplings import Coupling
 from fmjax.types import Batch, Cond
 
@@ -189,7 +189,7 @@ def _noise(rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
 
 def _labels(y: Cond) -> np.ndarray:
     needed = "negatives='other_label' needs an integer leaf in y, the label"
-    return couplings.leaves_of(y, kind="integer", otherwise=needed)
+    return transport.leaves_of(y, kind="integer", otherwise=needed)
 
 
 def _equal(a: np.ndarray, b: np.ndarray, flip: bool) -> np.ndarray:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fmjax import couplings, paths
+from fmjax import couplings, paths, transport
 from fmjax.checks import nearest
 from fmjax.data import arrays
 from fmjax.nets import adapters, preconditioning
@@ -153,7 +153,7 @@ def coupling(
     """A coupling: ``"independent"``, ``{"name": "minibatch_ot", "replacement": True}``, ``"semidiscrete"``.
 
     The last one is fitted to the data set ``x: [n, ...]`` with conditions ``y`` (with ``flip`` to the mirrored images
-    too), here and now; its options are those of ``couplings.fit_semidiscrete``. ``ValueError`` where ``x`` is no array.
+    too), here and now; its options are those of ``transport.fit_semidiscrete``. ``ValueError`` where ``x`` is no array.
     """
     name, options = _open("couplings", spec)
     if name != "semidiscrete":
@@ -164,8 +164,8 @@ def coupling(
         raise ValueError("the semidiscrete coupling is fitted to a data set in memory, and this one is not (stream)")
     if flip:
         x, y = np.concatenate([x, x[:, :, ::-1]]), jax.tree.map(lambda a: np.concatenate([a, a]), y)
-    options = check_options(couplings.fit_semidiscrete, options)
-    potentials = couplings.fit_semidiscrete(jax.random.key(seed), x, y, **options)
+    options = check_options(transport.fit_semidiscrete, options)
+    potentials = transport.fit_semidiscrete(jax.random.key(seed), x, y, **options)
     return couplings.semidiscrete(x, potentials, y, by_class=options.get("by_class"))
 
 

@@ -28,7 +28,7 @@ def alpha_flow(
     teacher: Net | None = None,
     velocity: str = "conditional",
     solver: str = "euler",
-    fraction: Callable = times.sigmoid_share,
+    fraction: Callable = times.sigmoid_fraction,
     power: float = 1.0,
     bootstrap: str = "params",
     cost: Callable | None = None,
@@ -46,7 +46,7 @@ def alpha_flow(
     method                            arguments
     ================================  ==========================================================================
     AlphaFlow (2510.20771)            the defaults: from flow matching on whole jumps (``a = 1``) to mean flow
-    SoFlow (2512.15657)               ``fraction=times.exponential_share, power=2`` (``soflow``)
+    SoFlow (2512.15657)               ``fraction=times.exponential_fraction, power=2`` (``soflow``)
     progressive, ``u`` in two parts   ``velocity="own", solver="jump", bootstrap="target", power=0``
     consistency models                ``diagonal=0, pair=times.to_data``, another cost of ``d`` (``consistency``)
     ================================  ==========================================================================
@@ -83,7 +83,7 @@ def alpha_flow(
     Array([[2., 2.]], dtype=float32)
     """
     c.check_times(path, time)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
     check_power(power)
     step = stepping(path, teacher or net, velocity, solver)
     checks.check_choice("bootstrap", bootstrap, BOOTSTRAPS)

@@ -26,7 +26,7 @@ def consistency(
     teacher: Net | None = None,
     velocity: str = "chord",
     solver: str = "euler",
-    fraction: Callable = times.ect_share,
+    fraction: Callable = times.ect_fraction,
     distance: str = "pseudo_huber",
     scale: float = 5.4e-4,
     weight: str = "gap",
@@ -43,9 +43,9 @@ def consistency(
     method                           arguments
     ===============================  ===========================================================================
     ECT (2406.14548)                 the defaults, initialised with a flow: ``X_{s,1}`` is then its Euler step
-    training (CT)                    ``fraction=times.level_share, distance="squared", weight="none"``; with a
+    training (CT)                    ``fraction=times.level_fraction, distance="squared", weight="none"``; with a
                                      moving average as ``target`` also ``bootstrap="target"``
-    improved training (2310.14189)   ``fraction=times.level_share``
+    improved training (2310.14189)   ``fraction=times.level_fraction``
     distillation (CD)                as CT with ``velocity="own", solver="heun"``, ``target`` frozen
     ===============================  ===========================================================================
 
@@ -77,7 +77,7 @@ def consistency(
     Array([[2., 2.]], dtype=float32)
     """
     return alpha_flow(
-        net, path=path, time=time, pair=functools.partial(times.to_data, law=time), diagonal=diagonal, teacher=teacher,
+        net, path=path, time=time, pair=functools.partial(times.to_data, time=time), diagonal=diagonal, teacher=teacher,
         velocity=velocity, solver=solver, fraction=fraction, bootstrap=bootstrap,
         cost=consistency_cost(distance=distance, scale=scale, weight=weight),
     )  # fmt: skip

@@ -24,7 +24,7 @@ def consistency_trajectory(
     teacher: Net | None = None,
     velocity: str = "own",
     solver: str = "heun",
-    fraction: Callable = times.exponential_share,
+    fraction: Callable = times.exponential_fraction,
     power: float = 1.0,
     bootstrap: str = "params",
     anneal: float = 0.0,
@@ -64,7 +64,7 @@ def consistency_trajectory(
     Array([[2., 2.]], dtype=float32)
     """
     c.check_times(path, time)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
     checks.check_choice("bootstrap", bootstrap, BOOTSTRAPS)
     check_power(power)
     step = stepping(path, teacher or net, velocity, solver)

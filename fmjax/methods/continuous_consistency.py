@@ -69,7 +69,7 @@ def continuous_consistency(
     teacher = teacher or net
     c.check_times(path, time)
     checks.check_choice("velocity", velocity, VELOCITIES)
-    checks.check_share(diagonal=diagonal, warmup=warmup)
+    checks.check_fraction(diagonal=diagonal, warmup=warmup)
     if normalise < 0:
         raise ValueError(f"normalise={normalise}: negative. Give a positive number, or 0 for none.")
     if not sigma > 0:

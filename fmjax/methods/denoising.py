@@ -55,7 +55,7 @@ def denoising(
 
     def read(params, x, t, cond, to):
         t = over_batch(t, x)
-        return paths.convert(path, x, net(params, x, t, t, cond), t, given=predict, to=to)
+        return paths.convert(path, x, net(params, x, t, t, cond), t, kind=predict, to=to)
 
     return DiffusionMethod(
         loss,

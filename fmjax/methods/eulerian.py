@@ -94,7 +94,7 @@ def eulerian(
     checks.check_choice("velocity", velocity, VELOCITIES)
     checks.check_choice("tangent", tangent, VELOCITIES)
     checks.check_choice("stop", stop, STOPS)
-    checks.check_share(diagonal=diagonal, anneal=anneal, warmup=warmup, limit=limit)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal, warmup=warmup, limit=limit)
     if normalise < 0:
         raise ValueError(f"normalise={normalise}: negative. Give a positive number, or 0 for none.")
     if normalise and stop != "all":

@@ -52,7 +52,7 @@ def flow_map_matching(
     Array([[0., 0.]], dtype=float32)
     """
     c.check_times(path, time)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
     if not round_trip > 0:
         raise ValueError(f"round_trip={round_trip}: nothing makes the map its own inverse. Give a positive number.")
 

@@ -20,8 +20,8 @@ def improved_mean_flow(
     net: Net,
     *,
     path: paths.Path = paths.linear(),
-    time: Callable = functools.partial(times.earlier, law=LOGIT_NORMAL),
-    pair: Callable = functools.partial(times.ordered_pair, law=LOGIT_NORMAL),
+    time: Callable = functools.partial(times.earlier, time=LOGIT_NORMAL),
+    pair: Callable = functools.partial(times.ordered_pair, time=LOGIT_NORMAL),
     diagonal: float = 0.5,
     anneal: float = 0.0,
     power: float = 1.0,
@@ -78,7 +78,7 @@ def improved_mean_flow(
     Array([[3., 3.]], dtype=float32)
     """
     c.check_times(path, time)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
     weighting.check_adaptive(power, floor)
 
     def heads(params, x, s, t, cond=None, key=None, net=net):

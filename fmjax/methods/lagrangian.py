@@ -71,7 +71,7 @@ def lagrangian(
     teacher = teacher or net
     c.check_times(path, time)
     checks.check_choice("stop", stop, STOPS)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
 
     def following(params, target, batch, key):
         k_t, k_x = c.split(key, 2)

@@ -79,7 +79,7 @@ def progressive(
     c.check_times(path, time)
     checks.check_choice("split", split, SPLITS)
     checks.check_choice("step", step, STEPS)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
     least = 2 if step == "jumps" else 1
     if substeps < least:
         raise ValueError(f"substeps={substeps}: too few for step={step!r}. Give at least {least}.")

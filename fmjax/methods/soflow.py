@@ -16,7 +16,7 @@ def soflow(
     time: Callable = times.uniform,
     pair: Callable = times.ordered_pair,
     diagonal: float = 0.75,
-    fraction: Callable = times.exponential_share,
+    fraction: Callable = times.exponential_fraction,
 ) -> FlowMapMethod:
     """Train a flow map by ``|X_{s,t}(I_s) - sg X_{m,t}(I_s + (m - s) dI_s)|^2 / (m - s)^2`` (arXiv 2512.15657).
 
@@ -24,7 +24,7 @@ def soflow(
     training. It departs from the authors' code: the gradient off the diagonal is larger by ``1 / a`` (``alpha_flow``
     with ``power=1`` has theirs up to a constant), the adaptive weight is left out, and so are their times, a
     logit-normal ``time`` of mean 0.2 and std 1 with pairs of logit-normal starts (-0.2, 0.8) and ends (1, 0.8):
-    ``times.two_laws``.
+    ``times.two_times``.
 
     Args:
         net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``.

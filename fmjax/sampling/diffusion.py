@@ -53,7 +53,7 @@ def as_flow(net: Net, *, predicts: str, path: paths.Path | None = None, onto: pa
 
         def velocity(y, start, cond):
             predicted = net(params, y, start, jnp.where(s == t, start, end), cond, key)
-            return paths.convert(path, y, predicted, start, given=predicts, to="velocity")
+            return paths.convert(path, y, predicted, start, kind=predicts, to="velocity")
 
         return paths.change(velocity, path, onto)(x, s, cond)
 
@@ -72,7 +72,7 @@ def denoiser(flow: VelocityFn, *, path: paths.Path | None = None):
     def denoise(x, sigma, cond: Cond = None):
         t, _ = paths.match_snr(path, paths.linear(), 1 / (1 + over_batch(sigma, x)))
         x = _coefficients(path, x, t)[1] * x
-        return paths.convert(path, x, flow(x, t, cond), t, given="velocity", to="data")
+        return paths.convert(path, x, flow(x, t, cond), t, kind="velocity", to="data")
 
     return denoise
 
@@ -90,7 +90,7 @@ def velocity_of(denoise, *, path: paths.Path | None = None) -> VelocityFn:
         t = over_batch(t, x)
         alpha, beta = path.coefficients(t)
         data = denoise(x / expand(beta, x), alpha / beta, cond)
-        return paths.convert(path, x, data, t, given="data", to="velocity")
+        return paths.convert(path, x, data, t, kind="data", to="velocity")
 
     return velocity
 

@@ -214,7 +214,7 @@ def density_ratio(
         t = over_batch(t, x)
         w = expand(scale(t), x).astype(x.dtype) if callable(scale) else scale
         late = jnp.where(path.coefficients(t)[1] > 0, t, 1.0)  # alpha = 0 at t = 1, and with it c
-        push = paths.convert(path, jnp.zeros_like(x), gradient(x, t, cond), late, given="score", to="velocity")
+        push = paths.convert(path, jnp.zeros_like(x), gradient(x, t, cond), late, kind="score", to="velocity")
         return velocity(x, t, cond) + w * push
 
     return guided

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fmjax.checks import check_bounds
 from fmjax.sampling import solvers
 from fmjax.straightening import segments
-from fmjax.times import check_bounds
 from fmjax.types import FlowMapFn, Method, Params, VelocityFn, over_batch
 
 SHARING = ("gated", "shared", "retained", "told")

@@ -22,11 +22,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from fmjax import paths, sampling
+from fmjax.checks import check_bounds
 from fmjax.correction import trajectories
 from fmjax.correction.marginals import Marginals
 from fmjax.keys import example_keys, fold_in, normal, split
 from fmjax.sampling import grids
-from fmjax.times import check_bounds
 from fmjax.types import Batch, FlowMapFn, Multistep, Params, VelocityFn, over_batch
 
 

@@ -235,7 +235,7 @@ def _sets(b: beds.Bed, name: str, step_of, given, grid, inner) -> tuple[marginal
 def _map(b: beds.Bed, cfg, k: int, name: str, start):
     """The flow map of segment ``k``, distilled from the network ``name`` of it, which it starts as."""
     low, high = cfg.straighten.bounds[k : k + 2]
-    pair = {"name": "ordered_pair", "law": {"name": "uniform", "low": low, "high": high}}
+    pair = {"name": "ordered_pair", "time": {"name": "uniform", "low": low, "high": high}}
     same = "weighting coupling batch_size schedule clip beta2 weight_decay ema".split()
     part = {field: cfg[field] for field in same} | {"steps": MAP_STEPS, "learning_rate": 5e-4, "warmup": 0}
     part |= {"target": "frozen", "method": {"name": "lagrangian", "diagonal": 0.0, "pair": pair}}
