@@ -213,7 +213,7 @@ def straightened_corrected(repeats: int) -> list[dict]:
         parameters = {"maps": [values for _, values in maps]}
         for counts in ((1, 1), (2, 2)):
             add(name, of, parameters, counts, fixes=counts == (1, 1) and "both" in name)
-    euler = lambda parameters: solvers.euler(methods["teacher"].velocity(parameters["teacher"]))
+    euler = lambda parameters: sampling.euler(methods["teacher"].velocity(parameters["teacher"]))
     for counts in ((1, 1), (2, 2), (5, 5)):
         add("teacher, Euler", euler, {"teacher": params["teacher"]}, counts, fixes=False)
     return beds.measured(b, lines)
