@@ -70,8 +70,8 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     Returns:
         The mesh.
 
-    >>> make_mesh(jax.devices()[:1]).shape
-    OrderedDict({'data': 1})
+    >>> dict(make_mesh(jax.devices()[:1]).shape)
+    {'data': 1}
     """
     devices = jax.devices() if devices is None else devices
     return Mesh(np.array(devices), (AXIS,))  # Mesh gives Auto axes, as Linen needs

@@ -113,7 +113,7 @@ def make_step(
     >>> state = init({"w": jnp.zeros(())}, optax.sgd(0.1))
     >>> state, metrics = step(state, Batch(jnp.ones((8, 2))), jax.random.key(0))
     >>> state, sorted(metrics)
-    (State(step=1, params=1 numbers in 1 arrays), ['by_gap', 'grad_norm', 'loss'])
+    (State(step=1, params=1 numbers in 1 arrays), ['grad_norm', 'loss'])
     """
     checks.check_choice("target", target, TARGETS)
     if not 0 <= ema < 1:
