@@ -77,7 +77,10 @@ def test_preconditioned_networks_give_what_edm_computed(name):
     also = sampling.denoiser(lambda x, t, cond: net(params, x, t, t, cond))(jnp.asarray(given["x"]), sigma)
     known = (sigma >= how.sigma_min) & (sigma <= how.sigma_max)
     assert known.sum() >= 4
-    for got, where in ((preconditioning.denoiser(raw, how)(params, given["x"], sigma), slice(None)), (also, known)):
+    for got, where in (
+        (preconditioning.preconditioned_denoiser(raw, how)(params, given["x"], sigma), slice(None)),
+        (also, known),
+    ):
         for a, b in zip(np.asarray(got[where]), np.asarray(given["y"][where]), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 

@@ -71,7 +71,7 @@ def test_a_jump_that_is_no_contraction_is_inverted_and_one_without_an_inverse_is
     saturated = lambda params: lambda x, s, t, cond=None, key=None: 5 * jnp.tanh(x / 5)
     with pytest.raises(RuntimeError, match="inverse steps did not converge in examples 37, 41: .* a larger tol"):
         small(tmp_path / "b", velocity=saturated, **options | {"data": far})
-    with pytest.raises(ValueError, match="the flow map of x .* must have its shape"):
+    with pytest.raises(ValueError, match="flow map of x .*shape"):
         small(tmp_path / "c", velocity=lambda p: lambda x, s, t, cond=None, key=None: x[:, :2], **options)
 
 
@@ -102,11 +102,11 @@ def counted(view, calls):
 def test_the_evaluations_told_are_those_made(solver, direction, backward_map):
     calls, ts = [], grids.uniform_grid(3)
     view = counted(exact if solver == "flow_map" else SCALED, calls)
-    how = {"direction": direction, "solver": solver, "backward_map": backward_map}
-    run = jax.jit(lambda eps, x: trajectories.carry(view(eps), x, ts, **how))
+    options = {"direction": direction, "solver": solver, "backward_map": backward_map}
+    run = jax.jit(lambda eps, x: trajectories.carry(view(eps), x, ts, **options))
     jax.block_until_ready(run(jnp.float32(EPS), jnp.ones((2, 4))))
     jax.effects_barrier()
-    assert len(calls) == trajectories.solve_nfe(3, **how)
+    assert len(calls) == trajectories.solve_nfe(3, **options)
 
 
 def test_what_a_set_costs_is_told_before_it_is_built(tmp_path):
@@ -135,9 +135,7 @@ def test_a_disk_without_room_for_what_is_left_is_refused_before_any_work(tmp_pat
     room = {"free": told.bytes - 1}
     monkeypatch.setattr(marginals.shutil, "disk_usage", lambda path: type("Usage", (), room))
     never = lambda params: pytest.fail("solved")
-    with pytest.raises(
-        OSError, match=r"need 0.000\d+ GB more in .*, where 0.000\d+ GB are free; choose a disk with room"
-    ):
+    with pytest.raises(OSError, match=r"directory=.* need 0.000\d+ GB, 0.000\d+ GB are free"):
         small(tmp_path, velocity=never)
     assert not any(tmp_path.iterdir())
     room["free"] += 1

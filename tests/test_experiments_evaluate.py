@@ -13,7 +13,7 @@ from fmjax.correction import correctors
 from fmjax.experiments import assemble, evaluate, report
 from fmjax.experiments.evaluate import Models, Setting
 from fmjax.keys import fold_in, normal
-from fmjax.sampling import grids
+from fmjax.sampling import grids, solvers
 from fmjax.storage import checkpoint
 from fmjax.types import Method
 
@@ -243,7 +243,7 @@ def test_an_evaluation_draws_each_label_in_turn_from_the_averaged_flow(evaluated
     plan = assemble.assemble(cfg)
     _, ema, _ = checkpoint.restore(path / "checkpoints", part="ema")
     keys = evaluate.keys_of(cfg.seed, 1, 50)
-    step = sampling.euler(plan.method.velocity(ema))
+    step = solvers.euler(plan.method.velocity(ema))
     x0 = normal(fold_in(keys, 0), plan.data.shape)
     x = sampling.sample(step, x0, grids.uniform_grid(2), cond=jnp.arange(50) % 10)
     drawn = evaluate.draw(

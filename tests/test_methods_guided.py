@@ -1,6 +1,6 @@
 """Guided flow maps on Gaussian classes of one variance, whose guided flow has a closed form for every scale.
 
-The velocity is affine in the mean, so ``v_null + w (v_c - v_null)`` is that of the mean ``m_null + w (m_c - m_null)``.
+The velocity is affine in the mean, so ``v_null + w (v_c - v_null)`` is the velocity of the mean ``m_null + w (m_c - m_null)``.
 """
 
 import functools
@@ -50,7 +50,7 @@ def features(x, s, t):
 def net(params, x, s, t, cond=None, key=None):
     """The closed form of scale ``w + params["off"]`` plus ``sum_k params["k"][label, k] phi_k``.
 
-    ``w`` is that of a condition ``(labels, w)``; where there are only labels it is one.
+    ``w`` comes from a condition ``(labels, w)``; where there are only labels it is one.
     """
     s, t = over_batch(s, x), over_batch(t, x)
     label, w = cond if isinstance(cond, tuple) else (cond, jnp.ones(x.shape[0]))
@@ -59,7 +59,7 @@ def net(params, x, s, t, cond=None, key=None):
 
 
 def draw(key, n):
-    """Labels, the null one among them, and data of their own laws."""
+    """Labels, the null one among them, and data of each class."""
     label = jnp.arange(n) % 3
     return jnp.asarray(MEANS)[label][:, None] + STD * jax.random.normal(key, (n, 1)), label
 
@@ -76,7 +76,7 @@ def scores(method, points, groups=600, rows=24):
         def at(point):
             loss = lambda k, batch, key: method.loss(point | {"k": k}, point, batch, key)[0]
             g = jax.vmap(jax.grad(loss), (None, 0, 0))(point["k"], *batches)
-            return g.mean(0) / (g.std(0) / groups**0.5 + 1e-5)  # a residual of rounding errors is none
+            return g.mean(0) / (g.std(0) / groups**0.5 + 1e-5)  # rounding errors do not count
 
         return jax.lax.map(at, points)
 
@@ -84,7 +84,7 @@ def scores(method, points, groups=600, rows=24):
 
 
 def plain(scale):
-    """The points of a method of one scale: its closed form, that of another scale, and away from both."""
+    """The points of a method of one scale: its closed form, the one of another scale, and away from both."""
     return {
         "off": scale - 1 + jnp.array([0.0, -1.5, 0.0]),
         "k": jnp.stack([jnp.zeros((3, 5)), jnp.zeros((3, 5)), jnp.tile(jnp.array([1.0, 0.0, 0.0, 1.0, 0.0]), (3, 1))]),
@@ -119,8 +119,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_guided_flow_map_is_a_stationary_point_and_that_of_another_scale_is_not(name):
-    """At another scale the classes move and the null one does not; away from both each class is held to its law."""
+def test_only_the_guided_flow_map_of_this_scale_is_stationary(name):
+    """At another scale the classes move and the null one does not; away from both each class is held to its distribution."""
     z, off, away = np.abs(scores(*CASES[name]))
     assert z.max() < Z, z
     assert off[:2].max() > 2 * Z and off[NULL].max() < Z, off

@@ -1,5 +1,6 @@
 """Conversions of predictions and of paths, against closed forms and the definitions."""
 
+import functools
 import itertools
 
 import jax
@@ -148,46 +149,32 @@ def common_times(old, new, n=400):
     return jnp.asarray(t[np.linspace(0, len(t) - 1, 24).astype(int)])
 
 
+@functools.cache
+def velocity_of(name, path):
+    """The exact velocity on a path of ``ALL``, compiled once for all tests."""
+    return jax.jit(oracle_of(name, ALL[path]).velocity)
+
+
 @pytest.mark.parametrize("old", ALL)
 def test_a_changed_velocity_is_the_velocity_on_the_new_path(old, x64, key):
-    """Of a Gaussian and of a mixture, from ``old`` to every path, in one program."""
-    times = {new: common_times(ALL[old], path) for new, path in ALL.items()}
-
-    @jax.jit
-    def velocities(times, key):
-        table = {}
-        for name, (new, path) in itertools.product(("gaussian", "mixture"), ALL.items()):
-            source, t = oracle_of(name, ALL[old]), times[new]
-            alpha, beta = (c[:, None] for c in path.coefficients(t))
-            x = beta * source.sample(key, len(t)) + alpha * jax.random.normal(jax.random.key(1), (len(t), 2))
-            changed = paths.change(source.velocity, ALL[old], path)(x, t)
-            table[name, new] = changed, oracle_of(name, path).velocity(x, t)
-        return table
-
-    for names, (changed, expected) in velocities(times, key).items():
-        # rounding of s near 1 (1e-16 of 1e-6) reaches the level of noise as 1e-10; alpha' of ve is up to 426
-        scale = 1 + np.abs(expected)
-        np.testing.assert_allclose(changed / scale, expected / scale, atol=1e-9, err_msg=f"{old}: {names}")
-
-
-@pytest.mark.parametrize("old", ALL)
-def test_matched_times_have_equal_ratios_and_return(old, x64):
-    times = {new: common_times(ALL[old], path) for new, path in ALL.items()}
-
-    @jax.jit
-    def matches(times):
-        table = {}
-        for new, t in times.items():
-            s, c = paths.match_snr(ALL[old], ALL[new], t)
-            back, inverse = paths.match_snr(ALL[new], ALL[old], s)
-            scaled, expected = c * jnp.stack(ALL[old].coefficients(s)), jnp.stack(ALL[new].coefficients(t))
-            table[new] = scaled, expected, back, inverse * c
-        return table
-
-    for new, (scaled, expected, back, product) in matches(times).items():
-        np.testing.assert_allclose(scaled, expected, rtol=1e-9)
-        np.testing.assert_allclose(back, times[new], rtol=1e-9, err_msg=f"{old} to {new}")
-        np.testing.assert_allclose(product, 1, rtol=1e-9)
+    """Of a Gaussian and of a mixture, from ``old`` to every path; and matched times have equal ratios and return."""
+    noise = np.asarray(jax.random.normal(jax.random.key(1), (24, 2)))
+    data = {name: np.asarray(oracle_of(name, ALL[old]).sample(key, 24)) for name in ("gaussian", "mixture")}
+    for new, path in ALL.items():
+        t = common_times(ALL[old], path)
+        alpha, beta = np.asarray(path.coefficients(t))[..., None]
+        for name, x1 in data.items():
+            x = jnp.asarray(beta * x1 + alpha * noise)
+            changed = paths.change(velocity_of(name, old), ALL[old], path)(x, t)
+            expected = np.asarray(velocity_of(name, new)(x, t))
+            # rounding of s near 1 (1e-16 of 1e-6) reaches the level of noise as 1e-10; alpha' of ve is up to 426
+            scale = 1 + np.abs(expected)
+            np.testing.assert_allclose(changed / scale, expected / scale, atol=1e-9, err_msg=f"{old} to {new}: {name}")
+        s, c = paths.match_snr(ALL[old], path, t)
+        np.testing.assert_allclose(c * jnp.stack(ALL[old].coefficients(s)), path.coefficients(t), rtol=1e-9)
+        back, inverse = paths.match_snr(path, ALL[old], s)
+        np.testing.assert_allclose(back, t, rtol=1e-9, err_msg=f"{old} to {new}")
+        np.testing.assert_allclose(inverse * c, 1, rtol=1e-9)
 
 
 @pytest.mark.parametrize("path", [ALL["linear"], ALL["vp"], ALL["target_conditional"]])

@@ -144,7 +144,10 @@ def lower_solve(view: View, params: Params, m: Manifest, mesh: Mesh, batch: int,
     def solve(params, rows):
         x, cond = rows
         if m.direction == "forward":
-            x = start(example_keys(jax.random.key(m.seed), x), m.shape)
+            index, x = x, start(example_keys(jax.random.key(m.seed), x), m.shape)
+            if x.shape != (len(index), *m.shape) or x.dtype != jnp.float32:
+                source = f"float32{(len(index), *m.shape)}"
+                raise ValueError(f"start={m.start}: it returned {x.dtype}{x.shape}. Return the source, {source}.")
         xs, result, defect = carry(view(params), x, ts, cond, **options)
         x = jnp.moveaxis(xs[steps], 0, 1).astype(m.dtype)
         finite = jnp.isfinite(x).reshape(*x.shape[:2], -1).all(-1)

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmjax import couplings, paths, sampling, transport
-from fmjax.checks import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Range, nearest
+from fmjax import couplings, paths
+from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, check_hints, nearest
 from fmjax.data import Dataset, Rows
 from fmjax.experiments import specs
 from fmjax.experiments.specs import Spec, refusal
 from fmjax.metrics import Metric
 from fmjax.nets import adapters, preconditioning
+from fmjax.sampling import guidance
 from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Multistep, Net, VelocityFn
 
 SEMIDISCRETE = "semidiscrete"  # a coupling that is fitted to the data set
@@ -96,7 +97,7 @@ def method(
     if getattr(net, "logit", False) and typing.get_type_hints(factory).get("net") is not LogitNet:
         raise refusal(field, specs.label(factory), "needs a network of x's shape, not of logits", "Set net.logit=False")
     options = specs.options_of(factory)
-    teacher = None if null is None or "null" in options else sampling.guided_teacher(net, null=null)
+    teacher = None if null is None or "null" in options else guidance.guided_teacher(net, null=null)
     context = {"path": path, "null": null, "teacher": teacher, "mean": mean() if mean and "mean" in options else None}
     context = {name: value for name, value in context.items() if value is not None}
     if not specs.is_spec(spec):
@@ -125,7 +126,7 @@ def coupling(
 
     Args:
         spec: a coupling of ``fmjax.couplings``, a place outside the package, or the object; ``"semidiscrete"`` is
-            fitted here and takes the options of ``transport.fit_semidiscrete``.
+            fitted here and takes the options of ``couplings.fit_semidiscrete``.
         x: the training examples ``[n, ...]``.
         y: their conditions.
         flip: whether training mirrors the images.
@@ -201,6 +202,7 @@ def optimiser(
     Returns:
         The optimiser.
     """
+    check_hints(optimiser, dict(locals()))
     rate = functools.partial(learning_rate_at, peak=learning_rate, steps=steps, warmup=warmup, schedule=schedule)
     matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     adam = optax.adamw(rate, b2=beta2, weight_decay=weight_decay, mask=matrices) if weight_decay else None
@@ -233,11 +235,6 @@ def _semidiscrete(options, x, y, flip: bool, seed: int, field: str) -> couplings
         )
     if flip:
         x, y = np.concatenate([x, x[:, :, ::-1]]), jax.tree.map(lambda a: np.concatenate([a, a]), y)
-    options = specs.checked(transport.fit_semidiscrete, options, field=field)
-    potentials = transport.fit_semidiscrete(jax.random.key(seed), x, y, **options)
+    options = specs.checked(couplings.fit_semidiscrete, options, field=field)
+    potentials = couplings.fit_semidiscrete(jax.random.key(seed), x, y, **options)
     return couplings.semidiscrete(x, potentials, y, by_class=options.get("by_class"))
-
-
-STAGE_RANGES = {"batch_size": Annotated[int, Range(1, 1e7)], "ema": Annotated[float, Range(0, 1, open_high=True)]}
-EVERY = Positive  # log_every, save_every, keep
-DROPOUT = Fraction

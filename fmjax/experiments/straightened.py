@@ -225,5 +225,5 @@ def facts_of(along: Sequence[Mapping[str, Any]], spectra: Mapping[str, Any]) -> 
         f"{n} {', '.join(f'{v:.3g}' for v in m[n])}" for n in ("straightness", "jump", "departure")
     )
     facts = {"along the time axis": "\n".join(f"{m['part']}, {m['sharing']}: {words(m)}" for m in along)}
-    low = [f"{name}: {spectrum.low_share(**values):.3f}" for name, values in spectra.items()]
+    low = [f"{name}: {spectrum.low_fraction(**values):.3f}" for name, values in spectra.items()]
     return facts | ({"fraction of the error below 1/5 cycle a pixel": "\n".join(low)} if low else {})

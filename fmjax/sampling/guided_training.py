@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fmjax.keys import as_keys, split
 from fmjax.sampling.guidance import Scale, autoguidance, check_scale
-from fmjax.types import Cond, Method, Net, expand, is_null, over_batch, with_null
+from fmjax.types import Cond, Method, Net, expand, is_null, network, over_batch, with_null
 
 
 def label_dropout(method: Method, *, rate: float, null: Cond) -> Method:
@@ -120,14 +120,17 @@ def guided_teacher(net: Net, *, null: Cond) -> Net:
     [[-1.0]]
     """
 
-    def guided(params, x, s, t, cond=None, key=None):
-        if not isinstance(cond, tuple):
-            raise ValueError("cond: a guided teacher needs (labels, scale). Wrap the method in random_scale.")
-        labels, scale = cond
-        base, goal = net(params, x, s, t, with_null(labels, null), key), net(params, x, s, t, labels, key)
-        return jnp.where(expand(is_null(labels, null), x), goal, base + expand(scale, x) * (goal - base))
+    def guided(net):
+        def apply(params, x, s, t, cond=None, key=None):
+            if not isinstance(cond, tuple):
+                raise ValueError("cond: a guided teacher needs (labels, scale). Wrap the method in random_scale.")
+            labels, scale = cond
+            base, goal = net(params, x, s, t, with_null(labels, null), key), net(params, x, s, t, labels, key)
+            return jnp.where(expand(is_null(labels, null), x), goal, base + expand(scale, x) * (goal - base))
 
-    return guided
+        return apply
+
+    return network(net).wrap(guided)
 
 
 def autoguided_teacher(net: Net, weak: Net | None = None, *, scale: Scale) -> Net:

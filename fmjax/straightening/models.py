@@ -28,9 +28,7 @@ from fmjax.types import Cond, FlowMapFn, Method, Params, VelocityFn, over_batch
 
 SHARING = ("gated", "shared", "retained", "conditioned")
 TEACHER, FULL = "teacher", "full reflow"
-CONDITIONED = {
-    "to_bound": True
-}  # the option of ``methods.straighten`` for a network that is conditioned on its segment
+CONDITIONED = {"to_bound": True}  # of ``methods.straighten``: the network takes its segment
 
 
 class SegmentedModel(NamedTuple):
