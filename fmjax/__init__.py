@@ -19,17 +19,21 @@ if typing.TYPE_CHECKING:
         couplings,
         data,
         experiments,
+        fractions,
+        interpolants,
         keys,
         methods,
         metrics,
         nets,
         oracles,
         paths,
+        predictions,
         sampling,
         storage,
         straightening,
         times,
         training,
+        transport,
         types,
     )
     from fmjax.methods import flow_matching, lagrangian
@@ -37,8 +41,9 @@ if typing.TYPE_CHECKING:
     from fmjax.types import Batch, Method
 
 _PACKAGES = (
-    "checks", "convert", "correction", "couplings", "data", "experiments", "keys", "methods", "metrics", "nets",
-    "oracles", "paths", "sampling", "storage", "straightening", "times", "training", "types",
+    "checks", "convert", "correction", "couplings", "data", "experiments", "fractions", "interpolants", "keys",
+    "methods", "metrics", "nets", "oracles", "paths", "predictions", "sampling", "storage", "straightening", "times",
+    "training", "transport", "types",
 )  # fmt: skip
 _NAMES = {
     **dict.fromkeys(("flow_matching", "lagrangian"), "methods"),
@@ -48,8 +53,9 @@ _NAMES = {
 
 __all__ = [
     "Batch", "Method", "checks", "convert", "correction", "couplings", "data", "euler", "experiments", "flow_matching",
-    "heun", "keys", "lagrangian", "methods", "metrics", "nets", "oracles", "paths", "rk4", "sample", "sampling",
-    "storage", "straightening", "times", "training", "types", "uniform_grid",
+    "fractions", "heun", "interpolants", "keys", "lagrangian", "methods", "metrics", "nets", "oracles", "paths",
+    "predictions", "rk4", "sample", "sampling", "storage", "straightening", "times", "training", "transport", "types",
+    "uniform_grid",
 ]  # fmt: skip
 
 

@@ -12,32 +12,85 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
+
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing where none is near. The last part of a dotted name may match alone."""
+    """Return a hint at the known name nearest to an unknown name.
+
+    Args:
+        name: the unknown name.
+        names: the known names. The last part of a dotted name may match alone.
+
+    Returns:
+        ``"; did you mean 'x'?"``, or an empty string where no name is near.
+
+    >>> nearest("lerning_rate", ("learning_rate", "net.width")), nearest("widht", ("net.width",)), nearest("q", ("a",))
+    ("; did you mean 'learning_rate'?", "; did you mean 'net.width'?", '')
+    """
     names = list(names)
     last = {n.rpartition(".")[2]: n for n in names} | {n: n for n in names}
     name = str(name)
-    found = (
+    matches = (
         difflib.get_close_matches(name, names, 1)
         or difflib.get_close_matches(name.rpartition(".")[2], last, 1)
         or [n for n in last if n.startswith(name)]
     )
-    return f"; did you mean {last[found[0]]!r}?" if found else ""
+    return f"; did you mean {last[matches[0]]!r}?" if matches else ""
 
 
 def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
-    """``ValueError`` for a value that is none of the known ones, with the nearest."""
+    """Refuse a value that is not a known choice, and name the nearest one.
+
+    Args:
+        what: name of the argument, for the message.
+        value: the value.
+        known: the choices.
+
+    Raises:
+        ValueError: ``value`` is not in ``known``.
+
+    >>> check_choice("solver", "rk4", ("euler", "rk4"))
+    """
     if value not in known:
         near = difflib.get_close_matches(str(value), known, 1, 0.0)
         raise ValueError(f"{what}={value!r} must be one of {', '.join(known)}; did you mean {near[0]!r}?")
 
 
-def check_share(**shares: float) -> None:
-    """``ValueError`` for a share of the training or of a batch outside [0, 1], by name."""
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is a share and must lie in [0, 1]")
+def check_fraction(**fractions: float) -> None:
+    """Refuse a fraction of the training or of a batch outside [0, 1].
+
+    Args:
+        **fractions: values by the names of the arguments.
+
+    Raises:
+        ValueError: a value outside [0, 1].
+
+    >>> check_fraction(diagonal=0.75)
+    """
+    for name, value in fractions.items():
+        check_range(name, value, Range(0, 1))
+
+
+def check_bounds(bounds: Sequence[float]) -> np.ndarray:
+    """Check the bounds of the segments of a cut time axis.
+
+    Args:
+        bounds: at least two times that rise strictly within [0, 1].
+
+    Returns:
+        The bounds, float32.
+
+    Raises:
+        ValueError: the bounds do not rise strictly within [0, 1].
+
+    >>> check_bounds((0.0, 0.5, 1.0))
+    array([0. , 0.5, 1. ], dtype=float32)
+    """
+    edges = np.asarray(bounds, np.float32)
+    if edges.ndim != 1 or len(edges) < 2 or (np.diff(edges) <= 0).any() or edges[0] < 0 or edges[-1] > 1:
+        raise ValueError(f"bounds={tuple(bounds)}: do not rise strictly within [0, 1]. Give two times or more.")
+    return edges
 
 
 class Range(NamedTuple):

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 
 def is_key(key) -> bool:
-    """Whether ``key`` is a typed PRNG key (or an array of them)."""
+    """Return whether an object is a typed PRNG key, or an array of typed PRNG keys.
+
+    Args:
+        key: any object.
+
+    Returns:
+        ``True`` for ``jax.random.key(0)``; ``False`` for ``jax.random.PRNGKey(0)``, an integer or ``None``.
+
+    >>> is_key(jax.random.key(0)), is_key(jax.random.PRNGKey(0)), is_key(0)
+    (True, False, False)
+    """
     return isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
+def check_key(key) -> None:
+    """Refuse anything but a typed PRNG key.
+
+    Args:
+        key: the argument of a public function.
+
+    Raises:
+        TypeError: ``key`` is an integer, ``None`` or a key of the old style (``jax.random.PRNGKey``).
+
+    >>> check_key(jax.random.key(0))
+    """
+    if not is_key(key):
+        raise TypeError(f"key={key!r:.80}: not a typed PRNG key. Give jax.random.key(seed).")
+
+
 def example_keys(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
-    """One key per example: ``key`` folded with the example's global index.
+    """Return one key per example: the run's key folded with the global index of the example.
+
+    Args:
+        key: one key.
+        index: global indices of the examples, ``[B]``.
+
+    Returns:
+        Keys ``[B]``. The key of an example does not depend on the other examples of the batch.
 
     >>> import jax, jax.numpy as jnp
     >>> k = example_keys(jax.random.key(0), jnp.arange(8))
@@ -23,31 +57,96 @@ def example_keys(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
-def as_keys(key, batch: int):
-    """The door for users: a single key becomes ``[batch]`` example keys, an array ``[batch]`` of keys passes through.
+def as_keys(key, batch: int) -> Key[Array, " b"]:
+    """Normalise the key of a public function: one key becomes keys ``[batch]``; keys ``[batch]`` pass through.
 
-    Raises ``TypeError`` for anything but a typed key (``jax.random.key``) and ``ValueError`` for a wrong length.
+    Args:
+        key: one key, or one key per example.
+        batch: number of examples.
+
+    Returns:
+        Keys ``[batch]``; of one key, ``example_keys(key, arange(batch))``.
+
+    Raises:
+        TypeError: ``key`` is not a typed key.
+        ValueError: ``key`` has another shape.
+
+    >>> as_keys(jax.random.key(0), 4).shape
+    (4,)
     """
-    if not is_key(key):
-        raise TypeError(f"key must be a typed PRNG key from jax.random.key(seed), got {type(key).__name__}")
+    check_key(key)
     if key.ndim == 0:
         return example_keys(key, jnp.arange(batch))
     if key.shape != (batch,):
-        raise ValueError(f"key has shape {key.shape}; give one key, or one per example: shape ({batch},)")
+        raise ValueError(f"key.shape={key.shape}: not one key per example. Give one key, or keys of shape ({batch},).")
     return key
 
 
-def split(key: Key[Array, " b"], n: int) -> tuple[Key[Array, " b"], ...]:
-    """``n`` independent keys per example, each ``[B]``."""
-    keys = jax.vmap(lambda k: jax.random.split(k, n))(key)
-    return tuple(keys[:, i] for i in range(n))
+def per_example(draw: Callable[[Array], Array], key) -> Array:
+    """Apply a function of one key to every key.
+
+    Args:
+        draw: function of one key.
+        key: one key, or keys ``[B]``.
+
+    Returns:
+        ``draw(key)`` for one key; for keys ``[B]`` the results stacked, ``[B, ...]``.
+
+    Raises:
+        TypeError: ``key`` is not a typed key.
+
+    >>> per_example(jax.random.uniform, as_keys(jax.random.key(0), 3)).shape
+    (3,)
+    """
+    check_key(key)
+    return jax.vmap(draw)(key) if key.ndim else draw(key)
 
 
-def fold_in(key: Key[Array, " b"], data) -> Key[Array, " b"]:
-    """Every example's key folded with one integer (a step's number)."""
-    return jax.vmap(jax.random.fold_in, (0, None))(key, data)
+def split(key: Key[Array, "*b"], n: int) -> tuple[Key[Array, "*b"], ...]:
+    """Split the key of every example into independent keys.
+
+    Args:
+        key: one key, or keys ``[B]``.
+        n: number of keys to make from each.
+
+    Returns:
+        A tuple of ``n`` keys, each of the shape of ``key``.
+
+    >>> [k.shape for k in split(as_keys(jax.random.key(0), 4), 2)]
+    [(4,), (4,)]
+    """
+    keys = per_example(lambda k: jax.random.split(k, n), key)
+    return tuple(keys[..., i] for i in range(n))
 
 
-def normal(key: Key[Array, " b"], shape: tuple[int, ...], dtype=jnp.float32) -> Float[Array, "b ..."]:
-    """Standard normal noise ``[B, *shape]``, example by example; ``shape`` is that of one example."""
-    return jax.vmap(lambda k: jax.random.normal(k, shape, dtype))(key)
+def fold_in(key: Key[Array, "*b"], data: int | Int[Array, ""]) -> Key[Array, "*b"]:
+    """Fold one integer (the number of a step) into the key of every example.
+
+    Args:
+        key: one key, or keys ``[B]``.
+        data: the integer, the same for all examples.
+
+    Returns:
+        Keys of the shape of ``key``.
+
+    >>> fold_in(as_keys(jax.random.key(0), 4), 7).shape
+    (4,)
+    """
+    return per_example(lambda k: jax.random.fold_in(k, data), key)
+
+
+def normal(key: Key[Array, "*b"], shape: tuple[int, ...], dtype=jnp.float32) -> Float[Array, ...]:
+    """Draw standard normal noise, example by example.
+
+    Args:
+        key: one key, or keys ``[B]``.
+        shape: shape of one example, without the batch axis.
+        dtype: floating type of the noise.
+
+    Returns:
+        Noise ``[B, *shape]``, or ``[*shape]`` for one key.
+
+    >>> normal(as_keys(jax.random.key(0), 4), (2, 3)).shape
+    (4, 2, 3)
+    """
+    return per_example(lambda k: jax.random.normal(k, shape, dtype), key)

@@ -1,4 +1,4 @@
-"""The vocabulary of the library: networks, velocities, flow maps, losses, and how randomness is handed out.
+"""The vocabulary of the library: networks, velocities, flow maps, losses, and their common conventions.
 
 Conventions, stated once:
 
@@ -8,8 +8,8 @@ Conventions, stated once:
   ``X_{s,t}(x) = x + (t - s) Net(x, s, t)`` is the flow map.
 * Positional arguments are arrays (traced); keyword-only arguments are static.
 * Randomness belongs to the example: inside the library ``key`` is an array ``[B]`` of typed keys, one per example,
-  folded from the run's key, the step and the example's global index. A draw is then the same whatever the batch size,
-  the mesh or the number of processes.
+  folded from the run's key, the step and the example's global index. The draw of an example is therefore the same for
+  every batch size, mesh and number of processes. Public functions accept one key, too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Net(Protocol):
 
 @runtime_checkable
 class LogitNet(Protocol):
-    """An unbound network of one number an example, ``[B]``: the logit of a classifier. It is asked where ``s = t``."""
+    """An unbound classifier: one logit per example, ``[B]``; always evaluated on the diagonal ``s = t``."""
 
     def __call__(self, params: Params, x: Array, s: Array, t: Array, cond: Cond = None, key=None) -> Array: ...
 
@@ -107,7 +107,7 @@ def network(net: Net | LogitNet) -> Network:
 
 @runtime_checkable
 class VelocityFn(Protocol):
-    """A bound velocity ``v(x, t)``: all that solvers, likelihood and guidance see."""
+    """A bound velocity ``v(x, t)``: the only interface that solvers, likelihood and guidance use."""
 
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array: ...
 
@@ -120,16 +120,27 @@ class FlowMapFn(Protocol):
 
 
 def accept(ts) -> None:
-    """Accept all times: the check of what works on every grid."""
+    """Accept all times: the default ``check`` of ``Costed`` and ``Multistep``.
+
+    Args:
+        ts: times of any kind.
+
+    >>> accept([0.0, 1.0])
+    """
 
 
-class Costed(NamedTuple):
-    """A step, corrector, direction or schedule that states its cost and refuses times it cannot take.
+@dataclasses.dataclass(frozen=True)  # jax.jit needs weak references, which tuples do not have
+class Costed:
+    """A step, corrector, direction or schedule that states its cost and refuses times at which it cannot work.
 
-    Calling it calls ``apply``. ``nfe`` is the number of network evaluations of one call per example (``None``:
-    unknown). ``check(ts)`` raises ``ValueError`` for times, or for a grid, at which ``apply`` cannot work;
-    ``sampling.sample`` calls it before anything is compiled. Read both with ``stated``, which also sees through
-    ``jax.jit`` and ``functools.partial``.
+    Calling the object calls ``apply``. Read ``nfe`` and ``check`` with ``stated``, which also sees through ``jax.jit``
+    and ``functools.partial``.
+
+    Attributes:
+        apply: the step, corrector, direction or schedule.
+        nfe: number of network evaluations of one call, per example; ``None``: unknown.
+        check: ``check(ts)`` raises ``ValueError`` for times, or for a grid, at which ``apply`` cannot work;
+            ``sampling.sample`` calls ``check`` before anything is compiled.
     """
 
     apply: Callable[..., Any]
@@ -141,11 +152,14 @@ class Costed(NamedTuple):
 
 
 class Multistep(NamedTuple):
-    """A step that uses earlier ones: a ``FlowMapFn`` with a memory, which ``sampling.sample`` carries along the grid.
+    """A step that uses earlier steps: a ``FlowMapFn`` with a memory, which ``sampling.sample`` carries along the grid.
 
-    ``init(x)`` is the memory before the first step, ``step(memory, x, s, t, cond, key)`` gives ``(x, memory)``: arrays
-    whose shapes never change, so that the scan compiles one step. A grid starts with an empty memory. ``nfe`` and
-    ``check`` are those of ``Costed``.
+    Attributes:
+        init: ``init(x)`` is the memory before the first step of a grid.
+        step: ``step(memory, x, s, t, cond, key)`` returns ``(x, memory)``. Shapes never change, so that the scan
+            compiles one step.
+        nfe: as in ``Costed``.
+        check: as in ``Costed``.
     """
 
     init: Callable[[Array], Any]
@@ -155,18 +169,22 @@ class Multistep(NamedTuple):
 
 
 def stated(function: Any) -> Costed | Multistep:
-    """Return what a step, corrector or direction states of itself, through ``jax.jit`` and ``functools.partial``.
+    """Return the stated cost and check of a step, corrector or direction.
+
+    A wrapper does not hide the statement: ``jax.jit`` and ``functools.partial`` are opened.
 
     Args:
         function: any callable, or a ``Multistep``.
 
     Returns:
-        The ``Costed`` or ``Multistep`` inside ``function``; for a plain function ``Costed(function)``, of unknown cost.
+        The ``Costed`` or ``Multistep`` inside ``function``; for a plain function ``Costed(function)`` of unknown cost.
 
     >>> import functools, jax
     >>> step = Costed(lambda x, s, t, cond=None, key=None: x, nfe=4)
     >>> stated(jax.jit(step)).nfe, stated(functools.partial(step, cond=None)).nfe, stated(abs).nfe
     (4, 4, None)
+    >>> jax.jit(step)(1.0, 0.0, 0.5).item()
+    1.0
     """
     inner = function
     while not isinstance(inner, (Costed, Multistep)):
@@ -185,16 +203,22 @@ class DirectionFn(Protocol):
 
 @runtime_checkable
 class Corrector(Protocol):
-    """One correction of ``x`` at time ``t``; the second value informs and is not state."""
+    """One correction of ``x`` at time ``t``; the second value holds diagnostics and no state."""
 
     def __call__(self, key, x: Array, t: Array, cond: Cond = None) -> tuple[Array, Aux]: ...
 
 
 class Batch(NamedTuple):
-    """Examples ``[B, ...]``. ``x0=None``: the loss draws ``N(0, I)``. ``t`` is set where the data carry a time.
+    """A batch of training examples; every field is ``[B, ...]`` or ``None``.
 
-    ``negative`` is the ``x1`` of another training example, independent of this one (contrastive losses). ``progress``
-    is the share of the training that is done, in [0, 1), for losses that change with it; ``None`` stands for its end.
+    Attributes:
+        x1: data.
+        x0: source; ``None``: the loss draws ``N(0, I)``.
+        cond: condition, a pytree of arrays ``[B, ...]``.
+        t: times ``[B]``, where the data carry a time.
+        negative: ``x1`` of another training example, independent of this example (contrastive losses).
+        progress: fraction of the training that is done, in [0, 1), for losses that change during training; ``None``
+            stands for the end of the training.
     """
 
     x1: Array
@@ -207,21 +231,37 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class LossFn(Protocol):
-    """A loss with its target (the teacher: self, EMA or frozen) as an argument; ``key: [B]``.
+    """A loss with the parameters of its teacher (self, EMA or frozen) as the argument ``target``; ``key: [B]``.
 
-    Returns ``(scalar, aux)``; ``aux["per_example"]: [B]`` beside the times drawn, so that anyone can mask, bin by time
-    or reweight. ``aux`` holds arrays ``[B]`` only. A boolean ``aux["is_NAME"]`` says which examples the term ``NAME``
-    of the loss applies to; a float ``aux["NAME"]`` is a term of every example (times are ``s`` and ``t``). A weighted
-    loss keeps what it weights, the mean squared error of an example, in ``aux["residual"]``.
+    The loss returns ``(scalar, aux)``. ``aux`` holds arrays ``[B]`` only:
+
+    * ``aux["per_example"]``: the loss of every example, so that a caller can mask, reweight, or bin by time;
+    * ``aux["s"]``, ``aux["t"]``: the times drawn;
+    * ``aux["is_NAME"]``, boolean: the examples to which the term ``NAME`` of the loss applies;
+    * ``aux["NAME"]``, floating: a term of every example;
+    * ``aux["residual"]``: for a weighted loss the mean squared error before the weight.
     """
 
     def __call__(self, params: Params, target: Params, batch: Batch, key) -> tuple[Array, Aux]: ...
 
 
 class Method(NamedTuple):
-    """A training objective and what its parameters can be used as (compare ``optax.GradientTransformation``).
+    """A training objective and the functions that its trained parameters define: the views of the method.
 
-    ``score(params)(x, t, cond)`` is ``grad log p_t(x)``, what an SDE step needs beside the velocity.
+    Compare ``optax.GradientTransformation``. Each view takes parameters and returns a function of arrays, for example
+    ``method.velocity(params)(x, t, cond)``. A view that a method does not have is ``None``; the subclasses below state
+    in their types which views are always there. ``method._replace(loss=...)`` keeps the subclass.
+
+    Attributes:
+        loss: ``loss(params, target, batch, key) -> (scalar, aux)``; ``key`` is one key, or one key per example ``[B]``.
+        velocity: ``velocity(params)(x, t, cond) -> [B, ...]``, the drift of the probability flow.
+        flow_map: ``flow_map(params)(x, s, t, cond, key) -> [B, ...]``, the jump ``X_{s,t}(x)``.
+        direction: ``direction(params)(x, t, cond) -> [B, ...]``, where a corrector pushes ``x``.
+        score: ``score(params)(x, t, cond) -> [B, ...]``, ``grad log p_t(x)``, which an SDE step needs beside the
+            velocity.
+
+    >>> Method(loss=lambda params, target, batch, key: (0.0, {}), velocity=lambda params: lambda x, t, cond=None: x)
+    Method(loss, velocity)
     """
 
     loss: LossFn
@@ -230,12 +270,59 @@ class Method(NamedTuple):
     direction: Callable[[Params], DirectionFn] | None = None
     score: Callable[[Params], VelocityFn] | None = None
 
+    def __repr__(self) -> str:
+        names = (name for name, function in zip(self._fields, self, strict=True) if function is not None)
+        return f"{type(self).__name__}({', '.join(names)})"
+
+
+class FlowMethod(Method):
+    """A method whose parameters define a velocity; a score only where the path of the method gives one."""
+
+    __slots__ = ()
+    velocity: Callable[[Params], VelocityFn]
+
+
+class DiffusionMethod(FlowMethod):
+    """A method whose parameters define a velocity and a score."""
+
+    __slots__ = ()
+    score: Callable[[Params], VelocityFn]
+
+
+class FlowMapMethod(FlowMethod):
+    """A method whose parameters define a velocity, on the diagonal ``s = t``, and a flow map."""
+
+    __slots__ = ()
+    flow_map: Callable[[Params], FlowMapFn]
+
+
+class CorrectorMethod(Method):
+    """A method whose parameters define the direction of a corrector."""
+
+    __slots__ = ()
+    direction: Callable[[Params], DirectionFn]
+
+
+class ScoreCorrectorMethod(CorrectorMethod):
+    """A method whose parameters define the direction of a corrector and the score behind that direction."""
+
+    __slots__ = ()
+    score: Callable[[Params], VelocityFn]
+
 
 def with_null(cond: Cond, null: Cond) -> Cond:
-    """``cond`` with ``null``, broadcast leaf by leaf, in the place of its labels.
+    """Replace the labels of a condition by the null label, leaf by leaf.
 
-    A pair ``(labels, scale)``, the condition of a guided net, keeps its scale where ``null`` is no pair. ``null=None``
-    stands for no condition at all.
+    Args:
+        cond: condition of a batch, or a pair ``(labels, scale)``, the condition of a guided network. A pair keeps its
+            scale unless ``null`` is a pair, too.
+        null: condition that stands for no label, without the batch axis; ``None`` stands for no condition at all.
+
+    Returns:
+        A condition of the structure, shapes and types of ``cond``; ``None`` for ``null=None``.
+
+    >>> with_null(jnp.array([3, 7]), 10)
+    Array([10, 10], dtype=int32)
     """
     if null is None:
         return None
@@ -246,17 +333,50 @@ def with_null(cond: Cond, null: Cond) -> Cond:
 
 
 def is_null(cond: Cond, null: Cond) -> Array:
-    """Which rows, ``[B]``, have the null label (see ``with_null``)."""
+    """Return a mask of the examples whose condition is the null label.
+
+    Args:
+        cond: condition of a batch.
+        null: the null label (see ``with_null``); not ``None``.
+
+    Returns:
+        Booleans ``[B]``.
+
+    >>> is_null(jnp.array([3, 10]), 10)
+    Array([False,  True], dtype=bool)
+    """
     same = lambda a, b: jnp.all((a == b).reshape(a.shape[0], -1), 1)
     return jnp.stack(jax.tree.leaves(jax.tree.map(same, cond, with_null(cond, null)))).all(0)
 
 
 def expand(t: Array, x: Array) -> Array:
-    """``t: [B]`` (or a scalar) with trailing axes of one, to multiply ``x: [B, ...]``."""
+    """Append axes of size one to times, so that they multiply examples.
+
+    Args:
+        t: times ``[B]``, or a scalar.
+        x: examples ``[B, ...]``.
+
+    Returns:
+        ``t`` of shape ``[B, 1, ..., 1]``, with as many axes as ``x``.
+
+    >>> expand(jnp.zeros(4), jnp.zeros((4, 8, 8, 3))).shape
+    (4, 1, 1, 1)
+    """
     return jnp.reshape(t, jnp.shape(t) + (1,) * (x.ndim - jnp.ndim(t)))
 
 
 def over_batch(t, x: Array) -> Float[Array, " b"]:
-    """A scalar time as ``[B]``; an array ``[B]`` passes through. Times stay float32 (float64 when ``x`` is)."""
+    """Broadcast a time over a batch.
+
+    Args:
+        t: a scalar time, or times ``[B]``, which pass through.
+        x: examples ``[B, ...]``.
+
+    Returns:
+        Times ``[B]``: float32, or float64 where ``x`` is float64.
+
+    >>> over_batch(0.5, jnp.zeros((3, 2)))
+    Array([0.5, 0.5, 0.5], dtype=float32)
+    """
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     return jnp.broadcast_to(jnp.asarray(t, dtype), (x.shape[0],))

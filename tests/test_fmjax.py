@@ -25,7 +25,18 @@ HEAVY = (
 # The floors of the house, from the ground up: a package imports from lower floors and from its own, never in a circle.
 FLOORS = (
     ("types", "keys", "checks"),
-    ("storage", "paths", "times", "couplings", "nets", "metrics"),
+    (
+        "storage",
+        "interpolants",
+        "predictions",
+        "paths",
+        "fractions",
+        "times",
+        "transport",
+        "couplings",
+        "nets",
+        "metrics",
+    ),
     ("sampling", "methods", "data", "convert"),
     ("oracles", "correction", "training"),
     ("straightening",),

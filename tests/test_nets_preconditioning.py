@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import oracles, paths
+from fmjax import oracles, paths, sampling
 from fmjax.experiments import specs
 from fmjax.nets import preconditioning as pc
-from fmjax.sampling import diffusion
 from fmjax.types import Network
 
 MEAN, STD = jnp.array([0.7, -1.2]), jnp.array([0.3, 0.9])
@@ -79,8 +78,8 @@ def test_a_denoiser_is_the_velocity_on_every_path(new, points):
 def test_a_velocity_is_a_denoiser_and_back(points):
     linear = oracles.gaussian(MEAN, STD).velocity
     x = points * SIGMAS[:, None]
-    np.testing.assert_allclose(diffusion.denoiser(linear)(x, SIGMAS), exact(x, SIGMAS), rtol=1e-12, atol=1e-12)
-    back = diffusion.denoiser(velocity(exact))
+    np.testing.assert_allclose(sampling.denoiser(linear)(x, SIGMAS), exact(x, SIGMAS), rtol=1e-12, atol=1e-12)
+    back = sampling.denoiser(velocity(exact))
     np.testing.assert_allclose(back(x, SIGMAS), exact(x, SIGMAS), rtol=1e-11, atol=1e-11)
 
 

@@ -1,6 +1,6 @@
 """Training objectives: one factory ``name(net, *, ...) -> Method`` a file."""
 
-from fmjax.methods import attacks, common, weighting
+from fmjax.methods import attacks, common, views, weighting
 from fmjax.methods.align_your_flow import align_your_flow
 from fmjax.methods.alpha_flow import alpha_flow
 from fmjax.methods.classifier_corrector import classifier_corrector
@@ -33,5 +33,5 @@ __all__ = [
     "consistency_trajectory", "continuous_consistency", "contrastive", "denoising", "discriminator", "edm",
     "eulerian", "flow_map_matching", "flow_matching", "improved_mean_flow", "lagrangian", "learned_coupling",
     "mean_flow", "progressive", "progressive_distillation", "residual", "score_corrector", "shortcut", "soflow",
-    "stochastic_interpolant", "straighten", "terminal_velocity_matching", "weighting",
+    "stochastic_interpolant", "straighten", "terminal_velocity_matching", "views", "weighting",
 ]  # fmt: skip

@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 from fmjax import checks, paths, times
 from fmjax.methods import common as c
-from fmjax.types import Batch, Method, Net, Params, expand
+from fmjax.methods import views
+from fmjax.types import Batch, FlowMapMethod, Net, Params, expand
 
 VELOCITIES = ("conditional", "chord", "own")
 SOLVERS = ("euler", "heun", "jump")
@@ -20,48 +21,70 @@ BOOTSTRAPS = ("params", "target")
 def alpha_flow(
     net: Net,
     *,
-    path: paths.Path | None = None,
-    time=times.uniform,
-    pair=times.ordered_pair,
+    path: paths.Path = paths.linear(),
+    time: Callable = times.uniform,
+    pair: Callable = times.ordered_pair,
     diagonal: float = 0.75,
     teacher: Net | None = None,
     velocity: str = "conditional",
     solver: str = "euler",
-    share=times.sigmoid_share,
+    fraction: Callable = times.sigmoid_fraction,
     power: float = 1.0,
     bootstrap: str = "params",
     cost: Callable | None = None,
     anneal: float = 0.0,
-) -> Method:
-    """``X_{s,t}(x) = X_{m,t}(x + (m - s) v)``, ``m = s + a (t - s)``: no derivative, so any attention kernel serves.
+) -> FlowMapMethod:
+    """Train a flow map by ``X_{s,t}(x) = X_{m,t}(x + (m - s) v)`` with ``m = s + a (t - s)``, without a derivative.
 
-    On a share ``diagonal`` of the batch ``|u(I_t, t, t) - dI_t|^2``, on the rest ``a^-power |d|^2`` of the difference
-    ``d = u(I_s, s, t) - sg[a v + (1 - a) u(x_m, m, t)]``, ``x_m = I_s + (m - s) v`` (arXiv 2510.20771). In maps
-    ``(t - s) d = X_{s,t}(I_s) - X_{m,t}(x_m)``, so ``d / a`` is a difference quotient, and the residual of ``eulerian``
-    as ``a -> 0``. ``share(s, t, progress)`` is the law of ``a`` in ``times``.
+    A fraction ``diagonal`` of the batch has the flow-matching loss ``|u(I_t, t, t) - dI_t|^2``, the rest
+    ``a^-power |d|^2`` of the difference ``d = u(I_s, s, t) - sg[a v + (1 - a) u(x_m, m, t)]``,
+    ``x_m = I_s + (m - s) v`` (arXiv 2510.20771). It departs from the paper: the published weight ``a / (|d|^2 + 1e-3)``
+    is left out. In maps, ``(t - s) d = X_{s,t}(I_s) - X_{m,t}(x_m)``: ``d / a`` is a difference quotient, and the
+    residual of ``eulerian`` as ``a -> 0``. Since no derivative is taken, every attention kernel works.
 
     ================================  ==========================================================================
     method                            arguments
     ================================  ==========================================================================
     AlphaFlow (2510.20771)            the defaults: from flow matching on whole jumps (``a = 1``) to mean flow
-    SoFlow (2512.15657)               ``share=times.exponential_share, power=2`` (``soflow``)
+    SoFlow (2512.15657)               ``fraction=times.exponential_fraction, power=2`` (``soflow``)
     progressive, ``u`` in two parts   ``velocity="own", solver="jump", bootstrap="target", power=0``
     consistency models                ``diagonal=0, pair=times.to_data``, another cost of ``d`` (``consistency``)
     ================================  ==========================================================================
 
-    ``v`` is ``dI_s`` (``"conditional"``), ``(I_m - I_s) / (m - s)`` (``"chord"``; the same on the linear path), or
-    ``"own"``, of ``teacher(target, x, s, t, cond)``, by default ``net``: by ``solver`` its velocity ``u(x, s, s)``, the
-    mean of Heun's two velocities, or the ``"jump"``'s ``u(x, s, m)``. ``u(x_m, m, t)`` has the parameters ``bootstrap``
-    names. ``cost(d, s, t, a): [B]`` takes the place of ``a^-power |d|^2``. ``anneal`` as in ``lagrangian``. Dropout
-    acts on the diagonal only. ``aux``: ``s``, ``t``, ``residual`` (the mean of ``(d / a)^2``, to compare with that of
-    ``eulerian``), and which term an example has. Raises ``ValueError`` for unknown choices, a solver without its own
-    velocity, a negative ``power``, shares that are none, or not whole in the batch.
+    Args:
+        net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``. Dropout acts on the diagonal.
+        path: interpolant ``I_t``.
+        time: distribution of ``t`` on the diagonal, ``key: [B] -> [B]``.
+        pair: distribution of ``(s, t)`` off the diagonal.
+        diagonal: fraction of the batch on the diagonal; times the batch per device it must be whole.
+        teacher: network of the own velocity, at the parameters ``target``; ``net`` by default.
+        velocity: ``v``. ``"conditional"``: ``dI_s``. ``"chord"``: ``(I_m - I_s) / (m - s)``, the same on the linear
+            path. ``"own"``: from ``teacher``, by ``solver``.
+        solver: how the own velocity is evaluated. ``"euler"``: ``u(x, s, s)``. ``"heun"``: the mean of the two
+            velocities of Heun's step. ``"jump"``: ``u(x, s, m)``.
+        fraction: schedule of ``a``, ``(s, t, progress) -> [B]``, from ``times``.
+        power: exponent of the weight ``a^-power``.
+        bootstrap: parameters of ``u(x_m, m, t)``, ``"params"`` or ``"target"``.
+        cost: ``cost(d, s, t, a) -> [B]`` replaces ``a^-power |d|^2``.
+        anneal: fraction of the training during which ``|t - s| <= progress / anneal``; 0 for no bound.
+
+    Returns:
+        A method with ``velocity`` and ``flow_map``. ``aux`` has ``s``, ``t``, the masks of the two terms and
+        ``residual``, the mean of ``(d / a)^2``, which compares with the residual of ``eulerian``.
+
+    Raises:
+        ValueError: an unknown choice, a solver without an own velocity, a negative ``power``, a fraction outside [0,
+            1], or (in the loss) a batch that cannot be split.
+
+    >>> import jax.numpy as jnp
+    >>> from fmjax import methods
+    >>> method = methods.alpha_flow(lambda params, x, s, t, cond=None, key=None: params * x)
+    >>> method.flow_map(2.0)(jnp.ones((1, 2)), 0.0, 0.5)
+    Array([[2., 2.]], dtype=float32)
     """
-    path = path or paths.linear()
     c.check_times(path, time)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
-    if power < 0:
-        raise ValueError(f"power={power} cannot be negative: the loss is weighted by a^-power")
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
+    check_power(power)
     step = stepping(path, teacher or net, velocity, solver)
     checks.check_choice("bootstrap", bootstrap, BOOTSTRAPS)
     cost = cost or (lambda d, s, t, a: c.mse(d, jnp.zeros_like(d)) / a**power)
@@ -69,7 +92,7 @@ def alpha_flow(
     def differing(params, target, batch, key):
         k_t, k_x = c.split(key, 2)
         s, t = c.draw_pair(pair, k_t, batch, anneal)
-        a = share(s, t, c.progress(batch))
+        a = fraction(s, t, c.progress(batch))
         m = jnp.minimum(s + a * (t - s), t)  # not past t by rounding
         x, v = step(target, batch, k_x, s, m)
         later = net(target if bootstrap == "target" else params, x + expand(m - s, x) * v, m, t, batch.cond)
@@ -77,18 +100,46 @@ def alpha_flow(
         d = net(params, x, s, t, batch.cond) - aim
         return c.Term(s, t, cost(d, s, t, a), c.mse(d, jnp.zeros_like(d)) / a**2)
 
-    return c.two_time(net, c.two_terms(c.matching(net, path, time), differing, diagonal))
+    return views.two_time(net, c.two_terms(c.matching(net, path, time), differing, diagonal))
 
 
 Step = Callable[[Params, Batch, Array, Array, Array], tuple[Array, Array]]
 
 
+def check_power(power: float) -> None:
+    """Refuse a negative exponent of the weight ``a^-power``.
+
+    Args:
+        power: the exponent.
+
+    Raises:
+        ValueError: it is negative.
+    """
+    if power < 0:
+        raise ValueError(f"power={power}: negative, and the loss is weighted by a^-power. Give 0 or more.")
+
+
 def stepping(path: paths.Path, teacher: Net, velocity: str, solver: str) -> Step:
-    """``(target, batch, key, s, m) -> (I_s, v)``: a draw, and the mean velocity of a step from it to ``m``."""
+    """Return the step from a drawn ``I_s`` to ``m``, as a point and a mean velocity.
+
+    Args:
+        path: interpolant.
+        teacher: network of the own velocity.
+        velocity: ``"conditional"``, ``"chord"`` or ``"own"`` (see ``alpha_flow``).
+        solver: ``"euler"``, ``"heun"`` or ``"jump"``.
+
+    Returns:
+        ``(target, batch, key, s, m) -> (I_s, v)``, ``[B, ...]`` each; ``v`` has no gradient where it is learned.
+
+    Raises:
+        ValueError: an unknown choice, or a solver without an own velocity.
+    """
     checks.check_choice("velocity", velocity, VELOCITIES)
     checks.check_choice("solver", solver, SOLVERS)
     if solver != "euler" and velocity != "own":
-        raise ValueError(f"solver={solver!r} needs a velocity to evaluate: velocity='own', got {velocity!r}")
+        raise ValueError(
+            f"solver={solver!r}: evaluates a velocity, which velocity={velocity!r} does not have. Use velocity='own'."
+        )
 
     def step(target, batch, key, s, m):
         if velocity == "chord":  # one draw, at two times

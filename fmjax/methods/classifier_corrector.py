@@ -1,4 +1,4 @@
-"""The classifier corrector: a robust classifier of backward against forward marginals, its gradient the push."""
+"""The classifier corrector: a robust classifier of backward against forward marginals; its gradient is the push."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fmjax import checks
 from fmjax.methods import attacks
 from fmjax.methods import common as c
-from fmjax.types import LogitNet, Method, expand, over_batch
+from fmjax.types import CorrectorMethod, LogitNet, expand, over_batch
 
 DIRECTIONS = ("logit", "logprob", "normalised")
 
@@ -26,49 +26,71 @@ def classifier_corrector(
     random_start: bool = False,
     direction: str = "logit",
     clip: float | None = None,
-) -> Method:
-    """A classifier of backward (``batch.x1``) against forward marginals (``batch.x0``), both at the time ``batch.t``.
+) -> CorrectorMethod:
+    """Train a robust classifier of backward marginals ``q_n`` against forward marginals ``p_n``.
 
-    ``E_n [E_{q_n} max softplus(-f(x + d, t_n)) + E_{p_n} max softplus(f(x + d, t_n))] / 2`` over ``|d| <= eps``, the
-    maximum as ``attacks.pgd`` finds it (``steps``, ``step``, ``norm``, ``random_start``; marginal matching,
-    kRjLBXWn1T). ``net``'s diagonal is the logit ``f: [B]``, ``sigmoid f = P`` the probability of *backward*; at
-    ``eps = 0``, the plain classifier, the optimum is ``f = log(q_n / p_n)``. An attack stops once it has succeeded, so
-    that for ``eps > 0`` this is no exact saddle point. No dropout acts on the attack.
+    ``E_n [E_{q_n} max softplus(-f(x + d, t_n)) + E_{p_n} max softplus(f(x + d, t_n))] / 2``, the maxima over
+    ``|d| <= eps`` by ``attacks.pgd`` (marginal matching, OpenReview kRjLBXWn1T). ``f`` is the logit of the probability
+    ``P = sigmoid f`` of *backward*; for ``eps = 0``, the plain classifier, the optimum is ``f = log(q_n / p_n)``. For
+    ``eps > 0`` the loss is not an exact saddle point, because an attack stops once it has succeeded.
 
     =================  =========================  ====================================================================
     ``direction``      ``h``                      in ``x' = x + alpha h``
     =================  =========================  ====================================================================
-    ``"logit"``        ``grad f``                 Euler's step of size ``alpha`` down ``KL(p_n | q_n)``; 0 where p = q
-    ``"logprob"``      ``(1 - P) grad f``         ``grad log P``: vanishes where an example is judged backward already
+    ``"logit"``        ``grad f``                 an Euler step of size ``alpha`` down ``KL(p_n | q_n)``; 0 where p = q
+    ``"logprob"``      ``(1 - P) grad f``         ``grad log P``: vanishes where an example is classified as backward
     ``"normalised"``   ``grad f / |grad f|``      ``alpha`` is a length
     =================  =========================  ====================================================================
 
-    ``clip`` bounds ``|h|``, the norm over an example: at small ``n``, where a flow stretches, gradients are heavy
-    tailed. None is in displacement units; each costs 2 NFE, a forward and a backward pass. ``aux``: ``t``, and
-    ``accuracy``, the share of an example's two points that are classified right under attack. Raises ``ValueError``
-    for options that make no sense, a net that is no logit, and a batch without times or forward examples.
+    No direction is in displacement units.
+
+    Args:
+        net: logit ``f(params, x, s, t, cond, key)``, ``[B]``, evaluated where ``s = t``. Dropout does not act on the
+            attack.
+        eps: radius of the attack, in the units of ``x``; 0 for none.
+        steps: gradient steps of the attack.
+        step: length of an attack step; ``2.5 eps / steps`` by default.
+        norm: norm of the attack, ``"l2"`` or ``"linf"``.
+        random_start: start the attack at random instead of at ``d = 0``.
+        direction: ``"logit"``, ``"logprob"`` or ``"normalised"`` (see the table).
+        clip: bound of ``|h|``, the norm over an example. At small ``n``, where a flow stretches, gradients have heavy
+            tails.
+
+    Returns:
+        A method with ``direction``, of 2 NFE: a forward and a backward pass. Batches have backward examples in ``x1``,
+        forward examples in ``x0``, and the time of both in ``t``. ``aux`` has ``t`` and ``accuracy``, the fraction of
+        the two points of an example that are classified correctly under attack.
+
+    Raises:
+        ValueError: an option out of range, or (in the loss) a network that is no logit, or a batch without times or
+            forward examples.
+
+    >>> import jax.numpy as jnp
+    >>> from fmjax import methods
+    >>> method = methods.classifier_corrector(lambda params, x, s, t, cond=None, key=None: params * x.sum(-1))
+    >>> method.direction(2.0)(jnp.ones((1, 2)), 0.5)
+    Array([[2., 2.]], dtype=float32)
     """
-    attacks.check(eps=eps, steps=steps, step=step, norm=norm)
+    attacks.check_attack(eps=eps, steps=steps, step=step, norm=norm)
     checks.check_choice("direction", direction, DIRECTIONS)
     if clip is not None and not 0 < clip < math.inf:
-        raise ValueError(f"clip={clip} bounds the length of the direction and must be positive, or None for no bound")
+        raise ValueError(f"clip={clip}: not a bound of a length. Give a positive number, or None for no bound.")
     attack = functools.partial(attacks.pgd, eps=eps, steps=steps, step=step, norm=norm)
 
     def logit(params, x, t, cond=None, key=None):
         f = net(params, x, t, t, cond, key)
         if f.shape != x.shape[:1]:
             raise ValueError(
-                f"a classifier needs a net of one number an example, {x.shape[:1]}, got {f.shape} for x {x.shape}: "
-                "give nets 'mlp' or 'plain' logit=True, or take 'encoder'"
+                f"net: gives {f.shape} for x {x.shape}, and a classifier needs one number per example, {x.shape[:1]}. "
+                "Set logit=True in nets 'mlp' and 'plain', or use net 'encoder'."
             )
         return f
 
+    @c.keyed
     def loss(params, target, batch, key):
-        if batch.x0 is None or batch.t is None:
-            raise ValueError(
-                "the classifier corrector trains on pairs of marginals: its batches need backward examples in "
-                "Batch.x1, forward ones in Batch.x0, and their times in Batch.t"
-            )
+        for name, example in (("x0", "the forward examples"), ("t", "their times")):
+            if getattr(batch, name) is None:
+                raise ValueError(f"batch.{name}=None: not pairs of marginals. Put {example} in {name}, backward in x1.")
         twice = lambda tree: jax.tree.map(lambda a: jnp.concatenate([a, a]), tree)
         x, t, cond = jnp.concatenate([batch.x1, batch.x0]), twice(batch.t), twice(batch.cond)
         y = jnp.repeat(jnp.array([1.0, -1.0]), len(batch.x1))
@@ -93,4 +115,4 @@ def classifier_corrector(
 
         return push
 
-    return Method(loss, direction=bind)
+    return CorrectorMethod(loss, direction=bind)

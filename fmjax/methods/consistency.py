@@ -11,7 +11,7 @@ from jaxtyping import Array
 from fmjax import checks, paths, times
 from fmjax.methods import common as c
 from fmjax.methods.alpha_flow import alpha_flow
-from fmjax.types import Method, Net, expand
+from fmjax.types import FlowMapMethod, Net, expand
 
 DISTANCES = ("pseudo_huber", "squared")
 WEIGHTS = ("gap", "none")
@@ -20,59 +20,92 @@ WEIGHTS = ("gap", "none")
 def consistency(
     net: Net,
     *,
-    path: paths.Path | None = None,
-    time=times.noise_level,
+    path: paths.Path = paths.linear(),
+    time: Callable = times.noise_level,
     diagonal: float = 0.0,
     teacher: Net | None = None,
     velocity: str = "chord",
     solver: str = "euler",
-    share=times.ect_share,
+    fraction: Callable = times.ect_fraction,
     distance: str = "pseudo_huber",
     scale: float = 5.4e-4,
     weight: str = "gap",
     bootstrap: str = "params",
-) -> Method:
-    """``dist(X_{s,1}(x_s), sg X_{m,1}(x_m))``, ``s < m`` neighbours: the map to the data (arXiv 2303.01469).
+) -> FlowMapMethod:
+    """Train a consistency model, ``dist(X_{s,1}(x_s), sg X_{m,1}(x_m))`` for neighbours ``s < m`` (arXiv 2303.01469).
 
-    It is ``alpha_flow`` with ``t = 1``, ``s ~ time`` and ``m`` from ``share``, and ``cost`` for the cost.
+    It is ``alpha_flow`` with ``t = 1``, ``s ~ time``, ``m`` from ``fraction`` and ``consistency_cost``. The map is
+    trained for ``t = 1`` only, and the velocity only on the fraction ``diagonal`` of the batch. Where ``diagonal=0``,
+    sample in one jump, or in several jumps with noise between them. The defaults depart from the authors' code of ECT,
+    whose pseudo-Huber scale is 0: its distance is the norm.
 
     ===============================  ===========================================================================
     method                           arguments
     ===============================  ===========================================================================
-    ECT (2406.14548)                 the defaults, from a flow: at the start ``X_{s,1}`` is one Euler step of it
-    training (CT)                    ``share=times.level_share, distance="squared", weight="none"``, and with a
-                                     moving average as the target ``bootstrap="target"``
-    improved training (2310.14189)   ``share=times.level_share``
+    ECT (2406.14548)                 the defaults, initialised with a flow: ``X_{s,1}`` is then its Euler step
+    training (CT)                    ``fraction=times.level_fraction, distance="squared", weight="none"``; with a
+                                     moving average as ``target`` also ``bootstrap="target"``
+    improved training (2310.14189)   ``fraction=times.level_fraction``
     distillation (CD)                as CT with ``velocity="own", solver="heun"``, ``target`` frozen
     ===============================  ===========================================================================
 
-    ``x_m`` is the interpolant of the same pair (``"chord"``) or one step of a solver along the teacher's velocity,
-    ``teacher(target, x, s, s, cond)``. ``X_{s,t}`` is trained for ``t = 1`` only, the velocity on the share
-    ``diagonal`` of the batch (``|u(I_t, t, t) - dI_t|^2``, ``t ~ time``): without one, sample in a jump, or in several
-    with noise between them. Noise levels are those of the linear path,
-    ``sigma = (1 - s) / s``. Dropout acts on the diagonal only. ``aux`` as that of ``alpha_flow``. Raises ``ValueError``
-    as ``alpha_flow`` and ``cost`` do.
+    Args:
+        net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``. Dropout acts on the diagonal.
+        path: interpolant ``I_t``. Noise levels are ``sigma = (1 - s) / s``, the levels of the linear path.
+        time: distribution of ``s``, and of ``t`` on the diagonal, ``key: [B] -> [B]``.
+        diagonal: fraction of the batch with the flow-matching loss ``|u(I_t, t, t) - dI_t|^2``.
+        teacher: network of the own velocity, evaluated as ``teacher(target, x, s, s, cond)``; ``net`` by default.
+        velocity: how ``x_m`` is made. ``"chord"``: the interpolant of the same pair. ``"own"``: one solver step along
+            the velocity of the teacher. ``"conditional"``: one step along ``dI_s``.
+        solver: solver of the own velocity, ``"euler"``, ``"heun"`` or ``"jump"``.
+        fraction: schedule of ``(m - s) / (1 - s)``, ``(s, t, progress) -> [B]``.
+        distance: ``"pseudo_huber"`` or ``"squared"``.
+        scale: scale of the pseudo-Huber distance, per element.
+        weight: ``"gap"``: ``1 / (sigma - sigma')`` of the two noise levels. ``"none"``.
+        bootstrap: parameters of ``X_{m,1}``, ``"params"`` or ``"target"``.
+
+    Returns:
+        A method with ``velocity`` and ``flow_map``; ``aux`` as in ``alpha_flow``.
+
+    Raises:
+        ValueError: as ``alpha_flow`` and ``consistency_cost``.
+
+    >>> import jax.numpy as jnp
+    >>> from fmjax import methods
+    >>> method = methods.consistency(lambda params, x, s, t, cond=None, key=None: params * x)
+    >>> method.flow_map(2.0)(jnp.ones((1, 2)), 0.5, 1.0)
+    Array([[2., 2.]], dtype=float32)
     """
     return alpha_flow(
-        net, path=path, time=time, pair=functools.partial(times.to_data, law=time), diagonal=diagonal, teacher=teacher,
-        velocity=velocity, solver=solver, share=share, bootstrap=bootstrap,
-        cost=cost(distance=distance, scale=scale, weight=weight),
+        net, path=path, time=time, pair=functools.partial(times.to_data, time=time), diagonal=diagonal, teacher=teacher,
+        velocity=velocity, solver=solver, fraction=fraction, bootstrap=bootstrap,
+        cost=consistency_cost(distance=distance, scale=scale, weight=weight),
     )  # fmt: skip
 
 
-def cost(*, distance: str = "pseudo_huber", scale: float = 5.4e-4, weight: str = "gap") -> Callable[..., Array]:
-    """The cost ``(d, s, t, a) -> [B]`` of ``X_{s,t} - X_{m,t} = (t - s) d``, ``m = s + a (t - s)``.
+def consistency_cost(
+    *, distance: str = "pseudo_huber", scale: float = 5.4e-4, weight: str = "gap"
+) -> Callable[..., Array]:
+    """Return the cost of ``X_{s,t} - X_{m,t} = (t - s) d``, ``m = s + a (t - s)``, for ``alpha_flow``.
 
-    Its mean square ``q`` (``"squared"``) or ``sqrt(q + scale^2) - scale`` (``"pseudo_huber"``; sums over the ``n``
-    dimensions, as papers write it, have the scale ``sqrt(n) scale``), times ``1 / (sigma - sigma')`` of the noise
-    levels ``sigma = (1 - s) / s`` with ``weight="gap"``. Raises ``ValueError`` for unknown choices and ``scale <= 0``.
+    Args:
+        distance: ``"squared"``: the mean square ``q``. ``"pseudo_huber"``: ``sqrt(q + scale^2) - scale``. Papers write
+            sums over the ``n`` elements of an example; their scale is ``sqrt(n) scale``.
+        scale: scale of the pseudo-Huber distance.
+        weight: ``"gap"``: times ``1 / (sigma - sigma')`` of the noise levels ``sigma = (1 - s) / s``. ``"none"``.
+
+    Returns:
+        ``cost(d, s, t, a) -> [B]``.
+
+    Raises:
+        ValueError: an unknown choice, or ``scale <= 0``.
     """
     checks.check_choice("distance", distance, DISTANCES)
     checks.check_choice("weight", weight, WEIGHTS)
     if not scale > 0:
-        raise ValueError(f"scale={scale} must be positive: at zero the distance has no gradient")
+        raise ValueError(f"scale={scale}: the distance has no gradient at zero. Give a positive number.")
 
-    def of(d, s, t, a):
+    def cost(d, s, t, a):
         apart = expand(t - s, d) * d
         q = c.mse(apart, jnp.zeros_like(apart))
         if distance == "pseudo_huber":
@@ -80,4 +113,4 @@ def cost(*, distance: str = "pseudo_huber", scale: float = 5.4e-4, weight: str =
         gap = a * (t - s)  # sigma - sigma' = (m - s) / (s m)
         return q * s * (s + gap) / jnp.maximum(gap, 1e-12) if weight == "gap" else q
 
-    return of
+    return cost

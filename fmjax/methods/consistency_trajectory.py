@@ -2,60 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from fmjax import checks, paths, times
 from fmjax.methods import common as c
-from fmjax.methods.alpha_flow import BOOTSTRAPS, stepping
-from fmjax.types import Method, Net, expand
+from fmjax.methods import views
+from fmjax.methods.alpha_flow import BOOTSTRAPS, check_power, stepping
+from fmjax.types import FlowMapMethod, Net, expand
 
 
 def consistency_trajectory(
     net: Net,
     *,
-    path: paths.Path | None = None,
-    time=times.uniform,
-    pair=times.ordered_pair,
+    path: paths.Path = paths.linear(),
+    time: Callable = times.uniform,
+    pair: Callable = times.ordered_pair,
     diagonal: float = 0.5,
     teacher: Net | None = None,
     velocity: str = "own",
     solver: str = "heun",
-    share=times.exponential_share,
+    fraction: Callable = times.exponential_fraction,
     power: float = 1.0,
     bootstrap: str = "params",
     anneal: float = 0.0,
-) -> Method:
-    """``a^-power |sg[X_{t,1}](X_{s,t}(I_s)) - sg X_{t,1}(X_{m,t}(x_m))|^2``, ``x_m`` a solver step from ``I_s``.
+) -> FlowMapMethod:
+    """Train a consistency trajectory model, ``a^-power |sg[X_{t,1}](X_{s,t}(I_s)) - sg X_{t,1}(X_{m,t}(x_m))|^2``.
 
-    Consistency trajectory models (arXiv 2310.02279): the semigroup with a step of the teacher in its first part, both
-    sides mapped on to the data by a map whose parameters, not its input, are stopped. On a share ``diagonal`` of the
-    batch ``|u(I_t, t, t) - dI_t|^2`` instead. ``velocity``, ``solver``, ``teacher`` over ``target``, ``a = share(s, t,
-    progress) = (m - s) / (t - s)`` and ``bootstrap`` (whose parameters stopped maps have) as in ``alpha_flow``, which
-    compares at ``t``. In the paper ``target`` is a frozen flow and ``power`` zero, with longer steps of many parts: one
-    part needs to be short, and its loss the weight. The perceptual distance and the adversarial term are left out.
-    ``anneal`` as in ``lagrangian``. Dropout acts on the diagonal only. ``aux`` as that of
-    ``alpha_flow``. Raises ``ValueError`` as it does.
+    ``x_m`` is a solver step of the teacher from ``I_s``. Both sides are mapped on to the data by a map whose
+    parameters, but not whose input, are stopped (arXiv 2310.02279). It departs from the paper: the perceptual distance
+    and the adversarial term are left out; in the paper ``power`` is 0 and ``x_m`` is several solver steps away, while
+    one step must be short, which the weight ``a^-power`` makes up for.
+
+    Args:
+        net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``. Dropout acts on the diagonal.
+        path: interpolant ``I_t``.
+        time: distribution of ``t`` on the diagonal, ``key: [B] -> [B]``.
+        pair: distribution of ``(s, t)`` off the diagonal.
+        diagonal: fraction of the batch with the flow-matching loss ``|u(I_t, t, t) - dI_t|^2``.
+        teacher: network of the own velocity, at the parameters ``target`` (a frozen flow in the paper); ``net`` by
+            default.
+        velocity: velocity of the step to ``x_m``, as in ``alpha_flow``.
+        solver: solver of the own velocity, as in ``alpha_flow``.
+        fraction: schedule of ``a = (m - s) / (t - s)``, ``(s, t, progress) -> [B]``.
+        power: exponent of the weight ``a^-power``.
+        bootstrap: parameters of the stopped maps, ``"params"`` or ``"target"``.
+        anneal: fraction of the training during which ``|t - s| <= progress / anneal``; 0 for no bound.
+
+    Returns:
+        A method with ``velocity`` and ``flow_map``; ``aux`` as in ``alpha_flow``, which compares at ``t``.
+
+    Raises:
+        ValueError: as ``alpha_flow``.
+
+    >>> import jax.numpy as jnp
+    >>> from fmjax import methods
+    >>> method = methods.consistency_trajectory(lambda params, x, s, t, cond=None, key=None: params * x)
+    >>> method.flow_map(2.0)(jnp.ones((1, 2)), 0.5, 1.0)
+    Array([[2., 2.]], dtype=float32)
     """
-    path = path or paths.linear()
     c.check_times(path, time)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
     checks.check_choice("bootstrap", bootstrap, BOOTSTRAPS)
-    if power < 0:
-        raise ValueError(f"power={power} cannot be negative: the loss is weighted by a^-power")
+    check_power(power)
     step = stepping(path, teacher or net, velocity, solver)
 
     def comparing(params, target, batch, key):
         k_t, k_x = c.split(key, 2)
         s, t = c.draw_pair(pair, k_t, batch, anneal)
-        a = share(s, t, c.progress(batch))
+        a = fraction(s, t, c.progress(batch))
         m = jnp.minimum(s + a * (t - s), t)  # not past t by rounding
         x, v = step(target, batch, k_x, s, m)
         still = jax.lax.stop_gradient(target if bootstrap == "target" else params)
-        bound, cond, end = c.jump(net), batch.cond, jnp.ones_like(t)
+        bound, cond, end = views.flow_map_view(net), batch.cond, jnp.ones_like(t)
         jump, jump_still = bound(params), bound(still)
         aim = jump_still(jump_still(x + expand(m - s, x) * v, m, t, cond), t, end, cond)
         apart = c.mse(jump_still(jump(x, s, t, cond), t, end, cond), jax.lax.stop_gradient(aim))
         return c.Term(s, t, apart / a**power, apart / a**2)
 
-    return c.two_time(net, c.two_terms(c.matching(net, path, time), comparing, diagonal))
+    return views.two_time(net, c.two_terms(c.matching(net, path, time), comparing, diagonal))

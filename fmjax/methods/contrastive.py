@@ -1,6 +1,8 @@
-"""Contrastive flow matching: regress on the example's own velocity and away from that of another example."""
+"""Contrastive flow matching: regress on the example's velocity and away from the velocity of another example."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import numpy as np
 
 from fmjax import paths, times
 from fmjax.methods import common as c
-from fmjax.types import Batch, Method, Net
+from fmjax.methods import views
+from fmjax.types import Batch, FlowMethod, Net
 
 
 def contrastive(
@@ -16,30 +19,47 @@ def contrastive(
     *,
     mean: jax.Array | np.ndarray | float,
     weight: float = 0.05,
-    path: paths.Path | None = None,
-    time=times.uniform,
-) -> Method:
-    """Contrastive flow matching, ``E |u(I_t, t, t) - dI_t|^2 - weight |u(I_t, t, t) - dJ_t|^2`` (arXiv 2506.05350).
+    path: paths.Path = paths.linear(),
+    time: Callable = times.uniform,
+) -> FlowMethod:
+    """Train a velocity by contrastive flow matching, ``E |u(I_t, t, t) - dI_t|^2 - weight |u(I_t, t, t) - dJ_t|^2``.
 
-    ``dJ_t = alpha' y0 + beta' y1`` is the target of another example at the same time: ``y1 = batch.negative``, the
-    ``x1`` of an independent one, and ``y0 ~ N(0, I)`` from the example's own key. Its mean is ``T_t = beta' E[x1]``
-    whatever the condition, so the net learns ``(v(x, t, cond) - weight T_t) / (1 - weight)``, which does not transport
-    to the data. ``velocity`` undoes that exactly, ``(1 - weight) u + weight beta' mean``, with ``mean = E[x1]`` over
-    the training set (an array of an example's shape, or a number); ``score`` is that velocity's (see
-    ``flow_matching``). Guidance acts on the velocity so corrected.
+    ``dJ_t = alpha' y0 + beta' y1`` is the target of another example at the same time (arXiv 2506.05350):
+    ``y1 = batch.negative``, the ``x1`` of an independent example, and ``y0 ~ N(0, I)`` from the key of this example.
+    Its mean is ``T_t = beta' E[x1]`` whatever the condition, so the network learns
+    ``(v(x, t, cond) - weight T_t) / (1 - weight)``, which does not transport to the data. It departs from the paper:
+    ``velocity`` undoes this bias exactly, ``(1 - weight) u + weight beta' mean``. Guidance acts on the velocity so
+    corrected.
 
-    ``weight = 0`` is flow matching. ``aux``: ``t``, the two errors ``matching`` and ``contrast``. Raises
-    ``ValueError`` unless ``0 <= weight < 1`` (beyond, the loss has no minimum), for a batch without negatives, and for
-    times that reach the infinite ends of a path.
+    Args:
+        net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``.
+        mean: ``E[x1]`` over the training set, an array of the shape of an example or a number.
+        weight: weight of the contrast; 0 is flow matching.
+        path: interpolant ``I_t``.
+        time: distribution of ``t``, ``key: [B] -> [B]``.
+
+    Returns:
+        A method with ``velocity``, and with ``score`` where the path has no latent (see ``flow_matching``). ``aux`` has
+        ``t`` and the errors ``matching`` and ``contrast``.
+
+    Raises:
+        ValueError: not ``0 <= weight < 1`` (beyond, the loss has no minimum), ``time`` reaches the ends of a path where
+            its velocity is infinite, or (in the loss) a batch without negatives.
+
+    >>> import jax.numpy as jnp
+    >>> from fmjax import methods
+    >>> method = methods.contrastive(lambda params, x, s, t, cond=None, key=None: params * x, mean=4.0, weight=0.5)
+    >>> method.velocity(2.0)(jnp.ones((1, 2)), 0.5)  # 0.5 * 2 + 0.5 * 4
+    Array([[3., 3.]], dtype=float32)
     """
-    path = path or paths.linear()
     c.check_times(path, time)
     if not 0 <= weight < 1:
-        raise ValueError(f"contrastive needs 0 <= weight < 1, or its loss is unbounded below, got weight={weight}")
+        raise ValueError(f"weight={weight}: the loss is unbounded below. Give a number in [0, 1).")
 
+    @c.keyed
     def loss(params, target, batch, key):
         if batch.negative is None:
-            raise ValueError("contrastive needs Batch.negative, the x1 of other examples: set negatives='any'")
+            raise ValueError("batch.negative=None: contrastive needs x1 of other examples. Set negatives='any'.")
         k_t, k_x, k_other, k_net = c.split(key, 4)
         t = time(k_t)
         x, u = c.interpolant(path, k_x, batch, t)
@@ -49,7 +69,7 @@ def contrastive(
         return c.reduce(matching - weight * contrast, t=t, matching=matching, contrast=contrast)
 
     def velocity(params):
-        biased = c.diagonal(net)(params)
+        biased = views.velocity_view(net)(params)
 
         def unbiased(x, t, cond=None):
             *_, d_beta = paths.coefficients(path, x, t)
@@ -57,4 +77,5 @@ def contrastive(
 
         return unbiased
 
-    return Method(loss, velocity=velocity, score=c.score(path, velocity))
+    score = views.score_view(path, velocity) if path.gamma is None else None
+    return FlowMethod(loss, velocity=velocity, score=score)

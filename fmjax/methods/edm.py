@@ -4,43 +4,62 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 from fmjax import paths, times
 from fmjax.methods import common as c
-from fmjax.types import Method, Net
+from fmjax.methods import views
+from fmjax.types import DiffusionMethod, Net
+
+_LINEAR = paths.linear()
 
 
 def edm(
     net: Net,
     *,
-    path: paths.Path | None = None,
+    path: paths.Path = _LINEAR,
     sigma_data: float = 0.5,
-    time=functools.partial(times.noise_level, mean=-1.2, std=1.2),
-) -> Method:
-    """``E lambda(sigma) |D(x1 + sigma x0; sigma) - x1|^2``, ``lambda = 1 / c_out^2`` (arXiv 2206.00364).
+    time: Callable = functools.partial(times.noise_level, mean=-1.2, std=1.2),
+) -> DiffusionMethod:
+    """Train a velocity with the loss of EDM, ``E lambda(sigma) |D(x1 + sigma x0; sigma) - x1|^2`` (arXiv 2206.00364).
 
-    ``log sigma ~ N(-1.2, 1.2^2)``; ``sigma_data`` is the data's standard deviation, as fed. At ``t = 1 / (1 + sigma)``
-    on the linear path ``D = x + (1 - t) v``, so that this is ``E ((1 - t)^2 / sigma_data^2 + t^2) |v - dI_t|^2``, and
-    ``net``'s diagonal is ``v``: the parameters start any flow or flow map. With ``nets.preconditioning.edm`` of the
-    same ``sigma_data`` (``"preconditioning": {"name": "edm", "sigma_data": ...}`` in a network's spec) it is the
-    unit-variance ``|F - F*|^2`` that EDM calls for.
+    ``lambda = 1 / c_out^2`` and ``log sigma ~ N(-1.2, 1.2^2)``. At ``t = 1 / (1 + sigma)`` on the linear path
+    ``D = x + (1 - t) v``, so this is ``E ((1 - t)^2 / sigma_data^2 + t^2) |v - dI_t|^2``, and the diagonal of ``net``
+    is ``v``: the parameters can initialise any flow or flow map. With ``nets.preconditioning.edm`` of the same
+    ``sigma_data`` (``"preconditioning": {"name": "edm", "sigma_data": ...}`` in the spec of a network) it is the
+    unit-variance loss ``|F - F*|^2`` of EDM.
 
-    ``velocity`` and ``score`` are those on ``path``, linear by default, after ``paths.change``: the path is of no
-    consequence to the training. ``time`` is a law of times of the linear path. ``aux``: ``t`` and ``residual``, the
-    squared error of the velocity. Raises ``ValueError`` for ``sigma_data <= 0`` and a path with a latent.
+    Args:
+        net: average velocity ``u(params, x, s, t, cond, key)`` of the linear path, evaluated where ``s = t``.
+        path: interpolant of the views, by ``paths.change``. The training does not depend on it.
+        sigma_data: standard deviation of the data, as fed.
+        time: distribution of ``t`` on the linear path, ``key: [B] -> [B]``.
+
+    Returns:
+        A method with ``velocity`` and ``score`` on ``path``. ``aux`` has ``t`` and ``residual``, the squared error of
+        the velocity.
+
+    Raises:
+        ValueError: ``sigma_data <= 0``, or a path with a latent.
+
+    >>> import jax.numpy as jnp
+    >>> from fmjax import methods
+    >>> method = methods.edm(lambda params, x, s, t, cond=None, key=None: params * x, sigma_data=1.0)
+    >>> method.velocity(2.0)(jnp.ones((1, 2)), 0.5)
+    Array([[2., 2.]], dtype=float32)
     """
     if not 0 < sigma_data < math.inf:
-        raise ValueError(f"sigma_data={sigma_data}, the standard deviation of the data, must be positive")
-    linear = paths.linear()
-    paths.refuse_latent("edm", path or linear)
+        raise ValueError(f"sigma_data={sigma_data}: not a standard deviation of data. Give a positive number.")
+    paths.refuse_latent("edm", path)
 
+    @c.keyed
     def loss(params, target, batch, key):
         k_t, k_x, k_net = c.split(key, 3)
         t = time(k_t)
-        x, u = c.interpolant(linear, k_x, batch, t)
+        x, u = c.interpolant(_LINEAR, k_x, batch, t)
         residual = c.mse(net(params, x, t, t, batch.cond, k_net), u)
         return c.reduce(((1 - t) ** 2 / sigma_data**2 + t**2) * residual, t=t, residual=residual)
 
-    straight = c.diagonal(net)
-    velocity = straight if path is None else lambda params: paths.change(straight(params), linear, path)
-    return Method(loss, velocity=velocity, score=c.score(path or linear, velocity))
+    straight = views.velocity_view(net)
+    velocity = straight if path is _LINEAR else lambda params: paths.change(straight(params), _LINEAR, path)
+    return DiffusionMethod(loss, velocity=velocity, score=views.score_view(path, velocity))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fmjax import paths, times
 from fmjax.methods import common as c
-from fmjax.types import Method, Net
+from fmjax.methods import views
+from fmjax.types import FlowMethod, Net
 
 
-def flow_matching(net: Net, *, path: paths.Path | None = None, time=times.uniform) -> Method:
-    """Conditional flow matching, ``E |u(I_t, t, t) - dI_t/dt|^2`` (arXiv 2210.02747, 2302.00482 eq. 10).
+def flow_matching(net: Net, *, path: paths.Path = paths.linear(), time: Callable = times.uniform) -> FlowMethod:
+    """Train a velocity by conditional flow matching, ``E |u(I_t, t, t) - dI_t/dt|^2``.
 
-    ``net``'s diagonal learns ``v(x, t) = E[dI_t | I_t = x]``. ``time`` is a law of ``t: [B]``. What torchcfm has as
-    classes are choices of ``path`` and of the input pipeline's coupling (of ``batch.x0``):
+    The diagonal of ``net`` learns ``v(x, t) = E[dI_t | I_t = x]`` (arXiv 2210.02747, 2302.00482 eq. 10). The classes of
+    torchcfm correspond to choices of ``path`` and of the coupling in the input pipeline, which sets ``batch.x0``:
 
     ==========  ============================  =====================================================
     method      path                          coupling
@@ -20,22 +23,39 @@ def flow_matching(net: Net, *, path: paths.Path | None = None, time=times.unifor
     OT-CFM      ``linear``                    ``minibatch_ot``
     target CFM  ``target_conditional``        none
     VP-CFM      ``trigonometric``             none
-    SB-CFM      ``schroedinger_bridge``       ``minibatch_ot`` (exact by default there, entropic in theory)
+    SB-CFM      ``schroedinger_bridge``       ``minibatch_ot`` (torchcfm: exact by default; theory: entropic)
     ==========  ============================  =====================================================
 
-    A latent of the path is drawn from the example's key; a Brownian one needs ``time=times.interior``. ``score`` is
-    that of ``paths.score`` and there where the path has no latent; it takes the source to be N(0, I) and independent
-    of the data: with a coupling it is not the score. ``aux``: ``t`` and the error per example. Raises ``ValueError``
-    for times that reach the infinite ends of a path.
+    Args:
+        net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``.
+        path: interpolant ``I_t``. Its latent, if any, is drawn from the example's key; a Brownian latent needs
+            ``time=times.interior``.
+        time: distribution of ``t``, ``key: [B] -> [B]``.
+
+    Returns:
+        A method with ``velocity``, and with ``score`` where the path has no latent. The score assumes a source N(0, I)
+        that is independent of the data; with a coupling it is not the score. ``aux`` has ``t``.
+
+    Raises:
+        ValueError: ``time`` reaches the ends of a path where its velocity is infinite.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from fmjax import methods
+    >>> from fmjax.types import Batch
+    >>> method = methods.flow_matching(lambda params, x, s, t, cond=None, key=None: params * x)
+    >>> loss, aux = jax.jit(method.loss)(2.0, 2.0, Batch(jnp.ones((4, 3))), jax.random.key(0))
+    >>> loss.shape, aux["per_example"].shape, method.velocity(2.0)(jnp.ones((1, 3)), 0.5)
+    ((), (4,), Array([[2., 2., 2.]], dtype=float32))
     """
-    path = path or paths.linear()
     c.check_times(path, time)
 
+    @c.keyed
     def loss(params, target, batch, key):
         k_t, k_x, k_net = c.split(key, 3)
         t = time(k_t)
         x, u = c.interpolant(path, k_x, batch, t)
         return c.reduce(c.mse(net(params, x, t, t, batch.cond, k_net), u), t=t)
 
-    velocity = c.diagonal(net)
-    return Method(loss, velocity=velocity, score=c.score(path, velocity))
+    velocity = views.velocity_view(net)
+    score = views.score_view(path, velocity) if path.gamma is None else None
+    return FlowMethod(loss, velocity=velocity, score=score)

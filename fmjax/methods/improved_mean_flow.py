@@ -1,26 +1,27 @@
-"""Improved mean flow: the net's own velocity as the direction of the derivative, guidance of every scale."""
+"""Improved mean flow: the network's own velocity as the direction of the derivative, guidance of every scale."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from fmjax import checks, paths, times
 from fmjax.methods import common as c
-from fmjax.methods import weighting
+from fmjax.methods import views, weighting
 from fmjax.methods.eulerian import eulerian
-from fmjax.methods.mean_flow import LAW, where_guided
-from fmjax.types import Cond, Method, Net, expand
+from fmjax.methods.mean_flow import LOGIT_NORMAL, where_guided
+from fmjax.types import Cond, FlowMapMethod, Net, expand
 
 
 def improved_mean_flow(
     net: Net,
     *,
-    path: paths.Path | None = None,
-    time=functools.partial(times.earlier, law=LAW),
-    pair=functools.partial(times.ordered_pair, law=LAW),
+    path: paths.Path = paths.linear(),
+    time: Callable = functools.partial(times.earlier, time=LOGIT_NORMAL),
+    pair: Callable = functools.partial(times.ordered_pair, time=LOGIT_NORMAL),
     diagonal: float = 0.5,
     anneal: float = 0.0,
     power: float = 1.0,
@@ -29,30 +30,56 @@ def improved_mean_flow(
     null: Cond = None,
     low: float = 0.0,
     high: float = 1.0,
-) -> Method:
-    """``|V - v_g|^2`` with ``V = u(I_s, s, t) - (t - s) sg[(d/ds + w . grad) u]`` (arXiv 2512.02012).
+) -> FlowMapMethod:
+    """Train an average velocity by improved mean flow, ``|V - v_g|^2`` with ``V = u(I_s, s, t) - (t - s) sg[du]``.
 
-    The direction ``w`` is the velocity of ``target`` at ``(I_s, s)``, of much less variance than ``dI_s``. It is the
-    diagonal ``u(I_s, s, s)``: then this is ``eulerian(velocity="conditional")`` under ``weighting.adaptive(power=power,
-    floor=floor)``. With ``head`` the net has ``2 C`` channels (``outputs=2``), ``u`` and a velocity ``v(x, s, t)``, and
-    ``w = v(I_s, s, s)``; the loss is that weighted error plus the weighted ``|v(I_s, s, t) - v_g|^2``, of one
-    evaluation. ``velocity`` and ``flow_map`` are those of ``u``. Times as in ``mean_flow``.
+    ``du = (d/ds + w . grad) u`` (arXiv 2512.02012). The direction ``w`` is the velocity of ``target`` at ``(I_s, s)``,
+    of much less variance than ``dI_s``. The adaptive weight is the published one and suits images; in low dimension it
+    learns another velocity (see ``mean_flow``): use ``power=0`` there. Without ``head``, ``w`` is the diagonal
+    ``u(I_s, s, s)``: ``eulerian(velocity="conditional")`` under ``weighting.adaptive``. With ``head`` the network has
+    ``2 C`` channels (``outputs=2``), ``u`` and a velocity ``v(x, s, t)``, and ``w = v(I_s, s, s)``; the loss is the
+    weighted error plus the weighted ``|v(I_s, s, t) - v_g|^2``, from one evaluation.
 
-    ``v_g = dI_s``, or, where ``null`` is given, a guided velocity of the scale in the condition ``(labels, w)`` (of
-    ``guidance.random_scale``, over a net that is told the scale, ``guided=True``):
+    ``v_g = dI_s``. Where ``null`` is given, it is a guided velocity of the scale ``w`` in the condition ``(labels, w)``
+    (of ``guidance.random_scale``, over a network that takes the scale as an input, ``guided=True``):
 
-    ``v_g = dI_s + (1 - 1/w) (v(I_s, s; labels, w) - v(I_s, s; null, 1))``, ``low <= s <= high``,
+    ``v_g = dI_s + (1 - 1/w) (v(I_s, s; labels, w) - v(I_s, s; null, 1))`` where ``low <= s <= high``,
 
     whose fixed point is ``v_null + w (v_labels - v_null)``. Rows whose label is ``null`` (``guidance.label_dropout``)
-    have ``v_g = dI_s``. One interval holds for all: the published net is told its ends, drawn at random. Sample with
-    ``guidance.at_scale``. ``aux`` as in ``eulerian``.
+    have ``v_g = dI_s``. All examples have one interval; the published network takes the ends of the interval as inputs,
+    drawn at random. Sample with ``guidance.at_scale``.
 
-    Raises ``ValueError`` for an empty interval, a scale without ``null`` and the reverse, a net without the two heads;
-    else as ``eulerian`` and ``weighting.adaptive``.
+    Args:
+        net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x`` (two heads with ``head``).
+        path: interpolant ``I_t``.
+        time: distribution of ``t`` on the diagonal, ``key: [B] -> [B]``, as in ``mean_flow``.
+        pair: distribution of ``(s, t)`` off the diagonal, as in ``mean_flow``.
+        diagonal: fraction of the batch on the diagonal; times the batch per device it must be whole.
+        anneal: fraction of the training during which ``|t - s| <= progress / anneal``; 0 for no bound.
+        power: power of the adaptive weight; 0 for no weight.
+        floor: constant of the adaptive weight.
+        head: whether the network has a second head, the velocity.
+        null: label of a dropped condition, for guidance.
+        low: least guided time.
+        high: greatest guided time.
+
+    Returns:
+        A method with the ``velocity`` and the ``flow_map`` of ``u``; ``aux`` as in ``eulerian``, with ``residual``, the
+        unweighted error.
+
+    Raises:
+        ValueError: an empty interval, or (in the loss) a scale without ``null``, ``null`` without a scale, or a network
+            without the two heads; else as ``eulerian`` and ``weighting.adaptive``.
+
+    >>> import jax.numpy as jnp
+    >>> from fmjax import methods
+    >>> method = methods.improved_mean_flow(lambda params, x, s, t, cond=None, key=None: params * x, power=0.0)
+    >>> method.flow_map(2.0)(jnp.ones((1, 2)), 0.0, 1.0)
+    Array([[3., 3.]], dtype=float32)
     """
-    path = path or paths.linear()
     c.check_times(path, time)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
+    weighting.check_adaptive(power, floor)
 
     def heads(params, x, s, t, cond=None, key=None, net=net):
         return c.two_heads("head=True", net(params, x, s, t, cond, key), x)
@@ -62,13 +89,15 @@ def improved_mean_flow(
 
     def towards(target, batch, x, s, v):
         if not isinstance(batch.cond, tuple):
-            raise ValueError("null is given and the condition has no scale: wrap the method in guidance.random_scale")
+            raise ValueError(f"null={null}: the condition has no scale. Wrap the method in guidance.random_scale.")
         goal, base = (own(target, x, s, s, cond) for cond in (batch.cond, c.unconditional(batch.cond, null)))
         return v + expand(1 - 1 / batch.cond[1], x) * (goal - base)
 
     def plain(target, batch, x, s, v):
         if isinstance(batch.cond, tuple):
-            raise ValueError("the condition has a guidance scale: improved_mean_flow needs null, the label of none")
+            raise ValueError(
+                "null=None: the condition has a guidance scale. Give null, the label of a dropped condition."
+            )
         return v
 
     guide = plain if null is None else where_guided(towards, null, low, high)
@@ -96,9 +125,8 @@ def improved_mean_flow(
         x, v = c.interpolant(path, k_x, batch, s)
         goal = c.guided(guide, target, batch, x, s, v)
         w = jax.lax.stop_gradient(own(target, x, s, s, batch.cond))
-        u_at = lambda x, s: heads(params, x, s, t, batch.cond, net=c.with_jvp(net))
+        u_at = lambda x, s: heads(params, x, s, t, batch.cond, net=views.for_jvp(net))
         u, du, v = jax.jvp(u_at, (x, s), (w, jnp.ones_like(s)), has_aux=True)
         return errors(s, t, u - expand(t - s, x) * jax.lax.stop_gradient(du), v, goal)
 
-    weighting.adapted(jnp.ones(1), power, floor)
-    return c.two_time(first, c.two_terms(on, off, diagonal))
+    return views.two_time(first, c.two_terms(on, off, diagonal))

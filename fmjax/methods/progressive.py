@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from fmjax import checks, paths, times
 from fmjax.methods import common as c
-from fmjax.types import Method, Net, expand
+from fmjax.methods import views
+from fmjax.types import FlowMapMethod, Net, expand
 
 SPLITS = ("equal", "uniform")
 STEPS = ("jumps", "euler")
@@ -16,21 +19,23 @@ STEPS = ("jumps", "euler")
 def progressive(
     net: Net,
     *,
-    path: paths.Path | None = None,
-    time=times.uniform,
-    pair=times.ordered_pair,
+    path: paths.Path = paths.linear(),
+    time: Callable = times.uniform,
+    pair: Callable = times.ordered_pair,
     diagonal: float = 0.75,
     teacher: Net | None = None,
     substeps: int = 2,
     split: str = "equal",
     step: str = "jumps",
     anneal: float = 0.0,
-) -> Method:
-    """``X_{s,t} = X_{m_K,t} o ... o X_{s,m_1}``: the jump's ``u`` is the weighted mean of those of ``K`` sub-steps.
+) -> FlowMapMethod:
+    """Train a flow map whose jumps are the composition of shorter jumps, ``X_{s,t} = X_{m_K,t} o ... o X_{s,m_1}``.
 
-    On a share ``diagonal`` of the batch ``|u(I_t, t, t) - dI_t|^2``, on the rest
-    ``|u(I_s, s, t) - sg sum_k w_k u(x_k, m_k, m_{k+1})|^2``, ``w_k = (m_{k+1} - m_k) / (t - s)``,
-    ``x_{k+1} = X_{m_k,m_{k+1}}(x_k)``, of the parameters ``target`` (arXiv 2505.18825, Algorithm 3).
+    A fraction ``diagonal`` of the batch has the flow-matching loss ``|u(I_t, t, t) - dI_t|^2``, the rest
+    ``|u(I_s, s, t) - sg sum_k w_k u(x_k, m_k, m_{k+1})|^2`` with ``w_k = (m_{k+1} - m_k) / (t - s)`` and
+    ``x_{k+1} = X_{m_k,m_{k+1}}(x_k)``, at the parameters ``target`` (arXiv 2505.18825, Algorithm 3). The loss compares
+    average velocities; PFMM compares maps, which weighs it by ``(t - s)^2``. Since no derivative is taken, every
+    attention kernel works.
 
     ==================================  =======================================================================
     method                              arguments
@@ -44,23 +49,43 @@ def progressive(
     mid-training (CMT, 2509.24526)      ``diagonal=0, substeps=16, step="euler"``, ``target`` frozen
     ==================================  =======================================================================
 
-    Sub-steps are ``"equal"``, or lie ``"uniform"``-ly at random in ``[s, t]``. ``step="euler"`` takes Euler steps of
-    the diagonal, ``u(x, m, m)``, where the teacher is a velocity and no map. No derivative is taken: any attention
-    kernel serves. ``teacher(target, x, s, t, cond)`` is the net the sub-steps come from, by default ``net``; ``anneal``
-    as in ``lagrangian``. Dropout acts on the diagonal only. ``aux``: ``s``, ``t``, ``residual``, and which term an
-    example has. Raises ``ValueError`` for unknown choices, less than one sub-step (two jumps), shares that are none, or
-    not whole in the batch.
+    Args:
+        net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``. Dropout acts on the diagonal.
+        path: interpolant ``I_t``.
+        time: distribution of ``t`` on the diagonal, ``key: [B] -> [B]``.
+        pair: distribution of ``(s, t)`` off the diagonal.
+        diagonal: fraction of the batch on the diagonal; times the batch per device it must be whole.
+        teacher: network of the sub-steps, evaluated as ``teacher(target, x, s, t, cond)``; ``net`` by default.
+        substeps: number ``K`` of sub-steps, at least 2 (1 for ``step="euler"``).
+        split: ``"equal"`` sub-steps, or sub-steps drawn ``"uniform"``-ly at random in ``[s, t]``.
+        step: ``"jumps"`` of the teacher, or ``"euler"`` steps of its diagonal ``u(x, m, m)``, for a teacher that is a
+            velocity and not a map.
+        anneal: fraction of the training during which ``|t - s| <= progress / anneal``; 0 for no bound.
+
+    Returns:
+        A method with ``velocity`` and ``flow_map``. ``aux`` has ``s``, ``t`` and the masks of the two terms.
+
+    Raises:
+        ValueError: an unknown choice, too few sub-steps, a fraction outside [0, 1], or (in the loss) a batch that
+            cannot be split.
+
+    >>> import jax.numpy as jnp
+    >>> from fmjax import methods
+    >>> method = methods.progressive(lambda params, x, s, t, cond=None, key=None: params * x, substeps=4)
+    >>> method.flow_map(2.0)(jnp.ones((1, 2)), 0.0, 0.5)
+    Array([[2., 2.]], dtype=float32)
     """
-    path, teacher = path or paths.linear(), teacher or net
+    teacher = teacher or net
     c.check_times(path, time)
     checks.check_choice("split", split, SPLITS)
     checks.check_choice("step", step, STEPS)
-    checks.check_share(diagonal=diagonal, anneal=anneal)
-    if substeps < (2 if step == "jumps" else 1):
-        raise ValueError(f"substeps={substeps} must be at least 2 (1 for step='euler')")
+    checks.check_fraction(diagonal=diagonal, anneal=anneal)
+    least = 2 if step == "jumps" else 1
+    if substeps < least:
+        raise ValueError(f"substeps={substeps}: too few for step={step!r}. Give at least {least}.")
 
-    def shares(key):
-        """``w: [B, K]``, positive, of sum one: the spacings of a uniform sample are those of exponentials."""
+    def weights(key):
+        """Return ``w: [B, K]``, positive, of sum 1: uniform spacings are normalised exponentials."""
         if split == "equal":
             return jnp.full((key.shape[0], substeps), 1 / substeps)
         e = jax.vmap(lambda k: jax.random.exponential(k, (substeps,)))(key)
@@ -70,11 +95,11 @@ def progressive(
         k_t, k_x, k_split = c.split(key, 3)
         s, t = c.draw_pair(pair, k_t, batch, anneal)
         x, _ = c.interpolant(path, k_x, batch, s)
-        y, mean, m, w = x, jnp.zeros_like(x), s, shares(k_split)
+        y, mean, m, w = x, jnp.zeros_like(x), s, weights(k_split)
         for k in range(substeps):
             after = t if k == substeps - 1 else m + w[:, k] * (t - s)
             u = teacher(target, y, m, m if step == "euler" else after, batch.cond)
             y, mean, m = y + expand(after - m, x) * u, mean + expand(w[:, k], x) * u, after
         return c.Term(s, t, c.mse(net(params, x, s, t, batch.cond), jax.lax.stop_gradient(mean)))
 
-    return c.two_time(net, c.two_terms(c.matching(net, path, time), composing, diagonal))
+    return views.two_time(net, c.two_terms(c.matching(net, path, time), composing, diagonal))

@@ -1,21 +1,47 @@
-"""Progressive distillation: a jump of a student is two of its teacher's, on a grid that is halved."""
+"""Progressive distillation: a jump of a student is two jumps of its teacher, on a grid that is halved."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fmjax import paths, times
 from fmjax.methods.progressive import progressive
-from fmjax.types import Method, Net
+from fmjax.types import FlowMapMethod, Net
 
 
 def progressive_distillation(
-    net: Net, *, path: paths.Path | None = None, pair=times.grid_pair, teacher: Net | None = None, step: str = "jumps"
-) -> Method:
-    """``|u(x, s, s + 2h) - sg (u(x, s, s + h) + u(X_{s,s+h}(x), s + h, s + 2h)) / 2|^2``, the sum of ``target``.
+    net: Net,
+    *,
+    path: paths.Path = paths.linear(),
+    pair: Callable = times.grid_pair,
+    teacher: Net | None = None,
+    step: str = "jumps",
+) -> FlowMapMethod:
+    """Distil two jumps of a teacher into one, ``|u(x, s, s + 2h) - sg (u(x, s, s + h) + u(y, s + h, s + 2h)) / 2|^2``.
 
-    Progressive distillation (arXiv 2202.00512) in flow form: ``progressive`` without a diagonal, on the grid of
-    ``times.grid_pair``, whose jumps double from round to round. The teacher of a round is the student of the one
-    before: for a frozen teacher give each round a run of its own, ``pair`` with ``rounds=1`` and half the ``steps``,
-    the first from a velocity with ``step="euler"``; a moving average as the target serves all rounds in one run. Only
-    the maps of the grid are trained, no velocity. Raises as ``progressive`` does.
+    Here ``y = X_{s,s+h}(x)``, and the second term is the teacher at the parameters ``target``: progressive distillation
+    (arXiv 2202.00512) in flow form, ``progressive`` without a diagonal on the grid of ``times.grid_pair``, whose jumps
+    double from round to round. The teacher of a round is the student of the previous round. With a frozen teacher each
+    round is a run: ``pair`` with ``rounds=1`` and half the ``steps``, the first round from a velocity with
+    ``step="euler"``. With a moving average as ``target`` one run does all rounds.
+
+    Args:
+        net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``.
+        path: interpolant ``I_t``.
+        pair: distribution of ``(s, t)``, given ``progress`` where it takes it.
+        teacher: network of the two jumps, at the parameters ``target``; ``net`` by default.
+        step: ``"jumps"`` of the teacher, or ``"euler"`` steps of its diagonal.
+
+    Returns:
+        A method with ``velocity`` and ``flow_map``; only the jumps of the grid are trained, and no velocity.
+
+    Raises:
+        ValueError: as ``progressive``.
+
+    >>> import jax.numpy as jnp
+    >>> from fmjax import methods
+    >>> method = methods.progressive_distillation(lambda params, x, s, t, cond=None, key=None: params * x)
+    >>> method.flow_map(2.0)(jnp.ones((1, 2)), 0.0, 0.5)
+    Array([[2., 2.]], dtype=float32)
     """
     return progressive(net, path=path, pair=pair, diagonal=0.0, teacher=teacher, step=step)

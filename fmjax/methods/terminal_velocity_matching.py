@@ -4,57 +4,80 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from fmjax import paths, times
 from fmjax.methods import common as c
+from fmjax.methods import views
 from fmjax.methods.lagrangian import lagrangian
-from fmjax.types import Cond, Method, Net, expand, is_null
+from fmjax.types import Cond, FlowMapMethod, Net, expand, is_null
 
 
 def terminal_velocity_matching(
     net: Net,
     *,
-    path: paths.Path | None = None,
-    time=functools.partial(times.logit_normal, mean=0.4),
-    pair=times.terminal_pair,
+    path: paths.Path = paths.linear(),
+    time: Callable = functools.partial(times.logit_normal, mean=0.4),
+    pair: Callable = times.terminal_pair,
     guidance: float = 1.0,
     scaled: bool = False,
     null: Cond = None,
-) -> Method:
-    """``w^-2 (|d/dt X_{s,t}(I_s) - sg[c u(X_{s,t}(I_s), t, t)]|^2 + |c u(I_r, r, r) - v_g|^2)`` (arXiv 2511.19797).
+) -> FlowMapMethod:
+    """Train a flow map by terminal velocity matching: the Lagrangian residual and flow matching on every example.
 
-    ``X_{s,t}(x) = x + (t - s) c u(x, s, t)``; the stopped ``u`` is that of ``target``, best an average of decay 0.99
-    (``target="ema"``). The first term is the residual of ``lagrangian``, gradient through the tangent and all, with
-    pairs of the law ``pair``; the second is flow matching at ``r ~ time``. Every example has both. With ``w = 1`` the
-    sum of the two is all there is to it.
+    ``w^-2 (|d/dt X_{s,t}(I_s) - sg[c u(X_{s,t}(I_s), t, t)]|^2 + |c u(I_r, r, r) - v_g|^2)`` with
+    ``X_{s,t}(x) = x + (t - s) c u(x, s, t)`` (arXiv 2511.19797). The first term is the residual of ``lagrangian``, with
+    the gradient through the tangent; the second is flow matching at ``r ~ time``. Without guidance ``w = c = 1``.
 
-    The scale ``w`` is ``guidance``, or that of conditions ``(labels, w)`` (``guidance.random_scale``; the paper draws
-    ``1/w``), and 1 where the label is ``null`` (``guidance.label_dropout``):
-    ``v_g = w dI_r + (1 - w) c u(I_r, r, r; null)``. ``scaled`` makes ``c = w``, so that the net's numbers stay of one
-    size, else ``c = 1``; ``velocity`` and ``flow_map`` are guided, and have ``c`` in them. ``aux``: ``s``, ``t``,
-    ``residual``, the mean square of the first term, and both terms, ``terminal`` and ``matching``, as they are summed.
+    The scale ``w`` is ``guidance``, or the scale in conditions ``(labels, w)`` (``guidance.random_scale``; the paper
+    draws ``1/w``), and 1 where the label is ``null`` (``guidance.label_dropout``):
+    ``v_g = w dI_r + (1 - w) c u(I_r, r, r; null)``.
 
-    Raises ``ValueError`` for guidance that is not positive, a scale without ``null``, and a batch without labels then.
+    Args:
+        net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``.
+        path: interpolant ``I_t``.
+        time: distribution of ``r``, ``key: [B] -> [B]``.
+        pair: distribution of ``(s, t)``.
+        guidance: guidance scale; 1 is no guidance.
+        scaled: whether ``c = w``, so that the outputs of the network keep one size; else ``c = 1``.
+        null: label of a dropped condition.
+
+    Returns:
+        A method with ``velocity`` and ``flow_map``, which are guided and include ``c``. The stopped ``u`` is at the
+        parameters ``target``, best an average of decay 0.99 (``target="ema"``). ``aux`` has ``s``, ``t``, ``residual``,
+        the mean square of the first term, and both terms as summed, ``terminal`` and ``matching``.
+
+    Raises:
+        ValueError: ``guidance <= 0``, a scale without ``null``, or (in the loss) guidance without labels.
+
+    >>> import jax.numpy as jnp
+    >>> from fmjax import methods
+    >>> method = methods.terminal_velocity_matching(lambda params, x, s, t, cond=None, key=None: params * x)
+    >>> method.flow_map(2.0)(jnp.ones((1, 2)), 0.0, 1.0)
+    Array([[3., 3.]], dtype=float32)
     """
-    path = path or paths.linear()
     c.check_times(path, time)
     if not 0 < guidance < math.inf:
-        raise ValueError(f"guidance={guidance} must be positive and finite; 1 is no guidance")
+        raise ValueError(f"guidance={guidance}: not positive and finite. Give 1 for no guidance.")
     if guidance != 1 and null is None:
-        raise ValueError(f"guidance={guidance} needs null, the label of a dropped condition")
+        raise ValueError(f"guidance={guidance}: needs the label of a dropped condition. Give null.")
 
     def scale(x, cond):
-        """``w: [B]``, or ``None`` for one throughout."""
+        """Return ``w: [B]``, or ``None`` where it is one throughout."""
         if isinstance(cond, tuple):
             if null is None:
-                raise ValueError("the condition has a guidance scale: null, the label of none, must be given")
+                raise ValueError(
+                    "null=None: the condition has a guidance scale. Give the label of a dropped condition."
+                )
             return jnp.where(is_null(cond, null), 1, cond[1])
         if guidance == 1:
             return None
         if cond is None:
-            raise ValueError("guidance needs labels: give the batch conditions (classes=... in a config)")
+            raise ValueError(
+                "batch.cond=None: guidance needs labels. Give the batch conditions (classes=... in a config)."
+            )
         return jnp.where(is_null(cond, null), 1, guidance)
 
     def slope(params, x, s, t, cond=None, key=None):
@@ -71,17 +94,16 @@ def terminal_velocity_matching(
     jumps = lagrangian(slope, path=path, time=time, pair=pair, diagonal=0.0).loss
     on_diagonal = c.matching(slope, path, time, guide)
 
+    @c.keyed
     def loss(params, target, batch, key):
         k_jump, k_diagonal = c.split(key, 2)
         _, jump = jumps(params, target, batch, k_jump)
         residual = jnp.where(jump["s"] == jump["t"], 0, jump["per_example"])
-        matching = on_diagonal(params, target, batch, k_diagonal).per_example
+        terminal, matching = residual, on_diagonal(params, target, batch, k_diagonal).per_example
         if (w := scale(batch.x1, batch.cond)) is not None:
-            terminal, matching = residual / w**2, matching / w**2
-        else:
-            terminal = residual
+            terminal, matching = terminal / w**2, matching / w**2
         return c.reduce(
             terminal + matching, s=jump["s"], t=jump["t"], residual=residual, terminal=terminal, matching=matching
         )
 
-    return c.two_time(slope, loss)
+    return views.two_time(slope, loss)

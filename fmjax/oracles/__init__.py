@@ -1,4 +1,4 @@
-"""Closed forms that tests and examples compare with."""
+"""Closed forms of flows: exact fields of known distributions, and flows with a known error."""
 
 from fmjax.oracles.closed_forms import Oracle, average_velocity, coupled, finite, gaussian, mixture, ring
 from fmjax.oracles.mismatch import Mismatch, field, gradient, perturbed, pushed, scaled, shifted

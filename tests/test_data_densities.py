@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax.data import toy
+from fmjax.data import densities
 
 N = 40_000
 Z = 4.5
@@ -18,7 +18,7 @@ MEAN_AND_COVARIANCE = {
 
 
 def draw(name, key, **kwargs):
-    return np.asarray(getattr(toy, name)(key, N, **kwargs), np.float64)
+    return np.asarray(getattr(densities, f"draw_{name}")(key, N, **kwargs), np.float64)
 
 
 def assert_mean(values, truth):
@@ -92,7 +92,7 @@ def test_two_moons_are_those_of_scikit_learn(key):
 
 @pytest.mark.parametrize("name", MEAN_AND_COVARIANCE)
 def test_a_draw_is_a_pure_function_of_its_key(name, key):
-    f = getattr(toy, name)
+    f = getattr(densities, f"draw_{name}")
     assert (f(key, 100) == f(key, 100)).all()
     assert not (f(key, 100) == f(jax.random.key(1), 100)).any()
     np.testing.assert_allclose(jax.jit(f, static_argnums=1)(key, 100), f(key, 100), rtol=1e-6, atol=1e-6)
