@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_correction_marginals import EPS, MLP, SCALED, build_read, data, kl, mlp, small, spread
 
-from fmjax import correction
+from fmjax import correction, sampling
 from fmjax.correction import marginals, trajectories
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.storage import shards
 
 
@@ -46,13 +46,13 @@ def test_jumps_that_are_euler_steps_are_those_of_the_euler_solver(tmp_path, way)
     given = {name: value[:64] if name == "data" else value for name, value in WAYS[way].items()}
     given |= {"count": 64} if way == "forward" else {}
     params, ts = {"a": MLP["a"][:4], "b": MLP["b"][:, :4]}, grids.uniform_grid(3)
-    jump = build_read(tmp_path / "map", lambda p: solvers.euler(mlp(p)), params, ts, solver="flow_map", **given)
+    jump = build_read(tmp_path / "map", lambda p: sampling.euler(mlp(p)), params, ts, solver="flow_map", **given)
     step = build_read(tmp_path / "step", mlp, params, ts, solver="euler", **given)
     np.testing.assert_allclose(jump.x, step.x, atol=2e-6)
     if way == "inverse":
         start = jnp.asarray(step.x[:, 0])
         for n in range(3):
-            start = solvers.euler(mlp(params))(start, ts[n], ts[n + 1])
+            start = sampling.euler(mlp(params))(start, ts[n], ts[n + 1])
         np.testing.assert_allclose(start, step.x[:, -1], atol=2e-6)
 
 
@@ -71,7 +71,7 @@ def test_a_jump_that_is_no_contraction_is_inverted_and_one_without_an_inverse_is
     saturated = lambda params: lambda x, s, t, cond=None, key=None: 5 * jnp.tanh(x / 5)
     with pytest.raises(RuntimeError, match="inverse steps did not converge in examples 37, 41: .* a larger tol"):
         small(tmp_path / "b", velocity=saturated, **options | {"data": far})
-    with pytest.raises(ValueError, match="the flow map of x .* must have its shape"):
+    with pytest.raises(ValueError, match="flow map of x .*shape"):
         small(tmp_path / "c", velocity=lambda p: lambda x, s, t, cond=None, key=None: x[:, :2], **options)
 
 
@@ -102,11 +102,11 @@ def counted(view, calls):
 def test_the_evaluations_told_are_those_made(solver, direction, backward_map):
     calls, ts = [], grids.uniform_grid(3)
     view = counted(exact if solver == "flow_map" else SCALED, calls)
-    how = {"direction": direction, "solver": solver, "backward_map": backward_map}
-    run = jax.jit(lambda eps, x: trajectories.carry(view(eps), x, ts, **how))
+    options = {"direction": direction, "solver": solver, "backward_map": backward_map}
+    run = jax.jit(lambda eps, x: trajectories.carry(view(eps), x, ts, **options))
     jax.block_until_ready(run(jnp.float32(EPS), jnp.ones((2, 4))))
     jax.effects_barrier()
-    assert len(calls) == trajectories.solve_nfe(3, **how)
+    assert len(calls) == trajectories.solve_nfe(3, **options)
 
 
 def test_what_a_set_costs_is_told_before_it_is_built(tmp_path):
@@ -135,9 +135,7 @@ def test_a_disk_without_room_for_what_is_left_is_refused_before_any_work(tmp_pat
     room = {"free": told.bytes - 1}
     monkeypatch.setattr(marginals.shutil, "disk_usage", lambda path: type("Usage", (), room))
     never = lambda params: pytest.fail("solved")
-    with pytest.raises(
-        OSError, match=r"need 0.000\d+ GB more in .*, where 0.000\d+ GB are free; choose a disk with room"
-    ):
+    with pytest.raises(OSError, match=r"directory=.* need 0.000\d+ GB, 0.000\d+ GB are free"):
         small(tmp_path, velocity=never)
     assert not any(tmp_path.iterdir())
     room["free"] += 1

@@ -10,7 +10,7 @@ import pytest
 from fmjax import oracles, sampling
 from fmjax.data import densities
 from fmjax.oracles import mismatch
-from fmjax.sampling import grids, likelihood, solvers
+from fmjax.sampling import grids, likelihood
 
 EPS = 0.15
 
@@ -34,7 +34,7 @@ def standard_normal(x):
 
 def carried(m, x, t):
     """The end of the trajectories from ``(x, t)``, by 400 Runge-Kutta steps."""
-    return sampling.sample(solvers.rk4(m.velocity), x, np.linspace(t, 1, 401))
+    return sampling.sample(sampling.rk4(m.velocity), x, np.linspace(t, 1, 401))
 
 
 @pytest.mark.parametrize("name", flows())
@@ -151,7 +151,7 @@ def test_a_pushed_density_is_that_of_the_flow_map_and_composes(x64, key):
 def test_the_kl_of_a_sampler_needs_no_density_estimate(key):
     """Forty Runge-Kutta steps of the over-dispersed flow: the closed form ``d ((e^{2 eps} - 1) / 2 - eps)``."""
     m, x = flows()["over"], jax.random.normal(key, (20_000, 2))
-    run = lambda x: sampling.sample(solvers.rk4(m.velocity), x, grids.uniform_grid(40))
+    run = lambda x: sampling.sample(sampling.rk4(m.velocity), x, grids.uniform_grid(40))
     y, log_p = jax.jit(lambda x: mismatch.pushed(run, x, standard_normal(x)))(x)
     terms = np.asarray(log_p - oracles.gaussian(0.0, 0.5).log_density(y, 1.0), np.float64)
     assert abs(terms.mean() - m.kl(1.0)) < 4.5 * terms.std() / len(terms) ** 0.5

@@ -10,7 +10,6 @@ from scipy import special, stats
 
 from fmjax import times
 from fmjax.keys import as_keys
-from fmjax.sampling import grids
 
 LEVEL = 1e-4  # of every goodness-of-fit test here: a correct distribution fails one seed in ten thousand
 N = 20_000
@@ -194,50 +193,6 @@ def test_a_pair_belongs_to_its_example(pair, keys):
         assert spread == 0 or abs(np.corrcoef(whole[1:], whole[:-1])[0, 1]) * 2000**0.5 < 4.5
 
 
-def test_a_uniform_grid_has_n_equal_steps_and_exact_ends():
-    for n in (1, 7, 10):
-        grid = grids.uniform_grid(n)
-        assert grid.dtype == np.float32 and grid[0] == 0 and grid[-1] == 1
-        np.testing.assert_allclose(grid, np.arange(n + 1) / n, atol=6e-8)
-    np.testing.assert_array_equal(grids.uniform_grid(4, start=1.0, stop=0.5), [1, 0.875, 0.75, 0.625, 0.5])
-    for n in (0, -1):
-        with pytest.raises(ValueError, match=f"at least one step, got n={n}"):
-            grids.uniform_grid(n)
-
-
-@pytest.mark.parametrize("grid", [[0.0, 0.1, 1.0], (1, 0.5, 0), np.linspace(0, 1, 3), jnp.array([0.25, 0.5])])
-def test_a_strictly_monotone_grid_passes_unchanged(grid):
-    checked = grids.check_grid(grid)
-    assert isinstance(checked, np.ndarray) and checked.dtype == np.float32
-    np.testing.assert_array_equal(checked, np.asarray(grid, np.float32))
-
-
-@pytest.mark.parametrize(
-    ("grid", "message"),
-    [
-        ([0.5], r"at least two times in one axis, got shape \(1,\): \[0.5\]"),
-        ([], r"at least two times in one axis, got shape \(0,\)"),
-        (0.5, r"at least two times in one axis, got shape \(\)"),
-        ([[0.0, 1.0]], r"at least two times in one axis, got shape \(1, 2\)"),
-        ([0.0, float("nan"), 1.0], r"finite times, got \[0.0, nan, 1.0\]"),
-        ([0.0, float("inf")], "finite times"),
-        ([0.0, 0.5, 0.25, 1.0], r"ts\[1\]=0.5 is followed by ts\[2\]=0.25; sort it"),
-        ([1.0, 0.5, 0.75], r"ts\[1\]=0.5 is followed by ts\[2\]=0.75"),
-        ([0.0, 0.5, 0.5, 1.0], r"ts\[1\]=0.5 is followed by ts\[2\]=0.5; .*drop the repeated time"),
-        ([0.0, 0.0, 1.0], r"ts\[0\]=0 is followed by ts\[1\]=0"),
-        ([0.0, 1.0, 1.0 + 1e-9], r"ts\[1\]=1 is followed by ts\[2\]=1"),
-    ],
-)
-def test_a_grid_that_cannot_be_stepped_is_refused_and_named(grid, message):
-    with pytest.raises(ValueError, match=message):
-        grids.check_grid(grid)
-
-
-def test_a_traced_grid_is_refused():
-    with pytest.raises(TypeError, match="static: pass a numpy array or a list from outside jit"):
-        jax.jit(grids.check_grid)(jnp.array([0.0, 1.0]))
-
-
 def at_progress(fraction, *progress, apart=0.5, **options):
     ones = jnp.ones(len(progress))
     return np.asarray(fraction(0.25 * ones, (0.25 + apart) * ones, jnp.array(progress), **options))
@@ -313,38 +268,3 @@ def test_fractions_of_noise_levels_lie_in_their_range():
         times.noise_angle(as_keys(jax.random.key(0), 2), sigma=0.0)
     with pytest.raises(ValueError, match="sharpness=0.0"):
         times.u_shaped(as_keys(jax.random.key(0), 2), sharpness=0.0)
-
-
-@pytest.mark.parametrize(("m", "n"), [(10, 50), (7, 21), (10, 10), (50, 1000)])
-def test_every_time_of_a_grid_is_found_on_one_that_refines_it(m, n):
-    coarse, fine = grids.uniform_grid(m), grids.uniform_grid(n)
-    assert grids.steps_at(fine, coarse) == tuple(range(0, n + 1, n // m))
-    assert grids.steps_at(fine[::-1], coarse[1:3]) == (n - n // m, n - 2 * n // m)
-    assert grids.steps_at(fine, []) == ()
-
-
-def test_a_time_that_a_grid_does_not_have_is_named():
-    with pytest.raises(ValueError, match="t=0.5 is not among these 6 times, whose nearest is 0.4"):
-        grids.steps_at(grids.uniform_grid(5), grids.uniform_grid(10)[[2, 5, 7]])
-
-
-def test_a_schedule_by_step_is_its_array_on_any_grid_with_those_times():
-    """And no number elsewhere. A change of the values compiles nothing."""
-    ts, values, traced = grids.uniform_grid(10), np.linspace(-1, 2, 11), []
-
-    @jax.jit
-    def at(values, t):
-        traced.append(1)
-        return grids.per_step(ts, values)(t)
-
-    for v in (values, values**2):
-        np.testing.assert_allclose(at(v, jnp.asarray(grids.uniform_grid(50)[::5])), v, rtol=1e-6)
-    assert len(traced) == 1
-    assert np.isnan(grids.per_step(ts, values)(jnp.array([0.05, 0.55, 1.1]))).all()
-    assert grids.per_step(ts, values)(jnp.float32(0.3)) == np.float32(values[3])  # a scalar, too
-    grids.per_step(ts, values).check(ts[2:4])
-    with pytest.raises(ValueError, match="t=0.25 is not among these 11 times"):
-        grids.per_step(ts, values).check([0.2, 0.25])
-    for bad in (values[:-1], 0.5):
-        with pytest.raises(ValueError, match="per_step needs one value a time"):
-            grids.per_step(ts, bad)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fmjax import sampling
 from fmjax.data import Dataset, batches, mean
 from fmjax.experiments import build, specs, workdir
 from fmjax.experiments.settings import SECTIONS, Common, Settings, Training
@@ -97,30 +98,36 @@ def plan(
     if batch is None:
         batch = data_batches(common, part, data, f"{prefix}coupling")
     rate = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
-    example = batch(0)
     ready = loop.Plan(
         name=name,
         model=model,
         method=method,
-        tx=build.optimiser(
-            learning_rate=part.learning_rate, clip=part.clip, beta2=part.beta2, weight_decay=part.weight_decay, **rate
+        optimiser=loop.Optimiser(
+            tx=build.optimiser(
+                learning_rate=part.learning_rate,
+                clip=part.clip,
+                beta2=part.beta2,
+                weight_decay=part.weight_decay,
+                **rate,
+            ),
+            rate=functools.partial(build.learning_rate_at, peak=part.learning_rate, **rate),
         ),
-        rate=functools.partial(build.learning_rate_at, peak=part.learning_rate, **rate),
-        batch=batch,
-        shape=example.x1.shape[1:],
-        classes=classes,
-        batch_size=part.batch_size,
-        steps=part.steps,
+        data=loop.TrainingData(
+            batch=batch,
+            batch_size=part.batch_size,
+            shape=batch(0).x1.shape[1:],
+            cond=np.arange(classes, dtype=np.int32) if classes else None,
+        ),
+        schedule=loop.Schedule(
+            steps=part.steps, log_every=common.log_every, save_every=common.save_every, keep=common.keep
+        ),
         seed=seed,
         ema=part.ema,
         target=part.target,
         fsdp=common.fsdp,
-        log_every=common.log_every,
-        save_every=common.save_every,
-        keep=common.keep,
         mesh=mesh,
     )
-    loop.check(ready)
+    loop.check_plan(ready)
     return ready
 
 
@@ -186,9 +193,9 @@ def conditional(method: Method, common: Common, classes: int, guided: bool) -> M
     if guided and not common.label_dropout:
         raise refusal("net.guided", True, "needs a network that knows the null label", "Set label_dropout=0.1")
     if guided:
-        method = guidance.random_scale(method)
+        method = sampling.random_scale(method)
     if common.label_dropout:
-        method = guidance.label_dropout(method, rate=common.label_dropout, null=classes)
+        method = sampling.label_dropout(method, rate=common.label_dropout, null=classes)
     if guided:
         at = lambda view: view and (lambda params: guidance.at_scale(view(params), common.guidance))
         return method._replace(velocity=at(method.velocity), flow_map=at(method.flow_map), score=None)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmjax import couplings, paths, transport
-from fmjax.checks import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Range, nearest
+from fmjax import couplings, paths
+from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, check_hints, nearest
 from fmjax.data import Dataset, Rows
 from fmjax.experiments import specs
 from fmjax.experiments.specs import Spec, refusal
@@ -126,7 +126,7 @@ def coupling(
 
     Args:
         spec: a coupling of ``fmjax.couplings``, a place outside the package, or the object; ``"semidiscrete"`` is
-            fitted here and takes the options of ``transport.fit_semidiscrete``.
+            fitted here and takes the options of ``couplings.fit_semidiscrete``.
         x: the training examples ``[n, ...]``.
         y: their conditions.
         flip: whether training mirrors the images.
@@ -202,6 +202,7 @@ def optimiser(
     Returns:
         The optimiser.
     """
+    check_hints(optimiser, dict(locals()))
     rate = functools.partial(learning_rate_at, peak=learning_rate, steps=steps, warmup=warmup, schedule=schedule)
     matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     adam = optax.adamw(rate, b2=beta2, weight_decay=weight_decay, mask=matrices) if weight_decay else None
@@ -234,11 +235,6 @@ def _semidiscrete(options, x, y, flip: bool, seed: int, field: str) -> couplings
         )
     if flip:
         x, y = np.concatenate([x, x[:, :, ::-1]]), jax.tree.map(lambda a: np.concatenate([a, a]), y)
-    options = specs.checked(transport.fit_semidiscrete, options, field=field)
-    potentials = transport.fit_semidiscrete(jax.random.key(seed), x, y, **options)
+    options = specs.checked(couplings.fit_semidiscrete, options, field=field)
+    potentials = couplings.fit_semidiscrete(jax.random.key(seed), x, y, **options)
     return couplings.semidiscrete(x, potentials, y, by_class=options.get("by_class"))
-
-
-STAGE_RANGES = {"batch_size": Annotated[int, Range(1, 1e7)], "ema": Annotated[float, Range(0, 1, open_high=True)]}
-EVERY = Positive  # log_every, save_every, keep
-DROPOUT = Fraction

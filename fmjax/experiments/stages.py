@@ -206,9 +206,9 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
     def batch(results: dict[str, Result], examples=None) -> loop.Plan:
         forward, backward = results[needs[1]].value
         draws = correction.marginal_pairs(
-            forward, backward, batch_size=plan.batch_size, seed=plan.seed, examples=examples
+            forward, backward, batch_size=plan.data.batch_size, seed=plan.seed, examples=examples
         )
-        return plan._replace(batch=draws)
+        return plan.replace(batch=draws)
 
     def frozen(results: dict[str, Result]) -> Params | None:
         return results[needs[0]].value if plan.target == "frozen" else None
@@ -285,7 +285,7 @@ def finished(value: Any, plan: loop.Plan, folder: Path) -> Result:
     params = value[0] if isinstance(value, tuple) and not hasattr(value, "_fields") else value
     records = files.read_jsonl(folder / "metrics.jsonl")
     loss = f", loss {records[-1]['loss']:.4f}" if records else ""
-    return Result(value, checkpoint.digest(params), f"{plan.steps} steps of {plan.batch_size}{loss}")
+    return Result(value, checkpoint.digest(params), f"{plan.schedule.steps} steps of {plan.data.batch_size}{loss}")
 
 
 def read_trained(plan: loop.Plan, folder: Path, given: Mapping[str, Params | None]) -> Result | None:
@@ -303,7 +303,7 @@ def read_trained(plan: loop.Plan, folder: Path, given: Mapping[str, Params | Non
         WorkdirError: the training began with other parameters or another teacher.
     """
     step = checkpoint.latest_step(folder / "checkpoints")
-    if step is None or step < plan.steps:
+    if step is None or step < plan.schedule.steps:
         return None
     _, params, metadata = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
     recorded = metadata.get("given", {})

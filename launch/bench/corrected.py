@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fmjax import sampling
 from fmjax.correction import correctors, search
 from fmjax.experiments import assemble
-from fmjax.sampling import grids, guidance, solvers
+from fmjax.sampling import grids, guidance
 from fmjax.training import loop
 from launch.bench.beds import (
     ALL,
@@ -46,12 +46,12 @@ def table(name: str) -> list[dict]:
     unit = flops(velocity, b.flow, b)
     weight = {kind: flops(method.direction, params, b) / unit for (kind, _), (method, params) in fixes.items()}
     rows = []
-    plain = lambda params: solvers.rk4(velocity(params["flow"]))
+    plain = lambda params: sampling.rk4(velocity(params["flow"]))
     for n in b.problem.base:
         label = {"corrector": "none", "steps": n, "corrected at": "-"}
         cost = sampling.cost(n, step_nfe=4)
         rows.append(Sampler(label, sampler(b, plain, n), {"flow": b.flow}, n, cost=cost, evaluations=4 * n))
-    both = lambda params: solvers.rk4(guidance.added(velocity(params["flow"]), field.velocity(params["residual"])))
+    both = lambda params: sampling.rk4(guidance.added(velocity(params["flow"]), field.velocity(params["residual"])))
     label, cost = {"corrector": "residual", "steps": SHORT, "corrected at": "-"}, sampling.cost(SHORT, step_nfe=4)
     params = {"flow": b.flow, "residual": r}
     rows.append(Sampler(label, sampler(b, both, SHORT), params, SHORT, (), "residual", cost, 8 * SHORT))
@@ -110,7 +110,7 @@ def corrected_maps(repeats: int) -> list[dict]:
     b = bed("digits")
     cfg = config(b.problem)
     plan = assemble.assemble(cfg, "flow_map", data=b.data)
-    params = loop.train(plan, b.folder / "flow_map", params=loop.grafted(plan, b.flow)).ema
+    params = loop.train(plan, b.folder / "flow_map", params=loop.merge_parameters(plan, b.flow)).ema
     view = plan.method.flow_map
     unit = flops(b.plan.method.velocity, b.flow, b)
     jump = lambda params: view(params["map"])
@@ -136,7 +136,7 @@ def corrected_maps(repeats: int) -> list[dict]:
                     at,
                     kind,
                 )
-                each = cost(at, corrector_nfe=1 + ("classifier" in kind))
+                each = cost(at, 1 + ("classifier" in kind))
                 rows.append(row._replace(cost=each, evaluations=n + worth * len(at)))
         arrays = {"map": params, "bank": bank}
         row = Sampler(label("kernel drift", "end"), sampler(b, jump, n, (n,), drifted(p.ts)), arrays, n, (n,), "drift")
@@ -147,7 +147,7 @@ def corrected_maps(repeats: int) -> list[dict]:
             rows.append(row._replace(cost=cost((n,)), evaluations=n + 1))
     for n in (3, 5, 6, 8):  # as many evaluations as corrections take above
         name = {"corrector": "none", "jumps": n, "corrected at": "-"}
-        rows.append(Sampler(name, sampler(b, jump, n), {"map": params}, n, cost=sampling.cost(n), evaluations=n))
+        rows.append(Sampler(name, sampler(b, jump, n), {"map": params}, n, cost=sampling.cost(1, n), evaluations=n))
     return measured(b, rows)
 
 

@@ -23,7 +23,7 @@ from fmjax.methods.score_corrector import score_corrector
 from fmjax.nets.adapters import from_linen
 from fmjax.nets.mlp import MLP
 from fmjax.nets.unet import UNet
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.training import sharding
 from fmjax.types import Batch, Net, Params
 from launch.bench.measure import interleaved, now, since
@@ -149,9 +149,9 @@ def sampler(repeats: int) -> list[dict]:
             "key": jax.random.key(0),
         }
         ways = {
-            "Euler, 8 steps": (8, 1, lambda p, q, v=velocity: (solvers.euler(v(p)), {})),
-            "RK4, 4 steps": (4, 4, lambda p, q, v=velocity: (solvers.rk4(v(p)), {})),
-            "RK4, 4 steps, 3 corrections": (4, 4, lambda p, q, v=velocity, fix=fix: (solvers.rk4(v(p)), fix(q))),
+            "Euler, 8 steps": (8, 1, lambda p, q, v=velocity: (sampling.euler(v(p)), {})),
+            "RK4, 4 steps": (4, 4, lambda p, q, v=velocity: (sampling.rk4(v(p)), {})),
+            "RK4, 4 steps, 3 corrections": (4, 4, lambda p, q, v=velocity, fix=fix: (sampling.rk4(v(p)), fix(q))),
             "flow map, 4 steps": (4, 1, lambda p, q, m=jump: (m(p), {})),
         }
         other = jax.tree.map(jnp.copy, case.params)
@@ -164,7 +164,7 @@ def sampler(repeats: int) -> list[dict]:
 
             compiled = jax.jit(run).lower(case.params, other, case.x).compile()
             functions[way] = lambda f=compiled, case=case, other=other: f(case.params, other, case.x)
-            cost[way] = sampling.cost(n, (0, 2, 4) if "corr" in way else (), step_nfe=stages).nfe
+            cost[way] = sampling.cost(stages, n, (0, 2, 4) if "corr" in way else ()).nfe
             memory[way] = compiled.memory_analysis().temp_size_in_bytes / 2**20
         spent = interleaved(functions, repeats)
         call = spent["network"]

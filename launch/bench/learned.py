@@ -159,9 +159,8 @@ def oracle(name: str) -> Problem:
     import jax
     import jax.numpy as jnp
 
-    from fmjax import oracles, paths, times
+    from fmjax import oracles, paths, sampling, times
     from fmjax.keys import as_keys, normal, split
-    from fmjax.sampling import solvers
     from fmjax.types import expand
 
     corners = 0.7 * jnp.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
@@ -174,7 +173,7 @@ def oracle(name: str) -> Problem:
     def exact(x, s, t):
         if law.flow_map is not None:
             return law.flow_map(x, s, t)
-        step, n = solvers.rk4(law.velocity), 200
+        step, n = sampling.rk4(law.velocity), 200
         body = lambda k, x: step(x, s + (t - s) * k / n, s + (t - s) * (k + 1) / n)
         return jax.lax.fori_loop(0, n, body, x)
 
@@ -240,10 +239,10 @@ def cost(problem: Problem, method: dict) -> float:
         from fmjax.training import loop
 
         args = (
-            loop.initial(plan),
-            loop.initial(plan),
-            plan.batch(0),
-            example_keys(jax.random.key(0), jnp.arange(plan.batch_size)),
+            loop.initial_parameters(plan),
+            loop.initial_parameters(plan),
+            plan.data.batch(0),
+            example_keys(jax.random.key(0), jnp.arange(plan.data.batch_size)),
         )
         compiled = jax.jit(jax.value_and_grad(plan.method.loss, has_aux=True)).lower(*args).compile()
         return compiled.cost_analysis()["flops"]

@@ -24,7 +24,7 @@ from fmjax.metrics import two_sample
 from fmjax.nets.adapters import from_linen
 from fmjax.nets.plain import Plain
 from fmjax.oracles import mismatch
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.types import Batch, Corrector, DirectionFn, Method, Net
 
 RING = oracles.ring()
@@ -130,7 +130,7 @@ def noise(key, n: int):
 @functools.partial(jax.jit, static_argnames=("solver", "n", "exact"))
 def uncorrected(coefficients, key, *, solver: str, n: int, exact: bool):
     """``SAMPLES`` ends of the flow, and ``EXACT`` of them with their log-density on request."""
-    step = solvers.STEPS[solver](world(coefficients, dict.fromkeys(METHODS)).flow.velocity)
+    step = getattr(sampling, solver)(world(coefficients, dict.fromkeys(METHODS)).flow.velocity)
     run = lambda x: sampling.sample(step, x, grids.uniform_grid(n))
     x0 = noise(key, SAMPLES)
     log_p = -0.5 * (x0**2 + jnp.log(2 * jnp.pi)).sum(1)
@@ -153,7 +153,7 @@ def at_end(coefficients, params, key, alpha, x, known, *, row: str, exact: bool)
 def all_along(coefficients, params, key, alpha, *, row: str, solver: str, n: int):
     """Corrections at the times of ``GRID`` that are times of ``n`` steps."""
     setting = world(coefficients, params)
-    step, at = solvers.STEPS[solver](setting.flow.velocity), [i for i in range(n + 1) if i * GRID % n == 0]
+    step, at = getattr(sampling, solver)(setting.flow.velocity), [i for i in range(n + 1) if i * GRID % n == 0]
     keys = jax.random.fold_in(key, 1)
     correct = ROWS[row].make(setting, alpha)
     return sampling.sample(step, noise(key, SAMPLES), grids.uniform_grid(n), key=keys, corrector=correct, at=at)
@@ -198,7 +198,7 @@ def best_alpha(coefficients, params, row: str, solver: str) -> float:
 def bank(coefficients, key):
     """``p_n`` and ``q_n`` of ``GRID`` Runge-Kutta steps, ``[GRID + 1, 65536, 2]``, the latter by reversed steps."""
     velocity, ts = world(coefficients, dict.fromkeys(METHODS)).flow.velocity, grids.uniform_grid(GRID)
-    run = lambda x, ts: sampling.sample(solvers.rk4(velocity), x, ts, trajectory=True)
+    run = lambda x, ts: sampling.sample(sampling.rk4(velocity), x, ts, trajectory=True)
     k_p, k_q = jax.random.split(key)
     return run(noise(k_p, 1 << 16), ts), run(RING.sample(k_q, 1 << 16), ts[::-1])[::-1]
 

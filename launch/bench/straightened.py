@@ -18,7 +18,6 @@ from fmjax import correction, sampling, straightening
 from fmjax.experiments import assemble, reflow, report, specs
 from fmjax.keys import as_keys, fold_in, normal
 from fmjax.metrics import spectrum, two_sample
-from fmjax.sampling import solvers
 from fmjax.storage import checkpoint, files
 from fmjax.straightening import segments
 from fmjax.training import loop
@@ -195,7 +194,7 @@ def straightened_corrected(repeats: int) -> list[dict]:
         back = beds.restarted(step_of, float(bounds[-2]), counts[-1])
         row = plain._replace(name=label(f"restart to {bounds[-2]:g}", "1"), at=(n,), kind="restart")
         row = row._replace(draw=beds.sampler(b, step_of, grid, (n,), back), evaluations=n + counts[-1])
-        lines.append(row._replace(cost=sampling.cost(n, (n,), corrector_nfe=counts[-1])))
+        lines.append(row._replace(cost=sampling.cost(1, n, (n,), counts[-1])))
 
     for name, counts in (("noise half, gated", (1, 9)), ("both halves, gated", (1, 1))):
         of = lambda parameters, m=models[name]: straightening.segmented_step(
@@ -214,7 +213,7 @@ def straightened_corrected(repeats: int) -> list[dict]:
         parameters = {"maps": [values for _, values in maps]}
         for counts in ((1, 1), (2, 2)):
             add(name, of, parameters, counts, fixes=counts == (1, 1) and "both" in name)
-    euler = lambda parameters: solvers.euler(methods["teacher"].velocity(parameters["teacher"]))
+    euler = lambda parameters: sampling.euler(methods["teacher"].velocity(parameters["teacher"]))
     for counts in ((1, 1), (2, 2), (5, 5)):
         add("teacher, Euler", euler, {"teacher": params["teacher"]}, counts, fixes=False)
     return beds.measured(b, lines)
