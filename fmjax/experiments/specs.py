@@ -287,7 +287,9 @@ def absolute(tree: Any) -> Any:
 
 def refusal(field: str, value: Any, wrong: str, way_out: str) -> ValueError:
     """Return the error ``<field>=<value>: <what is wrong>. <what to do>.``, cut to ``LENGTH`` characters."""
-    short = reprlib.Repr(maxstring=80, maxother=80).repr(value)
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = 80  # arguments of Repr from Python 3.12 on
+    short = shortened.repr(value)
     line = " ".join(f"{field}={short}: {wrong}. {way_out}.".split())
     return ValueError(line if len(line) <= LENGTH else line[: LENGTH - 2] + " …")
 
