@@ -54,10 +54,10 @@ _NAMES = {
 }
 
 __all__ = [
-    "Batch", "Method", "Run", "checks", "convert", "correction", "couplings", "data", "euler", "experiments", "flow_matching",
-    "fractions", "heun", "interpolants", "keys", "lagrangian", "load", "methods", "metrics", "nets", "oracles", "paths",
-    "predictions", "rk4", "sample", "sampling", "storage", "straightening", "times", "training", "transport", "types",
-    "uniform_grid",
+    "Batch", "Method", "Run", "checks", "convert", "correction", "couplings", "data", "euler", "experiments",
+    "flow_matching", "fractions", "heun", "interpolants", "keys", "lagrangian", "load", "methods", "metrics",
+    "nets", "oracles", "paths", "predictions", "rk4", "sample", "sampling", "storage", "straightening", "times",
+    "training", "transport", "types", "uniform_grid",
 ]  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def convert(
         shape: shape of one example, so that samples can be drawn from the folder alone.
 
     Returns:
-        What was found, also in ``converted.json``: ``net`` and ``classes`` (``None`` where the file does not have them),
+        What was found, also in ``converted.json``: ``net`` and ``classes`` (``None`` where the file has none),
         ``kind``, ``part``, ``source``, ``shape`` and the number of ``parameters``.
 
     Raises:
