@@ -1,5 +1,6 @@
 """Steps of diffusion models against posteriors, published algorithms and the moments of Gaussians."""
 
+import functools
 import itertools
 import math
 
@@ -28,12 +29,15 @@ MEANS, STDS, WEIGHTS = [[2.0, 0.5], [-1.5, 1.0], [0.3, -2.0]], [0.3, 0.4, 0.6], 
 LEVELS = np.array([40.0, 9.0, 2.5, 0.8, 0.2, 0.05])  # that all five paths have
 
 
-def mixture(path=None):
+def mixture(path=paths.linear()):
     return oracles.mixture(jnp.array(MEANS), jnp.array(STDS), jnp.array(WEIGHTS), path=path)
 
 
 def times_of(path, sigma=LEVELS):
     return np.asarray(paths.match_snr(path, paths.linear(), jnp.asarray(1 / (1 + sigma)))[0])
+
+
+step_of = functools.partial(specs.build, specs.SOLVER, field="solver")
 
 
 def walk(step, x, ts, keys=None):
@@ -135,7 +139,7 @@ def algorithm_2(denoise, x, sigma, draws, churn=0.0, low=0.0, high=np.inf, infla
 )
 def test_edms_sampler_is_its_algorithm_2(name, options, x64, key):
     path, keys, z = PATHS[name], as_keys(key, 3), jax.random.normal(key, (3, 2))
-    grid = grids.edm_grid(18, path=None if name == "linear" else path).astype(float)
+    grid = grids.edm_grid(18, path=path)
     alpha, beta = (np.asarray(a) for a in path.coefficients(jnp.asarray(grid)))
     law = mixture(paths.Path(lambda s: (s, jnp.ones_like(s))))  # x1 + s x0: times are levels
     denoise = jax.jit(lambda x, sigma: x + sigma**2 * law.score(x, sigma))
@@ -312,14 +316,14 @@ def test_a_condition_reaches_the_velocity_of_every_step(x64, key):
 def test_steps_are_named_in_a_config_and_take_the_path_of_the_run(x64, key):
     path = PATHS["vp"]
     law, x, keys = oracles.gaussian(MEAN, STD, path=path), jax.random.normal(key, (3, 2)), as_keys(key, 3)
-    step = specs.step({"name": "ddim", "eta": 1.0}, path=path)(law.velocity)
+    step = step_of({"name": "ddim", "eta": 1.0}, law.velocity, path=path)
     want = diffusion.ddim(law.velocity, path=path, eta=1.0)(x, 0.3, 0.5, None, keys)
     np.testing.assert_array_equal(step(x, 0.3, 0.5, None, keys), want)
-    assert isinstance(specs.step("ipndm", path=path)(law.velocity), Multistep)
+    assert isinstance(step_of("ipndm", law.velocity, path=path), Multistep)
     with pytest.raises(ValueError, match="'ddmi'.*did you mean 'ddim'.*dpmpp_2m, edm_heun, euler"):
-        specs.step("ddmi")
+        step_of("ddmi", law.velocity)
     with pytest.raises(ValueError, match="ddim.* latent"):
-        specs.step("ddim", path=paths.two_sided(), score=law.score)(law.velocity)
+        step_of("ddim", law.velocity, path=paths.two_sided(), score=law.score)
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,11 @@ MIXTURE = {
 }
 
 
-def mixture(path=None):
+def mixture(path=paths.linear()):
     return oracles.mixture(*map(jnp.asarray, MIXTURE.values()), path=path)
 
 
-def gaussian(shape, path=None):
+def gaussian(shape, path=paths.linear()):
     """Means and deviations of their own for each coordinate."""
     n = np.arange(math.prod(shape)).reshape(shape)
     return oracles.gaussian(jnp.asarray(np.sin(n)), jnp.asarray(0.6 + 0.1 * n), path=path)
@@ -117,7 +117,7 @@ def test_hutchinsons_estimate_has_its_mean_and_variance(law, key):
     """Mean ``tr A``; variance ``2 (|S|_F^2 - [Rademacher] |diag S|^2)``, ``S`` the symmetric part, over ``k``."""
     n, k = 20_000, 2
     x = jnp.ones((n, 3))
-    probes = likelihood.draw_probes(as_keys(key, n), k, (3,), law=law)
+    probes = likelihood.draw_probes(as_keys(key, n), k, (3,), distribution=law)
     _, div = likelihood.hutchinson(linear(MATRIX), x, 0.0, probes)
     div = np.asarray(div, np.float64)
     sym = (MATRIX + MATRIX.T) / 2

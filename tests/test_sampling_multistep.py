@@ -171,7 +171,7 @@ def test_the_first_step_with_the_initial_noise_is_ddims_without_a_key(path, x64,
             sampling.sample(f(v, path=path), x, np.array(ts)) for f in (sampling.initial_noise, diffusion.ddim)
         )
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
-    plain = specs.step({"name": "initial_noise", "heun": True}, path=path)(v)
+    plain = specs.build(specs.SOLVER, {"name": "initial_noise", "heun": True}, v, field="solver", path=path)
     keyed = [sampling.sample(plain, x, [0.1, 0.4, 0.9], key=k) for k in (None, jax.random.key(1))]
     np.testing.assert_array_equal(*keyed)
 
