@@ -129,7 +129,7 @@ def test_the_continuous_gradient_is_eulerian_times_a_positive_factor(velocity, d
 
 
 def test_the_warm_up_begins_at_the_velocity_and_the_tangent_is_normalised(draw):
-    """``r = 0``: ``g = -cos^2(a) (sigma F - x')``; the gradient is ``-2 g / (|g| + c) / d`` times the gradient of ``F``."""
+    """``r = 0``: ``g = -cos^2(a) (sigma F - x')``; its gradient is ``-2 g / (|g| + c) / d``, times ``grad F``."""
     batch, keys, params, _ = draw
     batch, path = batch._replace(progress=jnp.zeros(16)), paths.trigonometric()
     method = continuous_consistency(trigonometric(mlp), warmup=0.5, normalise=0.1)
