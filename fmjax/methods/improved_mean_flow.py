@@ -84,8 +84,8 @@ def improved_mean_flow(
     def heads(params, x, s, t, cond=None, key=None, net=net):
         return c.two_heads("head=True", net(params, x, s, t, cond, key), x)
 
-    first = (lambda *args: heads(*args)[0]) if head else net
-    own = (lambda *args: heads(*args)[1]) if head else net
+    def own(*args):
+        return heads(*args)[1] if head else net(*args)
 
     def towards(target, batch, x, s, v):
         if not isinstance(batch.cond, tuple):
@@ -128,5 +128,8 @@ def improved_mean_flow(
         u_at = lambda x, s: heads(params, x, s, t, batch.cond, net=views.for_jvp(net))
         u, du, v = jax.jvp(u_at, (x, s), (w, jnp.ones_like(s)), has_aux=True)
         return errors(s, t, u - expand(t - s, x) * jax.lax.stop_gradient(du), v, goal)
+
+    def first(params, x, s, t, cond=None, key=None):
+        return heads(params, x, s, t, cond, key)[0]
 
     return views.two_time(first, c.two_terms(on, off, diagonal))

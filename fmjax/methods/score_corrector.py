@@ -79,6 +79,6 @@ def noise_level_at(sigma: float | Sequence[float], t: Float[Array, " b"]) -> Flo
     [0.25, 0.375, 0.75]
     """
     if np.ndim(sigma) == 0:
-        return jnp.full_like(t, sigma)
+        return jnp.full_like(t, jnp.asarray(sigma))
     values = jnp.asarray(sigma, t.dtype)
     return jnp.interp(t, jnp.linspace(0, 1, len(values), dtype=t.dtype), values)

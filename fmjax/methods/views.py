@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -110,7 +111,7 @@ def encoder_of(net: Net) -> Net | None:
     Returns:
         The field ``encoder`` of the network, or ``None``.
     """
-    inner = net
+    inner: Any = net
     while inner is not None:
         if callable(encoder := getattr(inner, "encoder", None)):
             return encoder
