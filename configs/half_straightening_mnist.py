@@ -2,47 +2,24 @@
 
 python -m launch.reflow --config=configs/half_straightening_mnist.py --workdir=workdir/half_straightening_mnist
     --config.data.source_dir=FOLDER                # of the four original files; otherwise TFDS downloads them (12 MB)
-
-A CPU core, shared with other work: 40 minutes (teacher 14, trajectories 2, students 15, comparison 10). FD-small and
-paired error with two evaluations: 41.68 +- 0.02 and 0.0177 where both halves are straight (gated), one reflow 46.0 and
-0.0228, the teacher 69.9 and 0.0503.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import config_dict
+
+from configs import base
 
 
-def get_config() -> ConfigDict:
-    """All fields of the experiment; any can be changed by ``--config.FIELD=VALUE``."""
-    c = ConfigDict()
-    c.seed = 0
-    c.data = {"name": "mnist", "source_dir": config_dict.placeholder(str)}
-    c.data.update({"data_dir": config_dict.placeholder(str), "verify": True, "stream": False})
-    c.flip = False
-    c.classes, c.label_dropout, c.guidance = 0, 0.0, 1.0
-    c.negatives = config_dict.placeholder(str)
-    c.path = "linear"
-    c.init, c.teacher = config_dict.placeholder(str), config_dict.placeholder(str)
-    c.fsdp = False
-    c.log_every, c.save_every, c.sample_every, c.keep = 50, 250, 0, 2
-
-    # the teacher; 16 tokens an image
+def get_config():
+    """Return the experiment: 16 tokens an image; noise half [0, 0.5], data half [0.5, 1]."""
+    c = base.get_config()
+    text = config_dict.placeholder(str)
+    c.data = {"name": "mnist", "source_dir": text, "data_dir": text, "verify": True, "stream": False}
+    c.log_every, c.save_every, c.sample_every = 50, 250, 0
     c.net = {"name": "dit", "width": 128, "depth": 4, "heads": 4, "patch": 7}
-    c.method, c.weighting = "flow_matching", config_dict.placeholder(str)
-    c.coupling = "minibatch_ot"
-    c.batch_size, c.steps, c.target = 64, 5000, "self"
-    c.learning_rate, c.warmup, c.schedule = 2e-3, 100, "cosine"
-    c.clip, c.beta2, c.weight_decay, c.ema = 1.0, 0.999, 0.0, 0.998
-    same = "weighting coupling batch_size schedule clip beta2 weight_decay ema".split()
-
-    # students start from the teacher; noise half [0, 0.5], data half [0.5, 1]
-    c.straighten = {name: c[name] for name in same}
-    c.straighten.update({"method": {"name": "straighten"}, "target": "frozen", "seed": 0})
-    c.straighten.update({"steps": 800, "learning_rate": 5e-4, "warmup": 0})
-    c.straighten.update({"bounds": (0.0, 0.5, 1.0), "full": True, "sharing": ("shared", "retained", "gated")})
-    c.straighten.parts = {"noise half": (0,), "data half": (1,), "both halves": (0, 1)}
-    c.straighten.update({"grid": "even", "grid_steps": 20, "solver": "heun", "examples": 4000})
-    c.straighten.update({"allocations": ((1, 1), (1, 9), (9, 1), (9, 9)), "reference_steps": 40})
-    c.straighten.update({"baselines": (2, 10, 18), "probes": 128})
-
-    c.sampling = {"seeds": 3, "samples": 250, "euler": (2, 10, 18)}
-    return c.lock()
+    c.batch_size, c.steps, c.beta2, c.ema = 64, 5000, 0.999, 0.998
+    fields = {"sharing": ("shared", "retained", "gated"), "grid": "even", "grid_steps": 20, "examples": 4000}
+    fields |= {"reference_steps": 40, "probes": 128}
+    c.straighten = base.straighten(c, steps=800, learning_rate=5e-4, warmup=0, **fields)
+    c.sampling = {"seeds": 3, "samples": 250}
+    c.samplers = {"euler": (2, 10, 18)}
+    return base.finish(c)

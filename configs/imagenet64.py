@@ -1,7 +1,7 @@
 """ImageNet at 64x64, conditional: flow matching with the network of ADM (arXiv 2105.05233), read from disk.
 
 python -m launch.train --config=configs/imagenet64.py --workdir=workdir/imagenet64 --config.data.source_dir=FOLDER
-    --config.data.archive=downsampled --config.classes=0 --config.label_dropout=0    # the set without labels
+    --config.data.archive=downsampled --config.conditional=False --config.label_dropout=0.0    # without labels
 
 FOLDER has Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip from image-net.org
 (14 GB); the first start checks them and writes 16 GB of records to data.data_dir.
@@ -11,32 +11,23 @@ Not run with this code. Published on ImageNet-64: FID 1.64 by flow matching (flo
 32 or more accelerators with 40 GB, one process a host (FMJAX_DISTRIBUTED=1); its wall-clock is not known.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import config_dict
+
+from configs import base
 
 
-def get_config() -> ConfigDict:
-    """All fields of the experiment; any can be changed by ``--config.FIELD=VALUE``."""
-    c = ConfigDict()
-    c.seed = 0
-    c.data = {"name": "imagenet64", "source_dir": config_dict.placeholder(str)}
-    c.data.update({"data_dir": config_dict.placeholder(str), "archive": "resized", "verify": True, "stream": True})
-    c.flip = True
-    c.classes, c.label_dropout, c.guidance = 1000, 0.1, 1.0
-    c.negatives = config_dict.placeholder(str)  # 'any', 'other_label': what the contrastive method needs
-    c.path = "linear"
-    # runs whose averaged parameters training starts from, and whose are the target of target='frozen'
-    c.init, c.teacher = config_dict.placeholder(str), config_dict.placeholder(str)
-    c.fsdp = True
+def get_config():
+    """Return the experiment."""
+    c = base.get_config()
+    text = config_dict.placeholder(str)
+    c.data = {"name": "imagenet64", "source_dir": text, "data_dir": text, "archive": "resized", "verify": True}
+    c.data.stream = True
+    c.flip, c.conditional, c.label_dropout, c.fsdp, c.coupling = True, True, 0.1, True, "independent"
     c.log_every, c.save_every, c.sample_every, c.keep = 100, 2500, 10_000, 3
-
     c.net = {"name": "unet", "channels": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "attention": (32, 16, 8)}
     c.net.update({"head_channels": 64, "middle": True, "dropout": 0.1, "resample": "block", "dtype": "bfloat16"})
-    c.method, c.weighting = "flow_matching", config_dict.placeholder(str)  # 'adaptive', 'learned'
-    c.coupling = "independent"
-    c.batch_size, c.steps, c.target = 1024, 500_000, "self"
-    c.learning_rate, c.warmup, c.schedule = 1e-4, 10_000, "constant"
-    c.clip, c.beta2, c.weight_decay, c.ema = 1.0, 0.99, 0.0, 0.9999
-
-    # what launch.evaluate draws
-    c.sampling = {"seeds": 3, "samples": 10_000, "euler": (2, 4, 8, 16, 100), "rk4": (8,)}
-    return c.lock()
+    c.batch_size, c.steps = 1024, 500_000
+    c.learning_rate, c.warmup, c.schedule, c.ema = 1e-4, 10_000, "constant", 0.9999
+    c.sampling = {"seeds": 3, "samples": 10_000}
+    c.samplers = {"euler": (2, 4, 8, 16, 100), "rk4": (8,)}
+    return base.finish(c)

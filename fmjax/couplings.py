@@ -5,7 +5,7 @@ sources ``x0`` and targets ``x1`` that were drawn independently. The condition (
 ``[B, ...]``) belongs to ``x1`` and follows it. Both marginals are kept, exactly (without replacement) or in
 distribution (with replacement), so that flow matching stays valid for every coupling. The distribution of ``x0``
 *given the condition* can change: see ``minibatch_ot``. Fixed pairs (reflow) need no coupling but
-``arrays.batches(x, source=x0)``.
+``data.batches(x, source=x0)``.
 """
 
 from __future__ import annotations

@@ -1,36 +1,26 @@
-"""Builds the marginals of the flow that launch.train left in W: ``python -m launch.marginals --config=C --workdir=W``.
+"""Build the forward and backward marginals of a trained flow. Run it again to continue.
 
-Forward ones from noise, backward ones from the training data, on the grid of the config (``--config.solver_steps=10``,
-``--config.solver=flow_map`` for a learned map), into W/marginals. Size and time are told first; run it again to go on
-after a kill. ``FMJAX_DISTRIBUTED=1`` joins several processes, each of which builds its share.
+python -m launch.marginals --workdir=W [--direction=backward] [--config.solver_steps=16]
 """
 
-import functools
-
-from absl import app, flags
-from ml_collections import config_flags
-
 from fmjax.experiments import command_line, marginals
-from fmjax.training import sharding
+from fmjax.experiments.command_line import Option
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
-DIRECTION = flags.DEFINE_enum("direction", "both", ["both", "forward", "backward"], "Which marginals.")
-OUT = flags.DEFINE_string("out", None, "Where to, by default W/marginals: another grid needs another folder.")
-STEPS = flags.DEFINE_multi_integer("steps", None, "An index of the grid to store, repeated; by default all.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "The numbers that are stored.")
-TOL = flags.DEFINE_float("tol", 1e-4, "The residual at which an inverse step has converged, relative rms.")
-flags.mark_flag_as_required("config")
+OPTIONS = (
+    Option(
+        "direction", str, "both", "forward (from noise), backward (from data), or both", ("forward", "backward", "both")
+    ),
+    Option("out", str, None, "folder of the sets (default: marginals in the run folder)"),
+    Option("keep", int, None, "index of the time grid to store; by default all are stored", repeated=True),
+    Option("dtype", str, "float32", "of the stored numbers", ("float32", "float16", "bfloat16")),
+    Option("tol", float, 1e-4, "largest residual of an inverse step"),
+)
 
 
-def main(_):
-    """Builds."""
-    command_line.in_one_line(sharding.start)
-    how = {"out": OUT.value, "steps": STEPS.value, "dtype": DTYPE.value, "tol": TOL.value}
-    command_line.in_one_line(
-        functools.partial(marginals.main, direction=DIRECTION.value, **how), CONFIG.value, WORKDIR.value
-    )
+def main(argv=None):
+    """Build the sets."""
+    command_line.run(marginals.main, __doc__, *OPTIONS, argv=argv)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_flags)
+    main()

@@ -1,24 +1,15 @@
-"""Reflow and half-straightening: ``python -m launch.reflow --config=configs/half_straightening_digits.py --workdir=W``.
+"""Half-straighten a flow: a teacher, its trajectories, students on parts of the time axis, and a comparison.
 
-Teacher, trajectories, students, comparison: straightened.json and report.html in the workdir. Run it again to resume.
+python -m launch.reflow --config=configs/half_straightening_digits.py --workdir=W
 """
 
-from absl import app, flags
-from ml_collections import config_flags
-
 from fmjax.experiments import command_line, reflow
-from fmjax.training import sharding
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
-flags.mark_flag_as_required("config")
 
 
-def main(_):
-    """Runs the comparison."""
-    command_line.in_one_line(sharding.start)
-    command_line.in_one_line(reflow.main, CONFIG.value, WORKDIR.value)
+def main(argv=None):
+    """Train teacher and students, and compare."""
+    command_line.run(reflow.main, __doc__, argv=argv)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_flags)
+    main()

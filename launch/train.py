@@ -1,25 +1,27 @@
-"""Trains the flow of a config: ``python -m launch.train --config=configs/digits.py --workdir=W [--config.steps=10]``.
+"""Train a stage of a config, by default the flow.
 
-The workdir gets config.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and samples/; run it again to
-resume. ``FMJAX_DISTRIBUTED=1`` joins the processes of a TPU pod or a GPU cluster.
+  python -m launch.train --config=configs/digits.py --workdir=W [--config.steps=10]   # the flow
+  python -m launch.train --workdir=W --stage=correctors.score                         # another stage of that run
+  python -m launch.train --workdir=NEW --config=C --fork=OLD                          # from another run's whole state
+
+The run folder gets config.json, environment.json and a folder a stage with metrics.jsonl, tensorboard/,
+checkpoints/ and samples/. Run a command again to continue. FMJAX_DISTRIBUTED=1 joins the processes of a TPU pod or a
+GPU cluster.
 """
 
-from absl import app, flags
-from ml_collections import config_flags
+from fmjax.experiments import command_line, train
+from fmjax.experiments.command_line import Option
 
-from fmjax.experiments import assemble, command_line
-from fmjax.training import sharding
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
-flags.mark_flag_as_required("config")
+OPTIONS = (
+    Option("stage", str, "flow", "flow, marginals, correctors.NAME, flow_map, trajectories or straighten.NAME"),
+    Option("fork", str, None, "run folder whose whole state of the stage a new run starts from"),
+)
 
 
-def main(_):
-    """Trains."""
-    command_line.in_one_line(sharding.start)
-    command_line.in_one_line(assemble.fit, CONFIG.value, WORKDIR.value)
+def main(argv=None):
+    """Train."""
+    command_line.run(train.main, __doc__, *OPTIONS, argv=argv)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_flags)
+    main()

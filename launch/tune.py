@@ -1,35 +1,27 @@
-"""Tunes the corrections of a run of launch.pipeline: ``python -m launch.tune --config=C --workdir=W --by=score``.
+"""Choose where and how strongly a finished run is corrected. Run it again to continue.
 
-Which steps to correct and how strongly, for a sampler of the run (``--solver=rk4 --steps=8``, or ``flow_map``), chosen
-on noise of its own: W/tuning. It prints what the config's ``corrections`` take; run it again to go on after a kill.
+python -m launch.tune --workdir=W --by=score --solver=rk4 --solver_steps=8
 """
 
-import functools
-
-from absl import app, flags
-from ml_collections import config_flags
-
 from fmjax.experiments import command_line, tune
+from fmjax.experiments.command_line import Option
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
-BY = flags.DEFINE_string("by", "score", "The corrector, of the config's correctors.")
-SOLVER = flags.DEFINE_string("solver", "rk4", "The sampler's solver, or flow_map.")
-STEPS = flags.DEFINE_integer("steps", 8, "Its steps.", lower_bound=1)
-METRIC = flags.DEFINE_string("metric", None, "The distance to make small, by default the first of the run's.")
-MOST = flags.DEFINE_integer("most", 3, "The most corrections.", lower_bound=1)
-SEEDS = flags.DEFINE_integer("seeds", 4, "Runs of samples that a value is the mean of.", lower_bound=1)
-ALPHA = flags.DEFINE_multi_float("alpha", [], "A strength to try, repeated; by default some.")
-BETA = flags.DEFINE_multi_float("beta", [], "A noise to try, repeated; by default shares of a score's noise level.")
-flags.mark_flag_as_required("config")
+OPTIONS = (
+    Option("by", str, "score", "the corrector"),
+    Option("solver", str, "rk4", "the sampler's solver, or flow_map"),
+    Option("solver_steps", int, 8, "the sampler's number of steps"),
+    Option("metric", str, None, "the distance to make small (default: the first of the config)"),
+    Option("most", int, 3, "largest number of corrections"),
+    Option("seeds", int, 4, "runs that a value is the mean of"),
+    Option("alpha", float, None, "candidate correction strength (default 0.1, 0.25, ...)", repeated=True),
+    Option("beta", float, None, "candidate noise level (default: multiples of a score's noise level)", repeated=True),
+)
 
 
-def main(_):
-    """Tunes."""
-    how = {"by": BY.value, "solver": SOLVER.value, "steps": STEPS.value, "metric": METRIC.value, "most": MOST.value}
-    run = functools.partial(tune.main, seeds=SEEDS.value, alphas=ALPHA.value, betas=BETA.value, **how)
-    command_line.in_one_line(run, CONFIG.value, WORKDIR.value)
+def main(argv=None):
+    """Tune."""
+    command_line.run(tune.main, __doc__, *OPTIONS, argv=argv)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_flags)
+    main()

@@ -18,7 +18,7 @@ import pytest
 
 from fmjax import methods, oracles, paths, times
 from fmjax.methods.consistency import consistency_cost
-from fmjax.types import Batch, Method, Net, expand, over_batch
+from fmjax.types import Batch, Method, Net, Network, expand, over_batch
 
 MEAN, STD, SIGMA = np.array([0.75, -0.5], np.float32), np.array([0.5, 1.5], np.float32), (0.4, 0.9, 0.6)
 
@@ -261,8 +261,8 @@ def coupled_case(path, rho=0.6) -> Case:
 
         log_variance = jnp.full(2, jnp.log(1 - rho**2))
         spread = lambda x: jnp.broadcast_to(log_variance.astype(x.dtype), x.shape)
-        flow.encoder = lambda params, x, *rest: jnp.concatenate([rho * (x - MEAN) / STD, spread(x)], 1)
-        return flow
+        encoder = lambda params, x, *rest: jnp.concatenate([rho * (x - MEAN) / STD, spread(x)], 1)
+        return Network(flow, encoder=encoder)
 
     def about(x, t):
         """``x - E I_t``, the variance of ``I_t``, half its derivative, and the derivative of ``E I_t``."""

@@ -86,13 +86,18 @@ def imagenet_png(folder, size=64, train=6, test=4):
     return written
 
 
-def assert_is(splits, written):
+def assert_is(data, written):
     """What was loaded is what was written, pixel for pixel and in order."""
-    assert splits.levels == 256
-    for x, y, (bytes_, labels) in zip(splits[0:3:2], splits[1:4:2], written.values(), strict=True):
-        assert x.dtype == np.float32 and y.dtype == np.int32 and x.shape[:3] == bytes_.shape[:3]
-        np.testing.assert_allclose(x[:], bytes_.reshape(x.shape) / 127.5 - 1, atol=1.2e-7)  # a rounding below 2
-        assert (y == labels).all()
+    assert data.levels == 256
+    for parts, (bytes_, labels) in zip((data[:2], data[2:3]), written.values(), strict=True):
+        x = np.concatenate([part.x[:] for part in parts])
+        assert all(part.x.dtype == np.float32 for part in parts) and x.shape[:3] == bytes_.shape[:3]
+        np.testing.assert_allclose(x, bytes_.reshape(x.shape) / 127.5 - 1, atol=1.2e-7)  # a rounding below 2
+        if not data.classes:
+            assert all(part.cond is None for part in parts)
+            continue
+        assert all(part.cond.dtype == np.int32 for part in parts)
+        assert (np.concatenate([part.cond for part in parts]) == labels).all()
 
 
 def npy(array):

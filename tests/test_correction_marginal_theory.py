@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from fmjax import oracles, sampling
-from fmjax.correction import correctors, marginals
+from fmjax import correction, oracles, sampling
+from fmjax.correction import correctors
 from fmjax.oracles import mismatch
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 
 EPS = 0.15
 MIXED = (0.6 * EPS, 0.5 * EPS, 0.5 * EPS)
@@ -107,12 +107,12 @@ def built(tmp_path_factory):
     """
     ts, m, steps = grids.uniform_grid(120), flow(MIXED), (0, 30, 60, 90, 120)
     how = {"flow": "toy", "batch": 2048, "shard_size": 2048, "steps": steps}
-    make = functools.partial(marginals.build, lambda params: m.velocity, {}, ts, **how)
+    make = functools.partial(correction.build_marginals, lambda params: m.velocity, {}, ts, **how)
     forward, backward = (tmp_path_factory.mktemp(name) for name in "pq")
     make(directory=forward, direction="forward", count=2048, shape=(2,))
     data = np.asarray(RING.sample(jax.random.key(1), 2048))
     make(directory=backward, direction="backward", backward_map="inverse", data=data)
-    return marginals.read(forward), marginals.read(backward)
+    return correction.read_marginals(forward), correction.read_marginals(backward)
 
 
 def test_the_best_classifier_has_the_same_loss_at_every_step_of_built_marginals(built):
@@ -136,7 +136,7 @@ def test_the_gradient_of_the_logit_is_pulled_back_by_the_flow(x64, key):
 
     @jax.jit
     def both(x):
-        carry = lambda x: sampling.sample(solvers.rk4(m.velocity), x, np.linspace(t, 1, 401))
+        carry = lambda x: sampling.sample(sampling.rk4(m.velocity), x, np.linspace(t, 1, 401))
         push = mismatch.gradient(m.logit)
         end, pull = jax.vjp(carry, x)
         return push(x, t), pull(push(end, 1.0))[0]
@@ -251,7 +251,7 @@ def test_the_recursion_and_the_transported_coupling_bound_the_distance(key):
     """
     n, ts = 400, grids.uniform_grid(40)
     m = flow(tuple(0.35 / EPS * c for c in MIXED))
-    step = solvers.rk4(m.velocity)
+    step = sampling.rk4(m.velocity)
     run = functools.partial(sampling.sample, step, trajectory=True)
     p = np.asarray(jax.jit(lambda x: run(x, ts))(jax.random.normal(key, (n, 2))), np.float64)
     there_and_back = jax.jit(lambda x: run(sampling.sample(step, x, ts[::-1]), ts))  # one bijection carries p and q

@@ -1,292 +1,125 @@
-"""The input pipeline: epochs, resume, processes, couplings, and the thread that runs ahead."""
+"""A data set from the user's file: every kind, both forms, in memory and on disk, and what is refused."""
 
-import threading
-import time
-
-import jax
 import numpy as np
 import pytest
 
-from fmjax import couplings
-from fmjax.data import arrays
+from fmjax import data
+from fmjax.data import batches
+from fmjax.data.arrays import Mapped, arrays
 
-N, B = 23, 6  # 23 is prime: batches straddle epochs
-
-
-def data(n=N, shape=(4, 6, 1), seed=0):
-    x = np.random.default_rng(seed).uniform(-1, 1, (n, *shape)).astype(np.float32)
-    return x, np.arange(n, dtype=np.int32)
+N = 40
+SHAPES = {"points": (2,), "vector": (5,), "series": (6, 3), "image": (4, 4, 1)}
 
 
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+def floats(shape, n=N, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (n, *shape)).astype(np.float32)
 
 
-@pytest.mark.parametrize("batch_size", [1, 6, 22, 23])
-def test_each_example_is_seen_exactly_once_an_epoch(batch_size):
-    x, y = data()
-    f = arrays.batches(x, y, batch_size=batch_size, seed=0)
-    seen = np.concatenate([f(step).cond for step in range(3 * N)])
-    epochs = seen[: len(seen) // N * N].reshape(-1, N)
-    assert (np.sort(epochs, 1) == np.arange(N)).all()
-    assert not (epochs[0] == epochs[1]).all()
+def saved(folder, **content):
+    path = folder / "own.npz"
+    np.savez(path, **content)
+    return str(path)
 
 
-def test_examples_keep_their_label_and_value():
-    x, y = data()
-    f = arrays.batches(x, {"id": y}, batch_size=B, seed=0)
-    for step in range(10):
-        batch = f(step)
-        assert (batch.x1 == x[batch.cond["id"]]).all() and batch.x0 is None and batch.t is None
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_one_array_is_split_at_random_with_its_labels(kind, stream, tmp_path):
+    x, index = floats(SHAPES[kind]), np.arange(N)
+    loaded = arrays(path=saved(tmp_path, x=x, y=index), validation=0.2, test=0.1, stream=stream)
+    assert (loaded.kind, loaded.classes, loaded.name, loaded.levels) == (kind, N, "own", None)
+    assert [examples.count for examples in loaded[:3]] == [28, 8, 4]
+    for examples in loaded[:3]:
+        assert isinstance(examples.x, Mapped if stream else np.ndarray) and examples.x.dtype == np.float32
+        np.testing.assert_array_equal(examples.x[:], x[examples.cond])
+    assert sorted(np.concatenate([examples.cond for examples in loaded[:3]])) == list(range(N))
 
 
-def test_first_places_are_uniform_over_epochs():
-    """Any example is first in an epoch equally often: 4,600 epochs, 4.5 binomial standard errors."""
-    x, y = data(shape=(1,))
-    f = arrays.batches(x, y, batch_size=N, seed=0)
-    counts = np.bincount([f(step).cond[0] for step in range(200 * N)], minlength=N)
-    assert np.abs(counts - 200).max() < 4.5 * np.sqrt(200 * (1 - 1 / N))
+@pytest.mark.parametrize("stream", [False, True])
+def test_given_splits_stay_as_they_are(stream, tmp_path):
+    splits = {name: floats((3,), 10 + i, seed=i) for i, name in enumerate(("train", "validation", "test"))}
+    y = {f"y_{name}": x[:, :2] for name, x in splits.items()}
+    path = saved(tmp_path, **{f"x_{name}": x for name, x in splits.items()}, **y)
+    loaded = arrays(path=path, stream=stream)
+    for name, x in splits.items():
+        np.testing.assert_array_equal(getattr(loaded, name).x[:], x)
+        np.testing.assert_array_equal(getattr(loaded, name).cond, x[:, :2])
+    assert loaded.classes == 0
 
 
-@pytest.mark.parametrize("negatives", arrays.NEGATIVES)
-@pytest.mark.parametrize("couple", [None, couplings.minibatch_ot(replacement=True, by_class=False)])
-def test_any_step_is_bit_equal_whatever_was_asked_before(couple, negatives):
-    x, y = data()
-    make = lambda: arrays.batches(x, y, batch_size=B, seed=3, couple=couple, negatives=negatives, flip=True)
-    straight = make()
-    run = [straight(step) for step in range(40)]
-    for first in (39, 0, 17):
-        assert_equal(make()(first), run[first])
-    assert_equal(list(arrays.prefetch(make(), 11, 40)), run[11:])
+@pytest.mark.parametrize("stream", [False, True])
+def test_bytes_are_scaled_to_minus_one_to_one(stream, tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (N, 4, 4, 3), np.uint8)
+    loaded = arrays(path=saved(tmp_path, x=x, y=np.arange(N)), stream=stream)
+    assert loaded.kind == "image" and loaded.levels == 256
+    np.testing.assert_allclose(loaded.train.x[:], x[loaded.train.cond] / 127.5 - 1, atol=1.2e-7)
+    assert loaded.train.x[[3, 1]].shape == (2, 4, 4, 3)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"couple": couplings.independent()},
-        {"couple": couplings.minibatch_ot(by_class=True)},
-        {"negatives": "any"},
-        {"negatives": "other_label", "couple": couplings.minibatch_ot(replacement=True, by_class=True)},
-        {"negatives": "any", "source": data(seed=1)[0]},
-    ],
-)
-@pytest.mark.parametrize("processes", [2, 3, 6])
-def test_slices_of_the_processes_are_the_global_batch(kwargs, processes):
-    x, y = data()
-    y = {"id": y, "label": y % 3}
-    make = lambda i, p: arrays.batches(
-        x, y, batch_size=B, seed=0, flip=True, process_index=i, process_count=p, **kwargs
-    )
-    for step in (0, 3, 8):
-        parts = [make(i, processes)(step) for i in range(processes)]
-        assert_equal(jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts), make(0, 1)(step))
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_batches_from_a_mapped_file_equal_batches_from_memory(order, tmp_path):
+    x = np.asarray(floats((4, 4, 1)).astype(np.float64), order=order)
+    memory, disk = (arrays(path=saved(tmp_path, y=np.arange(N), x=x), stream=stream) for stream in (False, True))
+    a, b = (batches(d.train.x, d.train.cond, batch_size=7, seed=0, flip=True) for d in (memory, disk))
+    for step in range(6):
+        np.testing.assert_array_equal(a(step).x1, b(step).x1)
+        np.testing.assert_array_equal(a(step).cond, b(step).cond)
+    assert isinstance(disk.train.x.array, np.memmap)
 
 
-def test_seeds_and_steps_draw_different_batches_and_noise():
-    x, y = data()
-    couple = couplings.independent()
-    a, b = (arrays.batches(x, y, batch_size=B, seed=seed, couple=couple) for seed in (0, 1))
-    assert not (a(0).x0 == b(0).x0).any() and not (a(0).x0 == a(1).x0).any()
-    assert not (a(0).cond == b(0).cond).all()
+def test_a_npy_file_holds_the_examples(tmp_path):
+    x = floats((5,))
+    np.save(tmp_path / "own.npy", x)
+    memory, disk = (arrays(path=str(tmp_path / "own.npy"), stream=stream) for stream in (False, True))
+    np.testing.assert_array_equal(memory.train.x, disk.train.x[:])
+    assert memory.train.cond is None and isinstance(disk.train.x.array, np.memmap)
 
 
-def test_source_noise_is_standard_normal():
-    stats = pytest.importorskip("scipy.stats")
-    x, _ = data()
-    f = arrays.batches(x, batch_size=B, seed=0, couple=couplings.independent())
-    noise = np.concatenate([f(step).x0.ravel() for step in range(200)])
-    assert f(0).x0.dtype == np.float32 and f(0).cond is None
-    assert stats.kstest(noise, "norm").pvalue > 1e-4
+def test_a_seed_fixes_the_split(tmp_path):
+    path = saved(tmp_path, x=floats((2,)))
+    a, b, other = arrays(path=path), arrays(path=path), arrays(path=path, seed=1)
+    np.testing.assert_array_equal(a.test.x, b.test.x)
+    assert not np.array_equal(a.test.x, other.test.x)
 
 
-def test_optimal_transport_lowers_the_cost_of_the_same_noise_and_data():
-    x, y = data()
-    free, ot = (
-        arrays.batches(x, y, batch_size=B, seed=0, couple=c)(0)
-        for c in (couplings.independent(), couplings.minibatch_ot(by_class=False))
-    )
-    assert_equal((ot.x1, ot.cond), (free.x1, free.cond))
-    assert sorted(map(bytes, ot.x0)) == sorted(map(bytes, free.x0))
-    assert ((ot.x0 - ot.x1) ** 2).sum() < ((free.x0 - free.x1) ** 2).sum()
-
-
-def test_flip_mirrors_half_of_the_images_left_to_right():
-    x, y = data()
-    f = arrays.batches(x, y, batch_size=N, seed=0, flip=True)
-    mirrored = 0
-    for step in range(100):
-        batch = f(step)
-        kept = (batch.x1 == x[batch.cond]).all((1, 2, 3))
-        assert (kept | (batch.x1 == x[batch.cond][:, :, ::-1]).all((1, 2, 3))).all()
-        mirrored += (~kept).sum()
-    assert abs(mirrored - 50 * N) < 4.5 * np.sqrt(25 * N)
-    assert_equal(x, data()[0])  # the data themselves are untouched
-
-
-@pytest.mark.parametrize("couple", [None, couplings.minibatch_ot(replacement=True, by_class=False)])
-@pytest.mark.parametrize("negatives", ["any", "other_label"])
-def test_negatives_are_uniform_over_what_is_allowed_and_never_the_rows_own(negatives, couple):
-    """Counts of (own, negative) over 1500 batches are binomial given how often each was own, with a mean near 18.
-
-    There a Poisson variable exceeds its mean by 5.5 standard deviations once in 5e5: 1e-3 for all 529 counts.
-    """
-    x, y = np.arange(N, dtype=np.float32)[:, None], np.arange(N) % 3
-    f = arrays.batches(x, y, batch_size=B, seed=0, negatives=negatives, couple=couple)
-    counts = np.zeros((N, N))
-    for step in range(1500):
-        batch = f(step)
-        assert (batch.cond == batch.x1[:, 0] % 3).all()
-        np.add.at(counts, (batch.x1[:, 0].astype(int), batch.negative[:, 0].astype(int)), 1)
-    allowed = ~np.eye(N, dtype=bool) if negatives == "any" else y[:, None] != y
-    assert (counts[~allowed] == 0).all()
-    p = allowed / allowed.sum(1, keepdims=True)
-    mean = counts.sum(1, keepdims=True) * p
-    assert np.abs((counts - mean)[allowed] / np.sqrt(mean * (1 - p))[allowed]).max() < 5.5
-
-
-def test_negatives_leave_the_rest_of_the_batch_as_it_was():
-    x, y = data()
-    for kwargs in ({"flip": True}, {"couple": couplings.minibatch_ot(by_class=False), "flip": True}):
-        with_, without = (
-            arrays.batches(x, y, batch_size=B, seed=0, negatives=negatives, **kwargs)(5) for negatives in ("any", None)
-        )
-        assert without.negative is None
-        assert_equal(with_._replace(negative=None), without)
-
-
-def test_negatives_are_mirrored_half_the_time_and_never_the_mirrored_own():
-    x, y = data(n=2)
-    f = arrays.batches(x, y, batch_size=2, seed=0, negatives="any", flip=True)
-    mirrored = 0
-    for step in range(400):
-        batch = f(step)
-        other = x[1 - batch.cond]
-        kept = (batch.negative == other).all((1, 2, 3))
-        assert (kept | (batch.negative == other[:, :, ::-1]).all((1, 2, 3))).all()
-        mirrored += (~kept).sum()
-    assert abs(mirrored - 400) < 4.5 * np.sqrt(200)
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_fixed_pairs_stay_together_in_the_order_of_the_epochs(flip):
-    x, y = data()
-    source = np.random.default_rng(1).standard_normal(x.shape, dtype=np.float32)
-    kwargs = {"batch_size": B, "seed": 0, "flip": flip}
-    f, plain = arrays.batches(x, y, source=source, **kwargs), arrays.batches(x, y, **kwargs)
-    for step in range(8):
-        batch = f(step)
-        assert_equal(batch._replace(x0=None), plain(step))
-        for x0, x1, i in zip(batch.x0, batch.x1, batch.cond, strict=True):
-            turn = (lambda a: a) if (x1 == x[i]).all() else (lambda a: a[:, ::-1])
-            assert (x1 == turn(x[i])).all() and (x0 == turn(source[i])).all()
+X = floats((2,))
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("content", "options", "message"),
     [
-        ({"batch_size": N + 1}, "batch_size=24 must be in 1..23"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"process_count": 4}, "batch_size=6 is not divisible by 4 processes; use 4"),
-        ({"process_count": 2, "process_index": 2}, "process_index=2"),
-        ({"x": np.zeros((N, 2), np.uint8)}, "uint8.*127.5"),
-        ({"x": np.zeros((N, 2), np.float32), "flip": True}, "flip=True"),
-        ({"y": np.zeros(N - 1)}, "y has leaves"),
-        ({"seed": -1}, "seed=-1"),
-        ({"source": np.zeros((N, 4, 6, 1), np.float32), "couple": couplings.independent()}, "give one of them"),
-        ({"source": np.zeros((N, 4, 6), np.float32)}, r"source is float32 \(23, 4, 6\); .*\(23, 4, 6, 1\) as x"),
-        ({"source": np.zeros((N, 4, 6, 1), int)}, "source is int64"),
-        ({"negatives": "other_lable"}, "did you mean 'other_label'"),
-        ({"negatives": "other_label", "y": np.zeros(N)}, r"needs an integer leaf in y, the label .*\['float64'\]"),
-        ({"negatives": "other_label", "y": None}, "needs an integer leaf in y"),
-        ({"negatives": "other_label", "y": np.ones(N, int)}, "needs two labels"),
-        ({"negatives": "any", "x": np.ones((N, 2), np.float32)}, "needs two different examples"),
+        ({"x": X}, {"validation": 0.0}, r"^validation=0.0: .*\(0, 1\)"),
+        ({"x": X}, {"test": 1.5}, r"^test=1.5: .*\(0, 1\)"),
+        ({"x": X}, {"test": 0.9}, r"^validation=0.1, test=0.9: of 40 examples"),
+        ({"x": X[:6]}, {}, r"^validation=0.1, test=0.1: of 6 examples"),
+        ({"x": X, "y": np.arange(3)}, {}, r"^y=\[3\]: there are 40 examples"),
+        ({"x": X, "y": np.arange(N)}, {"classes": 7}, r"^train.cond=7 at row \d+: labels lie in 0\.\.6"),
+        ({"x_train": X, "x_test": X}, {}, "holds x_test, x_train. Give x .* x_train, x_validation, x_test"),
+        ({"x": np.arange(80).reshape(N, 2)}, {}, r"x is int64 \[40, 2\]"),
+        ({"x": np.zeros((N, 2), np.uint8)}, {}, r"x is uint8 \[40, 2\]"),
+        ({"x": np.where(np.arange(N)[:, None] == 5, np.nan, X)}, {}, r"^x=\[40\]: row 5 "),
+        ({"x": np.zeros((N, 3, 3, 3, 3))}, {}, r"^shape=\(3, 3, 3, 3\)"),
+        ({"x": np.array([None] * N)}, {}, "cannot be read as arrays"),
+        ({}, {}, "holds nothing"),
     ],
 )
-def test_bad_input_is_refused_before_the_first_batch(change, message):
-    x, y = data()
-    kwargs = {"x": x, "y": y, "batch_size": B, "seed": 0} | change
-    with pytest.raises(ValueError, match=message):
-        arrays.batches(kwargs.pop("x"), kwargs.pop("y"), **kwargs)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_file_of_another_form_is_refused(content, options, message, stream, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        arrays(path=saved(tmp_path, **content), stream=stream, **options)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
-def test_a_negative_step_is_refused():
-    with pytest.raises(ValueError, match="step=-1"):
-        arrays.batches(data()[0], batch_size=B, seed=0)(-1)
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^path=.*gone.npz"):
+        arrays(path=str(tmp_path / "gone.npz"))
+    np.savez_compressed(tmp_path / "small.npz", x=X)
+    assert arrays(path=str(tmp_path / "small.npz")).train.count == 32
+    with pytest.raises(ValueError, match="^path=.*small.npz.*compressed"):
+        arrays(path=str(tmp_path / "small.npz"), stream=True)
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "small.npz").read_bytes()[:-40])
+    with pytest.raises(ValueError, match="^path=.*torn.npz"):
+        arrays(path=str(tmp_path / "torn.npz"))
 
 
-def threads():
-    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
-
-
-@pytest.mark.parametrize("depth", [1, 2, 5, 50])
-def test_prefetch_is_map_in_order(depth):
-    assert list(arrays.prefetch(lambda step: step**2, 3, 20, depth=depth)) == [step**2 for step in range(3, 20)]
-    assert list(arrays.prefetch(lambda step: step, 5, 5, depth=depth)) == []
-    assert not threads()
-
-
-def test_prefetch_runs_ahead_by_depth_and_no_further():
-    """While the consumer holds value 0, the thread works on 1..depth; it never starts depth + 1."""
-    called, reached = [], threading.Event()
-
-    def f(step):
-        called.append(step)
-        if step == 3:
-            reached.set()
-        return step
-
-    values = arrays.prefetch(f, 0, 100, depth=3)
-    assert next(values) == 0
-    assert reached.wait(10)
-    time.sleep(0.05)
-    assert called == [0, 1, 2, 3]
-    values.close()
-    assert not threads()
-
-
-def test_prefetch_raises_where_the_value_was_due_and_ends():
-    def f(step):
-        if step == 4:
-            raise KeyError("step four")
-        return step
-
-    values = arrays.prefetch(f, 0, 100, depth=3)
-    assert [next(values) for _ in range(4)] == [0, 1, 2, 3]
-    with pytest.raises(KeyError, match="step four"):
-        next(values)
-    assert not threads()
-
-
-def test_prefetch_refuses_no_depth_at_the_call():
-    with pytest.raises(ValueError, match="depth=0"):
-        arrays.prefetch(lambda step: step, 0, 1, depth=0)
-
-
-class OnDisk:
-    """Rows that are read when asked for."""
-
-    def __init__(self, x):
-        self.x, self.shape, self.dtype, self.ndim = x, x.shape, x.dtype, x.ndim
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, rows):
-        return self.x[rows].copy()
-
-
-def test_the_mean_of_rows_on_disk_is_that_of_the_array():
-    x = np.random.default_rng(0).standard_normal((1000, 3), np.float32)
-    np.testing.assert_allclose(arrays.mean(OnDisk(x), chunk=64), x.mean(0, dtype=np.float64), atol=1e-7)
-
-
-def test_rows_on_disk_come_to_memory_as_a_random_part_with_their_labels():
-    x, y = np.arange(500, dtype=np.float32)[:, None], np.arange(500)
-    data = arrays.Splits(OnDisk(x), y, OnDisk(x[:50]), y[:50])
-    found = arrays.in_memory(data, train=200, test=100, seed=3)
-    assert isinstance(found.train_x, np.ndarray) and len(found.train_x) == 200 and len(found.test_x) == 50
-    np.testing.assert_array_equal(found.train_x[:, 0], found.train_y)
-    assert len(set(found.train_y)) == 200 and abs(found.train_y.mean() - 249.5) < 4 * 144 / 200**0.5
-    same = arrays.Splits(x, y, x, y)
-    assert arrays.in_memory(same, train=2, test=2, seed=0).train_x is x
+def test_the_factory_is_named_in_the_face():
+    assert data.arrays is arrays

@@ -7,8 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from fmjax import straightening
-from fmjax.correction import marginals
+from fmjax import correction, straightening
 from fmjax.experiments import assemble, reflow
 from fmjax.sampling import grids
 from fmjax.storage import checkpoint, files
@@ -93,14 +92,14 @@ def test_baselines_cost_no_more_than_they_are_compared_at(finished):
 
 
 def test_every_model_takes_its_steps_in_every_segment():
-    models, _ = straightening.models((0.0, 0.5, 1.0), {"late": (1,)}, ("gated",))
+    models, _ = straightening.comparison_models((0.0, 0.5, 1.0), {"late": (1,)}, ("gated",))
     found = reflow._allocated(config(**{"straighten.allocations": ((1, 3), (2, 2))}), models, {})
     assert [(s.family, s.name, s.nfe) for s in found[2:4]] == [
         ("late, gated", "(1, 3)", 4),
         ("late, gated", "(2, 2)", 4),
     ]
     for one in found:
-        np.testing.assert_array_equal(one.ts, segments.grid((0.0, 0.5, 1.0), one.counts))
+        np.testing.assert_array_equal(one.ts, segments.segment_grid((0.0, 0.5, 1.0), one.counts))
 
 
 def test_samples_start_in_the_noise_of_their_grids_first_time():
@@ -130,7 +129,7 @@ def test_the_spectrum_of_an_error_adds_up_to_it(finished):
 
 
 def test_trajectories_are_the_teachers_at_the_bounds(finished):
-    stored = marginals.read(finished / "trajectories")
+    stored = correction.read_marginals(finished / "trajectories")
     assert stored.ts.tolist() == [0, 0.5, 1] and stored.x.shape == (64, 3, 8, 8, 1)
     grid, index = reflow.teacher_grid("edm", 6, (0.0, 0.5, 1.0))
     assert grid[list(index)].tolist() == [0, 0.5, 1] and grid[0] == 0
@@ -169,7 +168,7 @@ def test_students_train_on_their_segments_from_the_teacher(tmp_path):
         assert found[part]["departure"][1 - segment] == 0 < found[part]["departure"][segment]
     _, teacher, _ = checkpoint.restore(tmp_path / "flow" / "checkpoints", part="ema")
     plan = assemble.assemble(cfg)
-    assert checkpoint.digest(loop.given(plan, tmp_path / "flow")) == checkpoint.digest(teacher)
+    assert checkpoint.digest(loop.load_average(plan, tmp_path / "flow")) == checkpoint.digest(teacher)
     steps = [r["step"] for r in files.read_jsonl(tmp_path / "students" / "segment-1" / "metrics.jsonl")]
     assert steps[-1] == 600
 

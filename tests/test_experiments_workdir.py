@@ -1,9 +1,7 @@
 """Workdirs: what they refuse, and that no interruption leaves half a file."""
 
 import json
-import os
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 
 from fmjax.experiments import workdir
-from fmjax.storage import files
 
 CONFIG = {"seed": 0, "steps": 100, "net": {"name": "mlp", "width": 256}, "at": (0, 5), "clip": None}
 
@@ -127,84 +124,3 @@ def test_the_commit_is_that_of_the_package_and_of_no_other_checkout(tmp_path):
     assert workdir._commit(installed) is None
     (package / "a.py").write_text("2")
     assert workdir._commit(package) == head + "+"
-
-
-def test_records_come_back_with_arrays_as_numbers(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert files.read_jsonl(path) == []
-    files.append_jsonl(path, {"step": 1, "loss": jnp.float32(0.5), "norm": np.array([1.0, 2.0])})
-    files.append_jsonl(path, {"step": np.int64(2), "loss": float("nan"), "out": tmp_path})
-    first, second = files.read_jsonl(path)
-    assert first == {"step": 1, "loss": 0.5, "norm": [1.0, 2.0]}
-    assert second["step"] == 2 and np.isnan(second["loss"]) and second["out"] == str(tmp_path)
-
-
-@pytest.mark.parametrize("torn", ["", '{"step": 6, "lo', '{"step": 6}', '{"step": 6, "lo\n'])
-def test_interrupted_and_resumed_records_equal_uninterrupted_ones(tmp_path, torn):
-    record = lambda step: {"step": step, "loss": 1 / step}
-    straight, resumed = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    for step in range(1, 10):
-        files.append_jsonl(straight, record(step))
-    for step in range(1, 6):
-        files.append_jsonl(resumed, record(step))
-    with open(resumed, "a") as file:
-        file.write(torn)
-    assert [r["step"] for r in files.read_jsonl(resumed)] == [1, 2, 3, 4, 5]
-    files.truncate_jsonl(resumed, 4)
-    for step in range(5, 10):
-        files.append_jsonl(resumed, record(step))
-    assert resumed.read_bytes() == straight.read_bytes()
-
-
-def test_truncating_a_missing_file_makes_none_and_records_without_step_stay(tmp_path):
-    files.truncate_jsonl(tmp_path / "none.jsonl", 3)
-    assert list(tmp_path.iterdir()) == []
-    files.append_jsonl(tmp_path / "m.jsonl", {"note": "x"})
-    files.truncate_jsonl(tmp_path / "m.jsonl", 0)
-    assert files.read_jsonl(tmp_path / "m.jsonl") == [{"note": "x"}]
-
-
-def test_a_torn_line_in_the_middle_is_named(tmp_path):
-    path = tmp_path / "m.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    for read in (files.read_jsonl, lambda p: files.truncate_jsonl(p, 2)):
-        with pytest.raises(ValueError, match=r"m\.jsonl, line 2 is not JSON"):
-            read(path)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    files.write_json(path, {"b": 1, "a": np.arange(2)})
-    assert path.read_text() == '{\n  "a": [\n    0,\n    1\n  ],\n  "b": 1\n}\n'
-
-    def full(fd):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        files.write_bytes(path, b"new")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and json.loads(path.read_text())["b"] == 1
-
-
-WRITE_FOR_EVER = """
-import sys
-from fmjax import workdir
-i = 0
-while True:
-    i += 1
-    workdir.write_json(sys.argv[1], [i] * 200_000)
-    print(i, flush=True)
-"""
-
-
-def test_a_kill_while_writing_leaves_a_whole_file(tmp_path):
-    path = tmp_path / "big.json"
-    env = os.environ | {"PYTHONPATH": str(Path(workdir.__file__).parents[1])}
-    child = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, path], stdout=subprocess.PIPE, env=env)
-    for _ in range(3):
-        seen = int(child.stdout.readline())
-    child.kill()
-    child.wait()
-    child.stdout.close()
-    values = json.loads(path.read_text())
-    assert len(values) == 200_000 and len(set(values)) == 1 and values[0] >= seen

@@ -11,7 +11,7 @@ from fmjax import oracles, paths, sampling
 from fmjax.keys import as_keys
 from fmjax.methods.contrastive import contrastive
 from fmjax.methods.flow_matching import flow_matching
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.types import Batch, expand, over_batch
 
 WEIGHT = 0.3
@@ -72,7 +72,7 @@ def test_only_the_corrected_ode_ends_in_the_data(path, x64, key):
         return (v - WEIGHT * paths.coefficients(path, x, t)[3] * MEAN) / (1 - WEIGHT)
 
     x0, cond = jax.random.normal(key, (8, 1)), jnp.arange(8) % 2
-    run = lambda velocity: sampling.sample(solvers.rk4(velocity), x0, grids.uniform_grid(60), cond=cond)
+    run = lambda velocity: sampling.sample(sampling.rk4(velocity), x0, grids.uniform_grid(60), cond=cond)
     ends = jnp.where(cond[:, None] == 0, laws[0].flow_map(x0, 0.0, 1.0), laws[1].flow_map(x0, 0.0, 1.0))
     method = contrastive(biased, mean=MEAN, weight=WEIGHT, path=path)
     np.testing.assert_allclose(run(method.velocity(None)), ends, atol=1e-6)

@@ -8,7 +8,7 @@ import pytest
 from fmjax import oracles, paths, sampling
 from fmjax.keys import as_keys
 from fmjax.methods.discriminator import discriminator
-from fmjax.sampling import grids, guidance, solvers
+from fmjax.sampling import grids, guidance
 from fmjax.types import Batch, expand
 
 PATHS = {
@@ -58,7 +58,7 @@ def test_a_guided_sampler_ends_on_the_data(path, x64, key):
     real, generated = (oracles.gaussian(0.0, std, path=path) for std in (0.5, 0.9))
     guided = guidance.density_ratio(generated.velocity, exact(real, generated, path), path=path)
     x = jnp.linspace(-2, 2, 7)[:, None]
-    end = sampling.sample(solvers.rk4(guided), x, grids.uniform_grid(40))
+    end = sampling.sample(sampling.rk4(guided), x, grids.uniform_grid(40))
     np.testing.assert_allclose(end, real.flow_map(x, 0.0, 1.0), rtol=1e-4)
     assert np.abs(generated.flow_map(x, 0.0, 1.0) - end).max() > 0.5
 

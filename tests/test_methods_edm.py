@@ -42,7 +42,7 @@ def test_the_velocity_is_that_of_the_published_denoiser(x64, key):
     cond = jnp.linspace(-1, 1, 7)
     method = edm(denoising_net())
     y = y * expand(sigma, y)
-    denoise = jax.jit(diffusion.denoiser(method.velocity(2.0)))
+    denoise = jax.jit(sampling.denoiser(method.velocity(2.0)))
     for labels in (None, cond):
         np.testing.assert_allclose(denoise(y, sigma, labels), published(2.0, y, sigma, labels), rtol=1e-9, atol=1e-10)
     # (D - x) / (1 - t) itself, and the score (D - y) / sigma^2 of the linear path's own scale

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import oracles
+from fmjax import oracles, sampling
 from fmjax.keys import as_keys
 from fmjax.methods.improved_mean_flow import improved_mean_flow
 from fmjax.methods.lagrangian import lagrangian
 from fmjax.methods.mean_flow import mean_flow
 from fmjax.methods.terminal_velocity_matching import terminal_velocity_matching
-from fmjax.sampling import guidance
 from fmjax.types import Batch, expand, over_batch
 
 MEANS, STD, NULL = np.array([-0.8, 1.0, 0.3]), 0.6, 2  # the last one is of the null label
@@ -107,14 +106,14 @@ def conditional(params, x, s, t, cond=None, key=None):
     return exact(x, s, t, cond, 1.0)
 
 
-every = functools.partial(guidance.random_scale, low=1.0, high=3.0)
+every = functools.partial(sampling.random_scale, low=1.0, high=3.0)
 CASES = {
     "mean_flow": (mean_flow(net, guidance=0.8, mix=0.6, null=NULL), plain(2.0)),
     "improved_mean_flow": (every(improved_mean_flow(net, null=NULL)), plain(1.0)),
     "improved_mean_flow, head": (every(improved_mean_flow(two_heads, null=NULL, head=True)), plain(1.0)),
     "terminal_velocity_matching": (every(terminal_velocity_matching(unscaled, null=NULL, scaled=True)), plain(1.0)),
     "lagrangian": (
-        every(lagrangian(net, teacher=guidance.guided_teacher(conditional, null=NULL), diagonal=0.0)),
+        every(lagrangian(net, teacher=sampling.guided_teacher(conditional, null=NULL), diagonal=0.0)),
         plain(1.0),
     ),
 }

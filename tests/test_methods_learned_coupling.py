@@ -9,14 +9,14 @@ import optax
 import pytest
 
 from fmjax import oracles
-from fmjax.experiments import specs
+from fmjax.experiments import build
 from fmjax.keys import as_keys, example_keys, normal, split
 from fmjax.methods.flow_matching import flow_matching
 from fmjax.methods.learned_coupling import learned_coupling
 from fmjax.nets import adapters
 from fmjax.nets.mlp import MLP
 from fmjax.straightening import segments
-from fmjax.types import Batch, expand
+from fmjax.types import Batch, Network, expand
 
 MEAN, STD = np.array([0.75, -0.5], np.float32), np.array([0.2, 1.5], np.float32)
 LAW = oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD))
@@ -28,8 +28,7 @@ def joined(velocity, encode):
     def net(params, x, s, t, cond=None, key=None):
         return velocity(params, x, s)
 
-    net.encoder = lambda params, x, s, t, cond, key: jnp.concatenate(encode(params, x), -1)
-    return net
+    return Network(net, encoder=lambda params, x, s, t, cond, key: jnp.concatenate(encode(params, x), -1))
 
 
 def test_an_encoder_at_zero_gives_flow_matching_with_independent_noise(key):
@@ -135,12 +134,14 @@ def straightness_after(name, steps=400):
         return params
 
     x0 = jax.random.normal(jax.random.key(9), (2000, 2))
-    return float(segments.straightness(method.velocity(train(params)), x0, 0.0, 1.0))
+    return float(segments.segment_straightness(method.velocity(train(params)), x0, 0.0, 1.0))
 
 
 def test_training_makes_the_flow_straighter_than_flow_matching_does():
     ours, theirs = straightness_after("learned"), straightness_after("flow matching")
-    exact = float(segments.straightness(LAW.velocity, jax.random.normal(jax.random.key(9), (2000, 2)), 0.0, 1.0))
+    exact = float(
+        segments.segment_straightness(LAW.velocity, jax.random.normal(jax.random.key(9), (2000, 2)), 0.0, 1.0)
+    )
     assert 0.7 < theirs / exact < 1.3 and ours < theirs / 3, (ours, theirs, exact)
 
 
@@ -162,25 +163,21 @@ def test_what_cannot_work_is_refused(key):
 
 def test_a_config_has_the_encoder_as_an_option_of_the_net(key):
     spec, x = {"name": "mlp", "width": 8, "depth": 1}, jax.random.normal(key, (4, 3))
-    model = specs.net({**spec, "noise_encoder": {"name": "mlp", "width": 4, "depth": 1}})
+    model = build.net({**spec, "noise_encoder": {"name": "mlp", "width": 4, "depth": 1}})
     params = model.init(key, x)
     assert params["encoder"]["output"]["kernel"].shape == (4, 6) and params["output"]["kernel"].shape == (8, 3)
-    method = specs.method({"name": "learned_coupling", "weight": 2}, model.net)
+    method = build.method({"name": "learned_coupling", "weight": 2}, model.net)
     grads = jax.grad(lambda p: method.loss(p, None, Batch(x), as_keys(key, 4))[0])(params)
     assert np.abs(grads["encoder"]["output"]["kernel"]).max() > 0
-    plain = specs.net(spec).net
+    plain = build.net(spec).net
     params = jax.tree.map(lambda p: p + 0.1, params)
     without = {name: p for name, p in params.items() if name != "encoder"}
     for own in (params, without):  # the flow is the plain net's, and its checkpoint passes
         np.testing.assert_array_equal(model.net(own, x, 0.2, 0.7), plain(without, x, 0.2, 0.7))
-    assert not hasattr(model.net, "with_jvp")
-    fused = adapters.Model(lambda key, x, cond=None: {"a": 2.0}, lambda params, x, s, t: params["a"] * x)
-    fused.net.with_jvp = lambda params, x, s, t: -len(params) * params["a"] * x
-    joint = adapters.with_encoder(fused, fused)
-    assert float(joint.net.with_jvp(joint.init(key, x), 3.0, 0, 0)) == -6  # of the same parameters, without others
+    assert model.net.for_jvp is None
     with pytest.raises(ValueError, match="a noise_encoder needs a network with outputs, .* which 'encoder' is not"):
-        specs.net({**spec, "noise_encoder": "encoder"})
+        build.net({**spec, "noise_encoder": "encoder"})
     with pytest.raises(ValueError, match="did you mean 'mlp'"):
-        specs.net({**spec, "noise_encoder": "mpl"})
+        build.net({**spec, "noise_encoder": "mpl"})
     with pytest.raises(ValueError, match="'outputs'"):
-        specs.net({**spec, "noise_encoder": {"name": "mlp", "outputs": 2}})
+        build.net({**spec, "noise_encoder": {"name": "mlp", "outputs": 2}})

@@ -10,7 +10,7 @@ import pytest
 from fmjax import oracles, paths, sampling, times
 from fmjax.keys import as_keys
 from fmjax.methods.stochastic_interpolant import stochastic_interpolant
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.types import Batch, expand, over_batch
 
 SIGMA = 0.8
@@ -126,7 +126,7 @@ def test_the_sde_of_both_views_carries_the_pairs_law_and_its_coupling(key):
     across = (np.sqrt(4 * a * b + SIGMA**4) - SIGMA**2) / 2
     oracle = oracles.coupled(jnp.zeros(1), jnp.full(1, 0.7), jnp.array([[a, across], [across, b]]), path=BRIDGE)
     method = stochastic_interpolant(exact(oracle, BRIDGE), path=BRIDGE)
-    step = solvers.stochastic_heun(method.velocity(None), score=method.score(None), strength=SIGMA)
+    step = sampling.stochastic_heun(method.velocity(None), score=method.score(None), strength=SIGMA)
     x0, _ = oracle.sample(key, n)
     x1 = jax.jit(lambda x, key: sampling.sample(step, x, grids.uniform_grid(50), key=key))(x0, jax.random.key(1))
     x0, x1 = np.asarray(x0[:, 0], np.float64), np.asarray(x1[:, 0], np.float64)

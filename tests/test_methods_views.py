@@ -9,46 +9,60 @@ import numpy as np
 import pytest
 
 from fmjax import methods, paths
-from fmjax.methods import views
-from fmjax.types import CorrectorMethod, DiffusionMethod, FlowMapMethod, FlowMethod, Method, ScoreCorrectorMethod
+from fmjax.methods import views, weighting
+from fmjax.nets.adapters import Model
+from fmjax.types import (
+    Batch,
+    CorrectorMethod,
+    DiffusionMethod,
+    FlowMapMethod,
+    FlowMethod,
+    Method,
+    Network,
+    ScoreCorrectorMethod,
+    stated,
+)
 
 
 def field(params, x, s, t, cond=None, key=None):
     return params * x
 
 
-class Carrying:
-    """A callable network with companions."""
-
-    def __call__(self, params, x, s, t, cond=None, key=None):
-        return field(params, x, s, t)
-
-    def for_jvp(self, params, x, s, t, cond=None, key=None):
-        return 2 * params * x if cond is None else cond * x
-
-    def encoder(self, params, x, s, t, cond=None, key=None):
-        return jnp.concatenate([x, x], -1)
+def smooth(params, x, s, t, cond=None, key=None):
+    return 2 * params * x if cond is None else cond * x
 
 
 X, HALF = jnp.ones((2, 3)), jnp.full(2, 0.5)
+FUSED = Network(field, for_jvp=smooth)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, lambda f: jax.jit(functools.partial(f))])
-def test_companions_are_seen_through_jit_and_partial(wrap):
-    net = Carrying()
-    np.testing.assert_array_equal(views.for_jvp(wrap(net))(1.5, X, HALF, HALF), 3 * X)
-    assert views.encoder_of(wrap(net)) == net.encoder
+def test_the_network_of_the_jvp_is_seen_through_jit_and_partial(wrap):
+    np.testing.assert_array_equal(views.for_jvp(wrap(FUSED))(1.5, X, HALF, HALF), 3 * X)
+    partial = functools.partial(FUSED, cond=7.0)
+    np.testing.assert_array_equal(views.for_jvp(wrap(partial))(1.5, X, HALF, HALF), 7 * X)
 
 
-def test_a_partial_keeps_its_arguments_in_the_companion():
-    net = functools.partial(Carrying(), cond=7.0)
-    np.testing.assert_array_equal(views.for_jvp(net)(1.5, X, HALF, HALF), 7 * X)
+def test_wrapped_networks_keep_the_network_of_the_jvp():
+    weighted = weighting.with_log_variance(Model(None, FUSED)).net
+    np.testing.assert_array_equal(views.for_jvp(weighted)({"log_variance": 0.0}, X, HALF, HALF, 5.0), 5 * X)
+    no_jvp = jax.custom_vjp(lambda x: x)
+    no_jvp.defvjp(lambda x: (x, None), lambda _, g: (g,))
+    net = Network(lambda params, x, s, t, cond=None, key=None: no_jvp(params * x), for_jvp=field)
+    loss = methods.terminal_velocity_matching(net).loss
+    assert jax.eval_shape(loss, 1.5, 1.5, Batch(X), jax.random.key(0))[0].shape == ()
+
+
+def test_views_state_their_cost():
+    logit = lambda params, x, s, t, cond=None, key=None: x.sum(-1)
+    assert stated(methods.lagrangian(field).flow_map(1.0)).nfe == 1
+    assert stated(methods.classifier_corrector(logit).direction(1.0)).nfe == 2
+    assert stated(methods.score_corrector(field, sigma=0.1).direction(1.0)).nfe == 1
 
 
 def test_a_network_without_companions_is_used_as_it_is():
     jitted = jax.jit(field)
     assert views.for_jvp(field) is field and views.for_jvp(jitted) is jitted
-    assert views.encoder_of(field) is None and views.encoder_of(jitted) is None
 
 
 def test_a_decorator_is_never_dropped_from_the_network_of_the_jvp():

@@ -33,7 +33,7 @@ def test_the_auc_is_scikit_learns_with_ties_too(logits):
     assert classifier.auc(np.array([1.0, 2.0]), np.array([0.0, 0.5, -3.0])) == 1.0
 
 
-def test_the_cross_entropy_is_scikit_learns_and_its_error_that_of_two_means(logits):
+def test_the_cross_entropy_and_its_error_are_scikit_learns(logits):
     y, f, w = as_sklearn(*logits)
     value, se = classifier.bce(*logits)
     assert value == pytest.approx(metrics.log_loss(y, 1 / (1 + np.exp(-f)), sample_weight=w), rel=1e-10)
@@ -66,45 +66,45 @@ def odds(params, x, s, t, cond=None, key=None):
     return params * (jnp.log(p / q) + 0.5 * (x[:, 0] / p) ** 2 - 0.5 * (x[:, 0] / q) ** 2)
 
 
-def test_of_exact_inverse_marginals_all_steps_have_the_numbers_of_quadrature():
+def test_exact_inverse_marginals_have_equal_numbers_at_all_steps():
     """Along a bijection every f-divergence is constant: with the exact logit the numbers are too, to rounding."""
     rng, n = np.random.default_rng(0), 3000
     p, q = (np.array([spread(t)[i] for t in TS]) for i in (0, 1))
     backward = (rng.standard_normal((n, 1)) * q)[..., None].astype(np.float32)
     forward = (rng.standard_normal((n + 137, 1)) * p)[..., None].astype(np.float32)
-    found = classifier.by_step(odds, jnp.float32(1.0), backward, forward, TS)
-    assert found.robust_accuracy is None and all(len(a) == 5 for a in found[:5])
-    for a in (found.bce, found.auc):
+    result = classifier.by_step(odds, jnp.float32(1.0), backward, forward, TS)
+    assert result.robust_accuracy is None and all(len(a) == 5 for a in result[:5])
+    for a in (result.bce, result.auc):
         np.testing.assert_allclose(a, a[0], atol=3e-4)  # logits in float32; a few ranks turn where they nearly tie
     x = np.linspace(-12, 12, 40_001)
     density = [stats.norm.pdf(x, scale=s) for s in (q[0], p[0])]
     f = np.log(density[0]) - np.log(density[1])
-    want = np.trapezoid(density[0] * np.logaddexp(0, -f) + density[1] * np.logaddexp(0, f), x) / 2
-    assert abs(found.bce[0] - want) < 4.5 * found.bce_se[0]
+    exact = np.trapezoid(density[0] * np.logaddexp(0, -f) + density[1] * np.logaddexp(0, f), x) / 2
+    assert abs(result.bce[0] - exact) < 4.5 * result.bce_se[0]
     edge = np.sqrt(2 * np.log(p[0] / q[0]) / (1 / q[0] ** 2 - 1 / p[0] ** 2))  # |x| < edge is judged backward
-    share = lambda std: 2 * stats.norm.cdf(edge / std) - 1
-    want = (share(q[0]) + 1 - share(p[0])) / 2
-    assert abs(found.accuracy[0] - want) < 4.5 * 0.5 / (2 * n) ** 0.5
+    fraction = lambda std: 2 * stats.norm.cdf(edge / std) - 1
+    exact = (fraction(q[0]) + 1 - fraction(p[0])) / 2
+    assert abs(result.accuracy[0] - exact) < 4.5 * 0.5 / (2 * n) ** 0.5
     blind = classifier.by_step(odds, jnp.float32(0.0), backward, forward, TS)
     np.testing.assert_allclose(blind.bce, np.log(2), rtol=1e-7)
     np.testing.assert_array_equal(blind.auc, 0.5)
 
 
-def test_the_robust_accuracy_of_a_linear_logit_is_the_share_of_margins_above_eps(monkeypatch):
+def test_robust_accuracy_of_a_linear_logit_counts_margins_above_eps(monkeypatch):
     rng = np.random.default_rng(0)
     x, y = (rng.normal(m, 1, (n, 2, 2)).astype(np.float32) for m, n in ((0.8, 90), (-0.8, 70)))
     w, eps = np.array([1.0, -0.5], np.float32), 0.6
     net = lambda w, x, s, t, cond=None, key=None: x @ w + 0.3 * s
     attack = functools.partial(attacks.pgd, eps=eps)
-    found = classifier.by_step(net, jnp.asarray(w), x, y, np.array([0.0, 1.0]), attack=attack, batch=32)
+    result = classifier.by_step(net, jnp.asarray(w), x, y, np.array([0.0, 1.0]), attack=attack, batch=32)
     for n, t in enumerate((0.0, 1.0)):
         margins = (x[:, n] @ w + 0.3 * t, -(y[:, n] @ w) - 0.3 * t)
-        for got, edge in ((found.accuracy, 0.0), (found.robust_accuracy, eps * np.linalg.norm(w))):
-            assert got[n] == pytest.approx(np.mean([np.mean(m > edge) for m in margins]))
-    assert (found.robust_accuracy < found.accuracy - 0.1).all()
+        for measured, edge in ((result.accuracy, 0.0), (result.robust_accuracy, eps * np.linalg.norm(w))):
+            assert measured[n] == pytest.approx(np.mean([np.mean(m > edge) for m in margins]))
+    assert (result.robust_accuracy < result.accuracy - 0.1).all()
 
 
 def test_sets_of_other_steps_than_the_times_are_refused():
     x = np.zeros((4, 2, 1), np.float32)
-    with pytest.raises(ValueError, match=r"at 3 times, got \(4, 2, 1\) and \(4, 2, 1\)"):
+    with pytest.raises(ValueError, match=r"^ts=\[3\]: .*\(4, 2, 1\) and \(4, 2, 1\)"):
         classifier.by_step(odds, jnp.float32(1.0), x, x, np.arange(3.0))

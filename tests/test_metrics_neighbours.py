@@ -7,28 +7,28 @@ from scipy.spatial.distance import cdist
 from fmjax.metrics.neighbours import precision_recall
 
 
-def by_hand(real, made, k):
+def by_hand(real, samples, k):
     def covered(centres, points):
         radii = np.sort(cdist(centres, centres), 1)[:, k]
         return (cdist(points, centres) <= radii).any(1).mean()
 
-    return covered(real, made), covered(made, real)
+    return covered(real, samples), covered(samples, real)
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_count_is_that_of_all_pairs(k):
     rng = np.random.default_rng(0)
-    real, made = rng.standard_normal((200, 3)), 0.2 + 0.7 * rng.standard_normal((150, 3))
-    np.testing.assert_allclose(precision_recall(real, made, k=k), by_hand(real, made, k), atol=1e-12)
+    real, samples = rng.standard_normal((200, 3)), 0.2 + 0.7 * rng.standard_normal((150, 3))
+    np.testing.assert_allclose(precision_recall(real, samples, k=k), by_hand(real, samples, k), atol=1e-12)
 
 
-def test_a_mode_left_out_costs_recall_and_one_invented_costs_precision():
+def test_a_missing_mode_costs_recall_an_invented_one_precision():
     rng = np.random.default_rng(1)
     both = np.concatenate([rng.standard_normal((300, 2)), 50 + rng.standard_normal((300, 2))])
-    one = rng.standard_normal((600, 2))
-    precision, recall = precision_recall(both, one)
+    single = rng.standard_normal((600, 2))
+    precision, recall = precision_recall(both, single)
     assert precision > 0.9 and abs(recall - 0.5) < 0.05
-    assert precision_recall(one, both) == (recall, precision)  # the roles swapped
+    assert precision_recall(single, both) == (recall, precision)  # the roles swapped
 
 
 def test_the_same_points_have_both_whole():
@@ -37,5 +37,5 @@ def test_the_same_points_have_both_whole():
 
 
 def test_too_few_points_are_refused():
-    with pytest.raises(ValueError, match="need more than 3 points"):
+    with pytest.raises(ValueError, match="^k=3: there are 3 real"):
         precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))

@@ -177,12 +177,13 @@ def free_port():
 # Three SGD steps of flow matching, replicated and split, from rows that each process makes of the global batch.
 TRAINING = """
 import json, sys
-from fmjax import sharding
+from fmjax.training import sharding
 sharding.start()
 import jax, numpy as np, optax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from fmjax import checkpoint, train
+from fmjax import training as train
+from fmjax.storage import checkpoint
 from fmjax.methods.flow_matching import flow_matching
 from fmjax.types import Batch, expand
 
@@ -213,7 +214,7 @@ print("TOLD" + json.dumps(told))
 def launch(devices, **variables):
     env = {k: v for k, v in os.environ.items() if not k.startswith("FMJAX_")} | variables
     env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    root = Path(sharding.__file__).parents[1]
+    root = Path(sharding.__file__).parents[2]
     return subprocess.Popen(
         [sys.executable, "-c", TRAINING], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

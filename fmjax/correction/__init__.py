@@ -1,50 +1,38 @@
 """Marginal correction: correctors, marginal data sets and the search for strengths."""
 
-from fmjax.correction import trajectories
-from fmjax.correction.correctors import (
-    dispersion_ratio,
-    kernel_drift,
-    langevin,
-    mala,
-    marginal_matching,
-    nfe,
-    preset,
-    restart,
-    score_of,
-)
-from fmjax.correction.interpolated import Between, marginals
+from fmjax.correction.batches import marginal_batches, marginal_pairs
+from fmjax.correction.correctors import langevin, mala, marginal_matching, preset, restart
+from fmjax.correction.diagnostics import dispersion_ratio, round_trip, straightness_defect
+from fmjax.correction.directions import kernel_drift, score_of
+from fmjax.correction.evaluations import Evaluations, Placement, Reported, Trial
+from fmjax.correction.interpolated import Between, interpolate_marginals
 from fmjax.correction.marginals import (
     Estimate,
     Marginals,
-    batches,
-    build,
-    estimate,
-    pairs,
-    read,
-    round_trip,
-    straightness_defect,
+    build_marginals,
+    draw_conditions,
+    estimate_cost,
+    read_marginals,
 )
 from fmjax.correction.search import (
     Choice,
-    Evaluations,
-    Reported,
     Space,
-    Trial,
     choose,
     classifier_space,
     greedy,
     grid_search,
     influence,
-    plain,
     score_space,
     sensitivity,
+    to_json,
     transfer,
+    value_grid,
 )
 
 __all__ = [
-    "Between", "Choice", "Estimate", "Evaluations", "Marginals", "Reported", "Space", "Trial", "batches", "build",
-    "choose", "classifier_space", "dispersion_ratio", "estimate", "greedy", "grid_search", "influence",
-    "kernel_drift", "langevin", "mala", "marginal_matching", "marginals", "nfe", "pairs", "plain", "preset", "read",
-    "restart", "round_trip", "score_of", "score_space", "sensitivity", "straightness_defect", "trajectories",
-    "transfer",
+    "Between", "Choice", "Estimate", "Evaluations", "Marginals", "Placement", "Reported", "Space", "Trial",
+    "build_marginals", "choose", "classifier_space", "dispersion_ratio", "draw_conditions", "estimate_cost", "greedy",
+    "grid_search", "influence", "interpolate_marginals", "kernel_drift", "langevin", "mala", "marginal_batches",
+    "marginal_matching", "marginal_pairs", "preset", "read_marginals", "restart", "round_trip", "score_of",
+    "score_space", "sensitivity", "straightness_defect", "to_json", "transfer", "value_grid",
 ]  # fmt: skip

@@ -1,18 +1,22 @@
-"""Corrections of a sample at one time, to interleave with solver steps: ``corrector(key, x, t, cond) -> (x, info)``.
+"""Correct a sample at one time, between two solver steps: ``corrector(key, x, t, cond) -> (x, info)``.
 
-``info["noised"]`` is the state after the noise and before the push (what a parallel sampler steps from);
-``info["moved"]: [B]`` is the root-mean-square displacement of the push.
+``marginal_matching`` pushes along a direction: of a trained method, or ``kernel_drift``, which needs no training.
+``langevin``, ``mala`` and ``restart`` need no training either.
 
-``marginal_matching`` pushes along a direction: a trained method's, or ``kernel_drift``, which needs no training.
-``langevin``, ``mala`` and ``restart`` need none either. ``alpha``, ``beta``, ``step``, ``snr``, ``to`` and
-``bandwidth`` are numbers or functions of the time ``[B]``; ``times.per_step`` makes one of an array over the grid.
-What cannot work at every time has a ``check(ts)`` that raises ``ValueError``, which ``samplers.sample`` asks before it
-starts.
+``info["moved"]: [B]`` is the root-mean-square displacement of each example. ``mala`` adds ``info["accepted"]: [B]``;
+``marginal_matching`` adds ``info["noised"]: [B, ...]``, the state after the noise and before the push, from which a
+parallel sampler steps. All other values of ``info`` are arrays ``[B]``.
+
+A schedule (``alpha``, ``beta``, ``step``, ``snr``, ``to``, ``bandwidth``) is a number or a function of the times
+``[B]``; ``sampling.grids.per_step`` makes one of an array over the grid.
+
+Every corrector is a ``types.Costed``. Its ``nfe`` counts a direction, score, density or step that states no cost as one
+network evaluation. Its ``check(ts)`` raises ``ValueError`` for times at which the corrector, or one of the functions it
+was made from, cannot work; ``sampling.sample`` calls it before it starts.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 import jax
@@ -20,93 +24,99 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fmjax import paths
-from fmjax.keys import normal, split
-from fmjax.sampling import grids
-from fmjax.types import Corrector, DirectionFn, FlowMapFn, VelocityFn, expand, over_batch
+from fmjax import checks, paths
+from fmjax.keys import as_keys, normal, split
+from fmjax.types import Corrector, Costed, DirectionFn, FlowMapFn, accept, expand, over_batch, stated
 
 Schedule = float | Callable[[Array], Array]
 
 
-def _at(value: Schedule, t: Array, x: Array) -> Array | float:
-    return expand(value(t), x).astype(x.dtype) if callable(value) else value
-
-
-def _square(x: Array) -> Array:
-    return jnp.sum(jnp.square(x.reshape(x.shape[0], -1)), 1)
-
-
-def _rms(x: Array) -> Array:
-    return jnp.sqrt(_square(x) / x[0].size)
-
-
-def _with_check(correct, *given, own: Callable | None = None):
-    """``correct`` with a ``check`` that asks all of ``given`` that have one, then ``own``."""
-    checks = [f.check for f in given if hasattr(f, "check")]
-
-    def check(ts):
-        for one in (*checks, own) if own else checks:
-            one(ts)
-
-    correct.check = check
-    return correct
-
-
 def marginal_matching(direction: DirectionFn, *, alpha: Schedule, beta: Schedule = 0.0) -> Corrector:
-    """Marginal matching: ``x~ = x + beta z``, then ``x' = x~ + alpha h(x~, t)`` (OpenReview kRjLBXWn1T, Algorithm 1).
+    """Return the correction of marginal matching: noise, then a push along a direction.
 
-    ``direction`` is ``h`` in displacement units (for a score corrector ``h = sigma^2 S``, see ``preset``). ``beta = 0``
-    draws no noise at all. Raises ``ValueError`` for a negative ``beta``.
+    ``x~ = x + beta z``, ``z ~ N(0, I)``, then ``x' = x~ + alpha h(x~, t)``.
+
+    Args:
+        direction: ``h(x, t, cond)``, in displacement units (for a score corrector ``h = sigma^2 S``; see ``preset``).
+        alpha: size of the push: a number, or a function of the times ``[B]``.
+        beta: standard deviation of the noise: a number, or a function of the times ``[B]``. At the number 0 no noise
+            is drawn and the key may be ``None``.
+
+    Returns:
+        A corrector that costs what ``direction`` costs; ``info`` has ``moved: [B]`` and ``noised: [B, ...]``.
+
+    Raises:
+        ValueError: a negative ``beta``.
+
+    >>> pull = lambda x, t, cond=None: -x
+    >>> y, info = marginal_matching(pull, alpha=0.5)(None, jnp.ones((2, 1)), 1.0)
+    >>> y.tolist(), info["moved"].tolist()
+    ([[0.5], [0.5]], [0.5, 0.5])
+
+    Source: OpenReview kRjLBXWn1T, Algorithm 1.
     """
     if not callable(beta) and beta < 0:
-        raise ValueError(f"beta is a standard deviation and cannot be negative, got {beta}")
+        raise ValueError(f"beta={beta}: a standard deviation cannot be negative. Give 0 for no noise.")
 
     def correct(key, x, t, cond=None):
         t = over_batch(t, x)
         noised = x
         if callable(beta) or beta != 0:
-            noised = x + _at(beta, t, x) * normal(key, x.shape[1:], x.dtype)
+            noised = x + at_time(beta, t, x) * normal(as_keys(key, len(x)), x.shape[1:], x.dtype)
         if not callable(alpha) and alpha == 0:
             return noised, {"noised": noised, "moved": jnp.zeros(x.shape[0])}
-        push = _at(alpha, t, x) * direction(noised, t, cond)
+        push = at_time(alpha, t, x) * direction(noised, t, cond)
         return noised + push, {"noised": noised, "moved": _rms(push)}
 
-    return _with_check(correct, direction, alpha, beta)
+    return Costed(correct, nfe_of(direction), check_all(direction, alpha, beta))
 
 
 def preset(
     name: str, sigma: Schedule, *, alpha: Schedule | None = None, beta: Schedule | None = None
 ) -> dict[str, Schedule]:
-    """``alpha`` and ``beta`` of ``marginal_matching`` by name, for a score corrector trained with noise ``sigma``.
+    """Return ``alpha`` and ``beta`` of ``marginal_matching`` by name, for a score corrector of noise level ``sigma``.
 
-    With ``q`` the backward marginal and ``b`` its standard deviation, were it Gaussian:
+    With ``q`` the backward marginal and ``b`` its standard deviation, if it is Gaussian:
 
-    ============  =======  =======  ==================================================================================
-    name          alpha    beta     on a perfect model, ``p = q``
-    ============  =======  =======  ==================================================================================
-    ``paper``     given    given    (OpenReview kRjLBXWn1T: chosen by a grid search)
-    ``tweedie``   1        0        contracts by ``b^2 / (b^2 + sigma^2)``: to the posterior mean, were ``x`` so noisy
-    ``w2``        1/2      0        half of that, to leading order; there no step without noise brings
-                                    ``q * N(0, sigma^2)`` nearer to ``q`` in W2
-    ``langevin``  1/2      sigma    leaves it, to ``b (1 + (sigma / b)^4 / 8)``; a Langevin step of ``h = sigma^2 / 2``
-                                    in law, to first order
-    ============  =======  =======  ==================================================================================
+    ============  =========  =========  ==============================================================================
+    name          alpha      beta       effect on a perfect model, ``p = q``
+    ============  =========  =========  ==============================================================================
+    ``paper``     you give   you give   (the paper chooses both by a grid search)
+    ``tweedie``   1          0          contracts by ``b^2 / (b^2 + sigma^2)``: moves to the posterior mean of ``x``
+    ``w2``        1/2        0          half of that, to leading order; no step without noise brings
+                                        ``q * N(0, sigma^2)`` nearer to ``q`` in W2
+    ``langevin``  1/2        sigma      nearly none, ``b`` becomes ``b (1 + (sigma / b)^4 / 8)``; to first order a
+                                        Langevin step of size ``h = sigma^2 / 2``
+    ============  =========  =========  ==============================================================================
 
-    Raises ``ValueError`` for an unknown name (with the nearest), for ``paper`` without both numbers, for one of the
-    others with any, and for a ``sigma`` that is not positive.
+    Args:
+        name: one of the table.
+        sigma: noise level that the corrector was trained with: a number, or a function of the times ``[B]``.
+        alpha: size of the push, for ``paper`` only.
+        beta: standard deviation of the noise, for ``paper`` only.
+
+    Returns:
+        The keyword arguments ``alpha`` and ``beta``.
+
+    Raises:
+        ValueError: an unknown name; ``paper`` without both numbers, another name with one; ``sigma`` not positive.
+
+    >>> preset("langevin", 0.3)
+    {'alpha': 0.5, 'beta': 0.3}
+
+    Source: OpenReview kRjLBXWn1T.
     """
-    _positive("sigma, the corrector's noise level,", sigma)
+    check_positive("sigma", sigma)
     fixed = {"tweedie": (1.0, 0.0), "w2": (0.5, 0.0), "langevin": (0.5, sigma)}
     names = ("paper", *fixed)
     if name not in names:
-        near = difflib.get_close_matches(str(name), names, 1, 0.0)[0]
-        raise ValueError(f"no preset {name!r}; did you mean {near!r}? (there are {', '.join(names)})")
+        raise ValueError(f"preset={name!r}: unknown. Give one of {', '.join(names)}{checks.nearest(name, names)}")
     if name == "paper":
         if alpha is None or beta is None:
-            raise ValueError("preset 'paper' leaves alpha and beta to you: preset('paper', sigma, alpha=..., beta=...)")
+            raise ValueError(f"alpha={alpha}, beta={beta}: preset 'paper' has no values for them. Give both.")
         return {"alpha": alpha, "beta": beta}
     if alpha is not None or beta is not None:
-        raise ValueError(f"preset {name!r} fixes alpha and beta, got {alpha=}, {beta=}; choose them with 'paper'")
+        raise ValueError(f"alpha={alpha}, beta={beta}: preset {name!r} sets both. Use preset 'paper' to give them.")
     alpha, beta = fixed[name]
     return {"alpha": alpha, "beta": beta}
 
@@ -114,17 +124,35 @@ def preset(
 def langevin(
     score: DirectionFn, *, step: Schedule | None = None, snr: Schedule | None = None, steps: int = 1
 ) -> Corrector:
-    """Unadjusted Langevin: ``x <- x + h S(x, t) + sqrt(2 h) z``, ``steps`` times, ``S`` the score of the law at ``t``.
+    """Return a correction by unadjusted Langevin steps.
 
-    ``step`` is ``h``, in units of squared displacement. It is stationary at the law whose score is ``S`` up to the
-    discretisation (for ``N(0, b^2)`` the stationary variance is ``b^2 / (1 - h / (2 b^2))``). Or give ``snr``, the
-    ratio of the push to the noise: ``h = 2 (snr |z| / |S|)^2`` (arXiv 2011.13456, Algorithm 4), norms of each example
-    alone. Raises ``ValueError`` unless one of the two is given and positive, and for ``steps < 1``.
+    ``x <- x + h S(x, t) + sqrt(2 h) z``, ``steps`` times. Its stationary distribution has the score ``S`` up to the
+    discretisation: for ``N(0, b^2)`` the stationary variance is ``b^2 / (1 - h / (2 b^2))``.
+
+    Args:
+        score: ``S(x, t, cond)``, the score of the marginal at ``t``.
+        step: ``h``, in units of squared displacement: a number, or a function of the times ``[B]``.
+        snr: in place of ``step``, the ratio of the push to the noise: ``h = 2 (snr |z| / |S|)^2``, with the norms of
+            each example.
+        steps: number of steps.
+
+    Returns:
+        A corrector that costs ``steps`` evaluations of ``score``; ``info`` has ``moved: [B]``.
+
+    Raises:
+        ValueError: both or none of ``step`` and ``snr``, one that is not positive, or ``steps`` below 1.
+
+    >>> fix = langevin(lambda x, t, cond=None: -x, step=0.1, steps=3)
+    >>> y, info = fix(jax.random.key(0), jnp.ones((2, 1)), 1.0)
+    >>> y.shape, info["moved"].shape, fix.nfe
+    ((2, 1), (2,), 3)
+
+    Source: arXiv 2011.13456, Algorithm 4 (``snr``).
     """
     if (step is None) == (snr is None):
-        raise ValueError(f"give step, which is h itself, or snr, from which h follows, not both: got {step=}, {snr=}")
-    _positive("the Langevin step" if snr is None else "the signal-to-noise ratio", step if snr is None else snr)
-    _some("langevin", steps)
+        raise ValueError(f"step={step}, snr={snr}: exactly one sets the size. Give step (h itself), or snr.")
+    check_positive("step" if snr is None else "snr", step if snr is None else snr)
+    _check_count("steps", steps)
 
     def correct(key, x, t, cond=None):
         t = over_batch(t, x)
@@ -132,36 +160,56 @@ def langevin(
         def move(x, k):
             s, z = score(x, t, cond), normal(k, x.shape[1:], x.dtype)
             if snr is None:
-                h = _at(step, t, x)
+                h = at_time(step, t, x)
             else:
-                h = 2 * _at(snr, t, x) ** 2 * expand(_square(z) / _square(s), x)
+                h = 2 * at_time(snr, t, x) ** 2 * expand(_square(z) / _square(s), x)
             return x + h * s + jnp.sqrt(2 * h) * z, None
 
-        y, _ = jax.lax.scan(move, x, jnp.stack(split(key, steps)))
+        y, _ = jax.lax.scan(move, x, jnp.stack(split(as_keys(key, len(x)), steps)))
         return y, {"moved": _rms(y - x)}
 
-    return _with_check(correct, score, step, snr)
+    return Costed(correct, steps * nfe_of(score), check_all(score, step, snr))
 
 
 def mala(
     score: DirectionFn, log_density: Callable[..., Float[Array, " b"]], *, step: Schedule, steps: int = 1
 ) -> Corrector:
-    """Metropolis-adjusted Langevin: ``langevin``'s step ``y`` of ``x``, taken with the probability ``min(1, r)``,
+    """Return a correction by Metropolis-adjusted Langevin steps.
+
+    The proposal ``y`` is the step of ``langevin``; it is accepted with the probability ``min(1, r)``,
 
     ``log r = log p(y) - log p(x) + (|z|^2 - |z'|^2) / 2``, where ``z' = (x - y - h S(y)) / sqrt(2 h)`` leads back.
-    Stationary at ``p`` itself for every ``h``, and for every ``S``, which decides how many steps are taken alone.
-    ``log_density(x, t, cond): [B]``, up to a constant of each ``t``, may be exact, minus an energy, or a flow's at the
-    end (``likelihood.log_density``). A proposal whose ``log r`` is not a number is not taken.
 
-    ``info["accepted"]: [B]`` is the share of the steps that were. Sources: arXiv 2605.06905 for flows. Raises
-    ``ValueError`` for ``step <= 0`` or ``steps < 1``.
+    The stationary distribution is ``p`` itself for any ``h`` and any score ``S``; both affect the acceptance rate
+    only. A proposal whose ``log r`` is not a number is rejected.
+
+    Args:
+        score: ``S(x, t, cond)``, the score of the marginal at ``t``.
+        log_density: ``log p(x, t, cond): [B]``, up to a constant for each ``t``: exact, minus an energy, or of a flow
+            at the end (``sampling.likelihood.log_density``).
+        step: ``h``, in units of squared displacement: a number, or a function of the times ``[B]``.
+        steps: number of steps.
+
+    Returns:
+        A corrector that costs ``steps + 1`` evaluations of ``score`` and of ``log_density``; ``info`` has ``moved:
+        [B]`` and ``accepted: [B]``, the fraction of accepted steps.
+
+    Raises:
+        ValueError: ``step`` that is not positive, or ``steps`` below 1.
+
+    >>> fix = mala(lambda x, t, cond=None: -x, lambda x, t, cond=None: -jnp.sum(x**2, 1) / 2, step=0.01)
+    >>> y, info = fix(jax.random.key(0), jnp.ones((2, 1)), 1.0)
+    >>> info["accepted"].tolist(), fix.nfe
+    ([1.0, 1.0], 4)
+
+    Source: arXiv 2605.06905, for flows.
     """
-    _positive("the Langevin step", step)
-    _some("mala", steps)
+    check_positive("step", step)
+    _check_count("steps", steps)
 
     def correct(key, x, t, cond=None):
         t = over_batch(t, x)
-        h = _at(step, t, x)
+        h = at_time(step, t, x)
         state = lambda x: (x, score(x, t, cond), log_density(x, t, cond))
 
         def move(now, k):
@@ -170,176 +218,153 @@ def mala(
             y, s_y, log_p_y = proposal = state(x + h * s + jnp.sqrt(2 * h) * z)
             back = (x - y - h * s_y) / jnp.sqrt(2 * h)
             log_r = log_p_y - log_p + (_square(z) - _square(back)) / 2
-            taken = jnp.log(jax.vmap(jax.random.uniform)(k_accept)) < log_r
-            return jax.tree.map(lambda new, old: jnp.where(expand(taken, new), new, old), proposal, now), taken
+            accepted = jnp.log(jax.vmap(jax.random.uniform)(k_accept)) < log_r
+            return jax.tree.map(lambda new, old: jnp.where(expand(accepted, new), new, old), proposal, now), accepted
 
-        (y, *_), taken = jax.lax.scan(move, state(x), jnp.stack(split(key, steps)))
-        return y, {"moved": _rms(y - x), "accepted": taken.mean(0)}
+        (y, *_), accepted = jax.lax.scan(move, state(x), jnp.stack(split(as_keys(key, len(x)), steps)))
+        return y, {"moved": _rms(y - x), "accepted": accepted.mean(0)}
 
-    return _with_check(correct, score, log_density, step)
+    nfe = (steps + 1) * (nfe_of(score) + nfe_of(log_density))
+    return Costed(correct, nfe, check_all(score, log_density, step))
 
 
 def restart(
-    step: FlowMapFn, *, to: Schedule, steps: int = 1, loops: int = 1, path: paths.Path | None = None
+    step: FlowMapFn, *, to: Schedule, steps: int = 1, loops: int = 1, path: paths.Path = paths.linear()
 ) -> Corrector:
-    """Restart: back from ``t`` to the earlier ``to`` by noise, forth again by ``steps`` steps; ``loops`` times.
+    """Return a correction that goes back in time by noise and forth again by solver steps.
 
     ``x <- c x + sqrt(alpha_s^2 - c^2 alpha_t^2) z``, ``c = beta_s / beta_t``, ``s = to`` (``paths.renoise``), then
-    ``step`` along a uniform grid from ``s`` to ``t``: of the ODE (arXiv 2306.14878), or one jump of a flow map
-    (``steps=1``). An exact step leaves the law at ``t`` as it is; for Gaussian data of variances ``C`` on the path a
-    loop shrinks what is wrong with ``x`` by ``c sqrt(C_t / C_s)``. ``path`` (linear by default) is the step's own, its
-    source N(0, I) and independent of the data.
+    ``steps`` uniform steps from ``s`` to ``t``; all of it ``loops`` times. An exact step leaves the marginal at ``t``
+    unchanged. For Gaussian data with variances ``C`` on the path, a loop shrinks the error of ``x`` by
+    ``c sqrt(C_t / C_s)``.
 
-    Its ``check`` refuses times not later than ``to``, so ``t = 0`` in any case; elsewhere the result is ``nan`` there.
-    Raises ``ValueError`` for a path with a latent, ``to`` outside [0, 1), ``steps < 1`` and ``loops < 1``.
+    Args:
+        step: a step of the ODE, or a flow map (``steps=1``).
+        to: the earlier time ``s``: a number in [0, 1), or a function of the times ``[B]``.
+        steps: steps per loop.
+        loops: number of loops.
+        path: path of the flow, without a latent; its source N(0, I) is independent of the data.
+
+    Returns:
+        A corrector that costs ``steps * loops`` steps; ``info`` has ``moved: [B]``. Its ``check`` refuses times that
+        are not later than ``to``, so always ``t = 0``; at such times the result is ``nan``.
+
+    Raises:
+        ValueError: a path with a latent, ``to`` outside [0, 1), ``steps`` or ``loops`` below 1.
+
+    >>> fix = restart(lambda x, s, t, cond=None, key=None: x, to=0.5, steps=3, loops=2)
+    >>> fix(jax.random.key(0), jnp.ones((2, 1)), 1.0)[0].shape, fix.nfe
+    ((2, 1), 6)
+
+    Source: arXiv 2306.14878.
     """
-    path = path or paths.linear()
     paths.refuse_latent("restart", path)
-    _some("restart", steps)
-    _some("restart", loops, "loop")
+    _check_count("steps", steps)
+    _check_count("loops", loops)
     if not callable(to) and not 0 <= to < 1:
-        raise ValueError(f"restart goes back to a time in [0, 1), got to={to}")
+        raise ValueError(f"to={to}: restart goes back to a time before the end. Give a time in [0, 1).")
 
     def check(ts):
-        for t, s in zip(ts, np.broadcast_to(to(jnp.asarray(ts)) if callable(to) else to, len(ts)), strict=True):
+        early = np.broadcast_to(to(jnp.asarray(ts)) if callable(to) else to, len(ts))
+        for t, s in zip(ts, early, strict=True):
             if not 0 <= s < t:
                 raise ValueError(
-                    f"restart at t={t:g} cannot go back to {s:g}: it needs an earlier time in [0, 1); restart at later "
-                    "steps, or give to= an earlier time"
+                    f"to={s:g}: restart at t={t:g} needs an earlier time in [0, 1). Restart at later steps, or give an "
+                    "earlier time."
                 )
 
     def correct(key, x, t, cond=None):
         t = over_batch(t, x)
         early = jnp.broadcast_to(jnp.asarray(to(t) if callable(to) else to, t.dtype), t.shape)
         early = jnp.where((0 <= early) & (early < t), early, jnp.nan)
-        between = lambda share: early * (1 - share) + t * share  # both ends to the bit
-
-        def forth(x, now):
-            i, k = now
-            return step(x, between(i / steps), between((i + 1) / steps), cond, k), None
 
         def loop(x, k):
             k_noise, k_steps = split(k, 2)
             x = paths.renoise(path, x, normal(k_noise, x.shape[1:], x.dtype), t, early)
-            return jax.lax.scan(forth, x, (jnp.arange(steps, dtype=t.dtype), jnp.stack(split(k_steps, steps))))
+            return _uniform_steps(step, k_steps, x, early, t, cond, steps), None
 
-        y, _ = jax.lax.scan(loop, x, jnp.stack(split(key, loops)))
+        y, _ = jax.lax.scan(loop, x, jnp.stack(split(as_keys(key, len(x)), loops)))
         return y, {"moved": _rms(y - x)}
 
-    return _with_check(correct, to, own=check)
+    return Costed(correct, steps * loops * nfe_of(step), check_all(step, to, also=check))
 
 
-def kernel_drift(
-    p: Float[Array | np.ndarray, "m _ ..."], q: Float[Array | np.ndarray, "n _ ..."], *, ts, bandwidth: Schedule
-) -> DirectionFn:
-    """The drift from stored forward marginals ``p`` to backward ones ``q``, a direction that no one has to train:
+def _uniform_steps(step, keys, x, s, t, cond, steps: int) -> Array:
+    """Carry ``x`` from the times ``s`` to the times ``t`` by uniform steps."""
+    between = lambda fraction: s * (1 - fraction) + t * fraction  # both ends to the bit
 
-    ``V(x) = sum_j w_j(x) q_j - sum_i w_i(x) p_i``, with ``w`` the softmax of ``-|x - y|^2 / (2 h^2)`` over the bank at
-    the time of ``x``, ``h`` the ``bandwidth`` (drifting models, arXiv 2602.04770, with a Gaussian kernel). It is ``h^2
-    (grad log q_h - grad log p_h)``, ``q_h`` and ``p_h`` the kernel density estimates (arXiv 2603.07514): a step of the
-    classifier's kind, in displacement units and blind below ``h``. For Gaussians of variance ``C`` the mean moves by
-    ``alpha h^2 / (C + h^2)`` of the gap, where ``alpha`` is ``marginal_matching``'s. Where ``h`` is far below the
-    distance between neighbours, as it soon is for images, ``V`` is the difference of two single examples.
+    def body(x, now):
+        i, k = now
+        return step(x, between(i / steps), between((i + 1) / steps), cond, k), None
 
-    The banks ``[examples, steps, ...]`` are as ``marginals.read`` has them (``m.x``; none may hold ``x`` itself),
-    ``ts: [steps]`` the times of both. As parameters they are to be arguments of what is jitted around it. No network is
-    evaluated; an example costs some ``4 (m + n) d`` operations. Only banks of times that occur in the batch are read.
-    Raises ``ValueError`` for banks of other steps or shapes, and a bandwidth that is not positive; ``check`` refuses
-    times that are not in ``ts``, where the result is ``nan``.
+    return jax.lax.scan(body, x, (jnp.arange(steps, dtype=t.dtype), jnp.stack(split(keys, steps))))[0]
+
+
+def at_time(value: Schedule, t: Array, x: Array) -> Array | float:
+    """Return the values of a schedule, ready to multiply ``x``.
+
+    Args:
+        value: a number, or a function of the times.
+        t: times ``[B]``.
+        x: states ``[B, ...]``.
+
+    Returns:
+        The number, or an array that broadcasts against ``x``, of its dtype.
     """
-    _positive("the bandwidth", bandwidth)
-    index = grids.per_step(ts, np.arange(len(ts)))
-    if not p.shape[1:] == q.shape[1:] == (len(ts), *q.shape[2:]):
-        raise ValueError(
-            f"kernel_drift needs banks [examples, {len(ts)} steps, ...] of one shape, got p {p.shape}, q {q.shape}"
-        )
-
-    def mean_shift(x, y, h):
-        flat, y = x.reshape(len(x), -1), y.reshape(len(y), -1).astype(x.dtype)
-        inner = jnp.matmul(flat, y.T, precision="highest") - _square(y) / 2  # |x|^2 is the same for all y
-        return jnp.matmul(jax.nn.softmax(inner / h**2, 1), y, precision="highest").reshape(x.shape)
-
-    def drift(x, t, cond=None):
-        t = over_batch(t, x)
-        n, h = index(t), jnp.reshape(jnp.asarray(_at(bandwidth, t, x), x.dtype), (-1, 1))
-
-        def visit(v, i):
-            here = n == i
-            at = lambda bank: jax.lax.dynamic_index_in_dim(bank, i, 1, keepdims=False)
-            new = lambda: jnp.where(expand(here, x), mean_shift(x, at(q), h) - mean_shift(x, at(p), h), v)
-            return jax.lax.cond(here.any(), new, lambda: v), None
-
-        return jax.lax.scan(visit, jnp.full_like(x, jnp.nan), jnp.arange(len(ts)))[0]
-
-    return _with_check(drift, index, bandwidth)
+    return expand(value(t), x).astype(x.dtype) if callable(value) else value
 
 
-def score_of(velocity: VelocityFn, *, path: paths.Path | None = None) -> DirectionFn:
-    """The score of the law at ``t < 1`` from the velocity itself (``paths.score``): no second network.
+def nfe_of(function: Callable) -> int:
+    """Return the network evaluations of one call: what the function states, or 1.
 
-    Only for a source N(0, I) that is independent of the data. Under an optimal transport coupling the score is not in
-    the velocity: what comes out is the score of no law, nothing here can tell, and Langevin steps along it leave the
-    marginals. (For pairs ``x1 = a x0``, with ``m = 1 - t + a t``, it is ``-x / ((1 - t) m)`` where the score is
-    ``-x / m^2``: too steep wherever ``a > 0``, and infinite at the end.) There learn the score:
-    ``methods.score_corrector``, ``methods.stochastic_interpolant``. Its ``check`` refuses times where ``alpha_t = 0``,
-    the end. Raises ``ValueError`` for a path with a latent.
+    Args:
+        function: a direction, score, density, velocity or step.
+
+    Returns:
+        The number per example.
     """
-    path = path or paths.linear()
-    paths.refuse_latent("score_of", path)
+    nfe = stated(function).nfe
+    return 1 if nfe is None else nfe
+
+
+def check_all(*functions, also: Callable[[Array], None] = accept) -> Callable[[Array], None]:
+    """Return a check of times that calls the checks of several functions.
+
+    Args:
+        functions: what a corrector was made from; numbers and plain functions accept all times.
+        also: another check, called last.
+
+    Returns:
+        ``check(ts)``, which raises ``ValueError`` where one of the checks does.
+    """
+    each = [*(stated(function).check for function in functions if callable(function)), also]
 
     def check(ts):
-        for t, alpha in zip(ts, np.asarray(path.coefficients(jnp.asarray(ts))[0]), strict=True):
-            if not abs(alpha) > 8 * np.finfo(np.float32).eps:  # cos(pi / 2) in floating point is no zero
-                raise ValueError(f"the score at t={t:g} is not in the velocity, for there is no noise; correct earlier")
+        for refuse in each:
+            refuse(ts)
 
-    score = lambda x, t, cond=None: paths.score(path, x, velocity(x, t, cond), t)
-    score.check = check
-    return score
+    return check
 
 
-def nfe(corrector: str, *, each: int = 1, steps: int = 1, loops: int = 1) -> int:
-    """Network evaluations of one correction, the ``corrector_nfe`` of ``samplers.cost``.
+def check_positive(name: str, value: Schedule) -> None:
+    """Raise ``ValueError`` for a number that is not positive; a function of time is not evaluated.
 
-    =====================  ====================  ==================================================================
-    corrector              evaluations           ``each`` is what one call costs of
-    =====================  ====================  ==================================================================
-    ``marginal_matching``  ``each``              the direction: 1 for a score, 2 for a classifier (forward and
-                                                 backward), 0 for ``kernel_drift``
-    ``langevin``           ``each steps``        the score: of a ``score_of`` 1
-    ``mala``               ``each (steps + 1)``  the score and the log-density together
-    ``restart``            ``each steps loops``  the step: ``solvers.nfe``, or 1 for a flow map
-    =====================  ====================  ==================================================================
-
-    >>> nfe("restart", each=4, steps=3, loops=2)
-    24
-
-    Raises ``ValueError`` for another name, with the nearest.
+    Args:
+        name: name of the argument.
+        value: a number, or a function of the times.
     """
-    counts = {
-        "marginal_matching": each, "langevin": each * steps, "mala": each * (steps + 1), "restart": each * steps * loops
-    }  # fmt: skip
-    if corrector not in counts:
-        near = difflib.get_close_matches(str(corrector), counts, 1, 0.0)[0]
-        raise ValueError(f"no corrector {corrector!r}; did you mean {near!r}? (there are {', '.join(counts)})")
-    return counts[corrector]
-
-
-def dispersion_ratio(before: Float[Array, "b ..."], after: Float[Array, "b ..."]) -> Float[Array, ""]:
-    """The summed variance of ``after`` over that of ``before``, over the batch: below 1 a correction contracts.
-
-    On samples of the backward marginal itself, ``dispersion_ratio(q, fix(keys, q, t)[0])``, it tells whether a
-    correction leaves a perfect model as it is: for ``N(0, b^2)`` it is ``(1 + (beta/b)^2) (1 - alpha sigma^2 / (b^2 +
-    sigma^2))^2``, for ``tweedie`` ``(b^2 / (b^2 + sigma^2))^2``.
-    """
-    total = lambda x: jnp.sum(jnp.var(x.reshape(x.shape[0], -1), 0))
-    return total(after) / total(before)
-
-
-def _positive(what: str, value: Schedule) -> None:
     if not callable(value) and not value > 0:
-        raise ValueError(f"{what} must be positive, got {value}")
+        raise ValueError(f"{name}={value}: not positive. Give a number above 0.")
 
 
-def _some(what: str, count: int, of: str = "step") -> None:
+def _check_count(name: str, count: int) -> None:
     if count < 1:
-        raise ValueError(f"{what} needs at least one {of}, got {of}s={count}")
+        raise ValueError(f"{name}={count}: nothing to do. Give at least 1.")
+
+
+def _square(x: Array) -> Array:
+    return jnp.sum(jnp.square(x.reshape(x.shape[0], -1)), 1)
+
+
+def _rms(x: Array) -> Array:
+    return jnp.sqrt(_square(x) / x[0].size)

@@ -1,17 +1,23 @@
-"""Marginals between their two ends: only the backward image of the data at the start of the grid is stored."""
+"""Interpolate marginals between their two ends: only the backward image of the data at the start is stored."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from fmjax.correction.marginals import Marginals
-from fmjax.correction.trajectories import fractions
-from fmjax.data.arrays import Rows
+from fmjax.correction.trajectories import elapsed_fractions
+from fmjax.data.dataset import Rows
 from fmjax.storage import checkpoint
 
 
 class Between:
-    """``(1 - k_n) x_0 + k_n x_N`` as if it were an array ``[M, N + 1, ...]``, computed where ``x[rows, n]`` asks."""
+    """``(1 - k_n) x_0 + k_n x_N`` as if it were an array ``[M, N + 1, ...]``, computed when ``x[rows, n]`` is read.
+
+    Attributes:
+        shape: ``(M, N + 1, ...)``.
+        dtype: float32.
+        ndim: number of axes.
+    """
 
     def __init__(self, x: Rows, data: Rows | None, k: np.ndarray):
         self.x, self.data, self.k = x, data, k
@@ -24,9 +30,9 @@ class Between:
     def __getitem__(self, at) -> np.ndarray:
         rows, n = at if isinstance(at, tuple) else (at, slice(None))
         rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
-        some = np.atleast_1d(rows)
-        stored = self.x[some]
-        start, end = stored[:, 0], stored[:, -1] if self.data is None else self.data[some]
+        examples = np.atleast_1d(rows)
+        stored = self.x[examples]
+        start, end = stored[:, 0], stored[:, -1] if self.data is None else self.data[examples]
         k = self.k[n]
         if isinstance(n, slice):
             start, end = start[:, None], end[:, None]
@@ -35,20 +41,36 @@ class Between:
         return between.astype(self.dtype).reshape(*np.shape(rows), *between.shape[1:])
 
 
-def marginals(m: Marginals, *, data: Rows | None = None) -> Marginals:
-    """All marginals ``x_n = (1 - k_n) x_0 + k_n x_N`` of a set that stores its ends, or its start beside its ``data``.
+def interpolate_marginals(m: Marginals, *, data: Rows | None = None) -> Marginals:
+    """Return all marginals of a set that stores the ends of its trajectories only, as straight lines between them.
 
-    ``k_n`` is the fraction of time passed at step ``n``. Exact at both ends; nothing is copied, examples are mixed when
-    they are asked for. How far they are from the flow's own, ``marginals.straightness_defect`` tells. Raises
-    ``ValueError`` where an end is missing, or for data that the set was not built from.
+    ``x_n = (1 - k_n) x_0 + k_n x_N``, ``k_n`` the elapsed fraction of time at step ``n``: exact at both ends. Nothing
+    is copied; examples are mixed when they are read. ``straightness_defect`` measures the error.
+
+    Args:
+        m: a set with both ends of the grid, or with its start beside ``data``.
+        data: the data ``[M, ...]`` that a backward set was built from, in place of a stored end.
+
+    Returns:
+        A set of all steps of the grid, with the same conditions.
+
+    Raises:
+        ValueError: a missing end, or data that the set was not built from.
+
+    >>> from fmjax.storage.shards import Manifest
+    >>> manifest = Manifest(1, "forward", "a", "rk4", None, (0.0, 0.5, 1.0), (0, 2), "float32", (1,), 1, 0, None, 1)
+    >>> ends = Marginals(np.array([[[0.0], [4.0]]]), np.array([0.0, 1.0]), manifest)
+    >>> interpolate_marginals(ends).x[0].tolist()
+    [[0.0], [2.0], [4.0]]
     """
     last, steps = len(m.manifest.ts) - 1, m.manifest.steps
     if steps[0] != 0 or (steps[-1] != last) == (data is None):
         raise ValueError(
-            f"marginals are interpolated from steps 0 and {last}, or from step 0 and data=; the set stores {steps}"
-            f"{'' if data is None else ', and data were given'}"
+            f"steps={steps}, data={'None' if data is None else 'given'}: an end is missing or given twice. Give a set "
+            f"with steps 0 and {last}, or one with step 0 and data=."
         )
     if data is not None and checkpoint.digest_rows(data) != m.manifest.data:
-        raise ValueError(f"the data [{len(data)}, ...] are not those that the set was built from; give those")
+        raise ValueError(f"data={tuple(data.shape)}: the set was built from other data. Give the data of the set.")
     ts = np.asarray(m.manifest.ts, np.float32)
-    return Marginals(Between(m.x, data, fractions(ts)), ts, m.manifest._replace(steps=tuple(range(last + 1))))
+    manifest = m.manifest._replace(steps=tuple(range(last + 1)))
+    return Marginals(Between(m.x, data, elapsed_fractions(ts)), ts, manifest, m.cond)

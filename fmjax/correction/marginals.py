@@ -1,19 +1,23 @@
-"""The marginals of a flow on a solver's grid, as data sets on disk: built through diffrax, sharded, resumable.
+"""Build and read the marginals of a flow on a solver's grid: data sets on disk, sharded and resumable.
 
-With forward steps ``Phi_n`` from ``t_n`` to ``t_{n+1}`` and backward steps ``Psi_n``, forward marginals start at noise,
-``p_0 = N(0, I)``, ``p_{n+1} = Phi_n # p_n``, and backward ones at data, ``q_N = data``, ``q_n = Psi_n # q_{n+1}``.
-``Psi_n`` is the solver run with a negative step (``reverse``) or the exact inverse of ``Phi_n`` (``inverse``; then
-every f-divergence of ``p_n`` and ``q_n`` is the same for all ``n``). ``Phi_n`` may be a learned jump, ``X_{s,t}``: with
-``solver="flow_map"`` everything here takes a flow map for the velocity; ``reverse`` is then ``X_{t,s}``, for maps that
-were trained both ways.
+With forward steps ``Phi_n`` from ``t_n`` to ``t_{n+1}`` and backward steps ``Psi_n``, forward marginals start at the
+source, ``p_0 = N(0, I)``, ``p_{n+1} = Phi_n # p_n``, and backward marginals start at the data, ``q_N = data``,
+``q_n = Psi_n # q_{n+1}``. ``Psi_n`` is the solver with a negative step (``reverse``) or the exact inverse of ``Phi_n``
+(``inverse``; then every f-divergence of ``p_n`` and ``q_n`` is the same for all ``n``). With ``solver="flow_map"`` a
+learned jump ``X_{s,t}`` takes the place of the solver's step; ``reverse`` is then ``X_{t,s}``, for flow maps that were
+trained in both directions.
 
-A directory holds manifests and shards (``fmjax.shards``); record ``i`` is example ``i``, ``[steps, ...]``. A shard's
-numbers depend on its own examples only, so that a build killed at any moment goes on as if it had not been, and several
-processes build shards of one set beside each other.
+Conditions travel with their examples: forward examples are drawn *for* given conditions (``draw_conditions`` draws
+them with the frequencies of the data), backward examples keep the conditions of the data.
+
+A directory holds manifests and shards (``fmjax.storage.shards``); record ``i`` is example ``i``, ``[steps, ...]``. The
+numbers of a shard depend on the examples of that shard only. A build that was killed therefore resumes exactly, and
+several processes can build shards of one set at the same time.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
@@ -21,33 +25,44 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
 
 from fmjax.correction import trajectories
-from fmjax.data.arrays import Rows
-from fmjax.storage import checkpoint, shards
+from fmjax.correction.trajectories import View
+from fmjax.data.dataset import Rows
+from fmjax.keys import as_keys, normal
+from fmjax.storage import checkpoint, columns, shards
 from fmjax.storage.shards import Manifest
-from fmjax.types import Batch, FlowMapFn, Params, VelocityFn
-
-View = Callable[[Params], VelocityFn | FlowMapFn]
+from fmjax.types import Cond, Params
 
 
 class Marginals(NamedTuple):
-    """A set: ``x: [M, steps, ...]``, an array or rows read from disk, the times ``ts: [steps]``, and the manifest."""
+    """A set of marginals.
+
+    Attributes:
+        x: examples ``[M, steps, ...]``: an array, or rows that are read from disk.
+        ts: times of the stored steps, ``[steps]``.
+        manifest: what the set was built from.
+        cond: conditions of the examples, arrays (or rows on disk) ``[M, ...]``; ``None`` for a set without conditions.
+    """
 
     x: Rows
     ts: np.ndarray
     manifest: Manifest
+    cond: Cond = None
 
 
 class Estimate(NamedTuple):
-    """What a build costs in all: ``bytes`` on disk (from above), ``nfe`` an example, network ``evaluations``, seconds.
+    """The cost of a build.
 
-    The last three are ``None`` for a diffrax solver whose evaluations are not known beforehand (implicit ones).
+    Attributes:
+        count: number of examples.
+        bytes: size on disk, an upper bound.
+        nfe: network evaluations per example; ``None`` for an implicit diffrax solver.
+        evaluations: network evaluations of the whole build; ``None`` with ``nfe``.
+        seconds: time of these evaluations; ``None`` with ``nfe``.
     """
 
     count: int
@@ -57,7 +72,7 @@ class Estimate(NamedTuple):
     seconds: float | None
 
 
-def build(
+def build_marginals(
     view: View,
     params: Params,
     ts,
@@ -68,6 +83,8 @@ def build(
     data=None,
     count: int | None = None,
     shape: tuple[int, ...] | None = None,
+    cond: Cond = None,
+    start: Callable = normal,
     seed: int = 0,
     solver: str = "rk4",
     backward_map: str = "reverse",
@@ -81,61 +98,102 @@ def build(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Manifest:
-    """Builds, or goes on building, the marginals of the flow ``view(params)`` on the sampler's rising grid ``ts``.
+    """Build the marginals of a flow, or resume a build that was stopped.
 
-    ``view`` gives a velocity, or with ``solver="flow_map"`` a flow map. Forward: ``count`` examples of ``shape`` from
-    noise at ``ts[0]``, that of example ``i`` drawn from its own key (``seed``); backward: from ``data: [M, ...]``
-    (floats in the network's units, an array or rows read when asked for) at ``ts[-1]``. One ``solver`` step a grid
-    interval. ``steps`` are the grid indices to store (default all). ``mesh`` has one axis ``"data"`` (default one
-    device); a batch is split over it and the solve has no communication. Complete shards are kept, torn ones named in
-    the log and built again; a complete set solves nothing. ``progress(done, total)`` counts examples.
+    Complete shards are kept; torn shards are named in the log and built again; a complete set solves nothing. On
+    several processes each builds its own shards on its own devices and waits for no other: the set is complete when all
+    processes have returned.
 
-    On several processes (``process_index`` of ``process_count``, by default those of ``jax.distributed``) each builds
-    its own shards, on its own devices of the mesh, and waits for none: the set is complete when all have returned.
+    Args:
+        view: ``view(params)`` is a velocity, or with ``solver="flow_map"`` a flow map.
+        params: parameters of the network.
+        ts: rising times ``[N + 1]`` in [0, 1], the grid of the sampler; one solver step per interval.
+        directory: folder of the set.
+        direction: ``"forward"`` (from the source at ``ts[0]``) or ``"backward"`` (from the data at ``ts[-1]``).
+        flow: name of the parameters, usually their digest (``storage.checkpoint.digest``).
+        data: examples ``[M, ...]`` (backward): floats in the units of the network, an array or rows on disk.
+        count: number of examples (forward).
+        shape: shape of one example (forward).
+        cond: conditions, arrays ``[M, ...]`` (backward: of the data) or ``[count, ...]`` (forward: to draw examples
+            for; see ``draw_conditions``).
+        start: ``start(keys, shape)`` draws the source ``[B, *shape]`` at ``ts[0]`` from ``[B]`` keys (forward); by
+            default N(0, I). The manifest stores the name of another function.
+        seed: seed of the source (forward); example ``i`` is drawn from its own key.
+        solver: name of a solver, or ``"flow_map"``.
+        backward_map: ``"reverse"`` or ``"inverse"``.
+        steps: grid indices to store; by default all.
+        mesh: mesh with the one axis ``"data"``; by default one device. The solve has no communication.
+        batch: examples per solve, split over the devices.
+        shard_size: examples per file.
+        dtype: ``"float32"`` or ``"float16"``, of the stored examples.
+        tol: largest residual of inverse steps, a root mean square relative to the state.
+        progress: ``progress(done, total)``, called with numbers of examples.
+        process_index: index of this process; by default from ``jax.distributed``.
+        process_count: number of processes; by default from ``jax.distributed``.
 
-    Returns the manifest, with all shards that are complete. Raises ``ValueError`` before any work for bad arguments, a
-    batch that the mesh does not divide, or a directory built from something else (naming each field that differs);
-    ``OSError`` where the disk has no room for what is still to be built; ``RuntimeError`` naming the examples whose
-    solve was not finite, or whose inverse steps did not converge to ``tol`` (relative rms residual).
+    Returns:
+        The manifest, with all shards that are complete.
+
+    Raises:
+        ValueError: before any work, for arguments that cannot work, or a directory that holds another set.
+        OSError: a folder that cannot be written, or a disk without space for the missing shards.
+        RuntimeError: a solve that is not finite, or inverse steps that did not converge; the examples are named.
+
+    >>> import tempfile
+    >>> shift = lambda params: lambda x, t, cond=None: params + 0 * x
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     m = build_marginals(
+    ...         shift, 2.0, [0.0, 0.5, 1.0], directory=folder, direction="backward", flow="shift",
+    ...         data=np.ones((3, 1), np.float32), cond=np.arange(3), solver="euler",
+    ...     )
+    ...     built = read_marginals(folder)
+    >>> built.x[0, :, 0].tolist(), built.cond.tolist()
+    ([-1.0, 0.0, 1.0], [0, 1, 2])
+
+    Source: marginal matching (OpenReview kRjLBXWn1T).
     """
-    m, data = _specify(ts, direction, flow, data, count, shape, seed, solver, backward_map, steps, shard_size, dtype)
-    mesh, batch = trajectories.fit(mesh, batch, m.count, m.shard_size)
-    who = _process(process_index, process_count)
-    parts = shards.own(m, **who)
+    m, data, cond = _specify(
+        ts, direction=direction, flow=flow, data=data, count=count, shape=shape, cond=cond, start=start, seed=seed,
+        solver=solver, backward_map=backward_map, steps=steps, shard_size=shard_size, dtype=dtype,
+    )  # fmt: skip
+    mesh, batch = trajectories.fit_mesh(mesh, batch, m.count, m.shard_size)
+    process = _process(process_index, process_count)
+    parts = shards.own(m, **process)
     good, total = shards.resume(directory, m, parts), sum(stop - start for start, stop in parts.values())
     done = sum(shard.count for shard in good.values())
     if progress:
         progress(done, total)
     if len(good) < len(parts):
-        _check_room(directory, m)
-        params, rows = trajectories.place(mesh, params), NamedSharding(mesh, P("data"))
-        # traces: a bad velocity or solver fails before a file is written
-        solve = trajectories.lower(view, params, m, mesh, batch)
-        shards.save(directory, m, good, **who)
+        _check_space(directory, m)
+        params, rows = trajectories.place_params(mesh, params), NamedSharding(mesh, P("data"))
+        # a velocity or a solver that cannot work fails here, before a file is written
+        solve = trajectories.lower_solve(view, params, m, mesh, batch, start)
+        shards.write_manifest(directory, m, good, **process)
         solve = solve.compile()
 
-    def records(start, stop):
+    def records(first, stop):
         nonlocal done
-        for low in range(start, stop, batch):
+        for low in range(first, stop, batch):
             high = min(low + batch, stop)
             index = np.minimum(np.arange(low, low + batch, dtype=np.int32), stop - 1)  # one shape: pad, then drop
-            given = index if data is None else np.asarray(data[index], np.float32)
-            x, *outcome = solve(params, jax.device_put(given, rows))
+            x = index if data is None else np.asarray(data[index], np.float32)
+            inputs = jax.device_put((x, take_conditions(cond, index)), rows)
+            x, *outcome = solve(params, inputs)
             trajectories.check_solved(x, *outcome, index[: high - low], m, tol)
-            yield from (one.tobytes() for one in np.asarray(x)[: high - low])
+            yield from (example.tobytes() for example in np.asarray(x)[: high - low])
             done += high - low
             if progress:
                 progress(done, total)
 
-    for name, (start, stop) in parts.items():
+    for name, (first, stop) in parts.items():
         if name not in good:
-            good[name] = shards.write(directory, name, records(start, stop))
-            shards.save(directory, m, good, **who)
-    found = {shard.file: shard for shard in getattr(shards.load(directory), "shards", ())} | good
-    return m._replace(shards=tuple(found[name] for name in sorted(found)))
+            good[name] = shards.write_shard(directory, name, records(first, stop), columns.rows(cond, first, stop))
+            shards.write_manifest(directory, m, good, **process)
+    known = {shard.file: shard for shard in getattr(shards.read_manifest(directory), "shards", ())} | good
+    return m._replace(shards=tuple(known[name] for name in sorted(known)))
 
 
-def estimate(
+def estimate_cost(
     view: View,
     params: Params,
     ts,
@@ -143,6 +201,7 @@ def estimate(
     direction: str,
     count: int,
     shape: tuple[int, ...],
+    cond: Cond = None,
     solver: str = "rk4",
     backward_map: str = "reverse",
     steps: Iterable[int] | None = None,
@@ -152,236 +211,186 @@ def estimate(
     dtype: str = "float32",
     process_count: int | None = None,
 ) -> Estimate:
-    """What ``build`` would cost on all of ``process_count`` processes, before any of it.
+    """Estimate what ``build_marginals`` costs on all processes together, before any solve.
 
-    The seconds are those of as many calls of the network as will be made, of which a few are timed here, warm;
-    compiling the solve comes on top.
+    The seconds are the time of the network evaluations, measured here on a few warm calls; compilation is not included.
+
+    Args:
+        view: ``view(params)`` is a velocity, or with ``solver="flow_map"`` a flow map.
+        params: parameters of the network.
+        ts: rising times ``[N + 1]``.
+        direction: ``"forward"`` or ``"backward"``.
+        count: number of examples.
+        shape: shape of one example.
+        cond: conditions, arrays ``[count, ...]``.
+        solver: name of a solver, or ``"flow_map"``.
+        backward_map: ``"reverse"`` or ``"inverse"``.
+        steps: grid indices to store; by default all.
+        mesh: mesh with the one axis ``"data"``; by default one device.
+        batch: examples per solve.
+        shard_size: examples per file.
+        dtype: ``"float32"`` or ``"float16"``.
+        process_count: number of processes; by default from ``jax.distributed``.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: as ``build_marginals``.
+
+    >>> zero = lambda params: lambda x, t, cond=None: 0 * x
+    >>> estimate_cost(zero, None, [0.0, 0.5, 1.0], direction="forward", count=10, shape=(2,)).evaluations
+    80
     """
-    given = {"forward": {"count": count, "shape": shape, "data": None}}
-    given = given.get(
-        direction, {"count": None, "shape": None, "data": np.broadcast_to(np.float32(0), (count, *shape))}
-    )
-    how = {"solver": solver, "backward_map": backward_map, "steps": steps, "shard_size": shard_size, "dtype": dtype}
-    m, _ = _specify(ts, direction, "", seed=0, **given, **how)
-    mesh, batch = trajectories.fit(mesh, batch, m.count, m.shard_size)
-    who = _process(None, process_count)
-    nfe = trajectories.nfe(len(m.ts) - 1, direction=direction, solver=solver, backward_map=m.backward_map)
+    start = {"count": count, "shape": shape, "data": None}
+    if direction == "backward":
+        start = {"count": None, "shape": None, "data": np.broadcast_to(np.float32(0), (count, *shape))}
+    m, *_ = _specify(
+        ts, direction=direction, flow="", **start, cond=cond, start=normal, seed=0, solver=solver,
+        backward_map=backward_map, steps=steps, shard_size=shard_size, dtype=dtype,
+    )  # fmt: skip
+    mesh, batch = trajectories.fit_mesh(mesh, batch, m.count, m.shard_size)
+    processes = _process(None, process_count)["process_count"]
+    nfe = trajectories.solve_nfe(len(m.ts) - 1, direction=direction, solver=solver, backward_map=m.backward_map)
     size = shards.size(m, shards.ranges(m))
     if nfe is None:
         return Estimate(m.count, size, None, None, None)
+    call_seconds = trajectories.network_seconds(view, trajectories.place_params(mesh, params), m, mesh, batch)
+    calls = sum(math.ceil((stop - start) / batch) for start, stop in shards.own(m, 0, processes).values())
+    return Estimate(m.count, size, nfe, nfe * m.count, nfe * calls * call_seconds)
 
-    call_seconds = trajectories.seconds(view, trajectories.place(mesh, params), m, mesh, batch)
-    batches = sum(math.ceil((stop - start) / batch) for start, stop in shards.own(m, 0, who["process_count"]).values())
-    return Estimate(m.count, size, nfe, nfe * m.count, nfe * batches * call_seconds)
 
+def read_marginals(directory: str | os.PathLike, *, expect: dict | None = None, stream: bool = False) -> Marginals:
+    """Read a complete set, every shard checked against its SHA-256.
 
-def read(directory: str | os.PathLike, *, expect: dict | None = None, stream: bool = False) -> Marginals:
-    """Reads a complete set, every shard checked against its SHA-256.
+    Args:
+        directory: folder of the set.
+        expect: manifest fields that must agree, for example ``{"flow": digest, "solver": "rk4", "ts": ts}``.
+        stream: leave examples and conditions on disk and read rows on demand (``storage.shards.StoredArray``), for sets
+            that are larger than memory.
 
-    ``expect`` holds manifest fields that must agree, for example ``{"flow": digest, "solver": "rk4", "ts": ts}``.
-    With ``stream`` the examples stay on disk and are read when asked for (``shards.Records``), so that a set may be
-    larger than memory. Raises ``FileNotFoundError`` without a manifest, ``ValueError`` naming the fields that differ,
-    and ``RuntimeError`` naming an unfinished set, or a shard that is missing or torn, with the fix.
+    Returns:
+        The set, with its conditions where it has any.
+
+    Raises:
+        FileNotFoundError: a folder without a manifest.
+        ValueError: manifest fields that differ from ``expect``.
+        RuntimeError: an unfinished set, or a shard that is missing or torn.
+
+    >>> read_marginals("/nowhere")
+    Traceback (most recent call last):
+    FileNotFoundError: directory=/nowhere: no manifest.json. Build the marginals there first.
     """
-    m = shards.load(directory)
+    m = shards.read_manifest(directory)
     if m is None:
-        raise FileNotFoundError(f"no marginals in {directory}: {shards.MANIFEST} is missing; build them there first")
-    shards.check(directory, m, expect or {})
-    x = shards.Records(directory, m) if stream else shards.read(directory, m)
-    return Marginals(x, np.asarray(m.ts, np.float32)[list(m.steps)], m)
+        raise FileNotFoundError(f"directory={directory}: no {shards.MANIFEST}. Build the marginals there first.")
+    shards.check_manifest(directory, m, expect or {})
+    x = shards.StoredArray(directory, m)
+    cond = x.cond if stream else jax.tree.map(lambda column: column[:], x.cond)
+    return Marginals(x if stream else x.load(), np.asarray(m.ts, np.float32)[list(m.steps)], m, cond)
 
 
-def batches(
-    m: Marginals,
-    *,
-    batch_size: int,
-    seed: int,
-    steps: Iterable[int] | None = None,
-    examples: slice | range | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Callable[[int], Batch]:
-    """Training batches ``Batch(x1=x, t=t_n)`` as a function of the step: example and stored step index both uniform.
+def draw_conditions(key, cond: Cond, *, count: int) -> Cond:
+    """Draw conditions of forward examples with the frequencies of the data.
 
-    Stateless, so that a resumed run sees what the uninterrupted one would have. ``steps`` are grid indices to draw
-    from (default all that are stored), ``examples`` those to draw from (default all): ``slice(None, -500)`` trains,
-    ``slice(-500, None)`` is held out. ``batch_size`` is over all processes; each gets its slice of the same draw.
-    Raises ``ValueError`` for a batch that the processes do not divide, steps not stored, examples that are not there.
+    Args:
+        key: one key, or ``[count]`` keys.
+        cond: conditions of the data, arrays ``[n, ...]``.
+        count: number of conditions to draw.
+
+    Returns:
+        Numpy arrays ``[count, ...]``: rows of ``cond``, each row equally likely. Condition ``i`` depends on key ``i``
+        and ``n`` only.
+
+    Raises:
+        ValueError: ``count`` below 1, or conditions that are not arrays with rows.
+
+    >>> draw_conditions(jax.random.key(0), np.array([3, 3, 3]), count=2).tolist()
+    [3, 3]
     """
-    draw = _draw(batch_size, seed, process_index, process_count)
-    columns, rows = _columns(m, steps), _examples(m, examples)
+    if count < 1:
+        raise ValueError(f"count={count}: nothing to draw. Give at least 1.")
+    leaves = jax.tree.leaves(cond)
+    if not leaves or not len(leaves[0]):
+        raise ValueError(f"cond={cond!r}: no rows to draw from. Give the conditions of the data, arrays [n, ...].")
+    n = len(leaves[0])
+    index = jax.vmap(functools.partial(jax.random.randint, shape=(), minval=0, maxval=n))(as_keys(key, count))
+    return take_conditions(columns.as_columns(cond, n), np.asarray(index))
 
-    def batch(step: int) -> Batch:
-        example, n = draw(step, len(rows), len(columns))
-        n = columns[n]
-        return Batch(x1=m.x[rows.start + rows.step * example, n].astype(np.float32), t=m.ts[n])
 
-    return batch
+def take_conditions(cond: Cond, index: np.ndarray) -> Cond:
+    """Return the conditions of some examples.
 
+    Args:
+        cond: arrays (or rows on disk) ``[M, ...]``, or ``None``.
+        index: indices ``[B]``.
 
-def pairs(
-    p: Marginals,
-    q: Marginals,
-    *,
-    batch_size: int,
-    seed: int,
-    steps: Iterable[int] | None = None,
-    examples: slice | range | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Callable[[int], Batch]:
-    """Batches ``Batch(x1=x of q_n, x0=x of p_n, t=t_n)`` for what tells backward ``q`` from forward marginals ``p``.
-
-    Both examples of a row are at one step ``n`` and independent otherwise; ``steps``, ``examples`` (of each set) and
-    the rest as ``batches`` has them. Raises ``ValueError`` as it does, and naming what differs where ``p`` and ``q``
-    are not sets of one flow on one grid.
+    Returns:
+        Arrays ``[B, ...]``.
     """
-    for name in ("ts", "steps", "flow", "solver", "shape"):
-        if getattr(p.manifest, name) != (other := getattr(q.manifest, name)):
-            raise ValueError(
-                f"the forward and the backward set differ in {name}: {getattr(p.manifest, name)} and {other}; build "
-                "both for one flow on one grid"
-            )
-    draw = _draw(batch_size, seed, process_index, process_count)
-    columns, of_p, of_q = _columns(q, steps), _examples(p, examples), _examples(q, examples)
-
-    def batch(step: int) -> Batch:
-        i, n, j = draw(step, len(of_q), len(columns), len(of_p))
-        n = columns[n]
-        take = lambda m, rows, i: m.x[rows.start + rows.step * i, n].astype(np.float32)
-        return Batch(x1=take(q, of_q, i), x0=take(p, of_p, j), t=q.ts[n])
-
-    return batch
+    return jax.tree.map(lambda column: np.asarray(column[index]), cond)
 
 
-def round_trip(
-    view: View,
-    params: Params,
-    x: Float[Array, "b ..."],
-    ts,
-    *,
-    solver: str = "rk4",
-    backward_map: str = "reverse",
-) -> float:
-    """The round-trip error ``(E |Phi(Psi(x)) - x|^2)^(1/2)`` of data ``x`` down the whole grid and up again.
-
-    ``|.|`` is the norm over an example; zero to rounding for ``inverse`` where that converges. Raises ``RuntimeError``
-    where it is not finite.
-    """
-    ts = trajectories.check_rising(ts)
-    trajectories.check_how("backward", solver, backward_map)
-
-    @jax.jit
-    def run(params, x):
-        how = {"solver": solver, "backward_map": backward_map}
-        down, *_ = trajectories.carry(view(params), x, ts, direction="backward", **how)
-        up, *_ = trajectories.carry(view(params), down[0], ts, direction="forward", **how)
-        return jnp.sqrt(jnp.mean(jnp.sum((up[-1] - x).reshape(len(x), -1) ** 2, 1)))
-
-    error = float(run(params, x))
-    if not np.isfinite(error):
-        raise RuntimeError(f"the round trip through {len(ts) - 1} {solver} steps left finite numbers; use a finer grid")
-    return error
-
-
-def straightness_defect(m: Marginals) -> Float[np.ndarray, " steps"]:
-    """``s_n = (E |(1 - k_n) x_0 + k_n x_N - x_n|^2)^(1/2)``, ``k_n`` the fraction of time passed at step ``n``.
-
-    Zero at both ends, and throughout for a straight flow; it bounds the W2 distance between the marginals and those
-    interpolated from their ends. Raises ``ValueError`` unless both ends of the grid are stored.
-    """
-    last = len(m.manifest.ts) - 1
-    if m.manifest.steps[0] != 0 or m.manifest.steps[-1] != last:
-        raise ValueError(f"the straightness defect needs steps 0 and {last}, but the set stores {m.manifest.steps}")
-    return trajectories.straightness(m.x, m.ts)
-
-
-def _specify(ts, direction, flow, data, count, shape, seed, solver, backward_map, steps, shard_size, dtype):
-    """The checked manifest (without shards) of a build, and its data as an array."""
+def _specify(
+    ts, *, direction, flow, data, count, shape, cond, start, seed, solver, backward_map, steps, shard_size, dtype
+) -> tuple[Manifest, Any, Cond]:
+    """Return the checked manifest (without shards) of a build, its data, and its conditions as numpy arrays."""
     ts = trajectories.check_rising(ts)
     n = len(ts) - 1
     steps = tuple(range(n + 1)) if steps is None else tuple(sorted({int(i) for i in steps}))
     if not steps or steps[0] < 0 or steps[-1] > n:
-        raise ValueError(
-            f"steps={steps} must be some of the grid's indices 0 .. {n}; give steps=None to store them all"
-        )
+        raise ValueError(f"steps={steps}: the grid has the indices 0 .. {n}. Give some of these, or None for all.")
     if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype={dtype!r} is not one of 'float32', 'float16'")
-    trajectories.check_how(direction, solver, backward_map)
-    if direction == "forward":
-        if data is not None or count is None or shape is None:
-            raise ValueError("direction='forward' starts from noise: give count=, shape= (of one example), and no data")
-    else:
-        if data is None or count is not None or shape is not None:
-            raise ValueError("direction='backward' starts from data: give data= [M, ...], and neither count nor shape")
-        if isinstance(data, jax.Array) or not isinstance(data, Rows):
-            data = np.asarray(data)
-        if data.ndim < 1 or not np.issubdtype(data.dtype, np.floating):
-            raise ValueError(
-                f"data must be floats [M, ...] in the network's units (images in [-1, 1]), got {data.dtype}{data.shape}"
-            )
-        count, shape, seed = data.shape[0], data.shape[1:], None
-    if count < 1 or shard_size < 1:
-        raise ValueError(f"count={count} and shard_size={shard_size} must be at least 1")
+        raise ValueError(f"dtype={dtype!r}: unknown. Give 'float32' or 'float16'.")
+    trajectories.check_options(direction, solver, backward_map)
     backward = direction == "backward"
+    if backward:
+        if data is None or count is not None or shape is not None or start is not normal:
+            raise ValueError("direction='backward': a solve starts at data. Give data, and no count, shape or start.")
+        data = data if isinstance(data, Rows) and not isinstance(data, jax.Array) else np.asarray(data)
+        if data.ndim < 1 or not np.issubdtype(data.dtype, np.floating):
+            raise ValueError(f"data={data.dtype}{data.shape}: not floats [M, ...]. Give the units of the network.")
+        count, shape, seed = data.shape[0], data.shape[1:], None
+    elif data is not None or count is None or shape is None:
+        raise ValueError("direction='forward': a solve starts at the source. Give count and shape, and no data.")
+    if count < 1 or shard_size < 1:
+        raise ValueError(f"count={count}, shard_size={shard_size}: empty. Give at least 1 of each.")
+    cond = columns.as_columns(cond, count) if jax.tree.leaves(cond) else None
     m = Manifest(
         version=shards.VERSION, direction=direction, flow=flow, solver=solver,
         backward_map=backward_map if backward else None, ts=tuple(ts.tolist()), steps=steps, dtype=dtype,
         shape=tuple(int(i) for i in shape), count=int(count), seed=seed, shard_size=shard_size,
         data=checkpoint.digest_rows(data) if backward else None,
+        cond=None if cond is None else columns.describe(cond),
+        cond_digest=None if cond is None else checkpoint.digest(cond),
+        start=None if start is normal else _function_name(start),
     )  # fmt: skip
-    return m, data
+    return m, data, cond
+
+
+def _function_name(function: Callable) -> str:
+    """Return module and name of a function, with the arguments of a ``functools.partial``."""
+    if isinstance(function, functools.partial):
+        arguments = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in sorted(function.keywords.items()))]
+        return f"{_function_name(function.func)}({', '.join(arguments)})"
+    owner = function if hasattr(function, "__qualname__") else type(function)
+    return f"{owner.__module__}.{owner.__qualname__}"
 
 
 def _process(index: int | None, count: int | None) -> dict[str, int]:
     count = jax.process_count() if count is None else count
     index = min(jax.process_index(), count - 1) if index is None else index
     if not 0 <= index < count:
-        raise ValueError(f"process_index={index} must be one of 0 .. {count - 1}, process_count={count} at least 1")
+        raise ValueError(f"process_index={index}: process_count={count}. Give an index from 0 to {count - 1}.")
     return {"process_index": index, "process_count": count}
 
 
-def _check_room(directory: str | os.PathLike, m: Manifest) -> None:
-    """Refuses a disk that cannot take the shards that no manifest has yet."""
-    built = {shard.file for shard in getattr(shards.load(directory), "shards", ())}
+def _check_space(directory: str | os.PathLike, m: Manifest) -> None:
+    """Refuse a disk that cannot take the shards that no manifest has yet."""
+    built = {shard.file for shard in getattr(shards.read_manifest(directory), "shards", ())}
     need, free = shards.size(m, set(shards.ranges(m)) - built), shutil.disk_usage(directory).free
     if need > free:
         raise OSError(
-            f"the {m.direction} marginals need {need / 1e9:.3g} GB more in {directory}, where {free / 1e9:.3g} GB are "
-            "free; choose a disk with room, fewer examples or steps, or dtype='float16'"
+            f"directory={directory}: the {m.direction} marginals need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are "
+            "free. Use another disk, fewer examples or steps, or dtype='float16'."
         )
-
-
-def _draw(batch_size: int, seed: int, process_index: int, process_count: int):
-    """``draw(step, *sizes)``: for each size this process's share of uniform indices below it, of the step alone."""
-    if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
-        raise ValueError(
-            f"batch_size={batch_size} must be a positive multiple of process_count={process_count}, and "
-            f"process_index={process_index} one of 0 .. {process_count - 1}"
-        )
-    share = batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
-
-    def draw(step: int, *sizes: int) -> list[np.ndarray]:
-        rng = np.random.default_rng([seed, step])
-        return [rng.integers(size, size=batch_size)[mine] for size in sizes]
-
-    return draw
-
-
-def _columns(m: Marginals, steps: Iterable[int] | None) -> np.ndarray:
-    """Where the grid indices ``steps`` are stored."""
-    if steps is None:
-        return np.arange(len(m.ts))
-    steps, stored = sorted({int(n) for n in steps}), list(m.manifest.steps)
-    if not steps or not set(steps) <= set(stored):
-        raise ValueError(f"steps={tuple(steps)} must be some of those that the set stores, {tuple(stored)}")
-    return np.array([stored.index(n) for n in steps])
-
-
-def _examples(m: Marginals, examples: slice | range | None) -> range:
-    if not isinstance(examples, range):
-        examples = range(len(m.x))[slice(None) if examples is None else examples]
-    if not examples or not 0 <= min(examples) <= max(examples) < len(m.x):
-        raise ValueError(f"examples={examples} must be some of the set's 0 .. {len(m.x) - 1}")
-    return examples

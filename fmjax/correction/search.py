@@ -1,78 +1,43 @@
-"""Choosing where and how strongly to correct: grid and greedy search on some seeds, the result reported on others.
+"""Search where and how strongly to correct: on tuning keys by grid and greedy search, reported on other keys.
 
-Pure of configs and models: the caller gives ``evaluate(setting, key) -> float``, one run of samples drawn with that key
-and its distance or loss, less being better. The mean over the tuning keys is what is minimised; what is reported is
-measured on other keys. Every evaluation is kept in a file, so that a search that was killed goes on.
+Independent of configs and models: ``evaluate(placement, key) -> float`` draws one run of samples with the key and
+returns its distance or loss (smaller is better). The search minimises the mean over the tuning keys
+(``Evaluations``); the result is measured on the reporting keys.
 
 One compilation serves all strengths: let ``alpha`` and ``beta`` be traced arrays ``[N + 1]``, zero where nothing is
-corrected (``Setting.dense``), and functions of time close over them (``times.per_step``):
+corrected (``Placement.dense``), and make schedules of them (``grids.per_step``):
 
     @jax.jit
     def draw(key, alpha, beta):
-        over = functools.partial(times.per_step, ts)
-        fix = correctors.marginal_matching(h, alpha=over(alpha), beta=over(beta))
-        return samplers.sample(step, x0(key), ts, key=key, corrector=fix, at=range(len(ts)))
+        schedule = functools.partial(grids.per_step, ts)
+        fix = marginal_matching(h, alpha=schedule(alpha), beta=schedule(beta))
+        return sampling.sample(step, x0(key), ts, key=key, corrector=fix, at=range(len(ts)))
 
-    evaluate = lambda setting, key: distance(draw(key, *setting.dense(len(ts) - 1)))
+    evaluate = lambda placement, key: distance(draw(key, *placement.dense(len(ts) - 1)))
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-from jaxtyping import Array, Float
-
-from fmjax.keys import is_key
+from fmjax.correction.evaluations import Evaluations, Placement, Reported, Trial
 from fmjax.storage import files
 
 FACTORS = (0.9, 1.0, 1.1)  # the perturbation of alpha that the paper reports
 
 
-class Setting(NamedTuple):
-    """Corrections at the steps ``at``, rising, each with its ``alpha`` and ``beta``; by default none at all."""
-
-    at: tuple[int, ...] = ()
-    alpha: tuple[float, ...] = ()
-    beta: tuple[float, ...] = ()
-
-    def dense(self, n: int) -> tuple[Float[np.ndarray, " n1"], Float[np.ndarray, " n1"]]:
-        """``alpha`` and ``beta`` as arrays ``[n + 1]``, zero at the steps that are not corrected."""
-        alpha, beta = np.zeros(n + 1, np.float32), np.zeros(n + 1, np.float32)
-        alpha[list(self.at)], beta[list(self.at)] = self.alpha, self.beta
-        return alpha, beta
-
-    def put(self, step: int, alpha: float, beta: float) -> Setting:
-        """This setting with ``step`` corrected so, whether it was before or not."""
-        steps = {i: (a, b) for i, a, b in zip(*self, strict=True)} | {step: (alpha, beta)}
-        at = tuple(sorted(steps))
-        return Setting(at, tuple(steps[i][0] for i in at), tuple(steps[i][1] for i in at))
-
-    def times(self, factor: float) -> Setting:
-        """``alpha' = factor alpha``: sensitivity, or the transfer to another grid."""
-        return self._replace(alpha=tuple(factor * a for a in self.alpha))
-
-    def moved(self, n: int, to: int) -> Setting:
-        """The same times on a grid of ``to`` steps instead of ``n``: step ``i`` is ``i to / n`` there.
-
-        Raises ``ValueError`` where a time is no step of the other grid.
-        """
-        lost = [i for i in self.at if i * to % n]
-        if lost:
-            raise ValueError(f"step {lost[0]} of {n} is no step of {to}; choose a multiple of {n}, or other steps")
-        return self._replace(at=tuple(i * to // n for i in self.at))
-
-
 class Space(NamedTuple):
-    """What to search: corrections at ``steps`` of ``0 .. n``; the grids of ``alpha``, and of ``beta``.
+    """The placements to search.
 
-    ``last`` is the grid of ``alpha`` after the last step, ``None`` for the same.
+    Attributes:
+        n: number of solver steps.
+        steps: steps that may be corrected, among ``0 .. n``.
+        alpha: values of ``alpha``.
+        beta: values of ``beta``.
+        last: values of ``alpha`` after the last step; ``None`` for the same.
     """
 
     n: int
@@ -82,31 +47,20 @@ class Space(NamedTuple):
     last: tuple[float, ...] | None = None
 
     def alphas(self, step: int) -> tuple[float, ...]:
-        """The grid of ``alpha`` at a step."""
+        """Return the values of ``alpha`` at a step."""
         return self.last if step == self.n and self.last is not None else self.alpha
 
 
-class Trial(NamedTuple):
-    """A setting and its value on the tuning keys."""
-
-    setting: Setting
-    value: float
-
-
-class Reported(NamedTuple):
-    """A setting on the reporting keys: mean and standard error over runs, and the runs."""
-
-    setting: Setting
-    mean: float
-    error: float
-    runs: tuple[float, ...]
-
-
 class Choice(NamedTuple):
-    """The outcome of ``choose``; all but ``plain`` and ``reported`` are values on the tuning keys.
+    """The outcome of ``choose``; values are on the tuning keys except in ``plain`` and ``reported``.
 
-    ``influence`` holds each step's best single correction, ``path`` the greedy search's best of each size, beginning
-    with none, ``sensitivity`` the value where all alphas are multiplied by each of ``FACTORS``.
+    Attributes:
+        influence: the best single correction of each step.
+        path: the greedy search's best of each number of corrections, beginning with none.
+        chosen: the best of both.
+        sensitivity: value of ``chosen`` with all ``alpha`` multiplied by each of ``FACTORS``.
+        plain: no correction, on the reporting keys.
+        reported: ``chosen`` on the reporting keys.
     """
 
     influence: tuple[Trial, ...]
@@ -117,224 +71,289 @@ class Choice(NamedTuple):
     reported: Reported
 
 
-def grid(low: float | int, high: float | int, step: float | int) -> tuple[float, ...]:
-    """``low, low + step, .. high`` without the dust of floating point.
+def value_grid(low: float | int, high: float | int, step: float | int) -> tuple[float, ...]:
+    """Return evenly spaced values, rounded to ten digits.
 
-    >>> grid(0, 0.3, 0.1)
+    Args:
+        low: first value.
+        high: last value.
+        step: distance of two values.
+
+    Returns:
+        ``low, low + step, .. high``.
+
+    Raises:
+        ValueError: a step that is not positive, or ``high`` below ``low``.
+
+    >>> value_grid(0, 0.3, 0.1)
     (0.0, 0.1, 0.2, 0.3)
     """
     if step <= 0 or high < low:
-        raise ValueError(f"a grid rises from low to high by a positive step, got {low}, {high}, {step}")
+        raise ValueError(f"low={low}, high={high}, step={step}: no values. Give low <= high and a positive step.")
     return tuple(round(low + i * step, 10) for i in range(int((high - low) / step + 1.5)))
 
 
 def score_space(n: int, *, sigma: float, steps: Iterable[int] | None = None) -> Space:
-    """Score correctors, in displacement units: alpha in [0, 1.5] by 0.05, beta in [0, 2 sigma] by 0.01.
+    """Return the search space of a score corrector, in displacement units.
 
-    The resolution is the paper's (OpenReview kRjLBXWn1T), the intervals are ours.
+    ``alpha`` is in [0, 1.5] by 0.05 and ``beta`` in [0, 2 sigma] by 0.01. The resolution is the paper's, the intervals
+    are ours.
+
+    Args:
+        n: number of solver steps.
+        sigma: noise level of the corrector.
+        steps: steps that may be corrected; by default all of ``0 .. n``.
+
+    Returns:
+        The space.
+
+    Raises:
+        ValueError: steps outside ``0 .. n``.
+
+    >>> score_space(2, sigma=0.01).beta
+    (0.0, 0.01, 0.02)
+
+    Source: OpenReview kRjLBXWn1T.
     """
-    return _space(n, steps, grid(0, 1.5, 0.05), grid(0, 2 * sigma, 0.01))
+    return _space(n, steps, value_grid(0, 1.5, 0.05), value_grid(0, 2 * sigma, 0.01))
 
 
 def classifier_space(n: int, *, steps: Iterable[int] | None = None) -> Space:
-    """Classifiers, no noise: alpha in [0, 1.5] by 0.05, and in [0, 0.3] by 0.01 after the last step."""
-    return _space(n, steps, grid(0, 1.5, 0.05), (0.0,))._replace(last=grid(0, 0.3, 0.01))
+    """Return the search space of a classifier corrector, without noise.
+
+    ``alpha`` is in [0, 1.5] by 0.05, and in [0, 0.3] by 0.01 after the last step.
+
+    Args:
+        n: number of solver steps.
+        steps: steps that may be corrected; by default all of ``0 .. n``.
+
+    Returns:
+        The space.
+
+    Raises:
+        ValueError: steps outside ``0 .. n``.
+
+    >>> classifier_space(2).alphas(2)[:3]
+    (0.0, 0.01, 0.02)
+
+    Source: OpenReview kRjLBXWn1T.
+    """
+    return _space(n, steps, value_grid(0, 1.5, 0.05), (0.0,))._replace(last=value_grid(0, 0.3, 0.01))
 
 
 def _space(n, steps, alpha, beta) -> Space:
     steps = tuple(range(n + 1)) if steps is None else tuple(sorted({int(i) for i in steps}))
     if not steps or steps[0] < 0 or steps[-1] > n:
-        raise ValueError(f"steps={steps} must be some of 0 .. {n}: with {n} solver steps nothing else can be corrected")
+        raise ValueError(f"steps={steps}: corrections are possible at 0 .. {n}. Give some of these.")
     return Space(n, steps, alpha, beta)
 
 
-class Evaluations:
-    """``evaluate(setting, key)`` on tuning keys and, apart from them, on reporting keys; none is made twice.
-
-    ``directory`` keeps the evaluations in ``tuning.jsonl``; they are taken up again where ``what`` (plain JSON that
-    says what is evaluated: digests, solver, steps, metric) is the same. A value that is not finite is the worst.
-
-    Raises ``TypeError`` for anything but arrays ``[K]`` of typed keys; ``ValueError`` for a key in both sets or twice
-    in one, for fewer than three reporting keys, and for a directory that belongs to something else.
-    """
-
-    def __init__(
-        self,
-        evaluate: Callable[[Setting, Array], float],
-        *,
-        tuning: Array,
-        reporting: Array,
-        directory: str | os.PathLike | None = None,
-        what: dict[str, Any] | None = None,
-    ):
-        ours, theirs = _names("tuning", tuning), _names("reporting", reporting)
-        both = set(ours) & set(theirs)
-        if both:
-            raise ValueError(
-                f"{len(both)} of the reporting keys are tuning keys too, first {min(both)}; report on keys that "
-                "nothing was tuned on, such as jax.random.split(jax.random.key(another_seed), 3)"
-            )
-        if len(theirs) < 3:
-            raise ValueError(f"{len(theirs)} reporting keys are too few for a standard error; give three or more")
-        self._evaluate, self._known, self._file = evaluate, {}, None
-        self.tuning = dict(zip(ours, tuning, strict=True))
-        self.reporting = dict(zip(theirs, reporting, strict=True))
-        if directory is not None:
-            self._open(Path(directory), json.loads(json.dumps(what or {})))
-
-    def _open(self, directory: Path, what: dict[str, Any]) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._file = directory / "tuning.jsonl"
-        files.truncate_jsonl(self._file, 0)  # a torn last line
-        head, *known = files.read_jsonl(self._file) or [None]
-        if head is None:
-            files.append_jsonl(self._file, {"what": what})
-        elif head != {"what": what}:
-            raise ValueError(f"{self._file} has evaluations of {head['what']}, not of {what}; choose another directory")
-        for one in known:
-            self._known[_setting(one["setting"]), one["key"]] = one["value"]
-
-    def _one(self, setting: Setting, name: str, key: Array) -> float:
-        if (setting, name) not in self._known:
-            value = float(self._evaluate(setting, key))
-            value = value if math.isfinite(value) else None  # JSON knows no infinity
-            self._known[setting, name] = value
-            if self._file is not None:
-                files.append_jsonl(self._file, {"setting": setting, "key": name, "value": value})
-        value = self._known[setting, name]
-        return math.inf if value is None else value
-
-    def __call__(self, setting: Setting) -> float:
-        """The mean over the tuning keys."""
-        return float(np.mean([self._one(setting, name, key) for name, key in self.tuning.items()]))
-
-    def best(self, settings: Iterable[Setting]) -> Trial:
-        """The first of the least."""
-        return min((Trial(setting, self(setting)) for setting in settings), key=lambda trial: trial.value)
-
-    def report(self, setting: Setting) -> Reported:
-        """Mean and standard error over the reporting keys."""
-        runs = tuple(self._one(setting, name, key) for name, key in self.reporting.items())
-        return Reported(setting, float(np.mean(runs)), float(np.std(runs, ddof=1) / len(runs) ** 0.5), runs)
-
-
 def grid_search(value: Evaluations, space: Space, at: Sequence[int]) -> Trial:
-    """The best ``alpha`` and ``beta`` shared by all steps ``at``; the last has an ``alpha`` of its own grid, if any."""
-    last = space.last if space.last is not None and space.n in at else (None,)
+    """Return the best ``alpha`` and ``beta`` that all corrected steps have in common.
 
-    def setting(alpha, beta, end):
+    Args:
+        value: the evaluations.
+        space: the values; the last step has another ``alpha`` where ``space.last`` is set.
+        at: corrected steps.
+
+    Returns:
+        The best trial.
+
+    >>> import jax
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> value = Evaluations(lambda p, key: (p.alpha[0] - 0.5) ** 2, tuning=keys[:1], reporting=keys[1:])
+    >>> grid_search(value, Space(4, (4,), (0.0, 0.5, 1.0)), (4,)).placement
+    Placement(at=(4,), alpha=(0.5,), beta=(0.0,))
+    """
+    ends = space.last if space.last is not None and space.n in at else (None,)
+
+    def placement(alpha, beta, end):
         alphas = tuple(alpha if end is None or i != space.n else end for i in sorted(at))
-        return Setting(tuple(sorted(at)), alphas, (beta,) * len(at))
+        return Placement(tuple(sorted(at)), alphas, (beta,) * len(at))
 
     alphas = space.alpha if any(i != space.n for i in at) or space.last is None else (0.0,)
-    return value.best(setting(alpha, beta, end) for alpha in alphas for beta in space.beta for end in last)
+    return value.best(placement(alpha, beta, end) for alpha in alphas for beta in space.beta for end in ends)
 
 
 def influence(value: Evaluations, space: Space) -> tuple[Trial, ...]:
-    """The best single correction of every step, over the whole grid of ``alpha`` and ``beta``."""
+    """Return the best single correction of every step.
+
+    Args:
+        value: the evaluations.
+        space: steps and values.
+
+    Returns:
+        One trial per step of the space.
+
+    >>> import jax
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> value = Evaluations(lambda p, key: p.at[0] - p.alpha[0], tuning=keys[:1], reporting=keys[1:])
+    >>> [trial.value for trial in influence(value, Space(4, (2, 4), (0.0, 1.0)))]
+    [1.0, 3.0]
+    """
     return tuple(grid_search(value, space, (step,)) for step in space.steps)
 
 
 def greedy(
     value: Evaluations, space: Space, *, most: int | None = None, first: tuple[Trial, ...] = ()
 ) -> tuple[Trial, ...]:
-    """The best found of every number of corrections, beginning with none: coordinate search over the steps.
+    """Return the best placement of every number of corrections, by a coordinate search over the steps.
 
-    The end ``n = N`` is corrected first where it is in the space, then the step that gains most (its alpha and beta
-    sought one after the other from its best single ones, ``first``, found if not given); then all alphas and betas are
-    refitted in turn until none improves. Ends after ``most`` steps, or where no step gains.
+    The last step ``n = N`` is corrected first where it is in the space, then the step that gains most: its ``alpha``
+    and ``beta`` are optimised one after the other, starting from the best single correction. Then all ``alpha`` and
+    ``beta`` are refitted in turn until none improves. The search ends after ``most`` corrections, or where no step
+    gains.
+
+    Args:
+        value: the evaluations.
+        space: steps and values.
+        most: largest number of corrections; by default the number of steps.
+        first: the best single corrections, where ``influence`` has run already.
+
+    Returns:
+        One trial per number of corrections, beginning with none.
+
+    >>> import jax
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> value = Evaluations(lambda p, key: -sum(p.alpha), tuning=keys[:1], reporting=keys[1:])
+    >>> [trial.value for trial in greedy(value, Space(4, (2, 4), (0.0, 1.0)))]
+    [0.0, -1.0, -2.0]
     """
-    single = {trial.setting.at[0]: trial.setting for trial in first or influence(value, space)}
-    found = [Trial(Setting(), value(Setting()))]
+    single = {trial.placement.at[0]: trial.placement for trial in first or influence(value, space)}
+    path = [Trial(Placement(), value(Placement()))]
     most, end_first = len(space.steps) if most is None else most, space.n in space.steps
-    while len(found) <= most:
-        now = found[-1].setting
+    while len(path) <= most:
+        now = path[-1].placement
         free = [space.n] if end_first else [step for step in space.steps if step not in now.at]
         if not free:
             break
-        tried = (_line(value, space, now.put(i, single[i].alpha[0], single[i].beta[0]), i) for i in free)
-        trial = _refit(value, space, min(tried, key=lambda trial: trial.value))
-        if trial.value < found[-1].value:
-            found.append(trial)
+        trials = (_line(value, space, now.put(i, single[i].alpha[0], single[i].beta[0]), i) for i in free)
+        trial = _refit(value, space, min(trials, key=lambda trial: trial.value))
+        if trial.value < path[-1].value:
+            path.append(trial)
         elif not end_first:
             break
         end_first = False
-    return tuple(found)
+    return tuple(path)
 
 
-def _line(value: Evaluations, space: Space, setting: Setting, step: int) -> Trial:
-    """The best alpha of a step with its beta, then the best beta with that alpha."""
-    at = setting.at.index(step)
-    trial = value.best(setting.put(step, alpha, setting.beta[at]) for alpha in space.alphas(step))
-    return value.best(trial.setting.put(step, trial.setting.alpha[at], beta) for beta in space.beta)
+def _line(value: Evaluations, space: Space, placement: Placement, step: int) -> Trial:
+    """Return the best alpha of a step with its beta, then the best beta with that alpha."""
+    at = placement.at.index(step)
+    trial = value.best(placement.put(step, alpha, placement.beta[at]) for alpha in space.alphas(step))
+    return value.best(trial.placement.put(step, trial.placement.alpha[at], beta) for beta in space.beta)
 
 
 def _refit(value: Evaluations, space: Space, trial: Trial) -> Trial:
-    """Each step in turn until a round improves nothing."""
+    """Optimise each step in turn until a round improves nothing."""
     while True:
         before = trial.value
-        for step in trial.setting.at:
-            better = _line(value, space, trial.setting, step)
+        for step in trial.placement.at:
+            better = _line(value, space, trial.placement, step)
             trial = better if better.value < trial.value else trial
         if not trial.value < before:
             return trial
 
 
-def sensitivity(value: Evaluations, setting: Setting, factors: Sequence[float] = FACTORS) -> dict[str, float]:
-    """The value where all alphas are multiplied by each factor."""
-    return {f"{factor:g}": value(setting.times(factor)) for factor in factors}
+def sensitivity(value: Evaluations, placement: Placement, factors: Sequence[float] = FACTORS) -> dict[str, float]:
+    """Return the value with all ``alpha`` multiplied by each factor.
 
+    Args:
+        value: the evaluations.
+        placement: the corrections.
+        factors: the factors.
 
-def transfer(value: Evaluations, setting: Setting, n: int, to: int, *, factors: Sequence[float] | None = None) -> Trial:
-    """A setting of ``n`` steps at the same times of ``to``: ``alpha' = c alpha``, the best one ``c`` of ``factors``.
+    Returns:
+        The value by factor, as text.
 
-    ``value`` evaluates settings of ``to`` steps. By default ``c`` from 0.05 to 1.5 by 0.05.
+    >>> import jax
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> value = Evaluations(lambda p, key: p.alpha[0], tuning=keys[:1], reporting=keys[1:])
+    >>> sensitivity(value, Placement((1,), (2.0,), (0.0,)), (0.5, 1.0))
+    {'0.5': 1.0, '1': 2.0}
     """
-    moved = setting.moved(n, to)
-    return value.best(moved.times(c) for c in (grid(0.05, 1.5, 0.05) if factors is None else factors))
+    return {f"{factor:g}": value(placement.times(factor)) for factor in factors}
+
+
+def transfer(
+    value: Evaluations, placement: Placement, n: int, to: int, *, factors: Sequence[float] | None = None
+) -> Trial:
+    """Transfer a placement to a grid of another number of steps: ``alpha' = c alpha`` at the same times.
+
+    Args:
+        value: the evaluations, of placements on ``to`` steps.
+        placement: the corrections, on ``n`` steps.
+        n: number of steps of ``placement``.
+        to: number of steps of the other grid.
+        factors: values of ``c``; by default 0.05 to 1.5 by 0.05.
+
+    Returns:
+        The best trial.
+
+    Raises:
+        ValueError: a time that is not a step of the other grid.
+
+    >>> import jax
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> value = Evaluations(lambda p, key: abs(p.alpha[0] - 0.5), tuning=keys[:1], reporting=keys[1:])
+    >>> transfer(value, Placement((1,), (1.0,), (0.0,)), 5, 10, factors=(0.5, 1.0)).placement
+    Placement(at=(2,), alpha=(0.5,), beta=(0.0,))
+    """
+    moved = placement.moved(n, to)
+    return value.best(moved.times(c) for c in (value_grid(0.05, 1.5, 0.05) if factors is None else factors))
 
 
 def choose(
     value: Evaluations, space: Space, *, most: int | None = None, record: str | os.PathLike | None = None
 ) -> Choice:
-    """Influence of the single steps, greedy search, sensitivity of the best of both, then that and none reported.
+    """Choose the corrections: single steps, greedy search, then the report of the best and of none.
 
-    The search begins at the end, and may do worse than a single step elsewhere. ``record`` is a
-    JSON file for all of it, with the space and both sets of keys.
+    The greedy search begins at the last step and may end worse than a single correction elsewhere; the best of both is
+    chosen.
+
+    Args:
+        value: the evaluations.
+        space: steps and values.
+        most: largest number of corrections.
+        record: JSON file for the choice, with the space and both sets of keys.
+
+    Returns:
+        The choice.
+
+    >>> import jax
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> value = Evaluations(lambda p, key: 1 - sum(p.alpha), tuning=keys[:1], reporting=keys[1:])
+    >>> choice = choose(value, Space(1, (0, 1), (0.0, 0.5)))
+    >>> choice.chosen.placement.at, choice.plain.mean, choice.reported.mean
+    ((0, 1), 1.0, 0.0)
     """
     single = influence(value, space)
     path = greedy(value, space, most=most, first=single)
     chosen = min((*path[::-1], *single), key=lambda trial: trial.value)
-    choice = Choice(
-        single, path, chosen, sensitivity(value, chosen.setting), value.report(Setting()), value.report(chosen.setting)
-    )
+    factors = sensitivity(value, chosen.placement)
+    choice = Choice(single, path, chosen, factors, value.report(Placement()), value.report(chosen.placement))
     if record is not None:
         keys = {"tuning": list(value.tuning), "reporting": list(value.reporting)}
-        files.write_json(record, {"space": plain(space), "keys": keys, **plain(choice)})
+        files.write_json(record, {"space": to_json(space), "keys": keys, **to_json(choice)})
     return choice
 
 
-def plain(record: Any) -> Any:
-    """Named tuples as dictionaries, all the way down, and ``None`` for numbers that are not finite: strict JSON."""
+def to_json(record: Any) -> Any:
+    """Return named tuples as dictionaries, at every depth, and ``None`` for numbers that are not finite.
+
+    Args:
+        record: named tuples, tuples, dictionaries, numbers and text.
+
+    Returns:
+        The same content in strict JSON.
+
+    >>> to_json(Placement((1,), (0.5,), (math.inf,)))
+    {'at': [1], 'alpha': [0.5], 'beta': [None]}
+    """
     if hasattr(record, "_asdict"):
         record = record._asdict()
     if isinstance(record, dict):
-        return {name: plain(value) for name, value in record.items()}
+        return {name: to_json(value) for name, value in record.items()}
     if isinstance(record, tuple):
-        return [plain(value) for value in record]
+        return [to_json(value) for value in record]
     return None if isinstance(record, float) and not math.isfinite(record) else record
-
-
-def _setting(fields) -> Setting:
-    return Setting(*(tuple(values) for values in fields))
-
-
-def _names(what: str, keys) -> list[str]:
-    """The data of every key as text: what tells one key from another."""
-    if not is_key(keys) or keys.ndim != 1:
-        raise TypeError(f"{what} must be an array [K] of typed keys, such as jax.random.split(jax.random.key(0), 4)")
-    data = np.asarray(jax.random.key_data(keys)).reshape(len(keys), -1)
-    names = [f"{jax.random.key_impl(keys)}:" + "-".join(map(str, row)) for row in data]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{what} has a key twice: {next(k for k in names if names.count(k) > 1)}")
-    return names

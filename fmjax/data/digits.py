@@ -1,31 +1,56 @@
-"""The offline default: scikit-learn's handwritten digits (UCI optdigits), 8x8, no download."""
+"""The data set that needs no download: scikit-learn's handwritten digits (UCI optdigits), 8x8."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from fmjax.data.arrays import Splits
+from fmjax.checks import NonNegative, check_hints
+from fmjax.data.dataset import Dataset, Examples, Part, dataset
 
 
-def digits(*, held_out: float = 0.2, seed: int = 0) -> Splits:
-    """The 1,797 digits, split at random with equal class shares; ``x = pixel / 8 - 1`` of the 17 grey levels 0..16.
+def digits(*, validation: Part = 0.1, test: Part = 0.2, seed: NonNegative = 0) -> Dataset:
+    """Split the 1,797 handwritten digits at random, with the same fraction of every class in each split.
 
-    The file is ordered by writer, so its last rows are another distribution than its first; a random split makes the
-    held-out digits exchangeable with the training ones, which is what a distance to the data must assume. The grey
-    levels stay discrete: no noise is added.
+    An image is ``x = pixel / 8 - 1`` of the 17 grey levels 0..16; no noise is added. The file is ordered by writer, so
+    that its last rows have another distribution than its first rows. A random split makes the test digits exchangeable
+    with the training digits, which every distance to the data assumes.
 
-    Raises ``ValueError`` unless ``0 < held_out < 1`` leaves every class on both sides.
+    Args:
+        validation: the fraction of the digits for validation, in (0, 1).
+        test: the fraction of the digits for testing, in (0, 1).
+        seed: the seed of the split.
+
+    Returns:
+        Images ``[n, 8, 8, 1]`` in [-1, 1] with labels 0..9.
+
+    Raises:
+        ValueError: for fractions outside (0, 1), or fractions that leave fewer than ten digits in a split.
+
+    >>> data = digits()
+    >>> data.train.x.shape, data.validation.count, data.test.count, data.classes
+    ((1257, 8, 8, 1), 180, 360, 10)
     """
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out={held_out} is the share of digits kept for testing; give a number in (0, 1)")
+    check_hints(digits, {"validation": validation, "test": test, "seed": seed})
+    if min(validation, test, 1 - validation - test) * 1797 < 10:
+        raise ValueError(
+            f"validation={validation}, test={test}: ten classes need ten digits in every split. Use 0.1 and 0.2."
+        )
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    data = load_digits()
-    x = (data.images / 8 - 1).astype(np.float32)[..., None]
-    y = data.target.astype(np.int32)
-    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=held_out, random_state=seed, stratify=y)
-    missing = sorted(set(range(10)) - (set(train_y.tolist()) & set(test_y.tolist())))
-    if missing:
-        raise ValueError(f"held_out={held_out} leaves digits {missing} out of one side; choose it nearer to 0.2")
-    return Splits(train_x, train_y, test_x, test_y, levels=17)
+    source = load_digits()
+    x = (source.images / 8 - 1).astype(np.float32)[..., None]
+    y = source.target.astype(np.int32)
+    rest_x, test_x, rest_y, test_y = train_test_split(x, y, test_size=test, random_state=seed, stratify=y)
+    count = round(validation * len(x))
+    train_x, validation_x, train_y, validation_y = train_test_split(
+        rest_x, rest_y, test_size=count, random_state=seed, stratify=rest_y
+    )
+    return dataset(
+        Examples(train_x, train_y),
+        Examples(validation_x, validation_y),
+        Examples(test_x, test_y),
+        levels=17,
+        classes=10,
+        name="digits",
+    )

@@ -1,41 +1,34 @@
-"""Published image sets: original files, checked against TFDS's checksums, become ArrayRecord files and then arrays.
+"""Published image sets: arrays, or records on disk, made from the original files.
 
-No TensorFlow is imported: the builder stores ``Tensor`` features and Python reads the archives. What an image set adds
-(its files and how they are read) is an ``Original`` in a file of its own.
+What an image set adds (its files and how they are read) is an ``Original`` beside its factory: see ``mnist.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import gzip
-import hashlib
-import os
-import shutil
-import sys
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from fmjax.data.arrays import Splits
-
-RECORDS = "1.0.0"  # the version of the records: a change of what they hold needs another
-DAMAGED = (EOFError, OSError, tarfile.TarError, zipfile.BadZipFile, zlib.error, ValueError, KeyError)
+from fmjax.checks import check_hints
+from fmjax.data import preparation
+from fmjax.data.dataset import Count, Dataset, Examples, dataset
 
 
 class Original(NamedTuple):
     """An image set as it was published.
 
-    * ``name``: its name here; ``registered``: the file of the ``tensorflow_datasets`` package that lists its files'
-      addresses, sizes and SHA-256.
-    * ``train``, ``test``: the files of each split: one tuple of names for each ArrayRecord file that is made of them.
-    * ``shape``: of one image ``[H, W, C]``, uint8.
-    * ``read``: ``(paths, split)`` of one such tuple to ``(image, label)`` in order; the label is 0 where there is none.
+    Attributes:
+        name: the name of the set.
+        registered: the file of the package ``tensorflow_datasets`` that lists addresses, sizes and SHA-256 of the set's
+            files.
+        train: the training files, one tuple of names for each ArrayRecord file that is made of them.
+        test: the test files, in the same form.
+        shape: the shape ``[H, W, C]`` of one image, uint8.
+        read: ``read(paths, split)`` yields ``(image, label)`` in order, for the files of one such tuple; the label is 0
+            in a set without labels.
+        classes: the number of label classes, 0 for a set without labels.
     """
 
     name: str
@@ -44,19 +37,26 @@ class Original(NamedTuple):
     test: tuple[tuple[str, ...], ...]
     shape: tuple[int, int, int]
     read: Callable[[Sequence[Path], str], Iterable[tuple[np.ndarray, int]]]
+    classes: int = 0
 
     def files(self) -> list[str]:
-        """All files, each once."""
+        """Return the names of all files, each once."""
         return list(dict.fromkeys(name for names in self.train + self.test for name in names))
 
 
 class Records:
-    """Images on disk as if they were an array ``[n, H, W, C]`` in [-1, 1]: ``x[rows]`` reads those rows, as float32.
+    """Images on disk that are indexed like an array ``[n, H, W, C]`` float32 in [-1, 1]: ``x[rows]`` reads the rows.
 
-    ``arrays.batches`` takes it for an array. ``source`` is a TFDS data source (which grain takes too).
+    ``data.batches`` accepts records in place of an array.
+
+    Attributes:
+        source: a TFDS data source, which grain accepts, too.
+        shape: ``(n, H, W, C)``.
+        from_bytes: all rows are scaled from uint8, so that they are finite and in [-1, 1].
     """
 
     dtype, ndim = np.dtype(np.float32), 4
+    from_bytes = True
 
     def __init__(self, source, shape: tuple[int, int, int]):
         self.source, self.shape = source, (len(source), *shape)
@@ -65,197 +65,108 @@ class Records:
         return self.shape[0]
 
     def __getitem__(self, rows) -> np.ndarray:
-        """``rows``: a slice, or indices ``[k]``."""
+        """Read the images of a slice, or of indices ``[k]``."""
         rows = range(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows).tolist()
         images = [record["image"] for record in self.source.__getitems__(rows)]
         return scaled(np.stack(images)) if images else np.empty((0, *self.shape[1:]), np.float32)
 
+    def part(self, start: int, stop: int) -> Records:
+        """Return the records of the rows ``start .. stop - 1``."""
+        return Records(_Part(self.source, range(start, stop)), self.shape[1:])
+
     def __array__(self, *args, **kwargs):
         raise ValueError(
-            f"{len(self)} images on disk are read by rows, x[rows]; for an array in memory set stream=False"
+            f"stream=True: {len(self)} images on disk are read by rows, x[rows]. For arrays set stream=False."
         )
+
+
+class _Part:
+    """Consecutive records of a data source, as a data source."""
+
+    def __init__(self, source, rows: range):
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return self.source[self.rows[row]]
+
+    def __getitems__(self, rows):
+        return self.source.__getitems__([self.rows[row] for row in rows])
 
 
 def load(
     original: Original,
     *,
+    validation: Count = 5000,
     source_dir: str | None = None,
     data_dir: str | None = None,
     verify: bool = True,
     stream: bool = False,
-) -> Splits:
-    """The training and the test images, ``x = pixel / 127.5 - 1`` in float32, in the published order.
+) -> Dataset:
+    """Load a published image set: ``x = pixel / 127.5 - 1`` in float32, in the published order.
 
-    The first call prepares records in ``data_dir`` (default: TFDS's own, ``$TFDS_DATA_DIR`` or
-    ``~/tensorflow_datasets``) from the original files, which are those of ``source_dir``, or downloaded where it is
-    None. Later calls read the records only. A preparation takes its name when it is complete, so a killed one leaves
-    nothing that could be mistaken for one; processes that share ``data_dir`` wait for the first.
+    The first call prepares records in ``data_dir`` from the original files; later calls read the records only. A
+    preparation receives its name when it is complete, so that a killed one leaves nothing that looks complete;
+    processes with the same ``data_dir`` wait for the first.
 
-    * ``verify``: the files must have the sizes and SHA-256 that TFDS registers. Without it any files of the same names
-      and format in ``source_dir`` will do; their records are kept apart, by the files' sizes and times of change.
-    * ``stream``: the images stay on disk (``Records``) and are read batch by batch; otherwise they are arrays.
+    Args:
+        original: the set.
+        validation: the number of images, the last of the training files, that are kept for validation.
+        source_dir: the folder of the original files; ``None`` downloads them.
+        data_dir: the folder of the records; ``None`` takes the folder of TFDS, ``$TFDS_DATA_DIR`` or
+            ``~/tensorflow_datasets``.
+        verify: whether the files must have the sizes and SHA-256 that TFDS registers. If not, any files of these names
+            and of this format in ``source_dir`` are accepted; their records are kept apart, by the files' sizes and
+            times of change.
+        stream: whether the images stay on disk (``Records``) and are read batch by batch; otherwise they are arrays.
 
-    Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for a file of another checksum or a damaged one,
-    ``OSError`` where nothing can be downloaded (TFDS tries for minutes) or written, ``RuntimeError`` for records that
-    cannot be read.
+    Returns:
+        The data set of 256 levels; the published test files are the test split.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        ValueError: for a damaged file, a file of another checksum, or options that cannot work.
+        OSError: if a file cannot be downloaded (TFDS tries for minutes) or written.
+        RuntimeError: for records that cannot be read.
     """
+    check_hints(load, {"validation": validation})
     if "://" in str(data_dir or ""):
-        raise ValueError(f"data_dir={data_dir} is a URL; give a folder of a local or mounted file system")
+        raise ValueError(f"data_dir={data_dir}: it is a URL. Give a folder of a local or mounted file system.")
     if not verify and source_dir is None:
-        raise ValueError("verify=False needs source_dir, the folder of the files; a download is always verified")
-    name = original.name
-    if not verify:
-        name += "_unverified_" + _fingerprint(_local(original, source_dir))
-    builder = _builder(original, name, source_dir, verify, data_dir)
-    if not builder.data_path.exists():
-        with _alone(Path(builder.data_path).parent):
-            if not builder.data_path.exists():
-                _prepare(builder)
-        builder = _builder(original, name, source_dir, verify, data_dir)
+        raise ValueError("verify=False: a download is always verified. Set source_dir to the folder of the files.")
+    builder = preparation.prepare(original, source_dir=source_dir, data_dir=data_dir, verify=verify)
+    splits = {}
     try:
-        parts = []
         for split in ("train", "test"):
             x = Records(builder.as_data_source(split=split), original.shape)
             y = np.load(Path(builder.data_path) / f"{split}-labels.npy")
             x[np.array([0, len(x) - 1])]  # a torn file shows when it is read; there are two at most
             if len(y) != len(x):
                 raise ValueError(f"{len(x)} images, but {len(y)} labels")
-            parts += [x if stream else _in_memory(x), y]
+            splits[split] = Examples(x if stream else _in_memory(x), y if original.classes else None)
     except Exception as error:  # what TFDS and ArrayRecord raise for torn and missing files has no common type
+        line = preparation.one_line(error)
         raise RuntimeError(
-            f"the records in {builder.data_path} cannot be read ({_line(error)}); remove this folder and start again"
+            f"data_dir={builder.data_path}: the records cannot be read ({line}). Remove this folder and start again."
         ) from error
-    return Splits(*parts)
+    train, held_out = _divide(splits["train"], validation, original.name)
+    classes = original.classes or None
+    return dataset(train, held_out, splits["test"], levels=256, classes=classes, name=original.name)
 
 
-def registered(original: Original) -> dict[str, tuple[str, Any]]:
-    """Each file's address and its ``size`` in bytes and ``checksum`` (SHA-256), as the installed TFDS lists them."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download import checksums
-
-    listed = checksums.load_url_infos(tfds.core.tfds_path() / original.registered)
-    found = {info.filename: (url, info) for url, info in listed.items()}
-    return {name: found[name] for name in original.files()}
-
-
-def _builder(original: Original, name: str, source_dir: str | None, verify: bool, data_dir: str | None):
-    """The TFDS builder of an image set; its class is made here, since importing TFDS costs half a second."""
-    import tensorflow_datasets as tfds
-
-    class Images(tfds.core.ShardBasedBuilder, skip_registration=True):
-        """Images as they were published, in their order; the builder that shuffles needs TensorFlow above 1 GB."""
-
-        VERSION = tfds.core.Version(RECORDS)
-
-        def _info(self):
-            image = tfds.features.Tensor(shape=original.shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
-            features = tfds.features.FeaturesDict({"image": image, "label": tfds.features.Scalar(np.int64)})
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-        def _shard_iterators_per_split(self, dl_manager):
-            files = _downloaded(original, dl_manager) if source_dir is None else _local(original, source_dir)
-            if verify and source_dir is not None:  # the download manager has verified what it fetched
-                _verify(original, files)
-            folder = Path(self.data_dir)  # the unfinished one: its name is given when all is written
-            return {split: _shards(original, files, split, folder) for split in ("train", "test")}
-
-    Images.name = f"fmjax_{name}"
-    Images.url_infos = dict(registered(original).values())  # what the download manager verifies by
-    return Images(data_dir=data_dir, file_format="array_record")
-
-
-def _shards(original: Original, files: Mapping[str, Path], split: str, folder: Path) -> list[Callable[[], Iterator]]:
-    """What makes each ArrayRecord file of a split; the labels are also kept as one array."""
-    labels = []
-
-    def examples(paths):
-        try:
-            for image, label in original.read(paths, split):
-                if image.shape != original.shape:
-                    raise ValueError(f"image {len(labels)} has shape {image.shape}, not {original.shape}")
-                example = {"image": np.ascontiguousarray(image), "label": int(label)}
-                yield len(labels), example
-                labels.append(int(label))
-                example.clear()  # it is written; TFDS keeps it to count it, and all images would stay in memory
-        except DAMAGED as error:
-            told = ", ".join(map(str, paths))
-            raise ValueError(f"{told}: damaged, or not the files of {original.name} ({_line(error)})") from error
-        np.save(folder / f"{split}-labels.npy", np.array(labels, np.int32))
-
-    parts = [[files[name] for name in names] for names in getattr(original, split)]
-    return [functools.partial(examples, paths) for paths in parts]
-
-
-def _prepare(builder) -> None:
-    path = Path(builder.data_path)
-    for left in path.parent.glob(f"incomplete.*_{path.name}"):
-        shutil.rmtree(left)  # of a preparation that was killed: nobody else is at work here
-    with contextlib.redirect_stdout(sys.stderr):  # TFDS says what it does
-        builder.download_and_prepare()
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it, however it ends."""
-    import fcntl  # not on Windows, which has no ArrayRecord either
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}; give data_dir, a folder with room") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _local(original: Original, source_dir: str) -> dict[str, Path]:
-    folder = Path(source_dir).expanduser()
-    files = {name: folder / name for name in original.files()}
-    missing = [name for name, path in files.items() if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{', '.join(missing)} of {original.name} not found in source_dir={source_dir}; put the original files "
-            "there as they were published (not unpacked), or leave source_dir out to download them"
-        )
-    return files
-
-
-def _downloaded(original: Original, dl_manager) -> dict[str, Path]:
-    """The files through TFDS's download manager, which keeps them and unpacks nothing."""
-    urls = {name: url for name, (url, _) in registered(original).items()}
-    try:
-        return {name: Path(path) for name, path in dl_manager.download(urls).items()}
-    except Exception as error:  # requests, urllib and TFDS's own, which have no common type
-        raise OSError(
-            f"cannot download {original.name} ({type(error).__name__}: {_line(error)}); fetch "
-            f"{', '.join(urls.values())} and give their folder as source_dir"
-        ) from error
-
-
-def _verify(original: Original, files: Mapping[str, Path]) -> None:
-    for name, (_, info) in registered(original).items():
-        path = files[name]
-        size, sha256 = path.stat().st_size, _sha256(path)
-        if (size, sha256) != (info.size, info.checksum):
-            raise ValueError(
-                f"{path} is not the published file: {size} bytes of SHA-256 {sha256}, registered are {info.size:d} "
-                f"bytes of {info.checksum}; fetch it again, or set verify=False for a copy that was made otherwise"
-            )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _fingerprint(files: Mapping[str, Path]) -> str:
-    stats = sorted((name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files.items())
-    return hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _divide(examples: Examples, validation: int, name: str) -> tuple[Examples, Examples]:
+    """Return the training examples without the last ``validation`` of them, and these."""
+    most = examples.count - 2
+    if validation > most:
+        raise ValueError(f"validation={validation}: {name} has {examples.count} training images. Keep {most} or fewer.")
+    x, y = examples
+    first = examples.count - validation
+    rows = lambda a, b: x.part(a, b) if isinstance(x, Records) else x[a:b]
+    labels = lambda a, b: None if y is None else y[a:b]
+    bounds = (0, first), (first, examples.count)
+    return tuple(Examples(rows(*ends), labels(*ends)) for ends in bounds)
 
 
 def _in_memory(x: Records, chunk: int = 4096) -> np.ndarray:
@@ -266,23 +177,12 @@ def _in_memory(x: Records, chunk: int = 4096) -> np.ndarray:
 
 
 def scaled(pixels: np.ndarray) -> np.ndarray:
-    """uint8 to float32 in [-1, 1]: ``pixel / 127.5 - 1``."""
+    """Scale 8-bit pixels to [-1, 1]: ``pixel / 127.5 - 1``.
+
+    Args:
+        pixels: uint8, of any shape.
+
+    Returns:
+        float32 of the same shape.
+    """
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def read_idx(paths: Sequence[Path], split: str) -> Iterable[tuple[np.ndarray, int]]:
-    """Images and labels of the MNIST family: ``idx3`` and ``idx1`` files (big-endian sizes, then bytes), gzipped."""
-    images, labels = (_idx(path, axes) for path, axes in zip(paths, (3, 1), strict=True))
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} images, but {len(labels)} labels")
-    return zip(images[..., None], labels, strict=True)
-
-
-def _idx(path: Path, axes: int) -> np.ndarray:
-    with gzip.open(path) as file:
-        data = file.read()
-    head = 4 * (1 + axes)
-    magic, *shape = np.frombuffer(data[:head], ">u4").tolist() if len(data) >= head else (None,)
-    if magic != 0x0800 + axes or len(data) != head + int(np.prod(shape)):
-        raise ValueError(f"{os.path.basename(path)} is no idx file of unsigned bytes with {axes} axes")
-    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)

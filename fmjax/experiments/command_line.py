@@ -1,74 +1,235 @@
-"""The command line of the launchers: flags of a config, and what goes wrong told in one line."""
+"""The command line: options of a command, the config with its overrides, and every refusal in one line."""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from fmjax import checks
+from fmjax.experiments import settings, workdir
+from fmjax.training import sharding
 
+FILE = "FILE"
 NO_FIELD = "the config has no field"
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's flags, for ``app.run(main, flags_parser=parse_flags)``: a bad one ends the process in one line.
+class Option(NamedTuple):
+    """An option of a command.
 
-    The launcher has a config flag named ``config``.
+    Attributes:
+        name: ``--name``.
+        type: of its value; ``bool`` for a switch without a value.
+        default: its value where it is not given.
+        help: one phrase.
+        choices: the values that it can have.
+        repeated: whether it may be given several times; its value is a list.
     """
-    import sys
 
-    from absl import flags
-
-    try:
-        rest = flags.FLAGS(list(argv))
-        getattr(flags.FLAGS["config"].value, "items", None)  # ml_collections keeps a file's failure until it is used
-        return rest
-    except (flags.Error, OSError, AttributeError, KeyError) as error:
-        line = explain_flag_error(error, flags.FLAGS["config"].value)
-        if isinstance(error, (flags.Error, OSError)) or line.startswith(NO_FIELD):
-            sys.exit(f"error: {line}")
-        raise  # the config file itself failed: its traceback says where
+    name: str
+    type: type
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    repeated: bool = False
 
 
-def in_one_line(function: Callable, *args: Any) -> None:
-    """Calls ``function``; what it raises about its input or the state of the disk ends the process with one line.
+WORKDIR = Option("workdir", str, None, "the run folder")
+TRUST = Option("trust", bool, False, "run code outside fmjax that the config in the run folder names")
+PRINT = Option("print_config", bool, False, "print the resolved config and stop")
+DEBUG = Option("debug", bool, False, "show the traceback of an error")
 
-    Libraries log warnings only, unless ``--verbosity`` says otherwise.
+
+def run(function: Callable[..., Any], doc: str, *options: Option, argv: Sequence[str] | None = None) -> None:
+    """Run a command: ``function(settings, path, **options)``.
+
+    The config is ``--config=FILE``, or without it the config of the run folder, with overrides
+    ``--config.field=value``. What goes wrong about the input or the disk ends the process with one line.
+
+    Args:
+        function: takes the settings, the run folder, and the options by keyword.
+        doc: help text; the first line says what the command does.
+        *options: what the command takes beside ``--config`` and ``--workdir``.
+        argv: arguments; by default those of the process.
     """
-    import sys
-
-    from absl import flags, logging
-
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    values, overrides = parse(doc, [WORKDIR, *options, TRUST, PRINT, DEBUG], argv)
+    take = {name: values.pop(name) for name in ("workdir", "trust", "print_config", "debug")}
     try:
-        function(*args)
+        if take["workdir"] is None:
+            raise ValueError("workdir: not given. Give --workdir=FOLDER, the folder of the run.")
+        path = workdir.local(take["workdir"])
+        read = settings.read(read_config(overrides, path, trust=take["trust"]))
+        if take["print_config"]:
+            print(json.dumps(workdir.plain(read.config), indent=1, sort_keys=True))
+            return
+        sharding.start()
+        quiet()
+        function(read, path, **values)
     except (ValueError, RuntimeError, OSError) as error:
-        logging.debug("raised by", exc_info=True)
-        sys.exit(f"error: {error} (--verbosity=1 shows where)")
+        if take["debug"]:
+            raise
+        sys.exit(f"error: {one_line(error)}")
 
 
-def explain_flag_error(error: Exception, config: Any = None) -> str:
-    """One line for what absl or ml_collections raise on a bad flag; a misspelt field comes with the nearest one.
+def run_plain(function: Callable[..., Any], doc: str, *options: Option, argv: Sequence[str] | None = None) -> None:
+    """Run a command that takes no config: ``function(**options)``."""
+    values, rest = parse(doc, [*options, DEBUG], list(sys.argv[1:] if argv is None else argv))
+    debug = values.pop("debug")
+    if rest:
+        known = [option.name for option in options]
+        sys.exit(f"error: {rest[0]}: no such option{checks.nearest(rest[0].lstrip('-'), known)}.")
+    try:
+        quiet()
+        function(**values)
+    except (ValueError, RuntimeError, OSError) as error:
+        if debug:
+            raise
+        sys.exit(f"error: {one_line(error)}")
 
-    ml_collections raises ``AttributeError`` with a suggestion of its own where the field follows ``--config`` on the
-    command line of the process, absl ``UnrecognizedFlagError`` otherwise: then ``config`` names the fields.
+
+def parse(doc: str, options: Sequence[Option], argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Parse the options of a command; return their values and the arguments that are about the config."""
+    raw, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s [--config=FILE] [--config.FIELD=VALUE] ..."
+    parser = _Parser(description=doc, epilog=_config_help(), allow_abbrev=False, formatter_class=raw, usage=usage)
+    parser.known = [option.name for option in options]
+    for o in options:
+        shown = "" if o.default in (None, False, []) else f" (default {o.default})"
+        if o.type is bool:
+            parser.add_argument(f"--{o.name}", action=argparse.BooleanOptionalAction, default=o.default, help=o.help)
+        else:
+            parser.add_argument(
+                f"--{o.name}", type=o.type, default=o.default, help=o.help + shown, choices=o.choices or None,
+                action="append" if o.repeated else "store", metavar=o.name.upper(),
+            )  # fmt: skip
+    values, rest = parser.parse_known_args(argv)
+    strange = [a for a in rest if not re.match(r"--config(=|\.|$)", a)]
+    if strange and not (rest and rest[0] == "--config"):
+        parser.error(
+            f"{strange[0]}: no such option{checks.nearest(strange[0].lstrip('-').split('=')[0], parser.known)}."
+        )
+    return vars(values), rest
+
+
+def read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -> Any:
+    """Return the config of a command line as a ``ConfigDict``.
+
+    Args:
+        arguments: ``--config=FILE`` and overrides ``--config.field=value``.
+        path: the run folder, whose config is taken where no file is given.
+        trust: accept code outside the package that the run folder names.
+
+    Raises:
+        ValueError: a file or a field that does not exist (with the nearest), or a value of another type.
     """
+    from absl import flags
+    from ml_collections import config_flags
+
+    find_configs()
+    holder = flags.FlagValues()
+    if any(re.match(r"--config(=|$)", a) for a in arguments):
+        config_flags.DEFINE_config_file("config", None, "", flag_values=holder, lock_config=True)
+    else:
+        stored = as_config(workdir.read_config(path, trust=trust))
+        config_flags.DEFINE_config_dict("config", stored, "", flag_values=holder, lock_config=True)
+    former, sys.argv = sys.argv, ["fmjax", *arguments]  # ml_collections reads the overrides from there
+    try:
+        holder(["fmjax", *arguments])
+        config = holder["config"].value
+        getattr(config, "items", None)  # ml_collections keeps a file's failure until the config is used
+        return config
+    except (flags.Error, OSError, AttributeError, KeyError, TypeError) as error:
+        line = explain(error, holder["config"].value)
+        if isinstance(error, (flags.Error, OSError)) or line.startswith(NO_FIELD):
+            raise ValueError(line) from error
+        raise  # the config file itself failed: its traceback says where
+    finally:
+        sys.argv = former
+
+
+def as_config(tree: Any) -> Any:
+    """Return plain values as a ``ConfigDict`` with fields that flags can override: lists are tuples."""
+    from ml_collections import ConfigDict, config_dict
+
+    config = ConfigDict()
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            config[name] = as_config(value)
+        else:
+            config[name] = config_dict.placeholder(str) if value is None else _tuples(value)
+    return config
+
+
+def find_configs() -> None:
+    """Make ``import configs`` work for config files, wherever the command is started: in a checkout or installed."""
+    if "configs" in sys.modules or importlib.util.find_spec("configs") is not None:
+        return
+    package = Path(__file__).parents[1]
+    for folder in (package.parent / "configs", package / "configs"):
+        if (folder / "base.py").exists():
+            spec = importlib.util.spec_from_loader("configs", None, is_package=True)
+            spec.submodule_search_locations = [str(folder)]
+            sys.modules["configs"] = importlib.util.module_from_spec(spec)
+            return
+
+
+def explain(error: Exception, config: Any = None) -> str:
+    """Return one line for what absl or ml_collections raise on a bad flag; a misspelt field comes with the nearest."""
     flag, text = getattr(error, "flagname", ""), str(error)
     if flag.startswith("config."):
-        fields = list(_field_names(config or {}))
-        field = flag.removeprefix("config.")
-        hint = checks.nearest(field, fields) or (f" (its fields are {', '.join(fields)})" if fields else "")
-        return f"{NO_FIELD} {field!r}{hint}"
+        fields = list(field_names(config or {}))
+        return f"{NO_FIELD} {flag.removeprefix('config.')!r}{checks.nearest(flag.removeprefix('config.'), fields)}"
     quoted = re.fullmatch(r"[\"'\\]*(\w+)[\"'\\]*(?:(?:\\n|\s)*Did you mean \"(\w+)\".*)?", text, re.DOTALL)
     if quoted and isinstance(error, (AttributeError, KeyError)):
         return f"{NO_FIELD} {quoted[1]!r}" + (f"; did you mean {quoted[2]!r}?" if quoted[2] else "")
-    return " ".join(text.split())
+    return one_line(text)
 
 
-def _field_names(config: Any, prefix: str = "") -> Iterable[str]:
+def one_line(error: Any) -> str:
+    """Return a message on one line."""
+    return " ".join(str(error).split())
+
+
+def field_names(config: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of a config's fields."""
     for name, value in config.items():
         yield prefix + name
         if hasattr(value, "items"):
-            yield from _field_names(value, f"{prefix}{name}.")
+            yield from field_names(value, f"{prefix}{name}.")
+
+
+def quiet() -> None:
+    """Let libraries log warnings only."""
+    from absl import logging
+
+    logging.set_verbosity(logging.WARNING)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends the process with one line for a bad option."""
+
+    known: list[str] = []
+
+    def error(self, message: str):
+        sys.exit(f"error: {one_line(message)}")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _config_help() -> str:
+    """The fields of a config with their comments, from ``configs/base.py``."""
+    find_configs()
+    spec = importlib.util.find_spec("configs.base")
+    if spec is None or spec.origin is None:
+        return ""
+    lines = re.findall(r"^    c\.(\w+) = (.*?)(?:  # (.*))?$", Path(spec.origin).read_text(), re.MULTILINE)
+    width = max(len(name) for name, *_ in lines)
+    rows = [f"  {name:<{width}}  {comment or default}" for name, default, comment in lines]
+    return "config fields (--config.FIELD=VALUE; nested ones as --config.net.width=64):\n" + "\n".join(rows)

@@ -1,139 +1,225 @@
-"""The marginal sets of a config's flow, as the command line and the pipeline build them.
-
-``main(cfg, workdir)`` builds forward and backward marginals of the flow that ``run.fit`` trained there.
-"""
+"""The marginal sets of a flow: forward from noise (p_n) and backward from data (q_n), on the grid of a solver."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fmjax.correction import marginals, trajectories
-from fmjax.correction.marginals import Estimate, View
-from fmjax.experiments import assemble, specs, workdir
-from fmjax.sampling import grids
+from fmjax import correction
+from fmjax.correction import trajectories
+from fmjax.data import Dataset
+from fmjax.experiments import assemble, build, drawing, samplers, workdir
+from fmjax.experiments.settings import Settings
+from fmjax.experiments.specs import refusal
+from fmjax.keys import normal
 from fmjax.storage import checkpoint
 from fmjax.training import logs, loop
-from fmjax.types import Method
+from fmjax.types import Params
 
 DIRECTIONS = ("forward", "backward")
-FIELDS = ("solver", "solver_steps", "backward_map")
 BATCH = 512
-MEASURED = 256  # examples that the round trip and the straightness of a set are measured on
+MEASURED = 256  # examples that the round trip and the straightness are measured on
 
 
+class Recipe(NamedTuple):
+    """How the marginals of a flow are built.
+
+    Attributes:
+        view: parameters -> what the solver carries along: the velocity, or the flow map.
+        ts: time grid.
+        options: direction -> arguments of ``correction.build_marginals``.
+        fields: the config fields that the sets depend on, by dotted name.
+        measured: training examples and their conditions, for the round trip.
+    """
+
+    view: Callable
+    ts: np.ndarray
+    options: Mapping[str, Mapping[str, Any]]
+    fields: Mapping[str, Any]
+    measured: tuple[Any, Any]
+
+    def check(self) -> None:
+        """Refuse a solver or a way back that cannot work."""
+        for direction, options in self.options.items():
+            trajectories.check_options(direction, options["solver"], options.get("backward_map", "reverse"))
+
+    def build(self, flow: Params, folder: Path, *, directions: Iterable[str] = DIRECTIONS, **stored: Any):
+        """Build the sets, or what is left of them, and return ``(forward, backward)``, or those of ``directions``."""
+        digest = checkpoint.digest(flow)
+        for direction in directions:
+            make = functools.partial(
+                correction.build_marginals, self.view, flow, self.ts, directory=folder / direction, flow=digest,
+                **self.options[direction], **stored,
+            )  # fmt: skip
+            with_bar(make, direction)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"marginals {folder}")
+        expect = {"flow": digest} if stored.get("steps") else {"flow": digest, "ts": self.ts}
+        return tuple(correction.read_marginals(folder / direction, expect=expect) for direction in directions)
+
+    def read(self, flow: Params, folder: Path):
+        """Return ``(forward, backward)`` where both are complete and of this flow, else ``None``."""
+        if not all((folder / direction).is_dir() for direction in DIRECTIONS):
+            return None
+        expect = {"flow": checkpoint.digest(flow), "ts": self.ts}
+        try:
+            return tuple(correction.read_marginals(folder / direction, expect=expect) for direction in DIRECTIONS)
+        except FileNotFoundError:
+            return None
+
+    def digest(self, found) -> str:
+        """Return a digest of two correction."""
+        return hashlib.sha256(repr([m.manifest for m in found]).encode()).hexdigest()
+
+    def round_trip(self, flow: Params) -> float:
+        """Return the round-trip error of training examples: forward after backward, against the examples."""
+        x, cond = self.measured
+        way = {name: self.options["backward"][name] for name in ("solver", "backward_map")}
+        return float(correction.round_trip(self.view, flow, jnp.asarray(x), self.ts, cond=cond, **way))
+
+
+def recipe(settings: Settings, plan: loop.Plan, data: Dataset) -> Recipe:
+    """Return how the marginals of a config's flow are built.
+
+    Backward from the training data, with ``flip`` also mirrored; forward from noise, with the conditions of training
+    examples where the flow is conditional.
+
+    Args:
+        settings: the config.
+        plan: the flow's plan.
+        data: the data set.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: a solver that the flow has no view for.
+    """
+    how, common = settings.marginals, settings.common
+    view = "flow_map" if how.solver == samplers.FLOW_MAP else "velocity"
+    if getattr(plan.method, view) is None:
+        raise refusal("solver", how.solver, f"the flow's method has no {view.replace('_', ' ')}", "Take another solver")
+    x, cond = data.train.x, assemble.conditions(common, data)
+    rows = np.arange(how.forward_examples) % len(x)
+    local = sum(d.process_index == jax.process_index() for d in plan.mesh.devices.flat)
+    shared = {"solver": how.solver, "mesh": plan.mesh, "batch": max(1, BATCH // local) * local}
+    take = lambda index: jax.tree.map(lambda a: np.asarray(a)[index], cond)
+    forward = {
+        "direction": "forward", "count": how.forward_examples, "shape": x.shape[1:], "seed": common.seed,
+        "cond": take(rows),
+    }  # fmt: skip
+    along = build.path(common.path)
+    if (alpha := drawing.source_scale(along)) != 1:
+        forward["start"] = functools.partial(scaled_noise, alpha=alpha)
+    both = lambda a: np.concatenate([a, a])
+    backward = {
+        "direction": "backward",
+        "data": np.concatenate([x, x[:, :, ::-1]]) if common.flip else x,
+        "cond": jax.tree.map(both, cond) if common.flip else cond,
+        "backward_map": how.backward_map,
+    }
+    named = {name: getattr(how, name) for name in ("solver", "solver_steps", "backward_map", "forward_examples")}
+    fields = named | {"guidance": common.guidance, "seed": common.seed, "flip": common.flip}
+    return Recipe(
+        getattr(plan.method, view),
+        samplers.time_grid(None, how.solver_steps, along),
+        {"forward": forward | shared, "backward": backward | shared},
+        fields,
+        (x[:MEASURED], take(slice(MEASURED))),
+    )
+
+
+def scaled_noise(keys, shape: tuple[int, ...], *, alpha: float):
+    """Return ``alpha`` times standard normal noise ``[B, *shape]``: the source of a path with ``alpha_0 = alpha``."""
+    return alpha * normal(keys, shape)
+
+
+@workdir.owner
 def main(
-    cfg,
-    path: str | Path,
+    settings: Settings,
+    path: Path,
     *,
     direction: str = "both",
     out: str | Path | None = None,
-    steps: Iterable[int] | None = None,
+    keep: Iterable[int] | None = None,
     dtype: str = "float32",
     tol: float = 1e-4,
 ) -> None:
-    """Builds the marginals of the averaged flow in ``path`` into ``out/forward`` and ``out/backward``.
+    """Build the marginals of the averaged flow in a run folder, and print cost, round-trip error and straightness.
 
-    The grid is ``cfg.solver_steps`` uniform steps of ``cfg.solver``, or jumps of the map that the run's method learned
-    (``"flow_map"``); ``cfg.backward_map``, ``steps``, ``dtype`` and ``tol`` are ``marginals.build``'s. ``out`` is by
-    default ``path/marginals``. Prints what it will cost, and at the end the round-trip error and the straightness
-    defect of the training data. Goes on where it was killed. On several processes each builds its share.
+    Continues where a killed build stopped. Each of several processes builds its part.
 
-    Raises ``ValueError`` for a config that cannot be built from, ``CheckpointError`` where no flow is, and as
-    ``marginals.build`` does.
+    Args:
+        settings: the config.
+        path: the run folder.
+        direction: ``"forward"``, ``"backward"`` or ``"both"``.
+        out: folder of the sets; by default ``path/marginals``.
+        keep: indices of the grid to store; by default all.
+        dtype: of the stored numbers.
+        tol: tolerance of inverse steps.
+
+    Raises:
+        ValueError: a config whose marginals cannot be built.
+        WorkdirError: no flow in the folder.
     """
+    data = build.data(settings.common.data)
+    plan = assemble.flow_plan(settings, data)
+    plans = recipe(settings, plan, data)
+    plans.check()
+    folder = workdir.network_folder(path)
+    step, flow, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
+    flow = loop.merge_parameters(plan, flow)
     directions = DIRECTIONS if direction == "both" else (direction,)
-    check(cfg, *directions)
-    plan = assemble.assemble(cfg, data=(data := specs.data(cfg.data)))
-    view, ts = view_of(plan.method, cfg.solver), grids.uniform_grid(cfg.solver_steps)
-    step, flow, metadata = checkpoint.restore(Path(path) / "checkpoints", part="ema", fallback=True)
-    path = workdir.open_workdir(path, cfg.to_dict(), free=(*assemble.free(cfg), *assemble.SAMPLING))
-    out = path / "marginals" if out is None else Path(out)
-    given = recipe(cfg, plan, data.train_x)
-    stored = {"steps": None if steps is None else tuple(steps), "dtype": dtype}
-    estimates = {d: marginals.estimate(view, flow, ts, **sizes(given[d]), **stored) for d in directions}
-    told = print if jax.process_index() == 0 else lambda *_, **__: None
-    for d, estimate in estimates.items():
-        told(f"{d}: {sentence(estimate)}, into {out / d}", flush=True)
-    for d in directions:
-        common = {"flow": metadata["digest"]["ema"], "tol": tol} | stored
-        with_bar(functools.partial(marginals.build, view, flow, ts, directory=out / d, **common, **given[d]), d)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"marginals {out}")
-    if jax.process_index() == 0:
-        how = {"solver": cfg.solver, "backward_map": cfg.backward_map}
-        x = jnp.asarray(data.train_x[:MEASURED])
-        error = marginals.round_trip(view, flow, x, ts, **how)
-        down = jax.jit(lambda params, x: trajectories.carry(view(params), x, ts, direction="backward", **how)[0])
-        defect = trajectories.straightness(np.moveaxis(np.asarray(down(flow, x)), 0, 1), ts)
-        told(f"of the flow of step {step}, on {len(x)} training examples: round-trip error {error:.2e}")
-        told(f"straightness defect {', '.join(f'{s:.3g}' for s in defect)} along the grid")
-
-
-def check(cfg, *directions: str) -> None:
-    """``ValueError`` of one sentence for a config whose marginals cannot be built."""
-    missing = [name for name in FIELDS if name not in cfg]
-    if missing:
-        raise ValueError(
-            f"this config has no {', '.join(missing)}: give it the fields solver, solver_steps and backward_map, as "
-            "configs/digits.py has them"
+    stored = {"steps": None if keep is None else tuple(keep), "dtype": dtype}
+    out = workdir.begin_stage(path, "marginals", plans.fields) if out is None else Path(out)
+    first = jax.process_index() == 0
+    for name in directions:
+        estimate = correction.estimate_cost(plans.view, flow, plans.ts, **sizes(plans.options[name]), **stored)
+        if first:
+            print(f"{name}: {sentence(estimate)}, into {out / name}", flush=True)
+    plans.build(flow, out, directions=directions, tol=tol, **stored)
+    if first:
+        x, cond = plans.measured
+        way = {name: plans.options["backward"][name] for name in ("solver", "backward_map")}
+        down = jax.jit(
+            lambda params, x: trajectories.carry(
+                plans.view(params), x, plans.ts, direction="backward", cond=cond, **way
+            )[0]
         )
-    if cfg.classes:
-        raise ValueError(f"classes={cfg.classes}: marginals have no labels; build them for a flow without classes")
-    for direction in directions or DIRECTIONS:
-        trajectories.check_how(direction, cfg.solver, cfg.backward_map)
+        states = np.moveaxis(np.asarray(down(flow, jnp.asarray(x))), 0, 1)
+        defect = trajectories.chord_distance(states, plans.ts)
+        print(f"flow of step {step}, {len(x)} training examples: round-trip error {plans.round_trip(flow):.2e}")
+        print(f"straightness defect {', '.join(f'{s:.3g}' for s in defect)} along the grid")
 
 
-def view_of(method: Method, solver: str) -> View:
-    """What of a method a solver carries along: its velocity, or its flow map; ``ValueError`` where it has none."""
-    name = "flow_map" if solver == trajectories.FLOW_MAP else "velocity"
-    if getattr(method, name) is None:
-        raise ValueError(f"solver={solver!r} needs a method with a {name.replace('_', ' ')}, which this run's has not")
-    return getattr(method, name)
+def sizes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``build_marginals`` as ``estimate_cost`` takes them."""
+    options = dict(options)
+    if "data" in options:
+        options |= {"count": len(options["data"]), "shape": options["data"].shape[1:]}
+    return {name: value for name, value in options.items() if name not in ("data", "seed", "start")}
 
 
-def recipe(cfg, plan: loop.Plan, x) -> dict[str, dict[str, Any]]:
-    """Arguments of ``marginals.build`` for both directions.
-
-    Backward from the training data, with ``flip`` also mirrored; as many forward as ``cfg.sampling`` draws.
-    """
-    local = sum(d.process_index == jax.process_index() for d in plan.mesh.devices.flat)
-    common = {"solver": cfg.solver, "mesh": plan.mesh, "batch": max(1, BATCH // local) * local}
-    count = cfg.sampling.seeds * cfg.sampling.samples
-    return {
-        "forward": {"direction": "forward", "count": count, "shape": x.shape[1:], "seed": cfg.seed} | common,
-        "backward": {"direction": "backward", "data": np.concatenate([x, x[:, :, ::-1]]) if cfg.flip else x}
-        | {"backward_map": cfg.backward_map}
-        | common,
-    }
-
-
-def sizes(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``marginals.build`` as ``marginals.estimate`` takes them."""
-    if "data" in given:
-        given = given | {"count": len(given["data"]), "shape": given["data"].shape[1:]}
-    return {name: value for name, value in given.items() if name not in ("data", "seed")}
-
-
-def sentence(e: Estimate) -> str:
-    """An estimate in words."""
-    unit, scale = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if e.bytes >= s or u == "kB")
-    told = f"{e.count} examples, at most {e.bytes / scale:.3g} {unit}"
-    if e.nfe is None:
-        return f"{told}, evaluations not known for this solver"
-    seconds = f"{e.seconds:.2g}" if e.seconds < 100 else f"{e.seconds:.0f}"
-    return f"{told}, {e.nfe} NFE each ({e.evaluations:.3g} evaluations), about {seconds} s"
+def sentence(estimate) -> str:
+    """Return an estimate of a build in words."""
+    unit, scale = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if estimate.bytes >= s or u == "kB")
+    words = f"{estimate.count} examples, at most {estimate.bytes / scale:.3g} {unit}"
+    if estimate.nfe is None:
+        return f"{words}, evaluations not known for this solver"
+    seconds = f"{estimate.seconds:.2g}" if estimate.seconds < 100 else f"{estimate.seconds:.0f}"
+    return f"{words}, {estimate.nfe} NFE each ({estimate.evaluations:.3g} evaluations), about {seconds} s"
 
 
 def with_bar(build_set: Callable[..., Any], direction: str) -> Any:
-    """Calls ``build_set(progress=...)`` under a progress bar of examples."""
+    """Call ``build_set(progress=...)`` under a progress bar of examples."""
     with logs.bar(f"{direction} marginals", 0, unit="example") as bar:
 
         def tick(done: int, total: int) -> None:

@@ -1,323 +1,381 @@
-"""Names in a config become objects, by module path: no registries.
+"""Resolve what a config says of an object: a name, a name with options, a place outside the package, or the object.
 
-A spec is a name, or a mapping (dict or ``ConfigDict``) ``{"name": ..., **options}``. ``("methods", "lagrangian")`` is
-the function ``lagrangian`` of ``fmjax/methods/lagrangian.py``, ``("nets", "unet")`` the class ``UNet`` of
-``fmjax/nets/unet.py``, ``("paths", "linear")`` the function ``linear`` of ``fmjax/paths.py``. Options are keyword-only
-arguments (fields, for a Linen module). What a module offers here is told from its helpers by positional arguments: a
-path takes none, a method ``net``, a step ``velocity``, a law of times ``key``.
+A spec is one of
 
-Everything is checked here, before anything is compiled; every error is a ``ValueError`` of one sentence.
+* a name of this package, ``"lagrangian"``;
+* a mapping with a name and options, ``{"name": "unet", "channels": 64}``;
+* a place outside the package, ``"my_package.my_module:factory"`` or ``"folder/file.py:factory"``, alone or as the
+  ``name`` of a mapping;
+* in Python, the object itself.
+
+Options are keyword-only arguments of the factory (fields, for a Flax module). They are checked against its type hints,
+ranges included (``checks.Range``), before anything is compiled. Every refusal is a ``ValueError`` of one line.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib
+import importlib.util
 import inspect
-import math
-import pkgutil
+import numbers
+import os
+import re
+import reprlib
+import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmjax import couplings, paths, transport
-from fmjax.checks import nearest
-from fmjax.data import arrays
-from fmjax.nets import adapters, preconditioning
-from fmjax.sampling import guidance
-from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Net, VelocityFn
+from fmjax import checks, paths
 
-Spec = Any  # a ConfigDict is no Mapping; what a spec may be is checked where it is opened
-Names = tuple[str, ...]
-SCHEDULES = ("constant", "cosine")
+Spec = Any  # a ConfigDict is no Mapping, and an object may be anything
+OUTSIDE = re.compile(r"(.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+LENGTH = 300  # characters of a refusal at most
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
-def resolve(package: str, name: str, *, takes: Names | None = None, like: Callable | None = None, also: Names = ()):
-    """The callable ``name`` of ``fmjax.package``; with ``takes`` only one whose positional arguments are these.
+class Kind(NamedTuple):
+    """A kind of object that a config can name.
 
-    With ``like`` it must have the positional arguments and the return annotation of that function. ``also`` are names
-    that the caller knows itself, for the error.
-
-    Raises ``ValueError`` for an unknown name, with the nearest and all valid ones.
-
-    >>> resolve("sampling.solvers", "heun").__name__, resolve("nets", "mlp").__name__
-    ('heun', 'MLP')
+    Attributes:
+        noun: the word for it in messages.
+        package: module or package below ``fmjax`` whose public names are offered.
+        takes: names of the positional arguments of a factory.
+        returns: the return annotation of a factory; empty for any.
     """
-    offered = _offered(package, name, takes, like)
+
+    noun: str
+    package: str
+    takes: tuple[str, ...] = ()
+    returns: str = ""
+
+
+NET = Kind("network", "nets")
+PRECONDITIONER = Kind("preconditioning", "nets.preconditioning", (), "Preconditioner")
+METHOD = Kind("method", "methods", ("net",))
+WEIGHTING = Kind("weighting", "methods.weighting", ("method",))
+PATH = Kind("path", "paths", (), "Path")
+COUPLING = Kind("coupling", "couplings", (), "Coupling")
+DATA = Kind("data set", "data", (), "Dataset")
+METRIC = Kind("metric", "metrics", ("data", "reference"), "Metric")
+SOLVER = Kind("solver", "sampling", ("velocity",))
+
+
+def build(kind: Kind, spec: Spec, *args: Any, field: str, **context: Any) -> Any:
+    """Build the object that a spec describes.
+
+    Args:
+        kind: what the spec describes.
+        spec: a name, a mapping, a place outside the package, or the object itself.
+        *args: the positional arguments of the factory.
+        field: the config field that holds the spec, for messages.
+        **context: options from other fields; a factory that does not take one does not get it.
+
+    Returns:
+        ``factory(*args, **options)``; an object that is no factory is returned as it is.
+
+    Raises:
+        ValueError: an unknown name, an option that is unknown, missing or out of range, or an option that another
+            field sets.
+
+    >>> build(PATH, {"name": "vp", "beta_max": 16.0}, field="path").gamma is None
+    True
+    """
+    if not is_spec(spec):
+        return call(spec, {}, *args, field=field) if kind.takes and _positional(spec) == kind.takes else spec
+    factory, options = resolve(kind, spec, field=field)
+    known = options_of(factory)
+    context = {name: value for name, value in context.items() if name in known}
+    if repeated := sorted(context.keys() & options.keys()):
+        raise refusal(f"{field}.{repeated[0]}", options[repeated[0]], "another field sets it", "Take this option out")
+    return call(factory, {**options, **context}, *args, field=field)
+
+
+def resolve(kind: Kind, spec: Spec, *, field: str) -> tuple[Callable, dict[str, Any]]:
+    """Find the factory that a spec names.
+
+    Args:
+        kind: what the spec describes.
+        spec: a name, a mapping or a place outside the package.
+        field: the config field that holds the spec, for messages.
+
+    Returns:
+        The factory and the options of the spec, unchecked.
+
+    Raises:
+        ValueError: no such name (with the nearest), or a place outside the package that cannot be imported.
+
+    >>> resolve(SOLVER, "heun", field="solver")[0].__name__, resolve(NET, "song_unet", field="net")[0].__name__
+    ('heun', 'SongUNet')
+    """
+    name, options = parse(spec, field=field)
+    if not isinstance(name, str):
+        return name, options
+    if is_outside(name):
+        factory = _outside(name, field)
+        if kind.takes and _positional(factory) != kind.takes:
+            takes = ", ".join(kind.takes)
+            raise refusal(field, name, f"a {kind.noun} factory takes ({takes}, *, options)", "Change its arguments")
+        return factory, options
+    offered = offers(kind)
     if name not in offered:
-        offered = sorted([*_offered(package, None, takes, like), *also])
-        raise ValueError(f"fmjax.{package} has no {name!r}{nearest(name, offered)} (there are {', '.join(offered)})")
-    return offered[name]
+        near = checks.nearest(name, offered)
+        raise refusal(field, name, f"no such {kind.noun}{near}", f"There are {', '.join(sorted(offered))}")
+    return offered[name], options
 
 
-def call(function: Callable, options: Any, *args: Any) -> Any:
-    """``function(*args, **options)`` after ``check_options``."""
-    return function(*args, **check_options(function, options))
+def call(factory: Callable, options: dict[str, Any], *args: Any, field: str) -> Any:
+    """Call a factory with options that are checked against its signature.
 
+    Args:
+        factory: function with keyword-only options, or a Flax module class.
+        options: options by name.
+        *args: positional arguments.
+        field: the config field, for messages.
 
-def check_options(function: Callable, options: Any) -> dict[str, Any]:
-    """The options a function takes, checked by name and type; whole numbers become floats, lists tuples, where asked.
+    Returns:
+        What the factory returns.
 
-    Where the default is a function of ``fmjax`` (a law of times), a spec is resolved in its module. Raises
-    ``ValueError`` for an unknown option (with the nearest), a missing one and a value of another type.
+    Raises:
+        ValueError: an option that is unknown, missing or out of range, or what the factory itself refuses.
     """
-    what, known, hints = _label(function), _options(function), typing.get_type_hints(function)
+    return factory(*args, **checked(factory, options, field=field))
+
+
+def checked(factory: Callable, options: dict[str, Any], *, field: str) -> dict[str, Any]:
+    """Check the options of a factory by name, type and range.
+
+    Whole numbers become floats and lists tuples where the type hint says so. An option whose default is a function of
+    this package (a time distribution) or whose hint is a path is itself a spec.
+
+    Args:
+        factory: function or Flax module class.
+        options: options by name.
+        field: the config field, for messages.
+
+    Returns:
+        The options, converted.
+
+    Raises:
+        ValueError: an option that is unknown, missing, of another type or out of range.
+    """
+    known, hints = options_of(factory), typing.get_type_hints(factory, include_extras=True)
     for name in options:
         if name not in known:
-            takes = f" (it takes {', '.join(known)})" if known else " (it takes none)"
-            raise ValueError(f"{what} has no option {name!r}{nearest(name, known)}{takes}")
+            takes = f"Its options are {', '.join(known)}" if known else "It takes none"
+            raise refusal(f"{field}.{name}", options[name], f"no such option{checks.nearest(name, known)}", takes)
     missing = [name for name, default in known.items() if default is inspect.Parameter.empty and name not in options]
     if missing:
-        raise ValueError(f"{what} needs {', '.join(repr(name) for name in missing)}")
-    checked = {}
+        raise ValueError(f"{field}: {label(factory)} needs the option {missing[0]!r}. Add {field}.{missing[0]}.")
+    values = {}
     for name, value in options.items():
-        default = getattr(known[name], "func", known[name])  # of a functools.partial
-        if inspect.isfunction(default) and (isinstance(value, str) or hasattr(value, "items")):
-            checked[name] = _partial(default.__module__.removeprefix("fmjax."), value, like=default)
+        default, hint, where = known[name], hints.get(name, Any), f"{field}.{name}"
+        default = getattr(default, "func", default)  # of a functools.partial
+        if is_spec(value) and inspect.isfunction(default):
+            values[name] = _like(default, value, where)
+        elif is_spec(value) and hint is paths.Path:
+            values[name] = build(PATH, value, field=where)
         else:
-            checked[name] = _convert(f"{name} of {what}", value, hints.get(name, Any))
-    return checked
+            values[name] = _convert(where, value, hint)
+    checks.check_hints(factory, values, label=f"{field}.")
+    return values
 
 
-def from_spec(package: str, spec: Spec, *args: Any, takes: Names | None = None, **given: Any) -> Any:
-    """``resolve`` and ``call`` in one; ``given`` are options from elsewhere, passed to what takes them.
+def parse(spec: Spec, *, field: str) -> tuple[Any, dict[str, Any]]:
+    """Split a spec into its name (or factory) and its options.
 
-    Raises ``ValueError`` for a spec without a name or that repeats what is given.
+    Args:
+        spec: a name, or a mapping with a ``name``.
+        field: the config field, for messages.
+
+    Returns:
+        The name and the options.
+
+    Raises:
+        ValueError: a mapping without a name.
     """
-    name, options = _open(package, spec)
-    function = resolve(package, name, takes=takes)
-    given = {key: value for key, value in given.items() if key in _options(function)}
-    if repeated := sorted(given.keys() & options.keys()):
-        raise ValueError(
-            f"{_label(function)} is given {repeated[0]!r} from a field of its own; take it out of its options"
-        )
-    return call(function, {**options, **given}, *args)
-
-
-def net(spec: Spec, *, classes: int = 0) -> adapters.Model:
-    """A network: ``{"name": "unet", "channels": 64}`` is ``from_linen(UNet(channels=64))``.
-
-    ``classes`` goes to the network's own; ``ValueError`` where it takes no labels. With ``"preconditioning"``, a spec
-    of ``nets.preconditioning`` (``"edm"``), any network is the denoiser of that name, as a velocity. With
-    ``"noise_encoder"``, a spec of ``nets``, it has that network of two heads beside it (``adapters.with_encoder``).
-    """
-    name, options = _open("nets", spec)
-    how, encoder = options.pop("preconditioning", None), options.pop("noise_encoder", None)
-    if classes and "classes" not in _options(resolve("nets", name)):
-        raise ValueError(f"classes={classes} needs a network that takes labels, which {name!r} does not")
-    given = {"classes": classes} if classes else {}
-    model = adapters.from_linen(from_spec("nets", {"name": name, **options}, **given))
-    how = how and from_spec("nets.preconditioning", how, takes=())
-    model = model._replace(net=preconditioning.preconditioned(model.net, how)) if how else model
-    if not encoder:
-        return model
-    if "outputs" not in _options(resolve("nets", _open("nets", encoder)[0])):
-        raise ValueError(f"a noise_encoder needs a network with outputs, two heads, which {encoder!r} is not")
-    return adapters.with_encoder(model, adapters.from_linen(from_spec("nets", encoder, outputs=2)))
-
-
-def path(spec: Spec) -> paths.Path:
-    """An interpolant by its factory's name in ``fmjax.paths``: ``"linear"``, ``{"name": "vp", "beta_max": 16.0}``."""
-    return from_spec("paths", spec, takes=())
-
-
-def method(
-    spec: Spec, net: Net, *, path: paths.Path | None = None, mean: Callable | None = None, null: int | None = None
-) -> Method:
-    """A method over ``net``; ``path``, and the data's ``mean()``, go to those that take one.
-
-    ``null``, where the net is told the scale of guidance, goes to what guides itself; others get a guided teacher.
-    Raises ``ValueError`` for a net that gives a logit to a method that does not classify.
-    """
-    function = resolve("methods", _open("methods", spec)[0], takes=("net",))
-    if getattr(net, "logit", False) and typing.get_type_hints(function).get("net") is not LogitNet:
-        raise ValueError(f"{_label(function)} needs a net of x's shape, not a logit's: logit=False, or net 'unet'")
-    options = _options(function)
-    teacher = None if null is None or "null" in options else guidance.guided_teacher(net, null=null)
-    given = {"path": path, "null": null, "teacher": teacher, "mean": mean() if mean and "mean" in options else None}
-    return from_spec("methods", spec, net, takes=("net",), **{k: v for k, v in given.items() if v is not None})
-
-
-def data(spec: Spec) -> arrays.Splits:
-    """A data set in memory: ``"digits"``, ``{"name": "digits", "held_out": 0.1}``."""
-    return from_spec("data", spec, takes=())
-
-
-def coupling(
-    spec: Spec, x: arrays.Rows | None = None, y: Cond = None, *, flip: bool = False, seed: int = 0
-) -> couplings.Coupling:
-    """A coupling: ``"independent"``, ``{"name": "minibatch_ot", "replacement": True}``, ``"semidiscrete"``.
-
-    The last one is fitted to the data set ``x: [n, ...]`` with conditions ``y`` (with ``flip`` to the mirrored images
-    too), here and now; its options are those of ``transport.fit_semidiscrete``. ``ValueError`` where ``x`` is no array.
-    """
-    name, options = _open("couplings", spec)
-    if name != "semidiscrete":
-        return call(resolve("couplings", name, takes=(), also=("semidiscrete",)), options)
-    import jax
-
-    if not isinstance(x, np.ndarray):
-        raise ValueError("the semidiscrete coupling is fitted to a data set in memory, and this one is not (stream)")
-    if flip:
-        x, y = np.concatenate([x, x[:, :, ::-1]]), jax.tree.map(lambda a: np.concatenate([a, a]), y)
-    options = check_options(transport.fit_semidiscrete, options)
-    potentials = transport.fit_semidiscrete(jax.random.key(seed), x, y, **options)
-    return couplings.semidiscrete(x, potentials, y, by_class=options.get("by_class"))
-
-
-def step(
-    spec: Spec, *, path: paths.Path | None = None, score: VelocityFn | None = None
-) -> Callable[[VelocityFn], FlowMapFn]:
-    """A step of ``solvers`` or ``diffusion`` without its velocity: ``"rk4"``, ``{"name": "ddim", "eta": 1.0}``.
-
-    ``path`` goes to those that take one; along a path with a latent SDE steps find no score and get ``score``.
-    """
-    diffusion = tuple(_offered("sampling.diffusion", None, ("velocity",), None))
-    room = "sampling.diffusion" if _open("sampling.solvers", spec)[0] in diffusion else "sampling.solvers"
-    made = _partial(room, spec, takes=("velocity",), also=diffusion)
-    if path is None or "path" not in _options(made):
-        return made
-    latent = path.gamma is not None and "score" in _options(made)
-    return functools.partial(made, **({"score": score} if latent else {"path": path}))
-
-
-def optimiser(
-    *,
-    learning_rate: float,
-    steps: int,
-    warmup: int = 0,
-    schedule: str = "constant",
-    clip: float | None = None,
-    beta2: float = 0.999,
-    weight_decay: float = 0.0,
-):
-    """Adam, or AdamW with ``weight_decay`` (on leaves of two axes and more), after a clip of the global gradient norm.
-
-    The rate of step ``n = 0 ..`` is ``learning_rate min(1, (n + 1) / warmup)``, with ``"cosine"`` times
-    ``(1 + cos(pi (n - warmup) / (steps - warmup))) / 2`` after the warm-up. The clip sees the gradients it is given:
-    they must be whole, not one device's shard. Raises ``ValueError`` for values that make no sense, by name.
-    """
-    options = check_options(optimiser, dict(locals()))
-    import jax
-    import optax
-
-    finite = all(math.isfinite(v) for v in options.values() if isinstance(v, float))
-    wrong = {
-        f"learning_rate={learning_rate} must be positive": learning_rate > 0,
-        f"steps={steps} must be at least 1": steps >= 1,
-        f"warmup={warmup} cannot be negative": warmup >= 0,
-        f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}{nearest(schedule, SCHEDULES)}": schedule
-        in SCHEDULES,
-        f"clip={clip} must be positive, or None for no clipping": clip is None or clip > 0,
-        f"beta2={beta2} must lie strictly between 0 and 1": 0 < beta2 < 1,
-        f"weight_decay={weight_decay} cannot be negative": weight_decay >= 0,
-        f"the optimiser's numbers must be finite, got {options}": finite,
-    }
-    for sentence, right in wrong.items():
-        if not right:
-            raise ValueError(sentence)
-    rate = functools.partial(learning_rate_at, peak=learning_rate, steps=steps, warmup=warmup, schedule=schedule)
-    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-    adam = optax.adamw(rate, b2=beta2, weight_decay=weight_decay, mask=matrices) if weight_decay else None
-    parts = [optax.clip_by_global_norm(clip)] if clip else []
-    return optax.chain(*parts, adam or optax.adam(rate, b2=beta2))
-
-
-def learning_rate_at(n, *, peak: float, steps: int, warmup: int, schedule: str):
-    """The rate of step ``n`` (see ``optimiser``); traceable in ``n``."""
-    import jax.numpy as jnp
-
-    ramp = jnp.minimum(1.0, (n + 1) / max(warmup, 1))
-    if schedule == "constant":
-        return peak * ramp
-    progress = jnp.clip((n - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-    return peak * ramp * (1 + jnp.cos(jnp.pi * progress)) / 2
-
-
-def _partial(package: str, spec: Spec, **wanted: Any) -> Callable:
-    name, options = _open(package, spec)
-    function = resolve(package, name, **wanted)
-    options = check_options(function, options)
-    return functools.partial(function, **options) if options else function
-
-
-def _open(package: str, spec: Spec) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, str):
         return spec, {}
     options = dict(spec.items()) if hasattr(spec, "items") else {}
-    if type(options.get("name")) is not str:
-        raise ValueError(f"a spec of fmjax.{package} is a name or a mapping with a 'name', got {spec!r}")
-    return options.pop("name"), options
+    name = options.pop("name", None)
+    if not (isinstance(name, str) or callable(name)):
+        raise refusal(field, spec, "neither a name nor a mapping with a name", "Give a name, or {'name': ..., options}")
+    return name, options
 
 
-def _offered(package: str, name: str | None, takes, like) -> dict[str, Callable]:
-    """What a package offers by name: the functions of one file, or the main one of each file (only of ``name``'s)."""
-    module = importlib.import_module(f"fmjax.{package}")
-    if hasattr(module, "__path__"):
-        files = [m.name for m in pkgutil.iter_modules(module.__path__) if name in (None, m.name)]
-        found = {file: _main(importlib.import_module(f"{module.__name__}.{file}"), file) for file in files}
-    else:
-        members = inspect.getmembers(module, inspect.isfunction)
-        found = {key: f for key, f in members if not key.startswith("_") and f.__module__ == module.__name__}
+def name_of(spec: Spec) -> str:
+    """Return the name in a spec; of an object its class or function name.
 
-    def fits(f):
-        if like is not None and inspect.signature(f).return_annotation != inspect.signature(like).return_annotation:
-            return False
-        wanted = takes if like is None else _positional(like)
-        return wanted is None or _positional(f) == wanted
-
-    return {key: f for key, f in found.items() if f is not None and fits(f)}
+    >>> name_of({"name": "edm", "sigma_data": 0.5}), name_of("linear")
+    ('edm', 'linear')
+    """
+    name = spec if isinstance(spec, str) else (parse(spec, field="spec")[0] if hasattr(spec, "items") else spec)
+    return name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
 
 
-def _main(module: types.ModuleType, file: str) -> Callable | None:
-    """The function of the file's name, or the class of it (``song_unet`` -> ``SongUNet``)."""
-    for key, value in vars(module).items():
-        if getattr(value, "__module__", None) != module.__name__:
-            continue
-        if key == file and inspect.isfunction(value):
-            return value
-        if inspect.isclass(value) and key.lower() == file.replace("_", ""):
-            return value
-    return None
+def offers(kind: Kind) -> dict[str, Callable]:
+    """Return the factories of this package that a config can name, by name.
+
+    Args:
+        kind: what is looked for.
+
+    Returns:
+        Functions whose positional arguments and return annotation are the kind's; for networks the Flax modules, by
+        the name of their file (``song_unet`` is ``SongUNet``).
+    """
+    module = importlib.import_module(f"fmjax.{kind.package}")
+    names = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
+    found = {}
+    for name in names:
+        value = getattr(module, name)
+        if kind is NET:
+            if inspect.isclass(value) and dataclasses.is_dataclass(value) and hasattr(value, "apply"):
+                found[_snake(value)] = value
+        elif inspect.isfunction(value) and value.__module__.startswith("fmjax.") and _fits(kind, value):
+            found[name] = value
+    return found
 
 
-def _options(function: Callable) -> dict[str, Any]:
-    """Options and their defaults: keyword-only arguments, or a Linen module's own fields."""
-    if inspect.isclass(function):
-        fields = (f for f in dataclasses.fields(function) if f.init and f.name not in ("parent", "name"))
+def options_of(factory: Callable) -> dict[str, Any]:
+    """Return the options of a factory with their defaults: keyword-only arguments, or a Flax module's own fields."""
+    if inspect.isclass(factory) and dataclasses.is_dataclass(factory):
+        fields = (f for f in dataclasses.fields(factory) if f.init and f.name not in ("parent", "name"))
         empty = inspect.Parameter.empty
         return {f.name: empty if f.default is dataclasses.MISSING else f.default for f in fields}
-    parameters = inspect.signature(function).parameters.values()
+    parameters = inspect.signature(factory).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _positional(function: Callable) -> tuple[str, ...]:
-    if inspect.isclass(function):
+def is_spec(value: Any) -> bool:
+    """Return whether a value is a name or a mapping, and no object."""
+    return isinstance(value, str) or hasattr(value, "items")
+
+
+def is_outside(name: Any) -> bool:
+    """Return whether a name is a place outside the package.
+
+    >>> is_outside("pkg.nets:make"), is_outside("folder/nets.py:make"), is_outside("unet")
+    (True, True, False)
+    """
+    return isinstance(name, str) and OUTSIDE.fullmatch(name) is not None
+
+
+def outside_places(tree: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every field of a config that names code outside the package, with the place that it names."""
+    if is_outside(tree):
+        yield field, tree
+    children = tree.items() if hasattr(tree, "items") else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    for name, value in children:
+        yield from outside_places(value, f"{field}.{name}" if field else str(name))
+
+
+def absolute(tree: Any) -> Any:
+    """Return a config as plain dicts in which places in files have absolute paths, so that a run folder is enough."""
+    if hasattr(tree, "items"):
+        return {name: absolute(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(absolute(value) for value in tree)
+    match = OUTSIDE.fullmatch(tree) if isinstance(tree, str) else None
+    return f"{Path(match[1]).absolute()}:{match[2]}" if match and match[1].endswith(".py") else tree
+
+
+def refusal(field: str, value: Any, wrong: str, way_out: str) -> ValueError:
+    """Return the error ``<field>=<value>: <what is wrong>. <what to do>.``, cut to ``LENGTH`` characters."""
+    line = " ".join(f"{field}={_SHORT.repr(value)}: {wrong}. {way_out}.".split())
+    return ValueError(line if len(line) <= LENGTH else line[: LENGTH - 2] + " …")
+
+
+def label(factory: Callable) -> str:
+    """Return a factory's name as a config has it."""
+    return _snake(factory) if inspect.isclass(factory) else getattr(factory, "__name__", repr(factory))
+
+
+def _like(default: Callable, spec: Spec, field: str) -> Callable:
+    """A function like ``default`` from the same module, with its options bound."""
+    returns = inspect.signature(default).return_annotation
+    kind = Kind("choice", default.__module__.removeprefix("fmjax."), _positional(default), str(returns))
+    function, options = resolve(kind, spec, field=field)
+    options = checked(function, options, field=field)
+    return functools.partial(function, **options) if options else function
+
+
+def _outside(place: str, field: str) -> Callable:
+    module_name, name = OUTSIDE.fullmatch(place).groups()
+    try:
+        module = _module_of_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+    except (ImportError, OSError) as error:
+        raise refusal(
+            field, place, f"cannot be imported ({error})", "Install the package, or run where it lies"
+        ) from error
+    if not callable(getattr(module, name, None)):
+        known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        near = checks.nearest(name, known)
+        raise refusal(
+            field, place, f"{module_name} has no factory {name!r}{near}", f"It has {', '.join(known) or 'none'}"
+        )
+    return getattr(module, name)
+
+
+def _module_of_file(file: str) -> types.ModuleType:
+    path = Path(file).absolute()
+    name = f"fmjax_file_{hashlib.sha256(os.fspath(path).encode()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}")
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _fits(kind: Kind, function: Callable) -> bool:
+    returns = str(inspect.signature(function).return_annotation)
+    return _positional(function) == kind.takes and (not kind.returns or returns.rpartition(".")[2] == kind.returns)
+
+
+def _positional(function: Any) -> tuple[str, ...]:
+    if inspect.isclass(function) or not callable(function):
         return ()
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a builtin without a signature
+        return ()
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty)
 
 
-def _label(function: Callable) -> str:
-    module, name = function.__module__.removeprefix("fmjax."), function.__name__
-    same = module.rpartition(".")[2].replace("_", "") == name.replace("_", "").lower()
-    return module if same else f"{module}.{name}"
+def _snake(factory: type) -> str:
+    file = factory.__module__.rpartition(".")[2]
+    return file if file.replace("_", "") == factory.__name__.lower() else factory.__name__
 
 
-def _convert(what: str, value: Any, hint: Any) -> Any:
-    """The value as its annotation wants it; what is not annotated is not judged."""
+def _convert(field: str, value: Any, hint: Any) -> Any:
+    """The value as its type hint has it; a value without a hint is not judged."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    value = value.item() if isinstance(value, np.generic) else value
     for kind in kinds:
+        kind = kind.__origin__ if typing.get_origin(kind) is typing.Annotated else kind
         origin = typing.get_origin(kind)
-        if kind is float and type(value) is int:
+        if kind is float and isinstance(value, numbers.Integral) and not isinstance(value, bool):
             return float(value)
         if origin in (Sequence, tuple, list):
-            if isinstance(value, (list, tuple)):  # a tuple, since Linen modules are hashed
-                return tuple(_convert(f"an entry of {what}", v, typing.get_args(kind)[0]) for v in value)
+            if isinstance(value, (list, tuple)):  # tuples, since Flax modules are hashed
+                inner = typing.get_args(kind)[0]
+                return tuple(_convert(f"{field}[{i}]", v, inner) for i, v in enumerate(value))
+        elif origin is typing.Literal:
+            return value
         elif kind in (int, float, str, bool):
             if type(value) is kind:
                 return value
@@ -326,5 +384,11 @@ def _convert(what: str, value: Any, hint: Any) -> Any:
                 return value
         elif kind is Any or not inspect.isclass(kind) or isinstance(value, kind):
             return value
-    names = " or ".join(kind.__name__ if inspect.isclass(kind) else str(kind) for kind in kinds)
-    raise ValueError(f"{what} must be {names.replace('NoneType', 'None')}, got {value!r}")
+    names = " or ".join(_plain(kind) for kind in kinds)
+    raise refusal(field, value, f"must be {names}, and is {type(value).__name__}", f"Give {names}")
+
+
+def _plain(hint: Any) -> str:
+    hint = hint.__origin__ if typing.get_origin(hint) is typing.Annotated else hint
+    words = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
+    return words.get(hint, hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", ""))

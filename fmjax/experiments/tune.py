@@ -1,6 +1,6 @@
-"""Chooses where and how strongly the corrections of a finished run are made: ``fmjax.tune`` on ``fmjax.pipeline``'s.
+"""Choose where and how strongly the corrections of a finished run are made.
 
-What is chosen is chosen on noise of its own; the table of the page is of the noise of the run's own table.
+Strengths and steps are chosen on validation examples and reported on test examples, each with other noise.
 """
 
 from __future__ import annotations
@@ -8,158 +8,176 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import checks
-from fmjax.correction import search
-from fmjax.experiments import assemble, evaluate, pipeline, report, workdir
+from fmjax import checks, correction
+from fmjax.data import Dataset
+from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, workdir
+from fmjax.experiments.drawing import Draws, Models
+from fmjax.experiments.samplers import FLOW, Sampler
+from fmjax.experiments.settings import Settings
+from fmjax.experiments.specs import refusal
 from fmjax.keys import as_keys
+from fmjax.metrics import Metric
 from fmjax.sampling import grids
-from fmjax.storage import checkpoint, files
+from fmjax.storage import files
 from fmjax.training import logs
 
 ALPHAS = {True: (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0), False: (0.1, 0.25, 0.5, 0.75, 1.0)}  # by whether it classifies
-BETAS = (0.0, 0.5, 1.0, 2.0)  # of a score's noise level
-TUNING = 4  # what its noise is drawn for, apart from what is reported
-NOTES = [
-    *evaluate.NOTES,
-    "Steps, alpha and beta were chosen on other noise than the table's; influence and sensitivity are of that noise.",
-]
+BETAS = (0.0, 0.5, 1.0, 2.0)  # times a score corrector's noise level
+TUNING = 4  # purpose of the keys that strengths are chosen with
+NOTE = "Steps, alpha and beta were chosen on validation data and other noise than the table's."
 
 
+@workdir.owner
 def main(
-    cfg,
-    path: str | Path,
+    settings: Settings,
+    path: Path,
     *,
     by: str,
     solver: str,
-    steps: int,
+    solver_steps: int,
     metric: str | None = None,
     most: int | None = 3,
     seeds: int = 4,
-    alphas: Sequence[float] = (),
-    betas: Sequence[float] = (),
+    alpha: Sequence[float] | None = None,
+    beta: Sequence[float] | None = None,
 ) -> None:
-    """Tunes the corrector ``by`` of the run in ``path`` for ``steps`` of ``solver`` (or of its flow map).
+    """Tune a corrector of a finished run for one plain sampler.
 
-    The best single correction of every step over ``alphas x betas``, greedy search for up to ``most`` steps
-    (``tune.choose``), the distance ``metric`` (by default the first of the run's) meaned over ``seeds`` runs of
-    ``cfg.sampling.samples``; then the table of the winner, of its noise alone and of no correction, of
-    ``cfg.sampling.seeds`` other runs. All of it lies in ``path/tuning``, and is taken up again after a kill; printed is
-    what a config's ``corrections`` take.
+    Finds the best single correction of every step over ``alphas x betas``, then adds steps greedily
+    (``correction.choose``), by the mean of a distance over ``seeds`` runs of ``sampling.samples``; then compares the
+    winner, its noise alone and no correction on ``sampling.seeds`` other runs. All of it lies in ``path/tuning`` and
+    continues after a kill. Prints what a config's ``corrections`` take.
 
-    Raises ``ValueError`` for a name that is not there (with the nearest), fewer than three seeds to report, a run that
-    is not at its end; ``WorkdirError`` for one of another config, whose ``corrections`` may differ.
+    Args:
+        settings: the config.
+        path: the run folder.
+        by: the corrector.
+        solver: the solver, or ``"flow_map"``.
+        solver_steps: its number of steps.
+        metric: name of the distance; by default the first of the config's.
+        most: largest number of corrections.
+        seeds: runs that a value is the mean of.
+        alpha: candidate strengths.
+        beta: candidate noise levels.
+
+    Raises:
+        ValueError: a corrector or a distance that does not exist (with the nearest), or too few runs.
+        WorkdirError: a run that is not complete.
     """
-    ready = pipeline.setup(cfg)
-    plan = ready.correctors.get(by)
-    if plan is None:
-        raise ValueError(f"no corrector {by!r}{checks.nearest(by, ready.correctors)} ({_known(ready.correctors)})")
-    if cfg.sampling.seeds < 3 or seeds < 1:
-        raise ValueError(f"sampling.seeds={cfg.sampling.seeds} must be 3 or more, seeds={seeds} 1 or more")
-    kind = pipeline.classifies(plan)
-    noise = _noise(cfg.correctors[by].method)
-    space = search.Space(
-        steps,
-        tuple(range(steps + 1)),
-        tuple(alphas) or ALPHAS[kind],
-        tuple(betas) or tuple(beta * noise for beta in BETAS[: None if noise else 1]),
-    )
-    if min(space.beta) < 0:
-        raise ValueError(f"betas={space.beta} are standard deviations and cannot be negative")
-    everywhere = {"solver": solver, "steps": steps, "at": space.steps, "by": by, "alpha": 1.0}
-    (plain, setting) = evaluate.settings({solver: (steps,)}, {"tuned": everywhere}, {by: 1 + kind})
-    models = pipeline.read_models(ready, Path(path))
-    path = workdir.open_workdir(path, cfg.to_dict(), free=(*assemble.free(cfg), "corrections"))
-    metrics, _ = evaluate.distances(ready.data)
-    metric = metric or next(iter(metrics))
-    if metric not in metrics:
-        raise ValueError(f"no distance {metric!r}{checks.nearest(metric, metrics)} ({_known(metrics)})")
-
-    count, identity = cfg.sampling.samples, checkpoint.digest(models.params)
-    folder = path / "tuning" / files.slug(f"{by} {plain.name} {metric}")
-    runs = len(space.steps) * len(space.alpha) * len(space.beta) * seeds
-    print(f"{plain.name}, {by}: {runs} runs of {count} samples for single corrections, then those of the greedy search")
-    draw = evaluate.sampler(setting, models)
-
-    with logs.bar("runs", runs, unit="run") as progress:
-
-        def distance(at: search.Setting, key) -> float:
-            keys, strengths = as_keys(key, count), tuple(map(jnp.asarray, at.dense(steps)))
-            parts = range(0, count, evaluate.CHUNK)
-            x = [draw(models.params, keys[i : i + evaluate.CHUNK], None, strengths) for i in parts]
-            progress.update()
-            return metrics[metric](np.concatenate(x))
-
-        what = {"samples": count, "params": identity, "by": by, "sampler": plain.name, "metric": metric}
-        value = search.Evaluations(
-            distance,
-            tuning=_keys(cfg.seed, seeds, TUNING),
-            reporting=_keys(cfg.seed, cfg.sampling.seeds),
-            directory=folder,
-            what=what,
-        )
-        choice = search.choose(value, space, most=most, record=folder / "choice.json")
-
-    best = choice.chosen.setting
-    found = everywhere | best._asdict()
-    settings = evaluate.settings({solver: (steps,)}, {"tuned": found} if best.at else {}, {by: 1 + kind})
-    how = {"seeds": cfg.sampling.seeds, "samples": count, "seed": cfg.seed}
-    drawn = {s: evaluate.draw(s, models, directory=path / "samples", identity=identity, **how) for s in settings}
-    rows, verdicts = evaluate.compare(drawn, metrics, evaluate.training_samples(ready.data, **how))
-    contents = _contents(ready, choice, metric, plain.name, rows, verdicts, drawn, found)
-    page = report.write(folder / "report.html", contents)
+    data = build.data(settings.common.data)
+    if by not in settings.correctors:
+        near = checks.nearest(by, settings.correctors)
+        raise refusal("by", by, f"no such corrector{near}", f"There are {', '.join(settings.correctors)}")
+    if settings.sampling.seeds < 3:
+        raise refusal("sampling.seeds", settings.sampling.seeds, "errors need more runs", "Give 3 or more")
+    steps, space = solver_steps, search_space(settings, by, solver_steps, alpha or (), beta or ())
+    everywhere = Sampler("tuned", "tuned", solver, steps, None, space.steps, by, {"alpha": 1.0, "beta": 0.0})
+    workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
+    models, identity, _ = networks.load(settings, path)
+    if by not in models.methods:
+        raise workdir.WorkdirError(f"workdir={path}: its corrector {by!r} is not trained. Complete launch.pipeline.")
+    distance = chosen_metric(comparison.distances(settings, data, data.validation), metric)
+    plain = samplers.plain_samplers({solver: (steps,)})[0]
+    folder = path / "tuning" / files.slug(f"{by} {plain.name} {distance.name}")
+    draws = comparison.draws_of(settings, data)
+    choice = choose(everywhere, models, draws, distance, space, most, seeds, folder, identity)
+    best = choice.chosen.placement
+    entry = {"solver": solver, "steps": steps, "by": by, **{k: list(v) for k, v in best._asdict().items()}}
+    tuned = samplers.corrected_samplers({"tuned": entry} if best.at else {}, [plain], [by])
+    names = [plain, *tuned]
+    drawn = comparison.draw_all(names, models, draws, directory=path / "draws", identity=identity)
+    costs = {sampler.name: drawing.cost(sampler, models) for sampler in names}
+    metrics = comparison.distances(settings, data, data.test)
+    rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
+    contents = page(data, choice, distance.name, plain.name, rows, verdicts, drawn, entry)
+    report.write(folder / "report.html", contents)
     for sentence in contents.summary:
         print(sentence)
-    print(f"corrections.tuned = {found}" if best.at else "corrections: none")
-    print(f"open {page}")
+    print(f"corrections.tuned = {entry}" if best.at else "corrections: none")
+    print(f"open {folder / 'report.html'}")
 
 
-def _noise(method: Any) -> float:
-    """The largest noise level of a score corrector, zero of another."""
-    return float(np.max(method["sigma"])) if "sigma" in getattr(method, "keys", tuple)() else 0.0
+def search_space(settings: Settings, by: str, steps: int, alphas, betas) -> correction.Space:
+    """Return the steps, strengths and noise levels that are tried; refuse a negative noise level."""
+    part = settings.correctors[by]
+    classifies = assemble.gives_logit(part.net or settings.flow.net)
+    method = part.method
+    level = float(np.max(method["sigma"])) if hasattr(method, "items") and "sigma" in method else 0.0
+    betas = tuple(betas) or tuple(beta * level for beta in BETAS[: None if level else 1])
+    if min(betas) < 0:
+        raise refusal("beta", betas, "a standard deviation is not negative", "Give 0 or more")
+    return correction.Space(steps, tuple(range(steps + 1)), tuple(alphas) or ALPHAS[classifies], betas)
 
 
-def _keys(seed: int, n: int, *what: int):
-    return jnp.stack([evaluate.key_of(seed, i, *what) for i in range(n)])
+def chosen_metric(metrics: Sequence[Metric], name: str | None) -> Metric:
+    """Return the distance of a name, or the first."""
+    by_name = {metric.name: metric for metric in metrics}
+    if name is None:
+        return metrics[0]
+    if name not in by_name:
+        near = checks.nearest(name, by_name)
+        raise refusal("metric", name, f"no such distance{near}", f"There are {', '.join(by_name)}")
+    return by_name[name]
 
 
-def _known(names) -> str:
-    return f"there are {', '.join(names)}"
+def choose(
+    everywhere: Sampler, models: Models, draws: Draws, metric: Metric, space, most, seeds: int, folder: Path, identity
+):
+    """Search the space; values lie in ``folder`` and are not computed twice."""
+    program, steps = drawing.program(everywhere, models), everywhere.steps
+    runs = len(space.steps) * len(space.alpha) * len(space.beta) * seeds
+    words = f"{draws.samples} samples for single corrections, then the runs of the greedy search"
+    print(f"{everywhere.solver}, {steps} steps, {everywhere.by}: {runs} runs of {words}")
+    with logs.bar("runs", runs, unit="run") as progress:
+
+        def distance(at, key) -> float:
+            alpha, beta = map(jnp.asarray, at.dense(steps))
+            options, keys = {"alpha": alpha, "beta": beta}, as_keys(key, draws.samples)
+            run = lambda keys, cond: program(models.params, keys, cond, options)
+            progress.update()
+            return metric.distance(drawing.in_chunks(run, keys, draws.cond))
+
+        key = lambda n, purpose: jnp.stack([drawing.run_key(draws.seed, i, purpose) for i in range(n)])
+        what = {"samples": draws.samples, "params": identity, "by": everywhere.by, "metric": metric.name}
+        value = correction.Evaluations(
+            distance, tuning=key(seeds, TUNING), reporting=key(draws.seeds, 3), directory=folder,
+            identity=what | {"solver": everywhere.solver, "steps": steps},
+        )  # fmt: skip
+        return correction.choose(value, space, most=most, record=folder / "choice.json")
 
 
-def _contents(ready, choice: search.Choice, metric, sampler, rows, verdicts, drawn, found) -> report.Contents:
-    n, ts = evaluate.SHOWN, grids.uniform_grid(len(choice.influence) - 1)
-    told = lambda r: report.plus_minus(r.mean, r.error)
-    best = choice.chosen.setting
+def page(data: Dataset, choice, metric: str, sampler: str, rows, verdicts, drawn, entry) -> report.Contents:
+    """Return the report of a search."""
+    ts, best, level = grids.uniform_grid(len(choice.influence) - 1), choice.chosen.placement, choice.path[0].value
     where = "; ".join(f"alpha {a:g}, beta {b:g} at step {i}" for i, a, b in zip(*best, strict=True)) or "none"
-    level = choice.path[0].value
     alone = np.array([trial.value for trial in choice.influence])
     lines = {"one correction, its best strength": alone, "none": np.full(len(ts), level)}
-    zeros = np.zeros(len(ts))
-    shown = {"held-out data": ready.data.test_x[:n]} | {s.name: x[0, :n] for s, x in drawn.items()}
-    steps = [f"{len(t.setting.at)}: {t.value:.4g}" for t in choice.path]
+    with_error = lambda r: report.plus_minus(r.mean, r.error)
     return report.Contents(
-        f"fmjax: corrections of {sampler}",
-        [
-            f"{sampler}: {metric} {told(choice.plain)} without corrections, {told(choice.reported)} with {where}.",
-            f"On the noise that it was chosen on: {level:.4g} without, {choice.chosen.value:.4g} with.",
+        title=f"fmjax: corrections of {sampler}",
+        summary=[
+            f"{sampler}, {metric}: {with_error(choice.plain)} without corrections, {with_error(choice.reported)} with "
+            f"{where} (validation data, noise of the table).",
+            f"On the noise of the search: {level:.4g} without, {choice.chosen.value:.4g} with.",
         ],
-        rows,
-        verdicts,
-        shown if ready.data.train_x.ndim == 4 else {},
-        {},
-        {},
-        {},
-        {
-            "greedy search, number of corrections: value": "; ".join(steps),
+        rows=rows,
+        verdicts=verdicts,
+        grids=comparison.grids(data, drawn),
+        trajectories={},
+        curves={},
+        gaps={},
+        facts={
+            "greedy search, number of corrections: value": "; ".join(
+                f"{len(t.placement.at)}: {t.value:.4g}" for t in choice.path
+            ),
             "value where all alphas are multiplied": json.dumps(choice.sensitivity),
-            "corrections of a config": json.dumps({"tuned": found}),
+            "corrections of a config": json.dumps({"tuned": entry}),
             "environment": json.dumps(workdir.environment(), indent=1),
         },
-        NOTES,
-        {name: (ts, y, zeros) for name, y in lines.items() if np.isfinite(y).all()},
+        notes=[*comparison.NOTES, NOTE],
+        influence={name: (ts, y, np.zeros(len(ts))) for name, y in lines.items() if np.isfinite(y).all()},
     )

@@ -1,57 +1,189 @@
-"""The folder of a run: its config, its environment, its records. A folder belongs to one config."""
+"""The run folder: its config, its environment, and one folder a stage, each with the fields that it depends on."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from fmjax.storage.files import _as_json, write_json
+from fmjax.experiments import specs
+from fmjax.storage import checkpoint, files, lock
 
 PACKAGES = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 ABSENT = "absent"
+CONFIG, STAGE, CONVERTED = "config.json", "stage.json", "converted.json"
+GROWS = "steps"  # a training may be continued to more steps where the schedule does not depend on their number
 
 
 class WorkdirError(RuntimeError):
-    """A folder that cannot be written, or that belongs to another config."""
+    """A folder that cannot be written, that is no run folder, or whose stages belong to another config."""
 
 
-def open_workdir(path: str | Path, config: Mapping[str, Any], *, free: Iterable[str] = ()) -> Path:
-    """Makes the folder of a run, or checks that it belongs to this one; returns its absolute path.
+def open_workdir(path: str | Path, config: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Make the folder of a run, or check that what is in it belongs to this config.
 
-    Writes ``config.json`` (plain JSON, sorted) and ``environment.json`` (code and package versions, devices; what it
-    was at earlier openings, where it differs, under ``earlier``). ``free`` names fields, dotted, that may change when
-    a run is resumed. On several processes the first one writes. Raises ``WorkdirError``, before anything is touched,
-    for a folder of another config (with every differing field and both values) and for one that cannot be written.
+    Writes ``config.json`` and ``environment.json`` (versions, devices; earlier ones under ``earlier``). Fields that no
+    existing stage depends on may change, and the steps of a training with a constant learning rate may grow.
+
+    Args:
+        path: the folder.
+        config: the config as plain values.
+        stages: stage -> the fields (dotted names) that its result depends on, with their values.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        WorkdirError: before anything is written, for a stage of another config, with every field that differs, both
+            values and what to do; and for a folder that cannot be written.
     """
-    if "://" in str(path):
-        raise WorkdirError(f"workdir {path} is a URL; give a folder of a local or mounted file system")
-    path = Path(path).absolute()
-    config = _plain(config)
-    if (path / "config.json").exists():
-        differing = _differing(_read_config(path), config, tuple(free))
-        if differing:
-            told = "; ".join(differing)
-            raise WorkdirError(f"{path} belongs to another config: {told}; choose another workdir, or its values")
+    path = local(path)
+    config = plain(config)
+    for name, fields in stages.items():
+        _check_stage(path, name, plain(fields))
     if jax.process_index() == 0:
         try:
             path.mkdir(parents=True, exist_ok=True)
             _write_environment(path / "environment.json")
-            write_json(path / "config.json", config)
+            files.write_json(path / CONFIG, config)
         except OSError as error:
             at = f" ({error.filename})" if error.filename else ""
-            raise WorkdirError(f"workdir {path} cannot be written: {error.strerror}{at}; choose another one") from error
+            raise WorkdirError(f"workdir={path}: cannot be written: {error.strerror}{at}. Choose another.") from error
     return path
 
 
+def owner(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate ``main(settings, path, ...)`` so that it owns the run folder while it works.
+
+    Raises:
+        storage.lock.Owned: another process works there; the message names its host and process id.
+    """
+
+    @functools.wraps(main)
+    def owned_main(settings: Any, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        path = local(path)
+        try:
+            with lock.owned(path):
+                return main(settings, path, *args, **kwargs)
+        except OSError as error:
+            if error.filename is None or not str(error.filename).startswith(str(path)):
+                raise
+            raise WorkdirError(f"workdir={path}: cannot be written: {error.strerror} ({error.filename}).") from error
+
+    return owned_main
+
+
+def begin_stage(path: Path, name: str, fields: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Path:
+    """Make the folder of a stage and record the fields that its result depends on.
+
+    Args:
+        path: the run folder.
+        name: the stage, such as ``"correctors.score"``.
+        fields: dotted names of config fields with their values.
+        data: what samplers must know of the data: shape, kind, classes, levels, name.
+
+    Returns:
+        The folder of the stage.
+    """
+    folder = stage_folder(path, name)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(folder / STAGE, {"stage": name, "fields": plain(fields), "data": dict(data or {})})
+    return folder
+
+
+def stage_folder(path: str | Path, name: str) -> Path:
+    """Return the folder of a stage: ``"correctors.score"`` lies in ``correctors/score``."""
+    first, _, rest = name.partition(".")
+    return Path(path) / first / files.slug(rest) if rest else Path(path) / first
+
+
+def read_config(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
+    """Read the config of a run folder.
+
+    Args:
+        path: the folder.
+        trust: run code outside the package that the config names. The folder may be a stranger's.
+
+    Returns:
+        The config as plain values.
+
+    Raises:
+        WorkdirError: no run folder, a damaged one, or code outside the package without ``trust``.
+    """
+    path = local(path)
+    if not (path / CONFIG).exists():
+        what = "is the folder of a stage" if (path / STAGE).exists() else "is no run folder (it has no config.json)"
+        raise WorkdirError(f"workdir={path}: {what}. Give the folder that launch.train or launch.pipeline wrote.")
+    config = files.read_json(path / CONFIG)
+    refuse_outside(config, path, trust=trust)
+    return config
+
+
+def refuse_outside(config: Mapping[str, Any], path: str | Path, *, trust: bool) -> None:
+    """Refuse a run folder whose config names code outside the package, unless its owner is trusted."""
+    if not trust:
+        for field, place in specs.outside_places(config):
+            raise WorkdirError(
+                f"{field}={place!r}: the config in {path} runs code outside fmjax. Read that code, then give --trust "
+                "(trust=True in Python)."
+            )
+
+
+def network_folder(path: str | Path) -> Path:
+    """Return the folder of a trained network: a stage's folder, or the flow of a run folder.
+
+    Args:
+        path: ``W`` for the flow of the run in ``W``, or a stage's folder such as ``W/flow_map``.
+
+    Returns:
+        The folder that has ``checkpoints``.
+
+    Raises:
+        WorkdirError: nothing is trained there.
+    """
+    path = local(path)
+    for folder in (path, path / "flow"):
+        if checkpoint.latest_step(folder / "checkpoints") is not None:
+            return folder
+    raise WorkdirError(f"workdir={path}: has no checkpoint of a flow. Train one with launch.train --workdir={path}.")
+
+
+def fork(source: str | Path, target: Path, stage: str = "flow") -> None:
+    """Start a stage of a new run from the whole state (parameters, optimiser, average, step) of another run.
+
+    Args:
+        source: run folder to continue from.
+        target: the new run folder; a stage that has checkpoints already is left as it is.
+        stage: the stage.
+
+    Raises:
+        WorkdirError: ``source`` has no checkpoint of the stage.
+    """
+    folder = stage_folder(target, stage)
+    if checkpoint.latest_step(folder / "checkpoints") is not None or jax.process_index() != 0:
+        return
+    origin = stage_folder(local(source), stage)
+    if checkpoint.latest_step(origin / "checkpoints") is None:
+        raise WorkdirError(f"fork={source}: has no checkpoint of {stage!r}. Give the folder of a run that was trained.")
+    step, state, _ = checkpoint.restore(origin / "checkpoints", fallback=True)
+    with checkpoint.writer(folder / "checkpoints") as manager:
+        checkpoint.save(manager, step, state, metadata={"stage": stage, "forked": str(origin)})
+    records = origin / "metrics.jsonl"
+    if records.exists():
+        shutil.copy(records, folder / "metrics.jsonl")
+
+
 def environment() -> dict[str, Any]:
-    """What the run ran on: package versions, git commit (``+`` where changed), Python, platform and devices."""
+    """Return what the run runs on: package versions, git commit (``+`` where changed), Python, platform, devices."""
     devices = jax.devices()
     return {
         "versions": {name: _version(name) for name in PACKAGES},
@@ -63,45 +195,80 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def local(path: str | Path) -> Path:
+    """Return a folder's absolute path, ``~`` expanded; refuse a URL."""
+    if "://" in str(path):
+        raise WorkdirError(f"workdir={path}: is a URL. Give a folder of a local or mounted file system.")
+    return Path(path).expanduser().absolute()
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config as JSON has it: tuples are lists, objects their names.
+
+    Raises:
+        ValueError: an object that only Python holds, which a later command could not find again.
+    """
     return json.loads(json.dumps(dict(config), default=_as_json))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise WorkdirError(f"{path / 'config.json'} is unreadable ({error}); choose another workdir") from error
-
-
-def _differing(old: dict, new: dict, free: tuple[str, ...]) -> list[str]:
-    a, b = dict(_fields(old)), dict(_fields(new))
-    is_free = lambda name: any(name == f or name.startswith(f + ".") for f in free)
-    show = lambda fields, name: json.dumps(fields[name]) if name in fields else ABSENT
-    names = [name for name in sorted(a.keys() | b.keys()) if not is_free(name)]
-    return [
-        f"{name} is {show(a, name)} there, {show(b, name)} here" for name in names if show(a, name) != show(b, name)
-    ]
-
-
-def _fields(tree: dict, prefix: str = ""):
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the fields of a nested config by dotted name."""
+    fields: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _fields(value, f"{prefix}{name}.")
+        if hasattr(value, "items") and value:
+            fields |= flat(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            fields[prefix + name] = value
+    return fields
+
+
+def _check_stage(path: Path, name: str, new: dict[str, Any]) -> None:
+    """Refuse a stage that was begun with other fields."""
+    file = stage_folder(path, name) / STAGE
+    if not file.exists():
+        return
+    a, b = flat(files.read_json(file)["fields"]), flat(new)
+    show = lambda fields, field: json.dumps(fields[field]) if field in fields else ABSENT
+    differing = [field for field in sorted(a.keys() | b.keys()) if show(a, field) != show(b, field)]
+    grown = [f for f in differing if f.rpartition(".")[2] == GROWS and f in a and f in b and b[f] > a[f]]
+    for field in grown:
+        if b.get(field.removesuffix(GROWS) + "schedule") == "constant":
+            differing.remove(field)
+    if not differing:
+        return
+    told = "; ".join(f"{f} is {show(a, f)} there, {show(b, f)} here" for f in differing[:5])
+    more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+    raise WorkdirError(
+        f"workdir={path}: its stage {name!r} was begun with another config: {told}{more}. Set these back, or give "
+        f"another --workdir (with --fork={path} it starts from this state)."
+    )
+
+
+def _as_json(value: Any) -> Any:
+    if hasattr(value, "items"):
+        return dict(value.items())
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    try:
+        return files.as_json(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise ValueError(
+            f"config: holds a {kind}, which config.json cannot name. Give 'package.module:factory', or call "
+            "experiments.assemble and training.train without a run folder."
+        ) from None
 
 
 def _write_environment(path: Path) -> None:
     now = environment()
     try:
-        before = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        before = files.read_json(path)
+    except files.DamagedFile:
         before = now
     earlier = before.pop("earlier", []) if before is not now else []
     if before != now:
         earlier.append(before)
-    write_json(path, {**now, "earlier": earlier})
+    files.write_json(path, {**now, "earlier": earlier})
 
 
 def _version(package: str) -> str | None:
@@ -112,12 +279,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit(package: Path) -> str | None:
-    """The commit of the checkout that is the package's own; one installed below some other checkout has none."""
+    """The commit of the checkout that is the package's own; a package installed below another checkout has none."""
     git = lambda *args: subprocess.run(
         ["git", "-C", str(package), *args], capture_output=True, text=True, check=True, timeout=10
     ).stdout.strip()
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.resolve().parent:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.resolve().parents[1]:
             return None
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

@@ -1,7 +1,7 @@
-"""How well a classifier tells two sets of examples apart: cross-entropy, AUC and accuracy, along the steps of a flow.
+"""How well a classifier separates two sets of examples: cross-entropy, AUC and accuracy, along the steps of a flow.
 
-The first set is the positive class (backward marginals, real examples). Classes count alike whatever their sizes. Give
-examples that the classifier was not trained on.
+The first set is the positive class (backward marginals, real examples). Both classes have the same weight, whatever
+their sizes. Give examples that the classifier was not trained on.
 """
 
 from __future__ import annotations
@@ -22,28 +22,69 @@ Others = Float[np.ndarray, " m"]
 
 
 def bce(positive: Logits, negative: Others) -> tuple[float, float]:
-    """The balanced cross-entropy ``(E softplus(-f) + E softplus(f)) / 2`` in nats, and its standard error.
+    """Return the balanced cross-entropy ``(E softplus(-f) + E softplus(f)) / 2`` and its standard error.
 
-    ``log 2`` for a classifier that knows nothing; the log-odds of two laws give ``log 2`` minus their Jensen-Shannon
-    divergence.
+    A constant logit of zero has ``log 2``; the log-odds of two distributions have ``log 2`` minus the Jensen-Shannon
+    divergence of the distributions.
+
+    Args:
+        positive: logits ``[n]`` of the positive examples.
+        negative: logits ``[m]`` of the negative examples.
+
+    Returns:
+        The cross-entropy and its error, in nats.
+
+    >>> round(bce(np.zeros(4), np.zeros(4))[0], 6) == round(float(np.log(2)), 6)
+    True
     """
     terms = np.logaddexp(0, -np.asarray(positive, np.float64)), np.logaddexp(0, np.asarray(negative, np.float64))
     return float(sum(a.mean() for a in terms) / 2), float(np.sqrt(sum(a.var(ddof=1) / len(a) for a in terms)) / 2)
 
 
 def auc(positive: Logits, negative: Others) -> float:
-    """``P(f(positive) > f(negative)) + P(f(positive) = f(negative)) / 2``, by the ranks of all pairs."""
+    """Return ``P(f(positive) > f(negative)) + P(f(positive) = f(negative)) / 2``, by the ranks of all pairs.
+
+    Args:
+        positive: logits ``[n]`` of the positive examples.
+        negative: logits ``[m]`` of the negative examples.
+
+    Returns:
+        The area under the ROC curve, in [0, 1].
+
+    >>> auc(np.array([1.0, 2.0]), np.array([0.0, 1.0]))
+    0.875
+    """
     below = lambda side: np.searchsorted(np.sort(negative), positive, side).sum()
     return float((below("left") + below("right")) / (2 * len(positive) * len(negative)))
 
 
 def accuracy(positive: Logits, negative: Others) -> float:
-    """The mean of the shares of both classes on their own side of zero."""
+    """Return the balanced accuracy: the mean over both classes of the fraction on the right side of zero.
+
+    Args:
+        positive: logits ``[n]`` of the positive examples.
+        negative: logits ``[m]`` of the negative examples.
+
+    Returns:
+        The accuracy, in [0, 1].
+
+    >>> accuracy(np.array([1.0, -1.0]), np.array([-2.0]))
+    0.75
+    """
     return float((np.mean(np.asarray(positive) > 0) + np.mean(np.asarray(negative) < 0)) / 2)
 
 
 class ByStep(NamedTuple):
-    """What ``by_step`` gives, ``[steps]`` each; ``robust_accuracy`` is ``None`` without an attack."""
+    """The numbers of a classifier at each step of a flow, arrays ``[steps]``.
+
+    Attributes:
+        ts: the times of the steps.
+        bce: the balanced cross-entropy, in nats.
+        bce_se: its standard error.
+        auc: the area under the ROC curve.
+        accuracy: the balanced accuracy.
+        robust_accuracy: the balanced accuracy under attack; ``None`` without an attack.
+    """
 
     ts: np.ndarray
     bce: np.ndarray
@@ -63,32 +104,50 @@ def by_step(
     attack: Callable | None = None,
     batch: int = 512,
 ) -> ByStep:
-    """The numbers of the classifier ``net``, its diagonal, on held-out marginals ``[examples, steps, ...]``, by step.
+    """Evaluate a classifier on held-out marginals, step by step, on its diagonal ``s = t``.
 
-    For exact inverse marginals the best classifier has equal cross-entropy and AUC at every step. ``attack(margin, x)``
-    gives the perturbations under which ``robust_accuracy`` is taken: ``functools.partial(attacks.pgd, eps=0.5)``. The
-    rest is of clean examples. Raises ``ValueError`` where the steps are not as many as the times.
+    For exact inverse marginals the best classifier has equal cross-entropy and AUC at every step.
+
+    Args:
+        net: a network with one logit an example.
+        params: its parameters.
+        positive: marginals ``[n, steps, ...]`` of the positive class.
+        negative: marginals ``[m, steps, ...]`` of the negative class.
+        ts: the times ``[steps]``.
+        attack: ``attack(margin, x)`` returns the perturbations under which ``robust_accuracy`` is measured:
+            ``functools.partial(attacks.pgd, eps=0.5)``. The other numbers are measured on clean examples.
+        batch: the number of examples evaluated at a time.
+
+    Returns:
+        The numbers at each step.
+
+    Raises:
+        ValueError: if the marginals have another number of steps than ``ts``.
+
+    >>> net = lambda params, x, s, t, cond=None, key=None: x
+    >>> steps = by_step(net, None, np.ones((3, 2), np.float32), -np.ones((3, 2), np.float32), np.array([0.0, 1.0]))
+    >>> steps.accuracy.tolist()
+    [1.0, 1.0]
     """
     if not positive.shape[1] == negative.shape[1] == len(ts):
         raise ValueError(
-            f"both sets hold examples [n, steps, ...] at {len(ts)} times, got {positive.shape} and {negative.shape}"
+            f"ts=[{len(ts)}]: the marginals are {positive.shape} and {negative.shape}. Give [n, steps, ...]."
         )
-    found = []
+    rows = []
     for n, t in enumerate(ts):
-        told = [_logits(net, attack, params, x[:, n], t, y, batch) for x, y in ((positive, 1.0), (negative, -1.0))]
-        (p, robust_p), (q, robust_q) = told
-        found.append([*bce(p, q), auc(p, q), accuracy(p, q), accuracy(robust_p, robust_q)])
-    *clean, robust = np.array(found).T
+        logits = [_logits(net, attack, params, x[:, n], t, y, batch) for x, y in ((positive, 1.0), (negative, -1.0))]
+        (p, robust_p), (q, robust_q) = logits
+        rows.append([*bce(p, q), auc(p, q), accuracy(p, q), accuracy(robust_p, robust_q)])
+    *clean, robust = np.array(rows).T
     return ByStep(np.asarray(ts), *clean, None if attack is None else robust)
 
 
 def _logits(net, attack, params, x, t, y: float, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of the examples as they are and under attack, a batch at a time."""
-    rows = np.minimum(np.arange(-(-len(x) // batch) * batch), len(x) - 1).reshape(
-        -1, batch
-    )  # one shape: pad, then drop
-    told = [_evaluate(net, attack, params, np.asarray(x[i], np.float32), np.float32(t), np.float32(y)) for i in rows]
-    return tuple(np.concatenate(f)[: len(x)] for f in zip(*jax.device_get(told), strict=True))
+    """Return the logits of clean and of attacked examples, a batch at a time."""
+    padded = np.minimum(np.arange(-(-len(x) // batch) * batch), len(x) - 1)  # one shape, one compilation
+    parts = (np.asarray(x[rows], np.float32) for rows in padded.reshape(-1, batch))
+    logits = [_evaluate(net, attack, params, part, np.float32(t), np.float32(y)) for part in parts]
+    return tuple(np.concatenate(f)[: len(x)] for f in zip(*jax.device_get(logits), strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,8 +1,8 @@
-"""FD-small: a Frechet distance in the features of a small classifier that is trained here by a fixed recipe.
+"""FD-small and FD-random: Frechet distances in the features of a small network, trained here or random.
 
-It needs no download and no accelerator. It is not FID and must not be called so: the network, its 32 features and the
-8x8 digits it was trained on are our own. The classifier sees the training split only; report its held-out accuracy
-beside every value, and the floor: held-out data against the reference at the same count.
+They need no download and no accelerator. They are not FID and must not be called so. FD-small needs labels: the network
+is trained to classify the training split, by a fixed recipe. Report its held-out accuracy beside every value, and the
+floor: held-out data against the reference at the same count. FD-random needs no labels: the weights stay random.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from fmjax.metrics import checking
 from fmjax.metrics.frechet import frechet
 
 Images = Num[np.ndarray | jax.Array, "n h w c"]
 
-# Everything that decides the weights, beside the data; its hash is part of the file's name. Change the code of `_train`
-# or `_apply` and the version must change too.
+# Everything that decides the weights, beside the data; its hash is part of the file's name. A change of the code of
+# `_train` or `_apply` needs another version.
 RECIPE = {
     "version": 1,
     "widths": (16, 32, 64),
@@ -42,57 +43,100 @@ RECIPE = {
 
 
 class Features(NamedTuple):
-    """A trained feature extractor: ``features(x): [n, 32]``, ``logits(x): [n, classes]`` of images ``[n, h, w, c]``.
+    """A feature extractor of images ``[n, h, w, c]``.
 
-    ``weights`` is the sha256 of the parameters: two values of FD-small compare only when it is the same.
+    Attributes:
+        features: ``features(x)``, ``[n, 32]``.
+        logits: ``logits(x)``, ``[n, classes]``; of a random network without meaning.
+        levels: the number of grey levels that images are rounded to, or ``None`` for no rounding.
+        weights: the sha256 of the parameters; two distances compare only if it is the same.
     """
 
     features: Callable[[Images], np.ndarray]
     logits: Callable[[Images], np.ndarray]
-    levels: int
+    levels: int | None
     weights: str
 
 
 def quantise(x: Num[np.ndarray | jax.Array, "*s"], levels: int) -> Float[np.ndarray, "*s"]:
-    """The nearest of ``levels`` equally spaced values in [-1, 1], clipped; float32. 256: the 8 bits of an image file.
+    """Round images to equally spaced grey levels in [-1, 1], and clip them.
 
-    Data sets hold grey levels, samplers real numbers; a metric that sees the difference measures the file format.
-    ``levels=256`` agrees with ``uint8(clip(127.5 x + 128, 0, 255))``; the 8x8 digits have 17.
+    Data sets hold grey levels, samplers real numbers; a metric that detects the difference measures the file format.
+
+    Args:
+        x: images in [-1, 1], of any shape.
+        levels: the number of grey levels: 256 for 8-bit images (this agrees with
+            ``uint8(clip(127.5 x + 128, 0, 255))``), 17 for the 8x8 digits.
+
+    Returns:
+        The nearest level of each value, float32.
+
+    Raises:
+        ValueError: for fewer than two levels.
+
+    >>> quantise(np.array([-1.2, -0.1, 0.3, 0.9]), 3).tolist()
+    [-1.0, 0.0, 0.0, 1.0]
     """
     if levels < 2:
-        raise ValueError(f"levels={levels} must be at least 2 (digits: 17, 8-bit images: 256)")
+        raise ValueError(f"levels={levels}: a pixel has at least 2 levels. Give 256 for 8-bit images, 17 for digits.")
     top = levels - 1
     steps = np.clip(np.floor((np.asarray(x, np.float64) + 1) / 2 * top + 0.5), 0, top)
     return (steps / top * 2 - 1).astype(np.float32)
 
 
 def small_classifier(
-    train_x: Images, train_y: Int[np.ndarray | jax.Array, " n"], *, cache_dir: str | os.PathLike, levels: int = 17
+    train_x: Images,
+    train_y: Int[np.ndarray | jax.Array, " n"],
+    *,
+    cache_dir: str | os.PathLike,
+    levels: int | None = 17,
 ) -> Features:
-    """The classifier of FD-small on images ``[n, h, w, c]`` in [-1, 1] with labels ``[n]``, trained or read from cache.
+    """Train the classifier of FD-small, or read it from the cache.
 
-    Three 3x3 convolutions, global mean and maximum, a leaky dense layer of 32 units (the features; leaky, because dead
-    units make the covariance singular), a linear head. AdamW with a cosine schedule, random shifts by up to one pixel.
-    Some seconds on two CPU cores. The same recipe, data and machine give the same weights to the bit; another number of
-    cores does not (sums in another order), so compare ``weights`` or share the file.
+    The network has three 3x3 convolutions, global mean and maximum, a leaky dense layer of 32 units (the features;
+    leaky, because dead units make the covariance singular) and a linear head. It is trained by AdamW with a cosine
+    schedule on random shifts by up to one pixel, in some seconds on two CPU cores. The same recipe, data and machine
+    give the same weights to the bit. Another number of cores adds in another order: compare ``weights``, or copy the
+    file.
 
-    The file ``fd-small-<sha256 of recipe and data>.npz`` in ``cache_dir`` carries the hash of its weights; one that is
-    torn or altered is named in a warning, retrained and replaced. ``levels``: see ``fd_small``.
-    Raises ``ValueError`` for images outside [-1, 1], labels that do not match, and an unwritable ``cache_dir``.
+    The file ``fd-small-<sha256 of recipe and data>.npz`` in ``cache_dir`` states the hash of its weights. A torn or
+    altered file is named in a warning, and replaced by a new training.
+
+    Args:
+        train_x: images ``[n, h, w, c]`` in [-1, 1], at least 128.
+        train_y: labels ``[n]`` of two classes or more.
+        cache_dir: the folder of trained classifiers.
+        levels: the number of grey levels that ``fd_small`` rounds images to; ``None`` for no rounding.
+
+    Returns:
+        The features.
+
+    Raises:
+        ValueError: for images outside [-1, 1], labels that do not match or are all equal, and a ``cache_dir`` that
+            cannot be written.
+
+    >>> small_classifier(np.zeros((200, 8, 8, 1)), np.zeros(200, int), cache_dir="cache")
+    Traceback (most recent call last):
+    ValueError: train_y=[200]: all labels are 0, so that there is nothing to classify. Use random_features.
     """
     x, y = np.asarray(train_x, np.float32), np.asarray(train_y, np.int32)
     if x.ndim != 4 or y.shape != x.shape[:1] or len(x) < RECIPE["batch"]:
         raise ValueError(
-            f"small_classifier needs images [n, h, w, c] and labels [n] with n >= {RECIPE['batch']}, "
-            f"got {x.shape} and {y.shape}"
+            f"train_x={x.shape}, train_y={y.shape}: give images [n, h, w, c] and labels [n], n >= {RECIPE['batch']}."
         )
     if not np.abs(x).max() <= 1 or y.min() < 0:
-        raise ValueError("images must lie in [-1, 1] without NaN, labels must be 0 or above")
+        raise ValueError(
+            "train_x: images lie in [-1, 1] without NaN, and labels are 0 or above. Scale or correct them."
+        )
+    if (y == y[0]).all():
+        raise ValueError(
+            f"train_y=[{len(y)}]: all labels are {y[0]}, so that there is nothing to classify. Use random_features."
+        )
     directory = Path(cache_dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cache_dir {directory} cannot be made: {error}; give a writable directory") from error
+        raise ValueError(f"cache_dir={directory}: {error}. Give a folder that can be written.") from error
 
     digest = _sha256(json.dumps(RECIPE, sort_keys=True).encode(), {"x": x, "y": y})
     file = directory / f"fd-small-{digest[:16]}.npz"
@@ -100,23 +144,73 @@ def small_classifier(
     if params is None:
         params = jax.device_get(_train(jnp.asarray(x), jnp.asarray(y), classes=int(y.max()) + 1))
         _write(file, digest, params)
-    apply = functools.partial(_in_blocks, params, shape=x.shape[1:])
-    return Features(lambda x: apply(x)[0], lambda x: apply(x)[1], levels, _sha256(b"", params))
+    return _features(params, x.shape[1:], levels)
 
 
-def accuracy(features: Features, x: Images, y: Int[np.ndarray | jax.Array, " n"]) -> float:
-    """Share of images whose largest logit is that of their label; on held-out images, reported beside FD-small."""
+def random_features(shape: tuple[int, ...], *, levels: int | None = None, seed: int = 0) -> Features:
+    """Return the features of the network of ``small_classifier`` with its initial weights: they need no labels.
+
+    Args:
+        shape: the shape ``(h, w, c)`` of an image.
+        levels: the number of grey levels that ``fd_small`` rounds images to; ``None`` for no rounding.
+        seed: the seed of the weights.
+
+    Returns:
+        The features.
+
+    >>> random_features((8, 8, 1)).features(np.zeros((5, 8, 8, 1))).shape
+    (5, 32)
+    """
+    return _features(jax.device_get(_init(jax.random.key(seed), shape[-1], classes=1)), tuple(shape), levels)
+
+
+def label_accuracy(features: Features, x: Images, y: Int[np.ndarray | jax.Array, " n"]) -> float:
+    """Return the fraction of images whose largest logit belongs to their label.
+
+    Args:
+        features: a trained classifier.
+        x: images ``[n, h, w, c]``, held out from its training.
+        y: labels ``[n]``.
+
+    Returns:
+        The accuracy, to be reported beside FD-small.
+
+    >>> net = Features(None, lambda x: np.eye(2)[[0, 1, 1]], None, "")
+    >>> round(label_accuracy(net, np.zeros((3, 8, 8, 1)), np.array([0, 1, 0])), 3)
+    0.667
+    """
     return float((features.logits(x).argmax(1) == np.asarray(y)).mean())
 
 
 def fd_small(features: Features, samples: Images, reference: Num[np.ndarray | jax.Array, "m h w c"]) -> float:
-    """Frechet distance of ``samples`` to ``reference`` in the features of the small classifier.
+    """Return the Frechet distance of samples to reference images in the features of a small network.
 
-    Both are quantised to ``features.levels`` grey levels first. Biased upwards by about ``c/n``: compare only values of
-    one sample count, and draw random subsets of a data set, never its first n. Raises as ``frechet`` does.
+    Both are rounded to ``features.levels`` grey levels first. The value is biased upwards by about ``c/n``: compare
+    only values of one sample count, and draw random subsets of a data set, never its first n.
+
+    Args:
+        features: the features, of ``small_classifier`` or ``random_features``.
+        samples: images ``[n, h, w, c]``.
+        reference: images ``[m, h, w, c]``.
+
+    Returns:
+        The squared distance.
+
+    Raises:
+        ValueError: for images that are not finite or of another shape, and fewer than two of them.
+
+    >>> x = np.random.default_rng(0).uniform(-1, 1, (40, 8, 8, 1))
+    >>> abs(fd_small(random_features((8, 8, 1)), x, x)) < 1e-6
+    True
     """
-    a, b = (features.features(quantise(x, features.levels)) for x in (samples, reference))
+    pair = checking.pair(samples, reference, ("samples", "reference"))
+    a, b = (features.features(quantise(x, features.levels) if features.levels else x) for x in pair)
     return frechet(a, b)
+
+
+def _features(params: dict, shape: tuple[int, ...], levels: int | None) -> Features:
+    apply = functools.partial(_in_blocks, params, shape=shape)
+    return Features(lambda x: apply(x)[0], lambda x: apply(x)[1], levels, _sha256(b"", params))
 
 
 def _init(key, channels: int, classes: int) -> dict:
@@ -147,25 +241,7 @@ def _apply(params: dict, x):
 
 
 def _train(x, y, *, classes: int) -> dict:
-    import optax
-
-    schedule = optax.cosine_decay_schedule(RECIPE["learning_rate"], RECIPE["steps"])
-    tx = optax.adamw(schedule, weight_decay=RECIPE["weight_decay"])
-
-    def loss(params, x, y):
-        target = optax.smooth_labels(jax.nn.one_hot(y, classes), RECIPE["label_smoothing"])
-        return optax.softmax_cross_entropy(_apply(params, x)[1], target).mean()
-
-    @jax.jit
-    def step(params, opt, x, y, key):
-        k_index, k_shift = jax.random.split(key)
-        index = jax.random.randint(k_index, (RECIPE["batch"],), 0, len(x))
-        padded = jnp.pad(x[index], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
-        dy, dx = jax.random.randint(k_shift, (2,), 0, 3)
-        shifted = jax.lax.dynamic_slice(padded, (0, dy, dx, 0), (len(index), *x.shape[1:]))
-        updates, opt = tx.update(jax.grad(loss)(params, shifted, y[index]), opt, params)
-        return optax.apply_updates(params, updates), opt
-
+    tx, step = _step(tuple(RECIPE.items()), classes)
     k_init, k_steps = jax.random.split(jax.random.key(RECIPE["seed"]))
     params = _init(k_init, x.shape[-1], classes)
     opt = tx.init(params)
@@ -175,13 +251,41 @@ def _train(x, y, *, classes: int) -> dict:
     return params
 
 
+@functools.cache
+def _step(recipe: tuple, classes: int):
+    """Return the optimiser and its jitted step, one for all trainings of a recipe."""
+    import optax
+
+    recipe = dict(recipe)
+    schedule = optax.cosine_decay_schedule(recipe["learning_rate"], recipe["steps"])
+    tx = optax.adamw(schedule, weight_decay=recipe["weight_decay"])
+
+    def loss(params, x, y):
+        target = optax.smooth_labels(jax.nn.one_hot(y, classes), recipe["label_smoothing"])
+        return optax.softmax_cross_entropy(_apply(params, x)[1], target).mean()
+
+    @jax.jit
+    def step(params, opt, x, y, key):
+        k_index, k_shift = jax.random.split(key)
+        index = jax.random.randint(k_index, (recipe["batch"],), 0, len(x))
+        padded = jnp.pad(x[index], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
+        dy, dx = jax.random.randint(k_shift, (2,), 0, 3)
+        shifted = jax.lax.dynamic_slice(padded, (0, dy, dx, 0), (len(index), *x.shape[1:]))
+        updates, opt = tx.update(jax.grad(loss)(params, shifted, y[index]), opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    return tx, step
+
+
 _jit_apply = jax.jit(_apply)
 
 
 def _in_blocks(params, x, *, shape, block: int = 512):
     x = np.asarray(x, np.float32)
     if x.shape[1:] != shape or not len(x):
-        raise ValueError(f"the classifier was trained on images [n, {', '.join(map(str, shape))}], got {x.shape}")
+        raise ValueError(
+            f"x={x.shape}: the features are of images [n, {', '.join(map(str, shape))}]. Give such images."
+        )
     outputs = []
     for i in range(0, len(x), block):
         part = x[i : i + block]
@@ -206,18 +310,18 @@ def _write(file: Path, digest: str, params: dict) -> None:
             np.savez(f, recipe_and_data=digest, weights=_sha256(b"", params), **params)
         part.replace(file)  # readers see the whole file or none
     except OSError as error:
-        raise ValueError(f"cannot write {file}: {error}; give a writable cache_dir") from error
+        raise ValueError(f"cache_dir={file.parent}: {error}. Give a folder that can be written.") from error
 
 
 def _read(file: Path, digest: str) -> dict | None:
-    """The parameters, or None with a warning that names what is wrong with the file."""
+    """Return the parameters, or ``None`` after a warning that names the fault of the file."""
     try:
         with np.load(file, allow_pickle=False) as z:
             content = {name: z[name] for name in z.files}
-        found, weights = str(content.pop("recipe_and_data")), str(content.pop("weights"))
+        stated, weights = str(content.pop("recipe_and_data")), str(content.pop("weights"))
         wrong = (
-            f"was made by another recipe or from other data (sha256 {found[:16]}, expected {digest[:16]})"
-            if found != digest
+            f"comes from another recipe or from other data (sha256 {stated[:16]}, expected {digest[:16]})"
+            if stated != digest
             else "does not hold the weights whose sha256 it states"
             if weights != _sha256(b"", content)
             else None
@@ -226,5 +330,5 @@ def _read(file: Path, digest: str) -> dict | None:
         wrong = f"cannot be read ({type(error).__name__}: {error})"
     if wrong is None:
         return content
-    warnings.warn(f"cached classifier {file} {wrong}: training it anew and replacing the file", stacklevel=3)
+    warnings.warn(f"cached classifier {file} {wrong}: it is trained again and the file replaced", stacklevel=3)
     return None

@@ -8,6 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Float, Num
 
+from fmjax.checks import check_choice
+from fmjax.metrics import checking
+
 Features = Num[np.ndarray | jax.Array, "n d"]
 Others = Num[np.ndarray | jax.Array, "m k"]
 Vector = Float[np.ndarray, " d"]
@@ -15,35 +18,78 @@ Matrix = Float[np.ndarray, "d d"]
 
 
 def moments(features: Features) -> tuple[Vector, Matrix]:
-    """Mean ``[d]`` and covariance ``[d, d]`` (divisor ``n - 1``) in float64; subtracts the mean before squaring.
+    """Return the mean and the covariance of features; the mean is subtracted before squaring.
 
-    Raises ``ValueError`` for fewer than two rows or entries that are not finite.
+    Args:
+        features: ``[n, d]``, at least two rows.
+
+    Returns:
+        The mean ``[d]`` and the covariance ``[d, d]`` (divisor ``n - 1``), float64.
+
+    Raises:
+        ValueError: for fewer than two rows or values that are not finite.
+
+    >>> mean, covariance = moments(np.array([[0.0, 1.0], [2.0, 1.0]]))
+    >>> mean.tolist(), covariance.tolist()
+    ([1.0, 1.0], [[2.0, 0.0], [0.0, 0.0]])
     """
-    x = _checked(features)
+    x = checking.finite_rows("features", features)
     mu = x.mean(0)
     x = x - mu
     return mu, x.T @ x / (len(x) - 1)
 
 
-def frechet_distance(mu1: Vector, s1: Matrix, mu2: Vector, s2: Matrix) -> float:
-    """``|mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)``: squared W2 of two Gaussians (arXiv 1706.08500).
+def frechet_distance(mu1: np.ndarray, s1: np.ndarray, mu2: np.ndarray, s2: np.ndarray) -> float:
+    """Return the squared 2-Wasserstein distance of two Gaussians (arXiv 1706.08500).
 
-    Can be negative by rounding alone, of the order 1e-8 of the trace; it is returned as it is.
+    ``|mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)``. The value can be negative by rounding, of the order 1e-8 of
+    the trace; it is returned unchanged.
+
+    Args:
+        mu1: the mean ``[d]`` of the first Gaussian.
+        s1: its covariance ``[d, d]``.
+        mu2: the mean ``[d]`` of the second Gaussian.
+        s2: its covariance ``[d, d]``.
+
+    Returns:
+        The squared distance.
+
+    Raises:
+        ValueError: for means and covariances whose shapes do not match.
+
+    >>> frechet_distance(np.zeros(2), np.eye(2), np.ones(2), 4 * np.eye(2))
+    4.0
     """
     mu1, s1, mu2, s2 = (np.asarray(a, np.float64) for a in (mu1, s1, mu2, s2))
+    shapes = {"mu1": mu1.shape, "s1": s1.shape, "mu2": mu2.shape, "s2": s2.shape}
+    d = mu1.shape[0] if mu1.ndim == 1 else -1
+    for name, shape in {"mu1": (d,), "s1": (d, d), "mu2": (d,), "s2": (d, d)}.items():
+        if shapes[name] != shape:
+            raise ValueError(f"{name}={shapes[name]}: the shapes are {shapes}. Give means [d] and covariances [d, d].")
     return float(((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * trace_sqrt_product(s1, s2))
 
 
 def frechet(features_a: Features, features_b: Others) -> float:
-    """Frechet distance of two sets of features ``[n, d]``, ``[m, d]``.
+    """Return the Frechet distance of two sets of features.
 
-    Biased upwards by about ``c/n``: print ``n`` beside it and compare only values of one ``n``. With fewer samples than
-    dimensions the covariances are singular and the exact nuclear-norm form is used.
-    Raises ``ValueError`` as ``moments`` does, and where the dimensions differ.
+    The value is biased upwards by about ``c/n``: print ``n`` beside it and compare only values of one ``n``. With fewer
+    samples than dimensions the covariances are singular, and the exact nuclear-norm form is used.
+
+    Args:
+        features_a: ``[n, d]``, at least two rows.
+        features_b: ``[m, d]``, at least two rows.
+
+    Returns:
+        The squared distance.
+
+    Raises:
+        ValueError: for features of different dimensions, and as ``moments`` raises.
+
+    >>> a = np.array([[0.0], [2.0]])
+    >>> round(frechet(a, a + 3), 9)
+    9.0
     """
-    a, b = _checked(features_a), _checked(features_b)
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"features of {a.shape[1]} and of {b.shape[1]} dimensions have no distance")
+    a, b = checking.pair(features_a, features_b, ("features_a", "features_b"))
     if max(len(a), len(b)) > a.shape[1]:
         return frechet_distance(*moments(a), *moments(b))
     shift = ((a.mean(0) - b.mean(0)) ** 2).sum()
@@ -51,15 +97,28 @@ def frechet(features_a: Features, features_b: Others) -> float:
 
 
 def trace_sqrt_product(s1: Matrix, s2: Matrix, *, form: str | None = None) -> float:
-    """``tr (S1 S2)^(1/2)`` of covariances, singular or not: roots of the eigenvalues of ``R^T S2 R``, ``R R^T = S1``.
+    """Return ``tr (S1 S2)^(1/2)`` of two covariances, singular or not.
 
-    ``form="eigh"``: ``R`` the symmetric root. ``form="cholesky"``: ``R`` the Cholesky factor, twice as fast at
-    d = 2048; ``eigh`` where S1 is singular (a ridge would be faster and wrong by up to 1e-6 of the trace, which a small
-    distance feels). ``None``: eigh up to d = 512, where it costs nothing.
+    The value is the sum of the roots of the eigenvalues of ``R^T S2 R`` with ``R R^T = S1``.
+
+    Args:
+        s1: a covariance ``[d, d]``.
+        s2: a covariance ``[d, d]``.
+        form: ``"eigh"``: ``R`` is the symmetric root. ``"cholesky"``: ``R`` is the Cholesky factor, twice as fast at
+            d = 2048, and the symmetric root if ``s1`` is singular (a ridge would be faster, and wrong by up to 1e-6 of
+            the trace, which changes a small distance). ``None``: ``"eigh"`` up to d = 512.
+
+    Returns:
+        The trace.
+
+    Raises:
+        ValueError: for another ``form``.
+
+    >>> trace_sqrt_product(np.eye(2), 4 * np.eye(2))
+    4.0
     """
     form = form or ("eigh" if len(s1) <= 512 else "cholesky")
-    if form not in ("eigh", "cholesky"):
-        raise ValueError(f"unknown form {form!r}: 'eigh', 'cholesky' or None")
+    check_choice("form", form, ("eigh", "cholesky"))
     root = None
     if form == "cholesky":
         with contextlib.suppress(np.linalg.LinAlgError):
@@ -71,16 +130,24 @@ def trace_sqrt_product(s1: Matrix, s2: Matrix, *, form: str | None = None) -> fl
 
 
 def trace_sqrt_features(features_a: Features, features_b: Others) -> float:
-    """The same number as the nuclear norm of ``A B^T``, features centred and divided by ``sqrt(n - 1)``."""
-    a, b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (_checked(features_a), _checked(features_b)))
+    """Return ``tr (S1 S2)^(1/2)`` of the covariances of features, as the nuclear norm of ``A B^T``.
+
+    ``A`` and ``B`` are the features, centred and divided by ``sqrt(n - 1)``.
+
+    Args:
+        features_a: ``[n, d]``, at least two rows.
+        features_b: ``[m, d]``, at least two rows.
+
+    Returns:
+        The trace.
+
+    Raises:
+        ValueError: for features of different dimensions, and as ``moments`` raises.
+
+    >>> a = np.array([[0.0], [2.0]])
+    >>> round(trace_sqrt_features(a, 3 * a), 9)
+    6.0
+    """
+    pair = checking.pair(features_a, features_b, ("features_a", "features_b"))
+    a, b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in pair)
     return float(np.linalg.norm(a @ b.T, "nuc"))
-
-
-def _checked(features) -> np.ndarray:
-    x = np.asarray(features, np.float64)
-    if len(x) < 2:
-        raise ValueError(f"a covariance needs at least two samples, got {len(x)}")
-    if not np.isfinite(x).all():
-        rows = np.flatnonzero(~np.isfinite(x).all(1))
-        raise ValueError(f"{len(rows)} of {len(x)} samples are not finite, first at row {rows[0]}")
-    return x

@@ -5,29 +5,47 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from fmjax.metrics import checking
+
 Features = Float[np.ndarray, "n d"]
 Others = Float[np.ndarray, "m d"]
 
 
-def precision_recall(real: Features, made: Others, *, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (arXiv 1904.06991, eq. 2): who lies in the balls around the other set's points.
+def precision_recall(real: Features, samples: Others, *, k: int = 3) -> tuple[float, float]:
+    """Return improved precision and recall (arXiv 1904.06991, eq. 2).
 
-    A set's support is the union of balls around its points, each reaching to the ``k``-th nearest other point of the
-    set. Precision is the share of ``made`` within the support of ``real``, recall that of ``real`` within the support
-    of ``made``. They depend on the set sizes: give both alike. Raises ``ValueError`` for sets of ``k`` points or fewer.
+    The support of a set is the union of balls around its points; each ball reaches to the ``k``-th nearest other point
+    of the set. Precision is the fraction of samples in the support of the real examples; recall is the fraction of real
+    examples in the support of the samples. Both depend on the sizes of the sets: give sets of one size.
+
+    Args:
+        real: features of real examples ``[n, d]``, more than ``k``.
+        samples: features of samples ``[m, d]``, more than ``k``.
+        k: the number of the neighbour that a ball reaches to.
+
+    Returns:
+        Precision and recall, in [0, 1].
+
+    Raises:
+        ValueError: for sets of ``k`` points or fewer, and of different dimensions.
+
+    >>> x = np.arange(5.0)[:, None]
+    >>> precision_recall(x, x + 100, k=1), precision_recall(x, x + 0.5, k=1)
+    ((0.0, 0.0), (1.0, 1.0))
     """
     from sklearn.neighbors import NearestNeighbors
 
-    if min(len(real), len(made)) <= k:
-        raise ValueError(f"k={k} neighbours need more than {k} points, got {len(real)} real and {len(made)} made")
+    real, samples = checking.pair(real, samples, ("real", "samples"))
+    if min(len(real), len(samples)) <= k:
+        raise ValueError(f"k={k}: there are {len(real)} real examples and {len(samples)} samples. Give more than {k}.")
 
     def covered(centres, points) -> float:
         radii = NearestNeighbors(n_neighbors=k + 1).fit(centres).kneighbors(centres)[0][:, -1]  # itself is the first
-        # the ball that reaches a point may be any, so all are asked
+        # any ball may be the one that contains a point, so that all are tried
         reach = NearestNeighbors(radius=float(radii.max())).fit(points).radius_neighbors(centres)
         inside = np.zeros(len(points), bool)
         for distance, index, radius in zip(*reach, radii, strict=True):
             inside[index[distance <= radius]] = True
         return float(inside.mean())
 
-    return covered(real, made), covered(made, real)
+    return covered(real, samples), covered(samples, real)

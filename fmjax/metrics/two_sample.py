@@ -1,7 +1,7 @@
-"""Distances between two sets of samples in their own space: sliced and exact W2, energy distance; errors over seeds.
+"""Distances between two sets of samples in their own space, and errors over seeds; float64 numpy on the host.
 
-Samples are ``[n, ...]`` and are flattened; everything is float64 numpy on the host. A distance means something only
-beside its floor: the same distance, at the same counts, between held-out data and the reference.
+Samples are ``[n, ...]`` and are flattened. A distance means something only beside its floor: the same distance, at the
+same counts, between held-out data and the reference.
 """
 
 from __future__ import annotations
@@ -12,14 +12,30 @@ import jax
 import numpy as np
 from jaxtyping import Num
 
+from fmjax.metrics import checking
+
 Samples = Num[np.ndarray | jax.Array, "n ..."]
 Others = Num[np.ndarray | jax.Array, "m ..."]
 
 
 def sliced_w2(x: Samples, y: Others, *, directions: int = 512, seed: int = 0) -> float:
-    """``sqrt(E_u W2^2(u.x, u.y))`` over ``directions`` unit vectors fixed by ``seed`` (shared by all that is compared).
+    """Return the sliced 2-Wasserstein distance: ``sqrt(E_u W2^2(u.x, u.y))`` over random unit vectors ``u``.
 
-    ``d * sliced_w2**2`` is comparable with ``W2**2``. The one-dimensional distances are exact, also for unequal counts.
+    ``d * sliced_w2**2`` is comparable with ``W2**2`` in ``d`` dimensions. The one-dimensional distances are exact, also
+    for unequal counts.
+
+    Args:
+        x: samples ``[n, ...]``.
+        y: samples ``[m, ...]``.
+        directions: the number of unit vectors.
+        seed: the seed of the unit vectors; values compare if it is the same.
+
+    Returns:
+        The distance, in the units of the samples.
+
+    >>> x = np.arange(6.0)[:, None]
+    >>> sliced_w2(x, x + 2, directions=4)
+    2.0
     """
     x, y = _flat_pair(x, y)
     n, m = len(x), len(y)
@@ -36,13 +52,30 @@ def sliced_w2(x: Samples, y: Others, *, directions: int = 512, seed: int = 0) ->
 
 
 def w2_exact(x: Samples, y: Others) -> float:
-    """``min_sigma sqrt(mean_i |x_i - y_sigma(i)|^2)``: exact 2-Wasserstein distance of two sets of equal size.
+    """Return the exact 2-Wasserstein distance of two sets of equal size: ``min_s sqrt(mean_i |x_i - y_s(i)|^2)``.
 
-    Cubic in n (POT's network simplex where it is installed, else scipy's assignment); for n up to about 10k.
+    The time is cubic in n: for n up to about 10,000. POT's network simplex is used where it is installed, else scipy's
+    assignment.
+
+    Args:
+        x: samples ``[n, ...]``.
+        y: samples ``[n, ...]``.
+
+    Returns:
+        The distance, in the units of the samples.
+
+    Raises:
+        ValueError: for sets of unequal size.
+
+    >>> x = np.arange(6.0).reshape(3, 2)
+    >>> round(w2_exact(x, x[::-1] + 3), 6) == round(3 * 2**0.5, 6)
+    True
     """
     x, y = _flat_pair(x, y)
     if len(x) != len(y):
-        raise ValueError(f"w2_exact needs two sets of equal size, got {len(x)} and {len(y)}: take a random subset")
+        raise ValueError(
+            f"x=[{len(x)}]: w2_exact compares sets of equal size, and y has {len(y)}. Take a random subset."
+        )
     cost = _squared_distances(x, y)
     try:
         import ot
@@ -55,38 +88,152 @@ def w2_exact(x: Samples, y: Others) -> float:
 
 
 def energy_distance(x: Samples, y: Others, *, within: float | None = None, block: int = 1024) -> float:
-    """``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, unbiased (pairs of distinct samples): mean 0 for equal laws, may be < 0.
+    """Return the energy distance ``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, unbiased.
 
-    Computed in blocks of ``block`` rows: memory is ``block * max(n, m)``. ``within`` is ``mean_distance(y)``, for those
-    who compare many ``x`` with one large ``y``.
+    The expectations are over pairs of distinct samples: for equal distributions the mean is 0, and a value can be
+    negative.
+
+    Args:
+        x: samples ``[n, ...]``.
+        y: samples ``[m, ...]``.
+        within: ``mean_distance(y)``, if it is known: it is quadratic in m.
+        block: the number of rows at a time; the memory is ``block * max(n, m)`` numbers.
+
+    Returns:
+        The distance, in the units of the samples.
+
+    >>> energy_distance(np.array([[0.0], [1.0]]), np.array([[10.0], [11.0]]))
+    18.0
     """
     x, y = _flat_pair(x, y)
     within = mean_distance(y, block=block) if within is None else within
-    return 2 * _sum(x, y, block) / (len(x) * len(y)) - mean_distance(x, block=block) - within
+    return 2 * _sum(x, y, np.sqrt, block) / (len(x) * len(y)) - mean_distance(x, block=block) - within
 
 
 def mean_distance(y: Samples, *, block: int = 1024) -> float:
-    """``E|Y - Y'|`` over the pairs of distinct samples."""
+    """Return ``E|Y - Y'|`` over the pairs of distinct samples.
+
+    Args:
+        y: samples ``[m, ...]``.
+        block: the number of rows at a time.
+
+    Returns:
+        The mean distance.
+
+    >>> mean_distance(np.array([[0.0], [3.0]]))
+    3.0
+    """
     y, _ = _flat_pair(y, y)
     # The distance of a sample to itself is zero up to rounding (1e-8 of the scale), so the sum is one over pairs.
-    return _sum(y, y, block) / (len(y) * (len(y) - 1))
+    return _sum(y, y, np.sqrt, block) / (len(y) * (len(y) - 1))
+
+
+def median_distance(y: Samples, *, count: int = 1000, seed: int = 0) -> float:
+    """Return the median distance of distinct samples, the usual bandwidth of a kernel.
+
+    Args:
+        y: samples ``[m, ...]``.
+        count: the largest number of samples compared, drawn at random.
+        seed: the seed of the draw.
+
+    Returns:
+        The median distance.
+
+    >>> median_distance(np.array([[0.0], [1.0], [3.0]]))
+    2.0
+    """
+    y, _ = _flat_pair(y, y)
+    y = y[np.random.default_rng(seed).permutation(len(y))[:count]]
+    return float(np.median(np.sqrt(_squared_distances(y, y)[np.triu_indices(len(y), 1)])))
+
+
+def mmd(x: Samples, y: Others, *, bandwidth: float, within: float | None = None, block: int = 1024) -> float:
+    """Return the squared maximum mean discrepancy with a Gaussian kernel, unbiased (Gretton et al., 2012, eq. 3).
+
+    ``E k(X, X') + E k(Y, Y') - 2 E k(X, Y)`` with ``k(a, b) = exp(-|a - b|^2 / (2 bandwidth^2))``, over pairs of
+    distinct samples: for equal distributions the mean is 0, and a value can be negative.
+
+    Args:
+        x: samples ``[n, ...]``.
+        y: samples ``[m, ...]``.
+        bandwidth: the standard deviation of the kernel, positive (``median_distance(y)``).
+        within: ``mean_kernel(y)``, if it is known: it is quadratic in m.
+        block: the number of rows at a time; the memory is ``block * max(n, m)`` numbers.
+
+    Returns:
+        The squared discrepancy.
+
+    Raises:
+        ValueError: for a bandwidth that is not positive.
+
+    >>> x = np.zeros((2, 1))
+    >>> round(mmd(x, x + 1e3, bandwidth=1.0), 12)
+    2.0
+    """
+    x, y = _flat_pair(x, y)
+    within = mean_kernel(y, bandwidth=bandwidth, block=block) if within is None else within
+    across = _sum(x, y, _kernel(bandwidth), block) / (len(x) * len(y))
+    return mean_kernel(x, bandwidth=bandwidth, block=block) + within - 2 * across
+
+
+def mean_kernel(y: Samples, *, bandwidth: float, block: int = 1024) -> float:
+    """Return ``E k(Y, Y')`` over the pairs of distinct samples, with the kernel of ``mmd``.
+
+    Args:
+        y: samples ``[m, ...]``.
+        bandwidth: the standard deviation of the kernel, positive.
+        block: the number of rows at a time.
+
+    Returns:
+        The mean of the kernel.
+
+    Raises:
+        ValueError: for a bandwidth that is not positive.
+
+    >>> mean_kernel(np.zeros((3, 1)), bandwidth=1.0)
+    1.0
+    """
+    y, _ = _flat_pair(y, y)
+    return (_sum(y, y, _kernel(bandwidth), block) - len(y)) / (len(y) * (len(y) - 1))
 
 
 def mean_se(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean over seeds and its standard error ``std(ddof=1) / sqrt(k)``; ``nan`` for the error of a single value."""
+    """Return the mean over seeds and its standard error ``std(ddof=1) / sqrt(k)``.
+
+    Args:
+        values: k numbers.
+
+    Returns:
+        The mean and its error, ``nan`` for the error of a single value.
+
+    >>> mean_se([1.0, 3.0])
+    (2.0, 1.0)
+    """
     v = np.asarray(values, np.float64)
     if v.ndim != 1 or not len(v):
-        raise ValueError(f"mean_se needs a list of numbers, got shape {v.shape}")
+        raise ValueError(f"values=[{', '.join(map(str, v.shape))}]: a mean is taken over a list of numbers. Give one.")
     return float(v.mean()), float(v.std(ddof=1) / np.sqrt(len(v))) if len(v) > 1 else float("nan")
 
 
 def bootstrap_se(
     statistic: Callable[[np.ndarray], float], samples: Samples, *, resamples: int = 100, seed: int = 0
 ) -> float:
-    """Standard error of ``statistic(samples)``: its standard deviation over resamples with replacement.
+    """Return the standard error of a statistic: its standard deviation over resamples with replacement.
 
-    Resample the samples, not the reference. The resamples' *mean* is biased for a distance (they repeat points): quote
-    the value itself with this error.
+    Resample the samples, not the reference. The *mean* over resamples is biased for a distance (they repeat points):
+    report the value of all samples with this error.
+
+    Args:
+        statistic: a function of samples.
+        samples: samples ``[n, ...]``.
+        resamples: the number of resamples.
+        seed: the seed of the resamples.
+
+    Returns:
+        The standard error.
+
+    >>> bootstrap_se(lambda x: float(x.mean()), np.ones((4, 1)))
+    0.0
     """
     rng = np.random.default_rng(seed)
     n = len(samples)
@@ -94,22 +241,20 @@ def bootstrap_se(
 
 
 def _flat_pair(x, y) -> tuple[np.ndarray, np.ndarray]:
-    x, y = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (x, y))
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"samples of {x.shape[1]} and of {y.shape[1]} dimensions have no distance")
-    for name, a in (("x", x), ("y", y)):
-        if len(a) < 2:
-            raise ValueError(f"{name} has {len(a)} sample(s); a distance of laws needs at least two")
-        if not np.isfinite(a).all():
-            rows = np.flatnonzero(~np.isfinite(a).all(1))
-            raise ValueError(f"{name}: {len(rows)} of {len(a)} samples are not finite, first at row {rows[0]}")
-    centre = x.mean(0)  # distances do not feel it; the expansion of the square loses fewer digits
+    x, y = (a.reshape(len(a), -1) for a in checking.pair(x, y))
+    centre = x.mean(0)  # distances do not change, and the expansion of the square loses fewer digits
     return x - centre, y - centre
 
 
-def _sum(x, y, block: int) -> float:
-    """The sum of all distances."""
-    return sum(float(np.sqrt(_squared_distances(x[i : i + block], y)).sum()) for i in range(0, len(x), block))
+def _kernel(bandwidth: float) -> Callable[[np.ndarray], np.ndarray]:
+    if not 0 < bandwidth < np.inf:
+        raise ValueError(f"bandwidth={bandwidth}: a kernel needs a positive width. Give median_distance(y).")
+    return lambda squared: np.exp(squared / (-2 * bandwidth**2))
+
+
+def _sum(x, y, function: Callable[[np.ndarray], np.ndarray], block: int) -> float:
+    """Return the sum over all pairs of a function of the squared distance."""
+    return sum(float(function(_squared_distances(x[i : i + block], y)).sum()) for i in range(0, len(x), block))
 
 
 def _squared_distances(x, y) -> np.ndarray:

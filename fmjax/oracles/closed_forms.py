@@ -176,7 +176,7 @@ def finite(points: Float[Array, "k d"], *, path: paths.Path = paths.linear()) ->
 def ring(*, radius: float = 2.0, std: float = 0.2, modes: int = 8) -> Oracle:
     """Return the fields of equal Gaussians on a circle, ``radius (cos, sin)(2 pi k / modes) + std N(0, I)``.
 
-    The defaults are the distribution of ``data.toy.eight_gaussians``, on the linear path.
+    The defaults are the distribution of ``data.draw_eight_gaussians``, on the linear path.
 
     Args:
         radius: radius of the circle.

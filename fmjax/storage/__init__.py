@@ -1,7 +1,9 @@
-"""Files that survive a kill: checkpoints, record shards, atomic writes."""
+"""Files that survive a kill: atomic files with digests, the lock of a folder, checkpoints, record shards."""
 
-from fmjax.storage import checkpoint, files, images, shards
+from fmjax.storage import checkpoint, columns, files, images, lock, shards
+from fmjax.storage.files import DamagedFile
+from fmjax.storage.lock import Owned, owned
 
 __all__ = [
-    "checkpoint", "files", "images", "shards",
+    "DamagedFile", "Owned", "checkpoint", "columns", "files", "images", "lock", "owned", "shards",
 ]  # fmt: skip

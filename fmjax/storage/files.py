@@ -1,64 +1,236 @@
-"""Files of a run: written whole or not at all, and read with the line that is wrong."""
+"""Files of a run: written whole or not at all, and verified when they are read.
+
+Every file of a run goes through this module (checkpoints and shards have their own, ``storage.checkpoint`` and
+``storage.shards``). A file is written under a temporary name, flushed to disk and renamed, so that a kill at any moment
+leaves the old file or the new one. A file that is missing or damaged raises ``DamagedFile`` with its path.
+"""
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import io
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
+
+CHUNK = 2**24  # bytes written at a time
+ABANDONED = 24 * 3600  # seconds: no write takes longer
+NUMBERS = "biufc"  # kinds of dtypes: booleans, integers, floats, complex numbers
+_MARK = b"\nsha256:"  # between the data of an array and its digest
 
 
-def cache() -> Path:
-    """Where what can be made again is kept between runs: ``$XDG_CACHE_HOME/fmjax``, by default ``~/.cache/fmjax``."""
+class DamagedFile(ValueError):
+    """A file is missing, torn, or holds other bytes or another kind of content than was written.
+
+    Attributes:
+        path: the file.
+        problem: what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path, problem: str):
+        self.path, self.problem = Path(path), problem
+        super().__init__(f"{path} {problem}. Restore it from a copy, or delete it and run the command again.")
+
+
+def cache_folder() -> Path:
+    """Return the folder of files that can be recomputed: ``$XDG_CACHE_HOME/fmjax``, by default ``~/.cache/fmjax``.
+
+    Returns:
+        The folder, which need not exist.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmjax"
 
 
 def slug(name: str) -> str:
-    """A name as one of a file: letters and digits, and a dash for all else."""
+    """Return a name as part of a file name: every character but letters and digits becomes a dash.
+
+    Args:
+        name: any text.
+
+    Returns:
+        The text of the same length.
+
+    >>> slug("rk4, 8 steps")
+    'rk4--8-steps'
+    """
     return "".join(c if c.isalnum() else "-" for c in name)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a file whole or not at all: a temporary neighbour, flushed to disk, then renamed over it."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write a file whole or not at all.
+
+    Args:
+        path: the file, in a folder that exists.
+        data: the content.
+    """
+    _write(Path(path), [data])
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """``value`` as sorted, indented JSON, written whole or not at all; arrays become lists, paths strings."""
-    write_bytes(path, (json.dumps(value, sort_keys=True, indent=2, default=_as_json) + "\n").encode())
+    """Write a value as sorted, indented JSON, whole or not at all.
+
+    Args:
+        path: the file, in a folder that exists.
+        value: plain values, dicts and lists; arrays become lists, paths strings.
+    """
+    write_bytes(path, (json.dumps(value, sort_keys=True, indent=2, default=as_json) + "\n").encode())
+
+
+def read_json(path: str | Path, *, kind: type = dict) -> Any:
+    """Read a JSON file that holds a value of one kind.
+
+    Args:
+        path: the file.
+        kind: the type of the value, ``dict`` or ``list``.
+
+    Returns:
+        The value.
+
+    Raises:
+        DamagedFile: the file is missing, is not JSON, or holds a value of another kind.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "config.json"
+    >>> write_json(path, {"steps": 100})
+    >>> read_json(path)
+    {'steps': 100}
+    """
+    with _open(Path(path)) as file:
+        content = file.read()
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(path, f"is not JSON ({str(error)[:80]})") from error
+    if not isinstance(value, kind):
+        raise DamagedFile(path, f"holds a {type(value).__name__} where a {kind.__name__} is expected")
+    return value
+
+
+def write_array(path: str | Path, array: Any) -> str:
+    """Write an array as a ``.npy`` file with its digest, whole or not at all.
+
+    ``numpy.load`` reads the file too. The digest, a SHA-256 of the header and the data, follows them.
+
+    Args:
+        path: the file, in a folder that exists.
+        array: numbers or booleans ``[...]``, on the host or on a device.
+
+    Returns:
+        The digest, 64 hexadecimal characters: equal for equal arrays.
+
+    Raises:
+        TypeError: the array holds something else than numbers that numpy knows.
+    """
+    array = np.asarray(array)
+    if array.dtype.kind not in NUMBERS:
+        raise TypeError(f"array.dtype={array.dtype}: a file holds numbers only. Convert the array to float32 or int64.")
+    array = np.asarray(array, order="C")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    parts = [header.getvalue(), *_chunks(array)]
+    digest = _sha256(parts)
+    _write(Path(path), [*parts, _MARK + digest.encode()])
+    return digest
+
+
+def write_npz(path: str | Path, arrays: Mapping[str, Any]) -> None:
+    """Write named arrays as an ``.npz`` file that ``numpy.load`` reads, whole or not at all.
+
+    Args:
+        path: the file, in a folder that exists.
+        arrays: arrays by name.
+    """
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: np.asarray(array) for name, array in arrays.items()})
+    write_bytes(path, buffer.getvalue())
+
+
+def read_array(path: str | Path, *, digest: str | None = None) -> np.ndarray:
+    """Read an array that ``write_array`` wrote, and verify its digest.
+
+    Args:
+        path: the file.
+        digest: what ``write_array`` returned, where a record of the run holds it; ``None`` believes the file's own.
+
+    Returns:
+        The array, on the host.
+
+    Raises:
+        DamagedFile: the file is missing, cut, changed, or another array than the one with this digest.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "samples.npy"
+    >>> digest = write_array(path, np.arange(3.0))
+    >>> read_array(path, digest=digest)
+    array([0., 1., 2.])
+    """
+    path = Path(path)
+    with _open(path) as file:
+        try:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("another version of the format")
+            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+        except (ValueError, EOFError) as error:
+            raise DamagedFile(path, "is not an array that was written here") from error
+        start, count = file.tell(), math.prod(shape)
+        expected = start + count * dtype.itemsize + len(_MARK) + 64
+        if dtype.kind not in NUMBERS or columns_first or min(shape, default=0) < 0:
+            raise DamagedFile(path, f"holds an array of {dtype} that was not written here")
+        if path.stat().st_size != expected:
+            raise DamagedFile(path, f"has {path.stat().st_size} bytes where its header says {expected}")
+        array = np.fromfile(file, dtype, count).reshape(shape)
+        mark = file.read()
+        file.seek(0)
+        actual = _sha256([file.read(start), *_chunks(array)])
+    if mark != _MARK + actual.encode():
+        raise DamagedFile(path, "was changed after it was written")
+    if digest not in (None, actual):
+        raise DamagedFile(path, f"holds another array (sha256 {actual[:12]}, not {digest[:12]})")
+    return array
 
 
 def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Appends one record as one line of JSON."""
+    """Append one record as one line of JSON; ``sync`` makes it survive a crash of the machine.
+
+    Args:
+        path: the file, made where it is missing.
+        record: plain values; arrays become lists, paths strings.
+    """
     with open(path, "a") as file:
-        file.write(json.dumps(dict(record), default=_as_json) + "\n")
+        file.write(json.dumps(dict(record), default=as_json) + "\n")
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """All records; a torn last line (the run was killed while writing it) is left out, a missing file has none.
+    """Read all records of a file of JSON lines.
 
-    Raises ``ValueError`` naming the line where one before the last is not JSON.
+    Args:
+        path: the file; a missing one holds no records.
+
+    Returns:
+        The records. A torn last line, which a killed run leaves, is left out.
+
+    Raises:
+        DamagedFile: a line before the last is not a JSON object; the message names the line.
     """
     return [json.loads(line) for line in _lines(Path(path))]
 
 
 def truncate_jsonl(path: str | Path, step: int) -> None:
-    """Drops records whose ``step`` is greater than ``step``, and a torn last line; what stays, stays byte for byte.
+    """Drop the records after a step, and a torn last line; the other lines keep their bytes.
 
-    A run resumed from ``step`` calls it, so that its records are those of an uninterrupted run.
+    A run resumed from ``step`` calls it, so that its records are the records of an uninterrupted run.
+
+    Args:
+        path: the file; a missing one stays missing.
+        step: records with a greater ``step`` are dropped; records without ``step`` stay.
     """
     path = Path(path)
     if path.exists():
@@ -66,21 +238,65 @@ def truncate_jsonl(path: str | Path, step: int) -> None:
         write_bytes(path, "".join(line + "\n" for line in kept).encode())
 
 
-def _lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    *whole, torn = path.read_bytes().split(b"\n")
-    for number, line in enumerate(whole, 1):
-        try:
-            json.loads(line)
-        except ValueError as error:
-            if number == len(whole) and not torn:
-                return [line.decode() for line in whole[:-1]]
-            raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from error
-    return [line.decode() for line in whole]
+def sync(path: str | Path) -> None:
+    """Flush a file or folder to disk, so that a crash of the machine does not lose it.
+
+    Args:
+        path: the file or folder; a missing one is left alone.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def _as_json(value: Any) -> Any:
+def commit(unfinished: str | Path, path: str | Path) -> None:
+    """Rename a finished file to its final name: the content is flushed to disk first, then the name.
+
+    Args:
+        unfinished: the file under its temporary name, closed.
+        path: the final name in the same folder; an older file of this name is replaced.
+    """
+    sync(unfinished)
+    os.replace(unfinished, path)
+    sync(Path(path).parent)
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes.
+
+    Args:
+        path: the file.
+
+    Returns:
+        64 hexadecimal characters.
+
+    Raises:
+        DamagedFile: the file is missing.
+    """
+    with _open(Path(path)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as plain JSON has it: the ``default`` of ``json.dumps`` for records and configs.
+
+    Args:
+        value: a mapping, an array, a scalar of numpy or JAX, or a path.
+
+    Returns:
+        A dict, a list, a number or a string.
+
+    Raises:
+        TypeError: the value is something else.
+
+    >>> as_json(np.arange(2)), as_json(np.float32(0.5)), as_json(Path("a"))
+    ([0, 1], 0.5, 'a')
+    """
     if isinstance(value, Mapping):
         return dict(value)
     if hasattr(value, "tolist"):
@@ -88,3 +304,57 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise TypeError(f"{type(value).__name__} is not plain JSON: {value!r:.80}")
+
+
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a temporary neighbour, then give it the file's name; delete neighbours that killed processes left."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if time.time() - old.stat().st_mtime > ABANDONED:
+            old.unlink(missing_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.writelines(parts)
+        os.chmod(temporary, 0o644)
+        commit(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        raise DamagedFile(path, "is missing") from error
+    except IsADirectoryError as error:
+        raise DamagedFile(path, "is a folder") from error
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file of JSON objects."""
+    if not path.exists():
+        return []
+    *whole, torn = path.read_bytes().split(b"\n")
+    for number, line in enumerate(whole, 1):
+        try:
+            if not isinstance(json.loads(line), dict):
+                raise ValueError
+        except (ValueError, RecursionError) as error:
+            if number == len(whole) and not torn:
+                return [line.decode() for line in whole[:-1]]
+            raise DamagedFile(path, f"line {number} is not a JSON object: {line[:80]!r}") from error
+    return [line.decode() for line in whole]
+
+
+def _chunks(array: np.ndarray) -> list[memoryview]:
+    """The bytes of a contiguous array, ``CHUNK`` at a time, without a copy."""
+    content = memoryview(array.reshape(-1).view(np.uint8))
+    return [content[start : start + CHUNK] for start in range(0, len(content), CHUNK)]
+
+
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()

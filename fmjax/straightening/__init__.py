@@ -1,9 +1,25 @@
 """Reflow and half-straightening on segments of the time axis."""
 
-from fmjax.straightening.models import Model, measures, models, step, velocity
-from fmjax.straightening.segments import batches, from_data, grid, inserted, jump, piecewise, straightness
+from fmjax.straightening.models import (
+    SegmentedModel,
+    comparison_models,
+    segment_measures,
+    segment_velocities,
+    segmented_step,
+    segmented_velocity,
+)
+from fmjax.straightening.segments import (
+    from_data,
+    inserted,
+    piecewise,
+    segment_batches,
+    segment_grid,
+    segment_straightness,
+    velocity_jump,
+)
 
 __all__ = [
-    "Model", "batches", "from_data", "grid", "inserted", "jump", "measures", "models", "piecewise", "step",
-    "straightness", "velocity",
+    "SegmentedModel", "comparison_models", "from_data", "inserted", "piecewise", "segment_batches", "segment_grid",
+    "segment_measures", "segment_straightness", "segment_velocities", "segmented_step", "segmented_velocity",
+    "velocity_jump",
 ]  # fmt: skip

@@ -3,16 +3,15 @@
 import originals
 import pytest
 
-from fmjax.data import images
-from fmjax.data.imagenet32 import imagenet32
-from fmjax.data.imagenet64 import imagenet64, original
+from fmjax.data import images, preparation
+from fmjax.data.imagenet import archives, imagenet32, imagenet64
 
 SIZES = pytest.mark.parametrize(("load", "size"), [(imagenet64, 64), (imagenet32, 32)])
 
 
 def both(load, tmp_path, **options):
     """From disk, which is the default, and in memory."""
-    where = {"source_dir": str(tmp_path), "data_dir": str(tmp_path / "d"), "verify": False}
+    where = {"source_dir": str(tmp_path), "data_dir": str(tmp_path / "d"), "verify": False, "validation": 3}
     return load(**where, **options), load(**where, stream=False, **options)
 
 
@@ -22,20 +21,21 @@ def test_the_resized_set_has_the_images_and_labels_of_its_archives(load, size, t
     disk, memory = both(load, tmp_path)
     originals.assert_is(disk, written)
     originals.assert_is(memory, written)
-    assert isinstance(disk.train_x, images.Records)
-    files = list((tmp_path / "d").rglob("*train.array_record*"))
-    assert len(files) == (2 if size == 64 else 1)  # one for each archive
+    assert isinstance(disk.train.x, images.Records)
+    records = list((tmp_path / "d").rglob("*train.array_record*"))
+    assert disk.classes == 1000 and len(records) == (2 if size == 64 else 1)  # one for each archive
 
 
 @SIZES
 def test_the_downsampled_set_has_images_and_no_labels(load, size, tmp_path):
     written = originals.imagenet_png(tmp_path, size)
-    for splits in both(load, tmp_path, archive="downsampled"):
-        originals.assert_is(splits, written)
+    for data in both(load, tmp_path, archive="downsampled"):
+        originals.assert_is(data, written)
+        assert data.classes == 0 and data.test.cond is None
 
 
 def test_an_unknown_set_of_archives_is_refused():
-    with pytest.raises(ValueError, match="archive='resizd' must be one of resized, downsampled"):
+    with pytest.raises(ValueError, match="archive='resizd': .*did you mean 'resized'"):
         imagenet64(archive="resizd")
 
 
@@ -44,11 +44,11 @@ def test_an_unknown_set_of_archives_is_refused():
     [(32, "resized", 3.72), (64, "resized", 14.09), (32, "downsampled", 4.27), (64, "downsampled", 12.59)],
 )
 def test_the_archives_are_registered_with_address_size_and_checksum(size, archive, gigabytes):
-    o = original(size, archive)
-    found = images.registered(o)
-    assert list(found) == o.files()
-    assert all(url.endswith(name) and len(bytes.fromhex(i.checksum)) == 32 for name, (url, i) in found.items())
-    assert sum(info.size for _, info in found.values()) / 1e9 == pytest.approx(gigabytes, abs=0.006)
+    original = archives(size, archive)
+    files = preparation.registered(original)
+    assert list(files) == original.files()
+    assert all(url.endswith(name) and len(bytes.fromhex(i.checksum)) == 32 for name, (url, i) in files.items())
+    assert sum(info.size for _, info in files.values()) / 1e9 == pytest.approx(gigabytes, abs=0.006)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_truncated_archive_is_named_and_leaves_nothing(write, archive, name, t
 
 
 def test_the_wrong_archive_under_the_right_name_is_refused(tmp_path):
-    """Images of 32x32 in archives named as those of 64x64."""
+    """Images of 32x32 in archives whose names say 64x64."""
     originals.imagenet_npz(tmp_path, 32)
     for part, source in [("train_part1", "train"), ("train_part2", "train"), ("val", "val")]:
         data = (tmp_path / f"Imagenet32_{source}_npz.zip").read_bytes()

@@ -1,0 +1,240 @@
+"""Build the parts of a run from their specs: network, method, path, coupling, data, metrics, solver, optimiser."""
+
+from __future__ import annotations
+
+import functools
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fmjax import couplings, paths
+from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, check_hints, nearest
+from fmjax.data import Dataset, Rows
+from fmjax.experiments import specs
+from fmjax.experiments.specs import Spec, refusal
+from fmjax.metrics import Metric
+from fmjax.nets import adapters, preconditioning
+from fmjax.sampling import guidance
+from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Multistep, Net, VelocityFn
+
+SEMIDISCRETE = "semidiscrete"  # a coupling that is fitted to the data set
+
+
+def net(spec: Spec, *, classes: int = 0, field: str = "net") -> adapters.Model:
+    """Build a network: ``{"name": "unet", "channels": 64}`` is ``from_linen(UNet(channels=64))``.
+
+    Args:
+        spec: a network of ``fmjax.nets``, a place outside the package, a Flax module or a ``Model``. A mapping may also
+            have ``preconditioning`` (a spec of ``nets.preconditioning``, which makes the network a denoiser seen as a
+            velocity) and ``noise_encoder`` (a network with two heads that is trained beside it).
+        classes: number of label classes; 0 for a network without labels.
+        field: the config field, for messages.
+
+    Returns:
+        The network and its initialiser.
+
+    Raises:
+        ValueError: an unknown name or option, or labels for a network that takes none.
+    """
+    name, options = specs.parse(spec, field=field) if specs.is_spec(spec) else (spec, {})
+    denoiser, encoder = options.pop("preconditioning", None), options.pop("noise_encoder", None)
+    spec = {"name": name, **options} if specs.is_spec(spec) else spec
+    if specs.is_spec(spec):
+        factory, _ = specs.resolve(specs.NET, spec, field=field)
+        if classes and "classes" not in specs.options_of(factory):
+            raise refusal(field, name, f"takes no labels, and the data have {classes} classes", "Set conditional=False")
+    model = _model(specs.build(specs.NET, spec, field=field, **({"classes": classes} if classes else {})), field)
+    if denoiser:
+        denoiser = specs.build(specs.PRECONDITIONER, denoiser, field=f"{field}.preconditioning")
+        model = model._replace(net=preconditioning.preconditioned(model.net, denoiser))
+    if not encoder:
+        return model
+    where = f"{field}.noise_encoder"
+    if "outputs" not in specs.options_of(specs.resolve(specs.NET, encoder, field=where)[0]):
+        raise refusal(where, encoder, "has one output, and an encoder needs two heads", "Take a network with 'outputs'")
+    return adapters.with_encoder(model, _model(specs.build(specs.NET, encoder, field=where, outputs=2), where))
+
+
+def path(spec: Spec, *, field: str = "path") -> paths.Path:
+    """Build an interpolant: ``"linear"``, ``{"name": "vp", "beta_max": 16.0}``."""
+    return specs.build(specs.PATH, spec, field=field)
+
+
+def method(
+    spec: Spec,
+    net: Net,
+    *,
+    path: paths.Path | None = None,
+    mean: Callable[[], np.ndarray] | None = None,
+    null: int | None = None,
+    field: str = "method",
+) -> Method:
+    """Build a method over a network.
+
+    Args:
+        spec: a method of ``fmjax.methods``, a place outside the package, or a ``Method``.
+        net: the network.
+        path: interpolant, for methods that take one.
+        mean: gives the mean of the training data, for methods that take it.
+        null: the null label where the network takes the guidance scale as an input; methods that guide themselves get
+            it, others a guided teacher.
+        field: the config field, for messages.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: an unknown name or option, or a network of logits for a method that does not classify.
+    """
+    if isinstance(spec, Method):
+        return spec
+    factory = specs.resolve(specs.METHOD, spec, field=field)[0] if specs.is_spec(spec) else spec
+    if getattr(net, "logit", False) and typing.get_type_hints(factory).get("net") is not LogitNet:
+        raise refusal(field, specs.label(factory), "needs a network of x's shape, not of logits", "Set net.logit=False")
+    options = specs.options_of(factory)
+    teacher = None if null is None or "null" in options else guidance.guided_teacher(net, null=null)
+    context = {"path": path, "null": null, "teacher": teacher, "mean": mean() if mean and "mean" in options else None}
+    context = {name: value for name, value in context.items() if value is not None}
+    if not specs.is_spec(spec):
+        return spec(net, **{name: value for name, value in context.items() if name in options})
+    return specs.build(specs.METHOD, spec, net, field=field, **context)
+
+
+def data(spec: Spec, *, field: str = "data") -> Dataset:
+    """Build a data set: ``"digits"``, ``{"name": "arrays", "path": "x.npz"}``, or a ``Dataset``."""
+    found = specs.build(specs.DATA, spec, field=field)
+    found = found() if callable(found) and not isinstance(found, Dataset) else found
+    if not isinstance(found, Dataset):
+        raise refusal(field, spec, f"gives {type(found).__name__}, no data set", "Return fmjax.data.dataset(...)")
+    return found
+
+
+def metric(spec: Spec, data: Dataset, reference, *, field: str = "metrics") -> Metric:
+    """Build a distance of samples to ``reference`` (examples of ``data``): ``"sliced_w2_to"``, or a ``Metric``."""
+    return specs.build(specs.METRIC, spec, data, reference, field=field)
+
+
+def coupling(
+    spec: Spec, x: Rows | None = None, y: Cond = None, *, flip: bool = False, seed: int = 0, field: str = "coupling"
+) -> couplings.Coupling | None:
+    """Build a coupling: ``"independent"``, ``{"name": "minibatch_ot", "replacement": True}``, ``"semidiscrete"``.
+
+    Args:
+        spec: a coupling of ``fmjax.couplings``, a place outside the package, or the object; ``"semidiscrete"`` is
+            fitted here and takes the options of ``couplings.fit_semidiscrete``.
+        x: the training examples ``[n, ...]``.
+        y: their conditions.
+        flip: whether training mirrors the images.
+        seed: of the fit.
+        field: the config field, for messages.
+
+    Returns:
+        The coupling; ``None`` for the independent one, where the loss draws its source.
+    """
+    if specs.is_spec(spec):
+        name, options = specs.parse(spec, field=field)
+        if name == "independent" and not options:
+            return None
+        if name == SEMIDISCRETE:
+            return _semidiscrete(options, x, y, flip, seed, field)
+        if isinstance(name, str) and not specs.is_outside(name):
+            known = [*specs.offers(specs.COUPLING), SEMIDISCRETE]
+            if name not in known:
+                there = ", ".join(sorted(known))
+                raise refusal(field, name, f"no such coupling{nearest(name, known)}", f"There are {there}")
+    return specs.build(specs.COUPLING, spec, field=field)
+
+
+def step(
+    spec: Spec, *, path: paths.Path | None = None, score: VelocityFn | None = None, field: str = "solver"
+) -> Callable[[VelocityFn], FlowMapFn | Multistep]:
+    """Build a solver step without its velocity: ``"rk4"``, ``{"name": "ddim", "eta": 1.0}``.
+
+    Args:
+        spec: a step of ``fmjax.sampling``, or a place outside the package.
+        path: the flow's interpolant, for steps that take one.
+        score: along a path with a latent the score of the flow, for stochastic steps.
+        field: the config field, for messages.
+
+    Returns:
+        ``make(velocity)``, which gives the step.
+    """
+    if not specs.is_spec(spec):
+        return spec
+    factory, options = specs.resolve(specs.SOLVER, spec, field=field)
+    options, known = specs.checked(factory, options, field=field), specs.options_of(factory)
+    if path is not None and "path" in known:
+        latent = path.gamma is not None and "score" in known
+        options = options | ({"score": score} if latent else {"path": path})
+    return functools.partial(factory, **options) if options else factory
+
+
+def optimiser(
+    *,
+    learning_rate: PositiveFloat,
+    steps: Annotated[int, Range(1, 1e9)],
+    warmup: NonNegative = 0,
+    schedule: Literal["constant", "cosine"] = "constant",
+    clip: PositiveFloat | None = None,
+    beta2: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.999,
+    weight_decay: NonNegativeFloat = 0.0,
+) -> optax.GradientTransformation:
+    """Build Adam, or AdamW with ``weight_decay`` on leaves of two axes and more, after a clip of the gradient norm.
+
+    The rate of step ``n = 0 ..`` is ``learning_rate min(1, (n + 1) / warmup)``, for ``"cosine"`` times
+    ``(1 + cos(pi (n - warmup) / (steps - warmup))) / 2`` after the warm-up. The clip sees whole gradients, not one
+    device's part.
+
+    Args:
+        learning_rate: the peak rate.
+        steps: steps of the training.
+        warmup: steps of the linear warm-up.
+        schedule: what follows the warm-up.
+        clip: largest global gradient norm; ``None`` clips nothing.
+        beta2: decay of the second moment.
+        weight_decay: decoupled weight decay.
+
+    Returns:
+        The optimiser.
+    """
+    check_hints(optimiser, dict(locals()))
+    rate = functools.partial(learning_rate_at, peak=learning_rate, steps=steps, warmup=warmup, schedule=schedule)
+    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    adam = optax.adamw(rate, b2=beta2, weight_decay=weight_decay, mask=matrices) if weight_decay else None
+    parts = [optax.clip_by_global_norm(clip)] if clip else []
+    return optax.chain(*parts, adam or optax.adam(rate, b2=beta2))
+
+
+def learning_rate_at(n, *, peak: float, steps: int, warmup: int, schedule: str):
+    """Return the learning rate of step ``n`` (see ``optimiser``); ``n`` may be traced."""
+    ramp = jnp.minimum(1.0, (n + 1) / max(warmup, 1))
+    if schedule == "constant":
+        return peak * ramp
+    progress = jnp.clip((n - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+    return peak * ramp * (1 + jnp.cos(jnp.pi * progress)) / 2
+
+
+def _model(built: Any, field: str) -> adapters.Model:
+    if isinstance(built, adapters.Model):
+        return built
+    module = type(built).__module__
+    if hasattr(built, "init") and hasattr(built, "apply"):
+        return adapters.from_linen(built)
+    raise refusal(field, built, f"is {module}.{type(built).__name__}, no network", "Return a Flax module or a Model")
+
+
+def _semidiscrete(options, x, y, flip: bool, seed: int, field: str) -> couplings.Coupling:
+    if not isinstance(x, np.ndarray):
+        raise refusal(
+            field, SEMIDISCRETE, "is fitted to data in memory, and these are streamed", "Set data.stream=False"
+        )
+    if flip:
+        x, y = np.concatenate([x, x[:, :, ::-1]]), jax.tree.map(lambda a: np.concatenate([a, a]), y)
+    options = specs.checked(couplings.fit_semidiscrete, options, field=field)
+    potentials = couplings.fit_semidiscrete(jax.random.key(seed), x, y, **options)
+    return couplings.semidiscrete(x, potentials, y, by_class=options.get("by_class"))

@@ -1,0 +1,178 @@
+"""Compare samplers: distances to the data with errors over runs, judgements of corrections, and what a report shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fmjax import metrics
+from fmjax.data import Dataset, Examples
+from fmjax.experiments import build, drawing, report, samplers, workdir
+from fmjax.experiments.drawing import Draws, Models
+from fmjax.experiments.report import Row, Verdict
+from fmjax.experiments.samplers import FLOW_MAP, Sampler
+from fmjax.experiments.settings import Common, Settings
+from fmjax.experiments.specs import refusal
+from fmjax.metrics import Metric, mean_se
+from fmjax.training import logs
+from fmjax.types import Cond
+
+SHOWN = 36  # examples in a grid of samples
+NOTES = [
+    "NFE counts network evaluations a sample. All samplers of a run start from the same noise.",
+    "A distance means something beside its floor: the distance of as many training examples to the same test data.",
+]
+SMALL = (
+    "FD-small is a Frechet distance in 32 features of a small classifier trained here on the training images. It is "
+    "not FID and compares with nothing but itself at the same sample count."
+)
+
+
+def read_samplers(settings: Settings, *, flow_map: bool) -> list[Sampler]:
+    """Return the samplers that a config compares, plain and corrected.
+
+    Args:
+        settings: the config.
+        flow_map: whether a flow map is there; without one its samplers are refused.
+    """
+    plain = samplers.plain_samplers(settings.samplers)
+    if not flow_map and any(s.solver == FLOW_MAP for s in plain):
+        raise refusal("samplers.flow_map", settings.samplers[FLOW_MAP], "no flow map is trained", "Take it out")
+    if not plain:
+        raise refusal("samplers", settings.samplers, "nothing to draw", "Give a solver, such as {'euler': (8,)}")
+    return plain + samplers.corrected_samplers(settings.corrections, plain, list(settings.correctors))
+
+
+def draws_of(settings: Settings, data: Dataset) -> Draws:
+    """Return how many samples a config draws; checks that each run has as many training examples to compare with."""
+    s = settings.sampling
+    if s.samples > data.train.count:
+        wrong = f"each run is compared with as many training examples, and there are {data.train.count}"
+        raise refusal("sampling.samples", s.samples, wrong, "Give fewer")
+    return Draws(s.seeds, s.samples, settings.common.seed, sample_conditions(settings.common, data, s.samples))
+
+
+def sample_conditions(common: Common, data: Dataset, count: int) -> Cond:
+    """Return the conditions of ``count`` samples: labels one after the other, other conditions those of test data."""
+    if not common.conditional:
+        return None
+    if data.classes:
+        return np.arange(count, dtype=np.int32) % data.classes
+    return jax.tree.map(lambda a: np.asarray(a)[np.arange(count) % len(a)], data.test.cond)
+
+
+def distances(settings: Settings, data: Dataset, reference: Examples) -> list[Metric]:
+    """Return the distances of a config to some examples; by default those that suit the kind of data.
+
+    Args:
+        settings: the config.
+        data: the data set.
+        reference: the examples compared with: validation to choose, test to report.
+    """
+    names = settings.metrics or metrics.defaults(data.kind, data.classes)
+    return [build.metric(spec, data, reference, field="metrics") for spec in names]
+
+
+def draw_all(names: Sequence[Sampler], models: Models, draws: Draws, *, directory, identity: str):
+    """Draw the samples of all samplers, ``{name: [seeds, samples, ...]}``, under a progress bar."""
+    drawn = {}
+    with logs.bar("samples", len(names), unit="sampler") as progress:
+        for sampler in names:
+            drawn[sampler.name] = drawing.draw(sampler, models, draws, directory=directory, identity=identity)
+            progress.update()
+    return drawn
+
+
+def training_runs(data: Dataset, draws: Draws) -> np.ndarray:
+    """Return training examples ``[seeds, samples, ...]``, for each run drawn without replacement: the floor."""
+    rng = np.random.default_rng(draws.seed)
+    rows = [np.sort(rng.permutation(data.train.count)[: draws.samples]) for _ in range(draws.seeds)]
+    return np.stack([np.asarray(data.train.x[r]) for r in rows])
+
+
+def compare(
+    names: Sequence[Sampler],
+    drawn: Mapping[str, np.ndarray],
+    costs: Mapping[str, Any],
+    distances: Sequence[Metric],
+    floor: np.ndarray,
+) -> tuple[list[Row], list[Verdict]]:
+    """Measure all samplers.
+
+    Args:
+        names: the samplers.
+        drawn: their samples ``[seeds, samples, ...]`` by name.
+        costs: their costs by name.
+        distances: the metrics.
+        floor: training examples ``[seeds, samples, ...]``.
+
+    Returns:
+        A row for each sampler and for the training data (mean and standard error over runs), and a judgement of each
+        correction by each metric.
+    """
+    each = {name: measure(x, distances) for name, x in drawn.items()}
+    summary = lambda values: {m: mean_se(v) for m, v in values.items()}
+    rows = [Row(s.name, s.family, costs[s.name].nfe, costs[s.name].corrections, summary(each[s.name])) for s in names]
+    rows.append(Row("training data", report.REFERENCE, 0, 0, summary(measure(floor, distances))))
+    verdicts = [
+        report.verdict(s.name, s.baseline, m.name, each[s.name][m.name], each[s.baseline][m.name])
+        for s in names
+        for m in distances
+        if s.baseline
+    ]
+    return rows, verdicts
+
+
+def measure(x: np.ndarray, distances: Sequence[Metric]) -> dict[str, list[float]]:
+    """Return every distance of every run ``x[i]``; infinite where samples are not finite."""
+    finite = np.isfinite(x).reshape(len(x), -1).all(1)
+    return {m.name: [m.distance(a) if ok else float("inf") for a, ok in zip(x, finite, strict=True)] for m in distances}
+
+
+def best_lines(rows: Sequence[Row]) -> list[str]:
+    """Return a sentence a distance: the sampler with the least, its cost, and the floor."""
+    floor, sentences = next(row for row in rows if row.family == report.REFERENCE), []
+    for metric, limit in floor.distances.items():
+        least = report.best_row(rows, metric)
+        if least:
+            words = f"{least.name} (NFE {least.nfe})"
+            value = report.plus_minus(*least.distances[metric])
+            sentences.append(f"Best {metric} {value}: {words}; real data {report.plus_minus(*limit)}.")
+    return sentences
+
+
+def row_lines(rows: Sequence[Row]) -> list[str]:
+    """Return a line a sampler: its cost and its distances."""
+    words = lambda row: ", ".join(f"{m} {report.plus_minus(*d)}" for m, d in row.distances.items())
+    return [f"{row.name} ({row.nfe} NFE): {words(row)}" for row in rows]
+
+
+def as_json(rows: Sequence[Row], verdicts: Sequence[Verdict] = ()) -> dict[str, Any]:
+    """Return rows and verdicts as plain values."""
+    return {"rows": [r._asdict() for r in rows], "verdicts": [v._asdict() for v in verdicts]}
+
+
+def facts(settings: Settings, data: Dataset, distances: Sequence[Metric]) -> dict[str, str]:
+    """Return what a reader of a report may ask: data, samples, metrics, environment, config."""
+    s, d = settings.sampling, data
+    return {
+        "data": f"{d.name}: {d.train.count} training, {d.validation.count} validation, {d.test.count} test examples",
+        "samples": f"{s.seeds} runs of {s.samples}",
+        **{f"{m.name}: {name}": value for m in distances for name, value in m.facts.items()},
+        "environment": json.dumps(workdir.environment(), indent=1),
+        "config": json.dumps(workdir.plain(settings.config), indent=1),
+    }
+
+
+def notes(distances: Sequence[Metric]) -> list[str]:
+    """Return the remarks at the end of a report."""
+    return [*NOTES, *([SMALL] if any(m.name == "FD-small" for m in distances) else [])]
+
+
+def grids(data: Dataset, drawn: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the samples that a report shows, each of the same noise, beside test examples."""
+    return {"test data": np.asarray(data.test.x[:SHOWN])} | {name: x[0, :SHOWN] for name, x in drawn.items()}

@@ -1,0 +1,165 @@
+"""The networks of a config: their training plans, and what samplers draw with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmjax import correction
+from fmjax.data import Dataset
+from fmjax.experiments import assemble, build, drawing, workdir
+from fmjax.experiments.drawing import Models
+from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler, time_grid
+from fmjax.experiments.settings import Settings
+from fmjax.storage import checkpoint, files
+from fmjax.training import loop, pictures
+from fmjax.types import Method, Params
+
+Plans = Mapping[str, loop.Plan]
+
+
+def plans(settings: Settings, data: Dataset) -> dict[str, loop.Plan]:
+    """Return the training plans of a config by network: the flow, its flow map, and each corrector.
+
+    Args:
+        settings: the config.
+        data: its data set.
+
+    Raises:
+        ValueError: one line, for anything that cannot work.
+    """
+    found = {FLOW: assemble.flow_plan(settings, data)}
+    found |= {name: assemble.corrector_plan(settings, name, data) for name in settings.correctors}
+    return found | ({FLOW_MAP: assemble.flow_map_plan(settings, data)} if settings.flow_map else {})
+
+
+def stage_name(network: str) -> str:
+    """Return the stage that trains a network: a corrector's is ``"correctors.NAME"``."""
+    return network if network in (FLOW, FLOW_MAP) else f"correctors.{network}"
+
+
+def models(settings: Settings, plans: Plans, params: Mapping[str, Params]) -> Models:
+    """Return what samplers draw with.
+
+    A flow whose own method learned a map jumps with it where no flow map is trained apart.
+
+    Args:
+        settings: the config.
+        plans: the plans by network.
+        params: their averaged parameters, and ``"drift"`` for the stored marginals ``p`` and ``q``.
+    """
+    return combine(settings, {name: plan.method for name, plan in plans.items()}, dict(params), plans[FLOW].data.shape)
+
+
+def combine(
+    settings: Settings, methods: dict[str, Method], params: dict[str, Params], shape: tuple[int, ...]
+) -> Models:
+    """Return what samplers draw with, of methods and parameters by network; see ``models``."""
+    if FLOW_MAP not in methods and methods[FLOW].flow_map is not None:
+        methods[FLOW_MAP], params[FLOW_MAP] = methods[FLOW], params[FLOW]
+    path = build.path(settings.common.path)
+    return Models(methods, params, shape, path, time_grid(None, settings.marginals.solver_steps, path))
+
+
+def shapes(settings: Settings, plans: Plans) -> Models:
+    """Return what samplers draw with before anything is trained: shapes in place of parameters."""
+    params = {name: jax.eval_shape(lambda plan=plan: loop.initial_parameters(plan)) for name, plan in plans.items()}
+    shape = (4, settings.marginals.solver_steps + 1, *plans[FLOW].data.shape)
+    rows, labels = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((4,), np.int32)
+    banks = {"p": rows, "q": rows} | (
+        {"p_labels": labels, "q_labels": labels} if plans[FLOW].data.cond is not None else {}
+    )
+    return models(settings, plans, params | {DRIFT: banks})
+
+
+def bank(forward: correction.Marginals, backward: correction.Marginals) -> Params:
+    """Return two marginals as the kernel drift takes them."""
+    banks = {"p": jnp.asarray(forward.x), "q": jnp.asarray(backward.x)}
+    if forward.cond is None:
+        return banks
+    return banks | {"p_labels": jnp.asarray(forward.cond), "q_labels": jnp.asarray(backward.cond)}
+
+
+def picture(settings: Settings, plan: loop.Plan) -> Callable[[Params], Any] | None:
+    """Return what draws the samples of a picture while a flow trains: a jump of its own map, or 16 Euler steps.
+
+    Args:
+        settings: the config.
+        plan: the flow's plan.
+
+    Returns:
+        ``draw(params) -> [n, ...]``, from the noise of the run's samples; ``None`` for data that are not drawn.
+    """
+    kind = pictures.writer_for(plan.data.shape)
+    if kind is None:
+        return None
+    jumps = plan.method.flow_map is not None
+    sampler = Sampler("picture", "picture", FLOW_MAP if jumps else "euler", 1 if jumps else 16)
+    methods = {FLOW: plan.method} | ({FLOW_MAP: plan.method} if jumps else {})
+    program = drawing.program(sampler, combine(settings, methods, {FLOW: None, FLOW_MAP: None}, plan.data.shape))
+    keys = drawing.example_keys(settings.common.seed, 0, kind.count)
+    cond = jax.tree.map(lambda a: np.asarray(a)[np.arange(kind.count) % len(a)], plan.data.cond)
+    return lambda params: program({FLOW: params, FLOW_MAP: params}, keys, cond)
+
+
+def example_facts(path: Path) -> dict[str, Any]:
+    """Return what is recorded of the data of a run: shape, kind, classes, levels, name."""
+    folder = workdir.network_folder(path)
+    return files.read_json(folder / workdir.STAGE)["data"]
+
+
+def load(settings: Settings, path: Path) -> tuple[Models, str, int]:
+    """Read the networks of a run folder, as far as they are trained; its data set is not needed.
+
+    Args:
+        settings: the config.
+        path: the folder of a flow, of a pipeline, or of a converted network.
+
+    Returns:
+        What samplers draw with, the digest of the parameters, and the flow's step.
+
+    Raises:
+        WorkdirError: no flow is trained there.
+    """
+    facts = example_facts(path)
+    shape, classes = tuple(facts["shape"]), facts["classes"] if settings.common.conditional else 0
+    average = lambda: np.zeros(shape, np.float32)
+    parts = {FLOW: settings.flow} | settings.correctors | ({FLOW_MAP: settings.flow_map} if settings.flow_map else {})
+    methods, found = {}, {}
+    for name, part in parts.items():
+        if (folder := trained_folder(path, name)) is not None:
+            _, params, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
+            net = part.net or settings.flow.net
+            _, methods[name] = assemble.network(stage_name(name), settings.common, part, net, classes, average)
+            found[name] = params
+    step = checkpoint.latest_step(workdir.network_folder(path) / "checkpoints")
+    identity = checkpoint.digest(found)
+    if (banks := stored_bank(path)) is not None:
+        found[DRIFT] = banks
+    return combine(settings, methods, found, shape), identity, step
+
+
+def trained_folder(path: Path, name: str) -> Path | None:
+    """Return the folder of a network's checkpoints, or ``None`` where it is not trained."""
+    if name == FLOW:
+        return workdir.network_folder(path)
+    folder = workdir.stage_folder(path, stage_name(name))
+    best = folder / "best"
+    folder = best if best.exists() else folder
+    return folder if checkpoint.latest_step(folder / "checkpoints") is not None else None
+
+
+def stored_bank(path: Path) -> Params | None:
+    """Return the marginals of a run folder as the kernel drift takes them, or ``None`` where they are not complete."""
+    folders = [workdir.stage_folder(path, "marginals") / direction for direction in ("forward", "backward")]
+    if not all(folder.is_dir() for folder in folders):
+        return None
+    try:
+        return bank(*(correction.read_marginals(folder) for folder in folders))
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,231 @@
+"""A trained run as an object: ``fmjax.load(W).sample(16)``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmjax import sampling
+from fmjax.experiments import drawing, networks, samplers, settings, workdir
+from fmjax.experiments.drawing import Models
+from fmjax.experiments.samplers import FLOW, FLOW_MAP, Sampler
+from fmjax.experiments.settings import Settings
+from fmjax.experiments.specs import refusal
+from fmjax.types import Cond, Method, Params
+
+SOLVER, STEPS = "rk4", 16
+
+
+def load(path: str | Path, *, trust: bool = False) -> Run:
+    """Load the networks of a run folder.
+
+    Args:
+        path: the folder of a flow, of a pipeline, or of a converted network.
+        trust: run code outside the package that the folder's config names.
+
+    Returns:
+        The run, with its newest averaged parameters.
+
+    Raises:
+        WorkdirError: no run folder, no trained flow, or code outside the package without ``trust``.
+    """
+    path = workdir.local(path)
+    config = settings.read(workdir.read_config(path, trust=trust))
+    return Run(config, path)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Run:
+    """A trained run.
+
+    Attributes:
+        settings: its config, read and checked.
+        path: its folder.
+    """
+
+    settings: Settings
+    path: Path
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.models.methods)
+        return f"Run({str(self.path)!r}: {names}, step {self._loaded[2]}, examples {list(self.models.shape)})"
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[Models, str, int]:
+        return networks.load(self.settings, self.path)
+
+    @property
+    def models(self) -> Models:
+        """The networks, as samplers draw with them."""
+        return self._loaded[0]
+
+    @property
+    def identity(self) -> str:
+        """The digest of the parameters."""
+        return self._loaded[1]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config as plain values."""
+        return self.settings.config
+
+    @property
+    def params(self) -> Params:
+        """The averaged parameters of the flow."""
+        return self.models.params[FLOW]
+
+    @property
+    def method(self) -> Method:
+        """The method of the flow."""
+        return self.models.methods[FLOW]
+
+    def velocity(self, x, t, cond: Cond = None):
+        """Return the flow's velocity at ``x: [B, ...]`` and ``t``, guided as the config says."""
+        return self.method.velocity(self.params)(x, t, cond)
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        label: int | None = None,
+        cond: Cond = None,
+        guidance: float | None = None,
+        solver: Any = None,
+        steps: int | None = None,
+        grid: Any = None,
+        corrections: Mapping[str, Any] | None = None,
+        first: int = 0,
+    ) -> np.ndarray:
+        """Draw samples. Sample ``i`` of a seed is the same whatever ``n`` is, and in every command.
+
+        Args:
+            n: number of samples.
+            seed: of their noise.
+            label: one label for all samples.
+            cond: conditions ``[n, ...]``; by default labels one after the other, where there are labels.
+            guidance: guidance scale; by default the config's.
+            solver: a solver, or ``"flow_map"``; by default the flow map with its least steps where there is one, else
+                ``"rk4"``.
+            steps: number of steps; by default 16, and 4 for a flow map.
+            grid: time grid; by default the uniform one.
+            corrections: ``{"at": steps, "by": corrector, ...}`` as a config's ``corrections`` has it.
+            first: index of the first sample.
+
+        Returns:
+            Samples ``[n, ...]`` in the units of the data that the network was trained on.
+
+        Raises:
+            ValueError: a label or condition that the network cannot take, or a sampler that cannot be drawn.
+        """
+        if n < 1:
+            raise refusal("n", n, "no samples", "Give at least 1")
+        sampler = self.sampler(solver, steps, grid, corrections)
+        models = self.guided(guidance)
+        cond = self.conditions(n, label, cond, first)
+        drawing.check(sampler, models, cond=cond)
+        program = drawing.program(sampler, models)
+        keys = drawing.example_keys(seed, 0, first + n)[first:]
+        return drawing.in_chunks(lambda keys, cond: program(models.params, keys, cond), keys, cond)
+
+    def encode(self, x, *, cond: Cond = None, steps: int = 64) -> np.ndarray:
+        """Return the noise ``[B, ...]`` that the flow carries to ``x``: RK4 backwards in ``steps`` steps."""
+        return self._solve(x, cond, np.linspace(1.0, 0.0, steps + 1, dtype=np.float32))
+
+    def decode(self, z, *, cond: Cond = None, steps: int = 64) -> np.ndarray:
+        """Return where the flow carries the noise ``z: [B, ...]``: RK4 in ``steps`` steps."""
+        return self._solve(z, cond, np.linspace(0.0, 1.0, steps + 1, dtype=np.float32))
+
+    def interpolate(self, a, b, n: int, *, cond: Cond = None, steps: int = 64) -> np.ndarray:
+        """Return ``n`` examples ``[n, ...]`` between two, along the great circle of their noise.
+
+        Args:
+            a: first example, without a batch axis.
+            b: last example.
+            n: number of examples, both ends included.
+            cond: condition of both, without a batch axis.
+            steps: solver steps each way.
+        """
+        add = lambda tree: None if tree is None else jax.tree.map(lambda v: jnp.asarray(v)[None], tree)
+        za, zb = (self.encode(add(x), cond=add(cond), steps=steps)[0] for x in (a, b))
+        angle = np.arccos(np.clip(np.sum(za * zb) / (np.linalg.norm(za) * np.linalg.norm(zb)), -1, 1))
+        f = np.linspace(0, 1, n).reshape(-1, *[1] * za.ndim)
+        z = (np.sin((1 - f) * angle) * za + np.sin(f * angle) * zb) / np.sin(angle) if angle > 1e-6 else za + 0 * f
+        rows = jax.tree.map(lambda v: jnp.repeat(v, n, 0), add(cond))
+        return self.decode(z.astype(np.float32), cond=rows, steps=steps)
+
+    def log_prob(self, x, *, cond: Cond = None, seed: int = 0, probes: int | None = None) -> np.ndarray:
+        """Return ``log p(x)`` of the flow, ``[B]``, by an adaptive solve.
+
+        Args:
+            x: examples ``[B, ...]``.
+            cond: their conditions.
+            seed: of the probes.
+            probes: Hutchinson probes an example; by default the exact divergence up to 64 dimensions, else 1.
+
+        Raises:
+            ValueError: a path whose source is not standard normal.
+            RuntimeError: a solve that failed.
+        """
+        if drawing.source_scale(self.models.path) != 1:
+            raise refusal("path", self.settings.common.path, "its source is not N(0, I)", "Use a path with alpha_0 = 1")
+        x = jnp.asarray(x, jnp.float32)
+        if probes is None and x[0].size > 64:
+            probes = 1
+        key = None if probes is None else drawing.example_keys(seed, 0, len(x), purpose=5)
+        density = jax.jit(functools.partial(sampling.log_density, self.velocity, probes=probes))(x, cond, key)
+        return np.asarray(sampling.checked_density(density))
+
+    def sampler(self, solver: Any, steps: int | None, grid: Any, corrections: Mapping[str, Any] | None) -> Sampler:
+        """Return the sampler of these choices, checked; see ``sample``."""
+        if solver is None:
+            solver = FLOW_MAP if FLOW_MAP in self.models.methods else SOLVER
+        if solver == FLOW_MAP and FLOW_MAP not in self.models.methods:
+            raise refusal("solver", solver, "this run has no flow map", "Take a solver, such as 'rk4'")
+        steps = (4 if solver == FLOW_MAP else STEPS) if steps is None else steps
+        plain = samplers.plain_samplers({"sample": {"solver": solver, "steps": steps, "grid": grid}})
+        if not corrections:
+            return plain[0]
+        entry = {"solver": solver, "steps": steps, "grid": grid, **corrections}
+        trained = [name for name in self.models.methods if name not in (FLOW, FLOW_MAP)]
+        return samplers.corrected_samplers({"sample": entry}, plain, trained)[-1]
+
+    def guided(self, scale: float | None) -> Models:
+        """Return the networks with another guidance scale."""
+        if scale is None or scale == self.settings.common.guidance:
+            return self.models
+        common = dataclasses.replace(self.settings.common, guidance=float(scale))
+        return networks.load(self.settings._replace(common=common), self.path)[0]
+
+    def conditions(self, n: int, label: int | None, cond: Cond, first: int = 0) -> Cond:
+        """Return the conditions of ``n`` samples; see ``sample``."""
+        facts = networks.example_facts(self.path)
+        if label is not None:
+            if not self.settings.common.conditional or not facts["classes"]:
+                raise refusal("label", label, "this run has no labels", "Leave label out")
+            if not 0 <= label < facts["classes"]:
+                raise refusal("label", label, f"labels are 0 .. {facts['classes'] - 1}", "Give one of them")
+            return np.full(n, label, np.int32)
+        if cond is not None:
+            if not self.settings.common.conditional:
+                raise refusal("cond", type(cond).__name__, "this run takes no conditions", "Leave cond out")
+            return cond
+        if not self.settings.common.conditional:
+            return None
+        if not facts["classes"]:
+            raise ValueError("cond=None: this run is conditioned on arrays. Give cond, arrays [n, ...].")
+        return np.arange(first, first + n, dtype=np.int32) % facts["classes"]
+
+    def _solve(self, x, cond: Cond, ts: Sequence[float]) -> np.ndarray:
+        @jax.jit
+        def solve(x, cond):
+            return sampling.sample(sampling.rk4(self.velocity), x, ts, cond=cond)
+
+        return drawing.in_chunks(solve, jnp.asarray(x, jnp.float32), cond)

@@ -1,0 +1,123 @@
+"""Draw samples of a run folder into a file of arrays, a folder of images, or one picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fmjax.experiments.drawing import CHUNK, hash_arrays
+from fmjax.experiments.run import Run
+from fmjax.experiments.settings import Settings
+from fmjax.experiments.specs import refusal
+from fmjax.storage import files, images
+from fmjax.training import logs, pictures, sharding
+
+
+def main(
+    settings: Settings,
+    path: Path,
+    *,
+    count: int,
+    out: str,
+    seed: int = 0,
+    label: int | None = None,
+    guidance: float | None = None,
+    solver: str | None = None,
+    solver_steps: int | None = None,
+    corrections: str | None = None,
+) -> None:
+    """Draw samples and write them; a killed command continues where it stopped.
+
+    Of several processes each draws its part. Sample ``i`` of a seed does not depend on ``count``.
+
+    Args:
+        settings: the config of the run.
+        path: the run folder.
+        count: number of samples.
+        out: ``x.npz`` (``x`` and ``cond``), ``x.png`` (one picture), or a folder (an image a sample).
+        seed: of the noise.
+        label: one label for all samples; by default labels one after the other.
+        guidance: guidance scale; by default the config's.
+        solver: solver, as JSON or a name, or ``"flow_map"``.
+        solver_steps: number of steps.
+        corrections: JSON of a correction, such as ``{"at": [0, 4], "by": "score", "alpha": 0.5}``.
+
+    Raises:
+        ValueError: an output or an option that cannot work, before anything is drawn.
+        WorkdirError: no trained flow.
+    """
+    run, target = Run(settings, path), Path(out).expanduser()
+    options: dict[str, Any] = {"guidance": guidance, "solver": _json("solver", solver), "steps": solver_steps}
+    options["corrections"] = _json("corrections", corrections)
+    if count < 1:
+        raise refusal("count", count, "no samples", "Give at least 1")
+    kind = target.suffix
+    if kind not in (".npz", ".png", ""):
+        raise refusal("out", out, "ends in neither .npz nor .png, and is no folder", "Give samples.npz or grid.png")
+    if kind == "" and len(run.models.shape) != 3:
+        raise refusal("out", out, "a folder holds images, and these samples are none", "Give samples.npz")
+    sampler = run.sampler(options["solver"], solver_steps, None, options["corrections"])
+    what = {"sampler": sampler.fields(), "seed": seed, "label": label, "guidance": guidance, "run": run.identity}
+    parts = target.with_name(f".{target.name}.{hash_arrays([np.frombuffer(repr(what).encode(), np.uint8)])[:12]}")
+    starts = list(range(0, count, CHUNK))
+    parts.mkdir(parents=True, exist_ok=True)
+    with logs.bar("samples", count, unit="sample") as progress:
+        for i in starts[jax.process_index() :: jax.process_count()]:
+            n = min(CHUNK, count - i)
+            if not _complete(parts / f"{i}-{n}.npy"):
+                x = run.sample(n, seed=seed, label=label, first=i, **options)
+                files.write_array(parts / f"{i}-{n}.npy", x)
+            progress.update(n)
+    sharding.barrier("samples")
+    if jax.process_index() == 0:
+        x = np.concatenate([files.read_array(parts / f"{i}-{min(CHUNK, count - i)}.npy") for i in starts])
+        write(target, x, run.conditions(count, label, None))
+        shutil.rmtree(parts)
+        print(f"{count} samples of {sampler.name} in {target}")
+
+
+def write(target: Path, x: np.ndarray, cond: Any) -> None:
+    """Write samples as arrays, as one picture, or as a folder of images.
+
+    Args:
+        target: ``.npz``, ``.png`` or a folder.
+        x: samples ``[n, ...]``.
+        cond: their conditions, or ``None``.
+    """
+    if target.suffix == ".npz":
+        files.write_npz(target, {"x": x} | ({} if cond is None else {"cond": cond}))
+    elif target.suffix == ".png":
+        picture = pictures.writer_for(x.shape[1:])
+        if picture is None:
+            raise refusal("out", str(target), f"vectors {list(x.shape[1:])} are not drawn", "Give samples.npz")
+        picture.write(target, x)
+    else:
+        target.mkdir(parents=True, exist_ok=True)
+        digits = max(6, len(str(len(x) - 1)))
+        for i, image in enumerate(x):
+            images.save_image(target / f"{i:0{digits}d}.png", image)
+
+
+def _json(field: str, text: str | None) -> Any:
+    """A value as JSON, or a bare name."""
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        if field == "solver":
+            return text
+        raise refusal(field, text, "is no JSON", 'Give {"at": [0], "by": "score", "alpha": 0.5}') from None
+
+
+def _complete(path: Path) -> bool:
+    try:
+        return path.exists() and files.read_array(path) is not None
+    except files.DamagedFile as error:
+        print(f"{error.path} {error.problem}: drawn again")
+        return False

@@ -1,0 +1,261 @@
+"""Samplers of a config: records that say what is drawn, read and checked before anything is drawn."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fmjax import correction, paths
+from fmjax.correction import correctors
+from fmjax.experiments import build, specs
+from fmjax.experiments.specs import Kind, refusal
+from fmjax.sampling import grids
+from fmjax.types import stated
+
+FLOW, FLOW_MAP, DRIFT, NOISE = "flow", "flow_map", "drift", "noise"
+GRID = Kind("time grid", "sampling", ("n",))
+OPTIONS = ("solver", "steps", "grid", "at", "by", "parallel")  # fields of a correction that are no options of 'by'
+SOURCES = ("direction", "score", "step", "velocity", "log_density")  # what a corrector's factory may take
+
+
+class Sampler(NamedTuple):
+    """One way to draw samples: ``steps`` of a solver along a grid, corrected at some steps.
+
+    Attributes:
+        name: unique among the samplers that are compared.
+        family: samplers that differ in their number of steps only share a family.
+        solver: spec of a step of ``fmjax.sampling``, or ``"flow_map"`` for jumps of the learned map.
+        steps: number of steps.
+        grid: spec of a time grid; ``None`` for the uniform one.
+        at: the steps before which the state is corrected; ``steps`` itself corrects the end.
+        by: a trained corrector's name, ``"drift"`` (kernel drift between the marginals), ``"noise"`` (the noise of a
+            correction alone, a control) or a corrector of ``fmjax.correction``.
+        options: of the corrector; ``alpha`` and ``beta`` may be one number a corrected step.
+        parallel: evaluate step and correction on the same input.
+        baseline: name of the sampler that this one is judged against.
+    """
+
+    name: str
+    family: str
+    solver: Any
+    steps: int
+    grid: Any = None
+    at: tuple[int, ...] = ()
+    by: str | None = None
+    options: Mapping[str, Any] = {}
+    parallel: bool = False
+    baseline: str | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Return what the samples depend on, as plain values: all but name, family and baseline."""
+        return {k: v for k, v in self._asdict().items() if k not in ("name", "family", "baseline")}
+
+
+def plain_samplers(samplers: Mapping[str, Any]) -> list[Sampler]:
+    """Return the samplers of a config's ``samplers``, without corrections.
+
+    Args:
+        samplers: solver -> numbers of steps, or name -> ``{"solver": ..., "steps": ..., "grid": ...}``.
+
+    Returns:
+        A sampler for each number of steps.
+
+    Raises:
+        ValueError: a solver or grid that does not exist, or steps that are not positive whole numbers.
+    """
+    found = []
+    for name, entry in samplers.items():
+        field = f"samplers.{name}"
+        spec = dict(entry.items()) if hasattr(entry, "items") else {"solver": name, "steps": entry}
+        if extra := sorted(spec.keys() - {"solver", "steps", "grid"}):
+            raise refusal(f"{field}.{extra[0]}", spec[extra[0]], "no such field", "A sampler has solver, steps, grid")
+        if "steps" not in spec:
+            raise ValueError(f"{field}: has no steps. Give numbers of steps, such as (4, 8).")
+        solver, steps = spec.get("solver", name), spec["steps"]
+        check_solver(solver, field=f"{field}.solver" if hasattr(entry, "items") else field)
+        for n in steps if isinstance(steps, (list, tuple)) else (steps,):
+            grid = spec.get("grid")
+            time_grid(grid, _count(n, field), field=f"{field}.grid")
+            found.append(Sampler(_words(solver, n, grid), _family(solver, grid), solver, int(n), grid))
+    return found
+
+
+def corrected_samplers(
+    corrections: Mapping[str, Any], plain: Sequence[Sampler], trained: Sequence[str]
+) -> list[Sampler]:
+    """Return the corrected samplers of a config's ``corrections``, and their controls.
+
+    A correction that adds noise comes with a control, the same noise without the push, and is judged against it:
+    noise alone can help a flow that is too narrow. The control, and a correction without noise, are judged against the
+    plain sampler.
+
+    Args:
+        corrections: name -> ``{"solver", "steps", "grid", "at", "by", "parallel"}`` and the options of the corrector.
+        plain: the plain samplers, which must have the one that is corrected.
+        trained: names of the trained correctors.
+
+    Returns:
+        The corrected samplers and controls, those with fewer corrections first.
+
+    Raises:
+        ValueError: an unknown solver or corrector, steps ``at`` outside ``0 .. steps``, options of another corrector, a
+            correction that does nothing, or a plain sampler that is not drawn.
+    """
+    found: list[Sampler] = []
+    for key, entry in corrections.items():
+        for sampler in _corrected(f"corrections.{key}", dict(entry.items()), plain, trained):
+            if sampler not in found:
+                found.append(sampler)
+    names = [s.name for s in (*plain, *found)]
+    if repeated := sorted({n for n in names if names.count(n) > 1}):
+        raise refusal("corrections", repeated[0], "two samplers have this name", "Drop one of them")
+    return sorted(found, key=lambda s: (str(s.solver), str(s.by), len(s.at), s.at, s.baseline is None))
+
+
+def check_solver(spec: Any, *, field: str) -> None:
+    """Refuse a solver that does not exist, or an option that it does not have; ``"flow_map"`` is one."""
+    if spec != FLOW_MAP:
+        build.step(spec, field=field)
+
+
+def time_grid(spec: Any, n: int, path: paths.Path = paths.linear(), *, field: str = "grid") -> np.ndarray:
+    """Return the time grid ``[n + 1]`` of a spec; ``None`` is uniform where the velocity of the path is finite.
+
+    Args:
+        spec: a grid of ``fmjax.sampling``, or ``None``.
+        n: number of steps.
+        path: the flow's interpolant.
+        field: the config field, for messages.
+    """
+    if spec is None:
+        return grids.default_grid(path, n)
+    return np.asarray(specs.build(GRID, spec, n, field=field, path=path))
+
+
+def _corrected(field: str, c: dict[str, Any], plain: Sequence[Sampler], trained: Sequence[str]) -> list[Sampler]:
+    """The sampler of one correction, after its control if it adds noise."""
+    if missing := [name for name in ("solver", "steps", "at", "by") if name not in c]:
+        raise ValueError(f"{field}: has no {missing[0]!r}. A correction has solver, steps, at, by and options.")
+    n, grid = _count(c["steps"], field), c.get("grid")
+    at = _steps(f"{field}.at", c["at"], n)
+    base = next((s for s in plain if (s.solver, s.steps, s.grid) == (c["solver"], n, grid)), None)
+    if base is None:
+        raise refusal(field, _words(c["solver"], n, grid), "this plain sampler is not drawn", "Add it to samplers")
+    by, inner = specs.parse(c["by"], field=f"{field}.by")
+    options = {name: value for name, value in c.items() if name not in OPTIONS} | inner
+    options = _options(f"{field}", by, options, at, trained, time_grid(grid, n)[list(at)])
+    where = "at every step" if len(at) == n + 1 else f"at {', '.join(map(str, at))}"
+    parallel = bool(c.get("parallel", False))
+    family = f"{base.family} + corrections"
+    words = f"{specs.name_of(by)} {where}" + (" (parallel)" if parallel else "")
+    push = Sampler(f"{base.name}, {words}", family, base.solver, n, grid, at, by, options, parallel, baseline=base.name)
+    if not np.any(options.get("beta", 0.0)):
+        return [push]
+    strengths = ", ".join(f"{beta:g}" for beta in np.atleast_1d(options["beta"]))
+    noise = push._replace(
+        name=f"{base.name}, noise {strengths} {where}", by=NOISE, options={"alpha": 0.0, "beta": options["beta"]}
+    )
+    return [noise, push._replace(baseline=noise.name)]
+
+
+def _options(field: str, by: Any, options: dict[str, Any], at, trained: Sequence[str], ts) -> dict[str, Any]:
+    """The options of a correction, complete and checked by those who take them."""
+    if by in (*trained, DRIFT):
+        known = {"alpha", "beta"} | ({"bandwidth"} if by == DRIFT else set())
+        required = known - {"beta"}
+        options = {"beta": 0.0, **options}
+    else:
+        factory = corrector_factory(field, by, trained)
+        known = set(specs.options_of(factory)) - {"path"}
+        required = {k for k, v in specs.options_of(factory).items() if v is inspect.Parameter.empty} & known
+    if extra := sorted(options.keys() - known):
+        raise refusal(f"{field}.{extra[0]}", options[extra[0]], f"{by!r} has no such option", f"It has {_list(known)}")
+    if missing := sorted(required - options.keys()):
+        raise ValueError(f"{field}.{missing[0]}: {by!r} needs it. Give {missing[0]}.")
+    if not at:
+        raise refusal(f"{field}.at", tuple(at), "corrects at no step", "Give steps, such as (0, 4)")
+    options = {name: _strength(f"{field}.{name}", value, at) for name, value in options.items()}
+    if "alpha" in known:
+        if not np.any(options["alpha"]):
+            raise refusal(f"{field}.alpha", options["alpha"], "corrects nothing", "Give a number other than 0")
+        if np.min(options["beta"]) < 0:
+            raise refusal(f"{field}.beta", options["beta"], "a standard deviation is not negative", "Give 0 or more")
+    elif "to" in known:
+        identity = lambda x, s, t, cond=None, key=None: x
+        scalars = {name: value for name, value in options.items() if name != "path"}
+        stated(correctors.restart(identity, **scalars)).check(ts)
+    return options
+
+
+def corrector_factory(field: str, by: Any, trained: Sequence[str]) -> Callable:
+    """The factory of a corrector that needs no training."""
+    if specs.is_outside(by):
+        return specs.resolve(Kind("corrector", "correction"), by, field=f"{field}.by")[0]
+    offered = {
+        name: getattr(correction, name)
+        for name in correction.__all__
+        if inspect.isfunction(getattr(correction, name)) and _takes(getattr(correction, name))
+    }
+    offered.pop("marginal_matching", None)
+    if by not in offered:
+        known = [*trained, DRIFT, *sorted(offered)]
+        near = specs.checks.nearest(by, known)
+        raise refusal(f"{field}.by", by, f"no such corrector{near}", f"There are {', '.join(known)}")
+    return offered[by]
+
+
+def _takes(function: Callable) -> bool:
+    hint = str(inspect.signature(function).return_annotation).rpartition(".")[2]
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return hint in ("Corrector", "Costed") and bool(names) and set(names) <= set(SOURCES)
+
+
+def _strength(field: str, value: Any, at: Sequence[int]) -> Any:
+    """A number, or one for each corrected step."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, (list, tuple)):
+        if len(value) != len(at):
+            raise refusal(field, value, f"has {len(value)} numbers for {len(at)} corrected steps", "Give one a step")
+        return tuple(_strength(field, v, ()) for v in value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+        raise refusal(field, value, "is no finite number", "Give a number, or one a corrected step")
+    return value
+
+
+def _steps(field: str, value: Any, n: int) -> tuple[int, ...]:
+    at = tuple(value) if isinstance(value, (list, tuple, range)) else (value,)
+    for i in at:
+        if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i <= n:
+            raise refusal(field, i, f"is no step: {n} steps can be corrected at 0 .. {n}", "Give whole numbers")
+    if sorted(set(at)) != list(at):
+        raise refusal(field, at, "the steps do not rise", "Give each step once, in order")
+    return tuple(int(i) for i in at)
+
+
+def _count(n: Any, field: str) -> int:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= 100_000:
+        raise refusal(f"{field}.steps", n, "is no number of steps", "Give a whole number in 1 .. 100000")
+    return int(n)
+
+
+def _words(solver: Any, n: int, grid: Any) -> str:
+    along = "" if grid is None else f" of {specs.name_of(grid)}"
+    return f"{_title(solver)}, {n} step{'s' if n > 1 else ''}{along}"
+
+
+def _family(solver: Any, grid: Any) -> str:
+    return _title(solver) + ("" if grid is None else f" on {specs.name_of(grid)}")
+
+
+def _title(solver: Any) -> str:
+    name = specs.name_of(solver)
+    options = {k: v for k, v in solver.items() if k != "name"} if hasattr(solver, "items") else {}
+    told = ", ".join(f"{k}={v}" for k, v in options.items())
+    return {FLOW_MAP: "flow map"}.get(name, name) + (f" ({told})" if told else "")
+
+
+def _list(names) -> str:
+    return ", ".join(sorted(names)) or "none"

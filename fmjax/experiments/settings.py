@@ -1,0 +1,209 @@
+"""Read a config once, into typed and checked pieces; after ``read`` no part of the library sees a config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+from fmjax import checks
+from fmjax.checks import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Range
+from fmjax.experiments import specs
+from fmjax.experiments.specs import refusal
+
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Count = Annotated[int, Range(1, 1e9)]
+Decay = Annotated[float, Range(0, 1, open_high=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """Fields that all stages share; ``configs/base.py`` explains each.
+
+    Attributes are the config's fields of the same names.
+    """
+
+    seed: Seed
+    data: Any
+    flip: bool
+    conditional: bool
+    label_dropout: Decay
+    guidance: Annotated[float, Range()]
+    negatives: Literal[None, "any", "other_label"]
+    path: Any
+    init: str | None
+    teacher: str | None
+    fsdp: bool
+    log_every: Positive
+    save_every: Positive
+    sample_every: NonNegative
+    keep: Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Fields of one training stage; ``configs/base.py`` explains each.
+
+    Attributes are the config's fields of the same names; ``net=None`` stands for the flow's network.
+    """
+
+    net: Any
+    method: Any
+    weighting: Any
+    coupling: Any
+    batch_size: Annotated[int, Range(1, 1e7)]
+    steps: Count
+    target: Literal["self", "ema", "frozen"]
+    learning_rate: PositiveFloat
+    warmup: NonNegative
+    schedule: Literal["constant", "cosine"]
+    clip: PositiveFloat | None
+    beta2: Annotated[float, Range(0, 1, open_low=True, open_high=True)]
+    weight_decay: NonNegativeFloat
+    ema: Decay
+
+
+@dataclasses.dataclass(frozen=True)
+class MarginalSets:
+    """How the marginals p_n and q_n are built; ``configs/base.py`` explains each field."""
+
+    solver: str
+    solver_steps: Annotated[int, Range(1, 1e5)]
+    backward_map: str
+    forward_examples: Annotated[int, Range(2, 1e9)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How many samples are compared: ``seeds`` runs of ``samples`` each."""
+
+    seeds: Annotated[int, Range(1, 1e6)]
+    samples: Annotated[int, Range(2, 1e9)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Straighten:
+    """What half-straightening trains and compares beside its training fields, see ``configs/base.py``."""
+
+    seed: Seed
+    bounds: Sequence[float]
+    parts: Any
+    sharing: Sequence[str]
+    full: bool
+    grid: Literal["even", "edm"]
+    grid_steps: Annotated[int, Range(1, 1e5)]
+    solver: str
+    examples: Annotated[int, Range(2, 1e9)]
+    allocations: Sequence[Sequence[int]]
+    reference_steps: Annotated[int, Range(1, 1e5)]
+    baselines: Sequence[Annotated[int, Range(1, 1e5)]]
+    probes: Annotated[int, Range(2, 1e9)]
+
+
+class Settings(NamedTuple):
+    """A config, checked: what each stage holds of it.
+
+    Attributes:
+        common: what all stages share.
+        flow: training of the flow.
+        correctors: training of each corrector, by name.
+        flow_map: training of the flow map, or ``None``.
+        marginals: how the marginals are built.
+        sampling: how many samples are compared.
+        samplers: solvers and their numbers of steps, or samplers by name.
+        corrections: corrected samplers by name.
+        metrics: specs of the distances; empty for the defaults of the data's kind.
+        straighten: training of the students and what is compared, or ``None``.
+        config: all of it as plain JSON values.
+    """
+
+    common: Common
+    flow: Training
+    correctors: dict[str, Training]
+    flow_map: Training | None
+    marginals: MarginalSets
+    sampling: Sampling
+    samplers: dict[str, Any]
+    corrections: dict[str, Any]
+    metrics: tuple[Any, ...]
+    straighten: tuple[Training, Straighten] | None
+    config: dict[str, Any]
+
+
+SECTIONS = ("correctors", "flow_map", "sampling", "samplers", "corrections", "metrics", "straighten")
+
+
+def read(config: Any) -> Settings:
+    """Read a config.
+
+    Args:
+        config: a ``ConfigDict`` or a mapping with the fields of ``configs/base.py``.
+
+    Returns:
+        Its pieces, each value checked by type and range.
+
+    Raises:
+        ValueError: a field that is unknown, missing, of another type or out of range; one line that names it.
+    """
+    tree = specs.absolute(config)
+    flat = {name: value for name, value in tree.items() if name not in SECTIONS}
+    common, flow, marginals = (_take(kind, flat) for kind in (Common, Training, MarginalSets))
+    if flat:
+        name, known = next(iter(flat)), [*tree, *SECTIONS]
+        raise refusal(name, flat[name], f"no such field{checks.nearest(name, set(known) - {name})}", "Take it out")
+    straighten = tree.get("straighten")
+    return Settings(
+        common=common,
+        flow=flow,
+        correctors={n: _training(f"correctors.{n}", part) for n, part in _mapping(tree, "correctors").items()},
+        flow_map=_training("flow_map", tree["flow_map"]) if tree.get("flow_map") else None,
+        marginals=marginals,
+        sampling=Sampling(**specs.checked(Sampling, _mapping(tree, "sampling"), field="sampling")),
+        samplers=_mapping(tree, "samplers"),
+        corrections=_mapping(tree, "corrections"),
+        metrics=_sequence(tree, "metrics"),
+        straighten=_straighten(straighten) if straighten else None,
+        config=tree,
+    )
+
+
+def _take(kind: type, fields: dict[str, Any]) -> Any:
+    """The piece ``kind`` of a flat config; its fields are taken out of ``fields``."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    if missing := [name for name in names if name not in fields]:
+        raise ValueError(f"{missing[0]}: the config has no such field. Start from configs/base.py, which has them all.")
+    return _make(kind, {name: fields.pop(name) for name in names}, "")
+
+
+def _training(field: str, part: Any) -> Training:
+    if not hasattr(part, "items"):
+        raise refusal(field, part, "not the fields of a training stage", "Give a mapping, as configs/base.py's stage()")
+    return _make(Training, {"net": None, **part}, field)
+
+
+def _straighten(part: Any) -> tuple[Training, Straighten]:
+    training = {field.name for field in dataclasses.fields(Training)}
+    first = {name: value for name, value in part.items() if name in training}
+    rest = {name: value for name, value in part.items() if name not in training}
+    return _training("straighten", first), _make(Straighten, rest, "straighten")
+
+
+def _make(kind: type, values: dict[str, Any], field: str) -> Any:
+    try:
+        return kind(**specs.checked(kind, values, field=field or "config"))
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("config.")) if not field else error from None
+
+
+def _mapping(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    value = tree.get(name) or {}
+    if not hasattr(value, "items"):
+        raise refusal(name, value, "not a mapping", "Give {name: options}")
+    return dict(value.items())
+
+
+def _sequence(tree: dict[str, Any], name: str) -> tuple[Any, ...]:
+    value = tree.get(name) or ()
+    if not isinstance(value, (list, tuple)):
+        raise refusal(name, value, "not a sequence", "Give ('name', ...)")
+    return tuple(value)

@@ -1,0 +1,229 @@
+"""Compare a teacher with its straightened students: distances, paired errors, spectra and straightness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmjax import sampling, straightening
+from fmjax.data import Dataset
+from fmjax.experiments import build, comparison, drawing, report
+from fmjax.experiments.drawing import Draws
+from fmjax.experiments.pages import Page
+from fmjax.experiments.report import Row
+from fmjax.experiments.settings import Settings, Straighten
+from fmjax.keys import fold_in, normal
+from fmjax.metrics import mean_se, spectrum
+from fmjax.sampling import grids
+from fmjax.straightening import FULL, TEACHER, SegmentedModel
+from fmjax.training import logs
+from fmjax.types import Method, Params, stated
+
+GITS = {"n": 60, "examples": 256, "growth": 1.15}  # of the grid that dynamic programming chooses
+SHOWN = 12  # examples of each sampler, from the same noise
+COLUMNS = ("family", "name", "NFE", "counts", "drift")  # fields of a row that are no distances
+NOTES = [
+    "Paired error: the mean square difference of a sample from the teacher's own, of the same noise and many steps.",
+    "(m, n): m Euler steps in the first segment and n in the second; a step is one evaluation.",
+]
+
+
+class Compared(NamedTuple):
+    """A sampler of the comparison.
+
+    Attributes:
+        family: what is sampled.
+        name: how.
+        step_of: parameters -> the step.
+        ts: the time grid, from ``ts[0]`` with ``1 - ts[0]`` times the noise.
+        nfe: network evaluations a sample.
+        counts: Euler steps in each segment, where there are segments.
+    """
+
+    family: str
+    name: str
+    step_of: Callable[[Mapping[str, Params]], Any]
+    ts: np.ndarray
+    nfe: int
+    counts: tuple[int, ...] = ()
+
+
+def compare(
+    settings: Settings,
+    data: Dataset,
+    draws: Draws,
+    models: Sequence[SegmentedModel],
+    methods: Mapping[str, Method],
+    params: Mapping[str, Params],
+    curves: Mapping[str, Any],
+) -> Page:
+    """Measure teacher and students, all from the same noise.
+
+    Args:
+        settings: the config, with ``straighten``.
+        data: its data set.
+        draws: runs and samples, over which means and errors are taken.
+        models: what is compared.
+        methods: methods by network.
+        params: averaged parameters by network.
+        curves: losses by network, for the report.
+
+    Returns:
+        The report: rows, measures of every model, spectra of the errors, and samples.
+    """
+    _, s = settings.straighten
+    shape = data.train.x.shape[1:]
+    keys = [fold_in(drawing.example_keys(draws.seed, i, draws.samples), 0) for i in range(draws.seeds)]
+    noise = jnp.concatenate([normal(k, shape) for k in keys])
+    cond = jax.tree.map(lambda a: np.concatenate([a] * draws.seeds), draws.cond)
+    flow = methods[TEACHER].velocity
+    ts, index = teacher_grid(s.grid, s.reference_steps, s.bounds)
+    solve = lambda params: build.step(s.solver)(flow(params[TEACHER]))
+    reference = states_at(solve, params, noise, cond, ts, index)
+    metrics = comparison.distances(settings, data, data.test)
+    by_run = lambda x: x.reshape(draws.seeds, draws.samples, *x.shape[1:])
+    rows, spectra = [], {}
+    nfe = (stated(solve(params)).nfe or 1) * (len(ts) - 1)
+    many = Compared(f"{TEACHER}, {s.solver}", f"{len(ts) - 1} steps", solve, ts, nfe)
+    shown = {"test data": np.asarray(data.test.x[:SHOWN]), f"{many.family}, {many.name}": reference[-1]}
+
+    def measure(sampler: Compared, states: np.ndarray) -> None:
+        x = by_run(states[-1])
+        each = comparison.measure(x, metrics)
+        each["paired error"] = [float(np.mean((a - b) ** 2)) for a, b in zip(x, by_run(reference[-1]), strict=True)]
+        row = {"family": sampler.family, "name": sampler.name, "NFE": sampler.nfe, "counts": sampler.counts}
+        rows.append(row | {name: mean_se(values) for name, values in each.items()})
+        if len(states) > 1:  # at the inner bounds
+            inner = zip(states[1:-1], reference[1:-1], strict=True)
+            rows[-1]["drift"] = [float(np.mean((a - b) ** 2)) for a, b in inner]
+
+    samplers = [*allocated(s, models, methods), *baselines(s, methods, params, noise, cond)]
+    with logs.bar("samplers", len(samplers), unit="sampler") as progress:
+        for sampler in samplers:
+            at = tuple(np.cumsum((0, *sampler.counts))) if sampler.counts else (len(sampler.ts) - 1,)
+            states = states_at(sampler.step_of, params, noise, cond, sampler.ts, at)
+            measure(sampler, states)
+            shown[f"{sampler.family}, {sampler.name}"] = states[-1]
+            if data.kind == "image" and sampler.counts:
+                frequency, power = spectrum.radial(states[-1] - reference[-1])
+                spectra[f"{sampler.family}, {sampler.name}"] = {"frequency": frequency, "power": power}
+            progress.update()
+    measure(many, reference[-1:])
+    floor = comparison.measure(comparison.training_runs(data, draws), metrics)
+    floor = {name: mean_se(values) for name, values in floor.items()}
+    along = measures(settings, data, draws, models, methods, params, reference, cond)
+    record = {"rows": rows, "floor": floor, "segments": along, "spectra": spectra}
+    facts = facts_of(along, spectra) | comparison.facts(settings, data, metrics)
+    table = [
+        Row(f"{r['family']} {r['name']}", r["family"], r["NFE"], 0, {k: v for k, v in r.items() if k not in COLUMNS})
+        for r in rows
+    ] + [Row("training data", report.REFERENCE, 0, 0, floor)]
+    contents = report.Contents(
+        title=f"fmjax: half-straightening of {data.name}", summary=comparison.best_lines(table), rows=table,
+        verdicts=[], grids={k: np.asarray(x[:SHOWN]) for k, x in shown.items()}, trajectories={}, curves=dict(curves),
+        gaps={}, facts=facts, notes=[*comparison.notes(metrics), *NOTES],
+    )  # fmt: skip
+    return Page(contents, record, contents.summary)
+
+
+def teacher_grid(kind: str, steps: int, bounds) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return the teacher's grid from 0 to 1, even or EDM's, with the bounds among its points, and their indices.
+
+    Args:
+        kind: ``"even"`` or ``"edm"``.
+        steps: number of steps before the bounds are inserted.
+        bounds: bounds of the segments.
+    """
+    ts = grids.uniform_grid(steps) if kind == "even" else np.append(np.float32(0), grids.edm_grid(steps))
+    return straightening.inserted(ts, bounds)
+
+
+def states_at(step_of, params, noise, cond, ts, at) -> np.ndarray:
+    """Return the states ``[len(at), n, ...]`` at the indices ``at`` of the grid, from ``(1 - ts[0])`` times noise."""
+    alone = tuple(at) == (len(ts) - 1,)
+
+    @jax.jit
+    def states(x0, cond):
+        x = sampling.sample(step_of(params), (1 - ts[0]) * x0, ts, cond=cond, trajectory=not alone)
+        return x[:, None] if alone else jnp.moveaxis(x[np.asarray(at)], 0, 1)
+
+    return np.moveaxis(drawing.in_chunks(states, noise, cond), 1, 0)
+
+
+def allocated(s: Straighten, models: Sequence[SegmentedModel], methods) -> list[Compared]:
+    """Return every model with every allocation of Euler steps."""
+    found = []
+    for model in models:
+        family = model.sharing if model.sharing in (TEACHER, FULL) else f"{model.part}, {model.sharing}"
+
+        def step_of(params, model=model):
+            each = straightening.segment_velocities(model, methods, params)
+            return straightening.segmented_step(each, s.bounds)
+
+        for counts in map(tuple, s.allocations):
+            grid, words = straightening.segment_grid(s.bounds, counts), ", ".join(map(str, counts))
+            found.append(Compared(family, f"({words})", step_of, grid, sum(counts), counts))
+    return found
+
+
+def baselines(s: Straighten, methods, params, noise, cond) -> list[Compared]:
+    """Return other samplers of the teacher, and Euler steps of the full reflow, at equal numbers of evaluations."""
+    if not s.baselines:
+        return []
+    flow, fine = methods[TEACHER].velocity, grids.edm_grid(GITS["n"])
+    of = lambda make: lambda params: make(flow(params[TEACHER]))
+    few = GITS["examples"]
+    along = states_at(of(sampling.edm_heun), params, noise[:few], drawing.first(cond, few), fine, range(len(fine)))
+    jump_costs = lambda params, xs, cond: sampling.jump_costs(sampling.ddim(flow(params)), xs, fine, cond=cond)
+    costs = np.asarray(jax.jit(jump_costs)(params[TEACHER], along, drawing.first(cond, few)))
+    found = []
+    for n in s.baselines:
+        even, levels, heun = grids.uniform_grid(n), grids.edm_grid(n), grids.edm_grid((n + 1) // 2)
+        best = fine[list(sampling.best_steps(costs, n, growth=GITS["growth"]))]
+        found += [
+            Compared(f"{TEACHER}, Euler", f"{n} even steps", of(sampling.euler), even, n),
+            Compared(f"{TEACHER}, Euler on EDM's grid", f"of {n}", of(sampling.euler), levels, n),
+            Compared(
+                f"{TEACHER}, EDM's Heun", f"grid of {len(heun) - 1}", of(sampling.edm_heun), heun, 2 * len(heun) - 3
+            ),
+            Compared(f"{TEACHER}, DPM-Solver++(2M)", f"grid of {n}", of(sampling.dpmpp_2m), levels, n),
+            Compared(f"{TEACHER}, DDIM", f"GITS's grid of {n}", of(sampling.ddim), best, n),
+        ]
+        if s.full:
+            reflowed = lambda params: sampling.euler(methods[FULL].velocity(params[FULL]))
+            found.append(Compared(f"{FULL}, Euler", f"{n} even steps", reflowed, even, n))
+    return found
+
+
+def measures(settings: Settings, data, draws: Draws, models, methods, params, reference, cond) -> list[dict[str, Any]]:
+    """Return ``straightening.segment_measures`` of every model."""
+    _, s = settings.straighten
+    count = min(s.probes, data.train.count, reference.shape[1])
+    keys = drawing.example_keys(draws.seed, draws.seeds, count)
+    real = np.asarray(data.train.x[:count])
+    conds = drawing.first(cond, count), drawing.first(data.train.cond if cond is not None else None, count)
+
+    def of(model: SegmentedModel):
+        @jax.jit
+        def measure(params, states, real):
+            each = straightening.segment_velocities(model, methods, params)
+            teacher = methods[TEACHER].velocity(params[TEACHER])
+            return straightening.segment_measures(each, teacher, s.bounds, states, real, keys, *conds)
+
+        return jax.tree.map(float, measure(params, reference[:, :count], real))
+
+    return [model._asdict() | of(model) for model in models]
+
+
+def facts_of(along: Sequence[Mapping[str, Any]], spectra: Mapping[str, Any]) -> dict[str, str]:
+    """Return the measures along the time axis and of the spectra, in words."""
+    words = lambda m: "; ".join(
+        f"{n} {', '.join(f'{v:.3g}' for v in m[n])}" for n in ("straightness", "jump", "departure")
+    )
+    facts = {"along the time axis": "\n".join(f"{m['part']}, {m['sharing']}: {words(m)}" for m in along)}
+    low = [f"{name}: {spectrum.low_fraction(**values):.3f}" for name, values in spectra.items()]
+    return facts | ({"fraction of the error below 1/5 cycle a pixel": "\n".join(low)} if low else {})

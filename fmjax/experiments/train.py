@@ -1,0 +1,45 @@
+"""Train one stage of a config in a run folder, on any number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from fmjax.data import Dataset
+from fmjax.experiments import build, networks, pipeline, reflow, stages, workdir
+from fmjax.experiments.settings import Settings
+from fmjax.experiments.stages import Stage
+
+
+@workdir.owner
+def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | None = None) -> None:
+    """Train a stage; the stages that it needs must be complete in the folder. Continue where it stopped.
+
+    Args:
+        settings: the config.
+        path: the run folder.
+        stage: ``"flow"``, ``"marginals"``, ``"correctors.NAME"``, ``"flow_map"``, ``"trajectories"`` or
+            ``"straighten.NAME"``.
+        fork: run folder whose state of this stage a new run starts from.
+
+    Raises:
+        ValueError: one line, before anything is written.
+        WorkdirError: a folder of another config, or a stage that is needed and not complete.
+    """
+    data = build.data(settings.common.data)
+    every = [pipeline.flow_stage(settings, data)] if stage == "flow" else trained_stages(settings, data)
+    workdir.open_workdir(path, settings.config, {s.name: s.fields for s in every})
+    if fork:
+        workdir.fork(fork, path, stage)
+    result = stages.run_one(every, stage, path)
+    if jax.process_index() == 0:
+        print(f"{stage}: {result.summary}, in {workdir.stage_folder(path, stage)}")
+
+
+def trained_stages(settings: Settings, data: Dataset) -> list[Stage]:
+    """Return all stages of a config that train: those of the pipeline, and those of half-straightening."""
+    found = pipeline.training_stages(settings, data, networks.plans(settings, data))
+    if settings.straighten is None:
+        return found
+    return found + [s for s in reflow.training_stages(settings, data)[0] if s.name != "flow"]
