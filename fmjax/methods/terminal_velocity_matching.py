@@ -31,8 +31,8 @@ def terminal_velocity_matching(
     ``X_{s,t}(x) = x + (t - s) c u(x, s, t)`` (arXiv 2511.19797). The first term is the residual of ``lagrangian``, with
     the gradient through the tangent; the second is flow matching at ``r ~ time``. Without guidance ``w = c = 1``.
 
-    The scale ``w`` is ``guidance``, or the scale in conditions ``(labels, w)`` (``guidance.random_scale``; the paper
-    draws ``1/w``), and 1 where the label is ``null`` (``guidance.label_dropout``):
+    The scale ``w`` is ``guidance``, or the scale in conditions ``(labels, w)`` (``sampling.random_scale``; the paper
+    draws ``1/w``), and 1 where the label is ``null`` (``sampling.label_dropout``):
     ``v_g = w dI_r + (1 - w) c u(I_r, r, r; null)``.
 
     Args:
