@@ -9,7 +9,7 @@ from scipy import special, stats
 from fmjax import correction, oracles, paths, sampling
 from fmjax.correction import correctors
 from fmjax.keys import as_keys, normal, split
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.types import expand
 
 N = 100_000
@@ -84,13 +84,13 @@ def test_presets_by_name():
     assert correctors.preset("paper", 0.3, alpha=0.7, beta=0.1) == {"alpha": 0.7, "beta": 0.1}
     sigma = lambda t: 0.1 + t
     assert correctors.preset("langevin", sigma)["beta"] is sigma
-    with pytest.raises(ValueError, match="no preset 'langevn'; did you mean 'langevin'"):
+    with pytest.raises(ValueError, match="preset='langevn'.*did you mean 'langevin'"):
         correctors.preset("langevn", 0.3)
-    with pytest.raises(ValueError, match="'paper' leaves alpha and beta to you"):
+    with pytest.raises(ValueError, match="alpha=0.5, beta=None: preset 'paper'"):
         correctors.preset("paper", 0.3, alpha=0.5)
-    with pytest.raises(ValueError, match="'w2' fixes alpha and beta, got alpha=0.5, beta=None"):
+    with pytest.raises(ValueError, match="alpha=0.5, beta=None: preset 'w2'"):
         correctors.preset("w2", 0.3, alpha=0.5)
-    with pytest.raises(ValueError, match="sigma, the corrector's noise level, must be positive, got 0"):
+    with pytest.raises(ValueError, match="sigma=0.0"):
         correctors.preset("langevin", 0.0)
 
 
@@ -180,11 +180,12 @@ def test_unadjusted_langevin_has_its_stationary_variance(key):
     var = b**2 / (1 - h / (2 * b**2))
     keys = as_keys(key, N)
     start = var**0.5 * normal(as_keys(jax.random.key(1), N), (2,))
-    y, info = correctors.langevin(score, step=h, steps=3)(keys, start, 0.5)
+    run = lambda n: jax.jit(correctors.langevin(score, step=h, steps=n))
+    y, info = run(3)(keys, start, 0.5)
     assert_std(y, var**0.5)
     np.testing.assert_allclose(info["moved"], np.sqrt(((y - start) ** 2).mean(1)), rtol=1e-5)
     for k in (1, 2):
-        y, _ = correctors.langevin(score, step=h, steps=k)(keys, jnp.zeros((N, 2)), 0.5)
+        y, _ = run(k)(keys, jnp.zeros((N, 2)), 0.5)
         assert_std(y, np.sqrt(var * (1 - (1 - h / b**2) ** (2 * k))))
 
 
@@ -193,7 +194,7 @@ def test_langevin_goes_to_the_law_of_its_score(key):
     score = lambda x, t, cond=None: -(x - 2.0)
     h = lambda t: 0.1 + 0.4 * t
     t = jnp.where(jnp.arange(N) % 2 == 0, 0.0, 1.0)
-    y, _ = correctors.langevin(score, step=h, steps=2)(as_keys(key, N), jnp.zeros((N, 1)), t)
+    y, _ = jax.jit(correctors.langevin(score, step=h, steps=2))(as_keys(key, N), jnp.zeros((N, 1)), t)
     for start, rate in ((0, 0.1), (1, 0.5)):
         half = np.asarray(y, np.float64)[start::2, 0]
         assert abs(half.mean() - 2 * (1 - (1 - rate) ** 2)) < 4.5 * half.std() / len(half) ** 0.5
@@ -203,9 +204,9 @@ def test_noise_is_independent_between_steps_and_examples(key):
     """Without a score the variance of three steps is ``3 x 2h`` (the same noise thrice would give ``9 x 2h``)."""
     h = 0.5
     still = lambda x, t, cond=None: 0 * x
-    y, _ = correctors.langevin(still, step=h, steps=3)(as_keys(key, N), jnp.zeros((N, 2)), 0.5)
+    y, _ = jax.jit(correctors.langevin(still, step=h, steps=3))(as_keys(key, N), jnp.zeros((N, 2)), 0.5)
     assert_std(y, np.sqrt(3 * 2 * h))
-    z, _ = correctors.marginal_matching(still, alpha=1.0, beta=0.5)(as_keys(key, N), jnp.zeros((N, 2)), 0.5)
+    z, _ = jax.jit(correctors.marginal_matching(still, alpha=1.0, beta=0.5))(as_keys(key, N), jnp.zeros((N, 2)), 0.5)
     for draws in (np.asarray(y, np.float64), np.asarray(z, np.float64)):
         assert len(np.unique(draws[:, 0])) > 0.99 * N  # floats of 23 bits collide now and then
         scale = draws.std() ** 2
@@ -246,7 +247,7 @@ def test_the_score_at_the_end_is_refused_where_it_is_asked_for(path, key):
         return sampling.sample(lambda x, s, t, cond=None, key=None: x, x, ts, key=key, corrector=fix, at=at)
 
     assert np.isfinite(jax.jit(run, static_argnums=1)(x, (1, 3))).all()
-    with pytest.raises(ValueError, match="the score at t=1 is not in the velocity"):
+    with pytest.raises(ValueError, match="t=1: without noise"):
         jax.jit(run, static_argnums=1)(x, (1, 4))
     assert correction.score_of(oracle.velocity, path=paths.ve()).check(ts) is None
     with pytest.raises(ValueError, match="score_of needs a path without a latent"):
@@ -277,12 +278,12 @@ def test_without_noise_no_key_is_touched(key):
 
 def test_bad_options_are_refused():
     direction = lambda x, t, cond=None: x
-    with pytest.raises(ValueError, match="standard deviation and cannot be negative, got -0.1"):
+    with pytest.raises(ValueError, match="beta=-0.1"):
         correctors.marginal_matching(direction, alpha=1.0, beta=-0.1)
     for step in (0.0, -1.0):
-        with pytest.raises(ValueError, match=f"step must be positive, got {step}"):
+        with pytest.raises(ValueError, match=f"step={step}"):
             correctors.langevin(direction, step=step)
-    with pytest.raises(ValueError, match="at least one step, got steps=0"):
+    with pytest.raises(ValueError, match="steps=0"):
         correctors.langevin(direction, step=0.1, steps=0)
 
 
@@ -299,16 +300,16 @@ def test_a_scaling_error_shows_in_the_marginals_and_a_score_step_mends_only_disp
     ts = grids.uniform_grid(50)
     std = np.sqrt((1 - ts) ** 2 + ts**2 * s**2)
     x = jnp.array([[1.0], [-0.4]])
-    forward, _ = solvers.integrate(scaled(eps), x, ts)
+    forward, _ = sampling.integrate(scaled(eps), x, ts)
     np.testing.assert_allclose(forward / x, (std * np.exp(eps * ts))[:, None, None] * np.ones((1, 2, 1)), rtol=2e-6)
-    back, _ = solvers.integrate(scaled(eps), x, ts[::-1])
+    back, _ = sampling.integrate(scaled(eps), x, ts[::-1])
     want = std / s * np.exp(-eps * (1 - ts))
     np.testing.assert_allclose(back[::-1] / x, want[:, None, None] * np.ones((1, 2, 1)), rtol=2e-6)
 
+    @jax.jit
     def corrected(alpha):
-        fix = correctors.marginal_matching(gaussian_direction(s, sigma), alpha=alpha)
-        end = sampling.sample(solvers.rk4(scaled(eps)), x, ts, key=key, corrector=fix, at=(50,))
-        return float(end[0, 0])
+        fix = correctors.marginal_matching(gaussian_direction(s, sigma), alpha=lambda t: jnp.full_like(t, alpha))
+        return sampling.sample(sampling.rk4(scaled(eps)), x, ts, key=key, corrector=fix, at=(50,))[0, 0]
 
     a = s * np.exp(eps)
     best = (s**2 + sigma**2) * (1 - s / a) / sigma**2
@@ -329,8 +330,8 @@ def test_a_shift_error_moves_the_means_as_in_the_closed_form(x64):
     root = lambda r: np.sqrt((1 - r) ** 2 + r**2 * s**2)
     until = np.array([t / 2 * (weight / root(t * (node + 1) / 2)).sum() for t in ts.astype(float)])
     start = jnp.zeros((1, 1))  # the mean of a Gaussian follows the flow, whose field is affine
-    forward, _ = solvers.integrate(velocity, start, ts)
+    forward, _ = sampling.integrate(velocity, start, ts)
     np.testing.assert_allclose(forward[:, 0, 0], shift * root(ts.astype(float)) * until, atol=2e-6)
-    back, _ = solvers.integrate(velocity, start, ts[::-1])
+    back, _ = sampling.integrate(velocity, start, ts[::-1])
     want = -shift * root(ts.astype(float)) * (until[-1] - until)
     np.testing.assert_allclose(back[::-1, 0, 0], want, atol=2e-6)

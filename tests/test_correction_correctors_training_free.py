@@ -12,8 +12,9 @@ from scipy import stats
 from fmjax import correction, oracles, paths, sampling
 from fmjax.correction import correctors
 from fmjax.keys import as_keys, normal, split
-from fmjax.sampling import grids, likelihood, solvers
+from fmjax.sampling import grids, likelihood
 from fmjax.training import sharding
+from fmjax.types import Costed, stated
 
 N = 40_000
 V, H = 1.7, 1.2  # the published case of a Langevin step too long for its law: unadjusted it ends at a variance of 2.6
@@ -147,7 +148,7 @@ def test_restart_by_ode_steps_goes_to_restart_by_the_exact_map(x64, key):
     run = lambda step, n: jax.jit(correctors.restart(step, to=lambda t: t / 2, steps=n, loops=2))(keys, x, t)[0]
     want = run(oracle.flow_map, 1)
     np.testing.assert_allclose(run(oracle.flow_map, 7), want, rtol=1e-12)  # a map composes
-    errors = [np.abs(run(solvers.rk4(oracle.velocity), n) - want).max() for n in (20, 40, 80)]
+    errors = [np.abs(run(sampling.rk4(oracle.velocity), n) - want).max() for n in (20, 40, 80)]
     assert np.log2(np.array(errors[:-1]) / errors[1:]) == pytest.approx(4, abs=0.4)
 
 
@@ -159,7 +160,7 @@ def test_restart_keeps_a_mixture(key):
     x = t * x1 + (1 - t) * x0
     spread = ((1 - t) ** 2 + (t * std) ** 2) ** 0.5
     cdf = lambda x: (weights * stats.norm.cdf(np.asarray(x)[..., None], t * means, spread)).sum(-1)
-    fix = correctors.restart(solvers.rk4(oracle.velocity), to=0.2, steps=10, loops=2)
+    fix = correctors.restart(sampling.rk4(oracle.velocity), to=0.2, steps=10, loops=2)
     y, _ = jax.jit(fix)(as_keys(key, len(x)), x, t)
     assert stats.kstest(np.asarray(y)[:, 0], cdf).pvalue > 1e-4
     assert np.corrcoef(x[:, 0], y[:, 0])[0, 1] < 0.5  # and it was no identity
@@ -174,23 +175,23 @@ def test_restart_from_the_start_draws_anew_and_times_that_cannot_are_refused(key
     )  # nothing is left of x
     run = lambda fix, at: jax.jit(lambda x: sampling.sample(oracle.flow_map, x, ts, key=key, corrector=fix, at=at))(x)
     assert np.isfinite(run(fresh, (1, 4))).all()
-    with pytest.raises(ValueError, match="restart at t=0 cannot go back to 0: it needs an earlier time"):
+    with pytest.raises(ValueError, match="to=0: restart at t=0 needs an earlier time"):
         run(fresh, (0, 4))
-    with pytest.raises(ValueError, match="restart at t=0.25 cannot go back to 0.5"):
+    with pytest.raises(ValueError, match="to=0.5: restart at t=0.25"):
         run(correctors.restart(oracle.flow_map, to=0.5), range(1, 5))
-    with pytest.raises(ValueError, match="restart at t=0.5 cannot go back to -0.1"):
+    with pytest.raises(ValueError, match="to=-0.1: restart at t=0.5"):
         run(correctors.restart(oracle.flow_map, to=lambda t: t - 0.6), (2,))
     with pytest.raises(ValueError, match="t=0.75 is not among these 2 times"):
         run(correctors.restart(oracle.flow_map, to=grids.per_step([0.5, 1.0], [0.1, 0.9])), (2, 3))
     y, _ = jax.jit(correctors.restart(oracle.flow_map, to=0.5))(keys, x, jnp.array([0.4, 0.5, 0.6, 1.0]))
     np.testing.assert_array_equal(np.isnan(y[:, 0]), [True, True, False, False])
     for to in (-0.1, 1.0):
-        with pytest.raises(ValueError, match=rf"time in \[0, 1\), got to={to}"):
+        with pytest.raises(ValueError, match=f"to={to}"):
             correctors.restart(oracle.flow_map, to=to)
     with pytest.raises(ValueError, match="restart needs a path without a latent"):
         correctors.restart(oracle.flow_map, to=0.5, path=paths.two_sided())
     for name in ("steps", "loops"):
-        with pytest.raises(ValueError, match=f"restart needs at least one {name[:-1]}, got {name}=0"):
+        with pytest.raises(ValueError, match=f"{name}=0"):
             correctors.restart(oracle.flow_map, to=0.5, **{name: 0})
 
 
@@ -261,33 +262,33 @@ def test_banks_are_arguments_and_bad_ones_are_refused(key):
         jax.jit(functools.partial(run, at=(0, 1)))(p, q, x)
     assert np.isnan(jax.jit(direction(p, q))(x, 0.25)).all()
     for bad in ((p[:, :2], q), (p, q[:, :2]), (p[..., :1], q)):
-        with pytest.raises(ValueError, match=r"banks \[examples, 3 steps, ...\] of one shape"):
+        with pytest.raises(ValueError, match=r"p=.*, q=.*3 times"):
             direction(*bad)
-    with pytest.raises(ValueError, match="the bandwidth must be positive, got 0"):
+    with pytest.raises(ValueError, match="bandwidth=0.0"):
         correction.kernel_drift(p, q, ts=ts, bandwidth=0.0)
 
 
 def everything(counted=lambda name, f: f):
-    """Every corrector that draws, over a Gaussian oracle, with its name and what ``correctors.nfe`` is to be told."""
+    """Every corrector that draws, over a Gaussian oracle, by name, with the evaluations that it must state."""
     oracle = oracles.gaussian(0.5, 0.7)
     score = counted("score", lambda x, t, cond=None: oracle.score(x, t))
     density = counted("density", lambda x, t, cond=None: oracle.log_density(x, t))
     velocity = counted("velocity", oracle.velocity)
     p, q = banks(jax.random.key(3), (2,), steps=1, dtype=jnp.float32)
     drift = correction.kernel_drift(p, q, ts=[0.75], bandwidth=0.5)
+    twice = Costed(lambda x, t, cond=None: score(x, t) + score(x, t), nfe=2)  # as a classifier: forward and backward
     return {
-        "score": (correctors.marginal_matching(score, alpha=0.5, beta=0.2), "marginal_matching", {}),
-        "drift": (correctors.marginal_matching(drift, alpha=0.5, beta=0.2), "marginal_matching", {"each": 0}),
-        "langevin": (correctors.langevin(score, step=0.05, steps=3), "langevin", {"steps": 3}),
-        "snr": (correctors.langevin(score, snr=0.2, steps=2), "langevin", {"steps": 2}),
-        "mala": (correctors.mala(score, density, step=0.2, steps=3), "mala", {"steps": 3, "each": 2}),
-        "ode": (
-            correctors.restart(solvers.rk4(velocity), to=0.3, steps=3, loops=2), "restart",
-            {"each": 4, "steps": 3, "loops": 2},
-        ),
-        "map": (correctors.restart(solvers.euler(velocity), to=0.3, loops=2), "restart", {"loops": 2}),
-        "sde": (correctors.restart(solvers.euler_maruyama(velocity), to=0.3, steps=2), "restart", {"steps": 2}),
-    }  # fmt: skip
+        "score": (correctors.marginal_matching(score, alpha=0.5, beta=0.2), 1),
+        "twice": (correctors.marginal_matching(twice, alpha=0.5, beta=0.2), 2),
+        "drift": (correctors.marginal_matching(drift, alpha=0.5, beta=0.2), 0),
+        "langevin": (correctors.langevin(score, step=0.05, steps=3), 3),
+        "of velocity": (correctors.langevin(correction.score_of(velocity), step=0.05, steps=2), 2),
+        "snr": (correctors.langevin(score, snr=0.2, steps=2), 2),
+        "mala": (correctors.mala(score, density, step=0.2, steps=3), 8),
+        "ode": (correctors.restart(Costed(sampling.rk4(velocity), nfe=4), to=0.3, steps=3, loops=2), 24),
+        "map": (correctors.restart(sampling.euler(velocity), to=0.3, loops=2), 2),
+        "sde": (correctors.restart(sampling.euler_maruyama(velocity), to=0.3, steps=2), 2),
+    }
 
 
 @pytest.mark.parametrize("name", everything())
@@ -301,10 +302,11 @@ def test_a_correction_is_the_examples_own(name, key):
     mesh = sharding.make_mesh()
     assert mesh.size == 8
     local = jax.shard_map(fix, mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P("data"))
-    spread, told = jax.jit(local)(keys, x, jnp.float32(0.75))
+    spread, diagnostics = jax.jit(local)(keys, x, jnp.float32(0.75))
     close(spread, whole)
-    for each in told:
-        close(told[each], info[each])
+    for field in info:
+        close(diagnostics[field], info[field])
+        assert info[field].shape == ((16, 2) if field == "noised" else (16,))
     np.testing.assert_array_equal(jax.jit(fix)(keys, x, 0.75)[0], whole)
     other, _ = jax.jit(fix)(as_keys(jax.random.key(7), 16), x, 0.75)
     same, _ = jax.jit(fix)(keys, jnp.ones_like(x), 0.75)
@@ -313,7 +315,7 @@ def test_a_correction_is_the_examples_own(name, key):
 
 
 @pytest.mark.parametrize("name", everything())
-def test_what_is_evaluated_is_what_nfe_says(name, key):
+def test_correctors_state_the_evaluations_that_they_make(name, key):
     """Counted on the host while the compiled program runs."""
     count = []
 
@@ -324,23 +326,53 @@ def test_what_is_evaluated_is_what_nfe_says(name, key):
 
         return g
 
-    fix, corrector, told = everything(counted)[name]
+    fix, nfe = everything(counted)[name]
     jax.block_until_ready(jax.jit(fix)(as_keys(key, 2), jnp.ones((2, 2)), 0.75))
     jax.effects_barrier()
-    assert len(count) == correctors.nfe(corrector, **told)
+    assert len(count) == nfe == fix.nfe == stated(jax.jit(fix)).nfe
 
 
-def test_nfe_knows_its_correctors_and_bad_steps_are_refused():
-    assert correctors.nfe("marginal_matching", each=2) == 2  # a classifier: forward and backward
-    with pytest.raises(ValueError, match="no corrector 'langvin'; did you mean 'langevin'"):
-        correctors.nfe("langvin")
+def test_bad_steps_of_correctors_are_refused():
     score, density = gauss()
-    for given in ({}, {"step": 0.1, "snr": 0.1}):
-        with pytest.raises(ValueError, match="give step, which is h itself, or snr, .*, not both"):
-            correctors.langevin(score, **given)
-    with pytest.raises(ValueError, match="signal-to-noise ratio must be positive, got -1"):
+    for options in ({}, {"step": 0.1, "snr": 0.1}):
+        with pytest.raises(ValueError, match=f"step={options.get('step')}, snr={options.get('snr')}"):
+            correctors.langevin(score, **options)
+    with pytest.raises(ValueError, match="snr=-1.0"):
         correctors.langevin(score, snr=-1.0)
-    with pytest.raises(ValueError, match="step must be positive, got 0"):
+    with pytest.raises(ValueError, match="step=0.0"):
         correctors.mala(score, density, step=0.0)
-    with pytest.raises(ValueError, match="mala needs at least one step, got steps=0"):
+    with pytest.raises(ValueError, match="steps=0"):
         correctors.mala(score, density, step=0.1, steps=0)
+
+
+def test_one_key_serves_a_batch_and_other_keys_are_refused(key):
+    """A corrector takes one key or one per example, with the same draws."""
+    x = jnp.ones((4, 2))
+    for name in ("score", "langevin", "mala", "map"):
+        fix = jax.jit(everything()[name][0])
+        np.testing.assert_array_equal(fix(key, x, 0.75)[0], fix(as_keys(key, 4), x, 0.75)[0], err_msg=name)
+    with pytest.raises(ValueError, match="key"):
+        fix(as_keys(key, 3), x, 0.75)
+    with pytest.raises(TypeError, match="key"):
+        fix(jnp.zeros(2), x, 0.75)
+
+
+def test_a_corrector_checks_the_times_of_all_its_parts():
+    """The direction's, each schedule's and the step's own; through jit and partial."""
+    refuse = lambda what: Costed(lambda *args, **kwargs: args[0], check=lambda ts: pytest.fail(what))
+    half = grids.per_step([0.5], [0.1])
+    score, density = gauss()
+    late = correction.score_of(lambda x, t, cond=None: x)
+    drift = correction.kernel_drift(*banks(jax.random.key(0), (2,), steps=1), ts=[0.5], bandwidth=1.0)
+    for fix in (
+        correctors.marginal_matching(late, alpha=0.1), correctors.langevin(late, step=0.1),
+        correctors.mala(late, density, step=0.1), correctors.marginal_matching(score, alpha=half),
+        correctors.marginal_matching(score, alpha=0.1, beta=half), correctors.langevin(score, snr=half),
+        correctors.mala(score, density, step=half), correctors.restart(lambda x, *_: x, to=half),
+        correctors.marginal_matching(drift, alpha=1.0),
+    ):  # fmt: skip
+        stated(jax.jit(fix)).check(np.float32([0.5]))
+        with pytest.raises(ValueError, match="t=1|among"):
+            stated(functools.partial(fix)).check(np.float32([0.5, 1.0]))
+    with pytest.raises(pytest.fail.Exception, match="step"):
+        correctors.restart(refuse("step"), to=0.1).check(np.float32([0.5]))

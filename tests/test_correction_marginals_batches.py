@@ -40,7 +40,7 @@ def test_batches_resume_and_split():
     np.testing.assert_array_equal(np.concatenate([b.t for b in parts]), whole(7).t)
     assert (whole(7).x1 != whole(8).x1).any()
     assert (whole(7).x1 != correction.marginal_batches(m, batch_size=12, seed=4)(7).x1).any()
-    with pytest.raises(ValueError, match="batch_size=12 must be a positive multiple of process_count=5"):
+    with pytest.raises(ValueError, match="batch_size=12.*process_count=5"):
         correction.marginal_batches(m, batch_size=12, seed=3, process_count=5)
 
 
@@ -106,10 +106,10 @@ def test_steps_and_examples_are_those_asked_for():
     held_out = correction.marginal_batches(m, batch_size=400, seed=3, examples=range(40, 50, 3))(0).x1[:, 0].astype(int)
     assert set(held_out % 1000) == {40, 43, 46, 49}
     for wrong, message in (
-        ({"steps": (1,)}, r"steps=\(1,\) must be some of those that the set stores, \(0, 2, 4, 6, 8\)"),
-        ({"steps": ()}, r"steps=\(\) must be some"),
-        ({"examples": range(45, 55)}, r"examples=range\(45, 55\) must be some of the set's 0 .. 49"),
-        ({"examples": slice(60, None)}, "must be some of the set's 0 .. 49"),
+        ({"steps": (1,)}, r"steps=\(1,\).* \(0, 2, 4, 6, 8\)"),
+        ({"steps": ()}, r"steps=\(\)"),
+        ({"examples": range(45, 55)}, r"examples=range\(45, 55\).* 0 .. 49"),
+        ({"examples": slice(60, None)}, r"examples=range\(50, 50\).* 0 .. 49"),
     ):
         with pytest.raises(ValueError, match=message):
             correction.marginal_batches(m, batch_size=8, seed=0, **wrong)
@@ -149,7 +149,7 @@ def test_pairs_are_of_one_flow_on_one_grid(built, tmp_path):
     batch = correction.marginal_pairs(p, q, batch_size=8, seed=0, steps=(4,))(0)
     assert (batch.t == 1).all() and all((row == data(70, 3)).all(1).any() for row in batch.x1)
     for name, value in (("ts", (0.0, 0.1, 0.5, 0.75, 1.0)), ("flow", "b"), ("solver", "rk4"), ("steps", (0, 1))):
-        with pytest.raises(ValueError, match=f"the forward and the backward set differ in {name}: "):
+        with pytest.raises(ValueError, match=f"{name}=.* the backward set has"):
             correction.marginal_pairs(
                 p, q._replace(manifest=q.manifest._replace(**{name: value})), batch_size=8, seed=0
             )
@@ -164,7 +164,7 @@ def test_half_precision_trains_in_single(tmp_path):
 @pytest.mark.slow
 def test_memory_is_flat_in_the_number_of_examples():
     """Eight times as many: building forward and backward, and reading shuffled batches from a set of 0.5 GB."""
-    bench = pytest.importorskip("launch.bench_costs")
+    bench = pytest.importorskip("launch.bench.costs")
     rows = bench.marginal_memory(1)
     assert [row["examples"] for row in rows] == [1000, 8000] * 3
     assert all(row["ratio"] < 1.1 for row in rows), rows  # 0.4 GB more would be a ratio of two

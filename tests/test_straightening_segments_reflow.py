@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from fmjax import correction, oracles, paths
+from fmjax import correction, oracles, paths, sampling
 from fmjax.data import batches as data_batches
 from fmjax.keys import as_keys, normal
 from fmjax.methods.straighten import straighten
 from fmjax.metrics import two_sample
 from fmjax.nets import adapters
 from fmjax.nets.mlp import MLP
-from fmjax.sampling import diffusion, grids, solvers
+from fmjax.sampling import diffusion, grids
 from fmjax.straightening import segments
 from fmjax.training import sharding
 from fmjax.types import expand
@@ -42,9 +42,9 @@ def error(batch):
 def test_a_segment_from_data_ends_in_the_teachers_flow_map_of_its_start():
     """To the order of the solver, one with a memory included."""
     at = lambda solver, n: error(segments.from_data(data(512), scaled(solver), 1.0, BOUNDS, steps=n, seed=0)(3))
-    assert at(solvers.rk4, 16) < 2e-6
-    assert abs(np.log2(at(solvers.euler, 40) / at(solvers.euler, 80)) - 1) < 0.1
-    assert at(diffusion.dpmpp_2m, 16) < at(diffusion.ddim, 16) / 3
+    assert at(sampling.rk4, 16) < 2e-6
+    assert abs(np.log2(at(sampling.euler, 40) / at(sampling.euler, 80)) - 1) < 0.1
+    assert at(sampling.dpmpp_2m, 16) < at(diffusion.ddim, 16) / 3
 
 
 @pytest.mark.parametrize("path", [paths.linear(), paths.trigonometric()])
@@ -86,7 +86,7 @@ def test_every_example_and_every_step_of_a_solve_has_a_key_of_its_own():
         np.testing.assert_allclose(a[2048:], c, rtol=1e-6, atol=1e-6)
 
 
-def test_the_teacher_is_an_argument_traced_once_and_told_the_conditions():
+def test_the_teacher_is_traced_once_as_an_argument_and_gets_conditions():
     seen = []
 
     def step(params):
@@ -103,10 +103,16 @@ def test_the_teacher_is_an_argument_traced_once_and_told_the_conditions():
 
 def train(method, params, batch, *, rate, steps, size):
     tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    opt, grad, update = tx.init(params), jax.jit(jax.grad(lambda *a: method.loss(*a)[0])), jax.jit(tx.update)
+
+    @jax.jit
+    def update(params, opt, batch, n):
+        grads, _ = jax.grad(method.loss, has_aux=True)(params, params, batch, as_keys(jax.random.key(n), size))
+        updates, opt = tx.update(grads, opt)
+        return optax.apply_updates(params, updates), opt
+
+    opt = tx.init(params)
     for n in range(steps):
-        updates, opt = update(grad(params, params, batch(n), as_keys(jax.random.key(n), size)), opt)
-        params = optax.apply_updates(params, updates)
+        params, opt = update(params, opt, batch(n), n)
     return params
 
 
@@ -125,7 +131,7 @@ def test_straightening_segments_from_data_learns_the_exact_chords():
         return ((a - 1) * start + b) / width
 
     method = straighten(net, bounds=BOUNDS)
-    batch = segments.from_data(data(256), scaled(solvers.rk4), 1.0, BOUNDS, steps=8, seed=0)
+    batch = segments.from_data(data(256), scaled(sampling.rk4), 1.0, BOUNDS, steps=8, seed=0)
     params = train(method, (jnp.ones((2, 2)), jnp.zeros((2, 2))), batch, rate=0.05, steps=200, size=256)
     for got, want in zip(params, exact, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-3)
@@ -164,10 +170,10 @@ def test_backward_marginals_are_trajectories_that_end_in_data(sets):
     assert {x.tobytes() for x in late} == {x.tobytes() for x in real}
 
 
-@pytest.mark.parametrize("shares", [None, (1.0, 3.0), (0.0, 2.0)])
-def test_sets_are_mixed_by_their_shares_and_no_pair_is_of_two(sets, shares):
-    mixed = segments.segment_batches([m for m, _ in sets], BOUNDS, batch_size=32_768, seed=0, shares=shares)
-    batch, chance = mixed(7), 0.5 if shares is None else shares[0] / sum(shares)
+@pytest.mark.parametrize("fractions", [None, (1.0, 3.0), (0.0, 2.0)])
+def test_sets_are_mixed_by_their_shares_and_no_pair_is_of_two(sets, fractions):
+    mixed = segments.segment_batches([m for m, _ in sets], BOUNDS, batch_size=32_768, seed=0, fractions=fractions)
+    batch, chance = mixed(7), 0.5 if fractions is None else fractions[0] / sum(fractions)
     first, second = is_of(LAW, batch), is_of(OTHER, batch)
     assert (first ^ second).all()
     assert abs(first.mean() - chance) <= 4.5 * np.sqrt(chance * (1 - chance) / 32_768)
@@ -181,7 +187,7 @@ def test_sets_are_mixed_by_their_shares_and_no_pair_is_of_two(sets, shares):
 
 
 def test_sets_on_disk_give_the_same_batches(sets):
-    options = {"batch_size": 64, "seed": 3, "shares": (1.0, 2.0), "longest": 0.2}
+    options = {"batch_size": 64, "seed": 3, "fractions": (1.0, 2.0), "longest": 0.2}
     for a, b in zip(
         *(segments.segment_batches([s[i] for s in sets], BOUNDS, **options)(1)[:2] for i in (0, 1)), strict=True
     ):
@@ -200,24 +206,24 @@ def test_the_longest_trajectories_are_left_out_of_each_set(sets):
 def test_what_cannot_be_mixed_or_solved_is_refused(sets):
     forward, backward = (m for m, _ in sets)
     make = lambda m, **options: segments.segment_batches(m, BOUNDS, batch_size=8, seed=0, **options)
-    for shares in ((1.0,), (1.0, -1.0), (0.0, 0.0), (np.nan, 1.0)):
-        with pytest.raises(ValueError, match="must be 2 numbers, one a set"):
-            make([forward, backward], shares=shares)
-    with pytest.raises(ValueError, match="examples of one shape"):
+    for fractions in ((1.0,), (1.0, -1.0), (0.0, 0.0), (np.nan, 1.0)):
+        with pytest.raises(ValueError, match="fractions=.*2 sets"):
+            make([forward, backward], fractions=fractions)
+    with pytest.raises(ValueError, match="m shapes="):
         make([forward, backward._replace(x=np.zeros((4, 3, 5)))])
-    with pytest.raises(ValueError, match="no state at t=0.45"):
+    with pytest.raises(ValueError, match="bounds=0.45"):
         make([forward, backward._replace(ts=np.float32([0, 0.5, 1]))])
     for longest in (-0.1, 1.0):
-        with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
+        with pytest.raises(ValueError, match=f"longest={longest}"):
             make(forward, longest=longest)
     solved = lambda **how: segments.from_data(
-        data(6), scaled(solvers.rk4), 1.0, BOUNDS, **{"steps": 1, "seed": 0} | how
+        data(6), scaled(sampling.rk4), 1.0, BOUNDS, **{"steps": 1, "seed": 0} | how
     )
-    with pytest.raises(ValueError, match="steps=0 of the teacher: at least 1"):
+    with pytest.raises(ValueError, match="steps=0"):
         solved(steps=0)
     with pytest.raises(ValueError, match="straightening"):
         solved(path=paths.two_sided())
-    with pytest.raises(ValueError, match="multiple of the mesh's 4 devices"):
+    with pytest.raises(ValueError, match="batch=6.* 4 devices"):
         solved(mesh=sharding.make_mesh(jax.devices()[:4]))
 
 
@@ -241,3 +247,42 @@ def test_rounds_of_reflow_shorten_the_way_and_straighten_the_flow(tmp_path):
         assert float(two_sample.energy_distance(end[:2000], law.sample(jax.random.key(7), 2000))) < 0.02
     assert costs[1] < costs[0] / 2 and costs[2] < 1.005 * costs[1] and costs[3] < 1.005 * costs[2], costs
     assert bends[1] < bends[0] / 100 and bends[2] < bends[1], bends
+
+
+def test_batches_carry_the_conditions_of_trajectories_and_of_data(sets):
+    """Every example has the label of its trajectory or of its data; sets with and without labels are not mixed."""
+    forward, backward = (m for m, _ in sets)
+    labels = [np.arange(len(m.x), dtype=np.int32) + 1000 * i for i, m in enumerate((forward, backward))]
+    labelled = [m._replace(cond={"row": cond}) for m, cond in zip((forward, backward), labels, strict=True)]
+    real = np.arange(50, dtype=np.float32)[:, None] * np.ones(2, np.float32)
+    how = {"batch_size": 512, "seed": 0, "keep": (1,), "real": 1e4 * real}
+    batch = segments.segment_batches(labelled, BOUNDS, **how, real_cond={"row": np.arange(50) - 50})(3)
+    rows = batch.cond["row"]
+    kept = rows < 0
+    assert kept.sum() == 256 and (batch.t[kept] >= np.float32(0.45)).all()
+    late = kept & (batch.t > 0.5)  # the data are far larger than the noise
+    np.testing.assert_array_equal(np.round(batch.x1[late, 0] / batch.t[late] / 1e4), rows[late] + 50)
+    for i, m in enumerate((forward, backward)):
+        mine = ~kept & (rows // 1000 == i)
+        states = m.x[rows[mine] - 1000 * i]
+        at = [int(np.flatnonzero(m.ts == np.float32(b))[0]) for b in BOUNDS[:2]]
+        np.testing.assert_array_equal(batch.x0[mine], states[:, at[0]])
+        np.testing.assert_array_equal(batch.x1[mine], states[:, at[1]])
+        assert mine.any()
+    with pytest.raises(ValueError, match="m cond="):
+        segments.segment_batches([labelled[0], backward], BOUNDS, batch_size=8, seed=0)
+    with pytest.raises(ValueError, match="real_cond=NoneType"):
+        segments.segment_batches(labelled, BOUNDS, **how)
+
+
+def test_kept_segments_follow_the_path_of_the_flow(sets):
+    """Noise and data in the fractions of the path, at the time of the example."""
+    path, real = paths.trigonometric(), np.full((4, 2), 3, np.float32)
+    make = lambda **how: segments.segment_batches(
+        sets[0][0], BOUNDS, batch_size=8192, seed=0, keep=(1,), real=real, **how
+    )
+    batch = make(path=path)(0)
+    kept = batch.t >= np.float32(0.45)
+    alpha, beta = (np.asarray(c)[:, None] for c in path.coefficients(jnp.asarray(batch.t[kept])))
+    z = ((batch.x1[kept] - 3 * beta) / np.maximum(alpha, 1e-3))[alpha[:, 0] > 0.02]
+    assert abs(z.mean()) < 4 / np.sqrt(z.size) and abs(z.std() - 1) < 4 / np.sqrt(2 * z.size)

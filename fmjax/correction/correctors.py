@@ -337,7 +337,7 @@ def check_all(*functions, also: Callable[[Array], None] = accept) -> Callable[[A
     Returns:
         ``check(ts)``, which raises ``ValueError`` where one of the checks does.
     """
-    each = [*(stated(function).check for function in functions), also]
+    each = [*(stated(function).check for function in functions if callable(function)), also]
 
     def check(ts):
         for refuse in each:

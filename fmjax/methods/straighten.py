@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fmjax import checks, paths, times
+from fmjax.checks import check_bounds
 from fmjax.methods import common as c
-from fmjax.times import check_bounds
 from fmjax.types import FlowMethod, Net, expand, over_batch
 
 DISTANCES = ("squared", "pseudo_huber")

@@ -20,7 +20,7 @@ from fmjax.types import Batch
 from launch.bench.measure import interleaved
 
 
-class Costed(NamedTuple):
+class Case(NamedTuple):
     """A method and the FLOPs it may cost relative to flow matching, whole batch on the term and at 3/4 on the diagonal.
 
     ``None`` where no goal was set.
@@ -33,14 +33,14 @@ class Costed(NamedTuple):
 
 conditional = functools.partial(eulerian, velocity="conditional", tangent="conditional")
 METHODS = {
-    "mean flow": Costed(conditional, 1.35, 1.10),
-    "ESD, all stopped": Costed(eulerian, 1.35, 1.10),
-    "ESD, Jacobian stopped": Costed(functools.partial(eulerian, stop="jacobian"), 2.0, 1.25),
-    "ESD, velocity stopped": Costed(functools.partial(eulerian, stop="velocity")),
-    "PSD": Costed(progressive, 1.70, 1.20),
-    "LSD": Costed(lagrangian, 2.35, 1.35),
-    "LSD, tangent stopped": Costed(functools.partial(lagrangian, stop="tangent"), 1.67),
-    "FMM": Costed(flow_map_matching, 3.2),
+    "mean flow": Case(conditional, 1.35, 1.10),
+    "ESD, all stopped": Case(eulerian, 1.35, 1.10),
+    "ESD, Jacobian stopped": Case(functools.partial(eulerian, stop="jacobian"), 2.0, 1.25),
+    "ESD, velocity stopped": Case(functools.partial(eulerian, stop="velocity")),
+    "PSD": Case(progressive, 1.70, 1.20),
+    "LSD": Case(lagrangian, 2.35, 1.35),
+    "LSD, tangent stopped": Case(functools.partial(lagrangian, stop="tangent"), 1.67),
+    "FMM": Case(flow_map_matching, 3.2),
 }
 SHARES = (0.0, 0.75)
 
@@ -89,15 +89,15 @@ def gradient(module, shape: tuple[int, ...], make: Callable) -> Compiled:
 
 
 def map_costs(repeats: int) -> list[dict]:
-    """The gradient of every loss of a flow map against that of flow matching, same network, batch of 16, float32.
+    """The gradient of every loss of a flow map against flow matching, same network, batch of 16, float32.
 
     ``FLOPs`` and ``memory`` (peak of temporaries) are XLA's, ``time`` is the ratio of the medians of processor time.
-    XLA counts the body of a scan once: FLOPs are given for unrolled networks alone. ``diagonal`` is the share of the
-    batch on the flow-matching term. ``remat full`` is measured against flow matching without it.
+    XLA counts the body of a scan once: FLOPs are given for unrolled networks alone. ``diagonal`` is the fraction of
+    the batch on the flow-matching term. ``remat full`` is measured against flow matching without it.
 
-    A velocity of its own costs one evaluation more than the data's, so that "ESD, all stopped" cannot cost less than
-    5/3: teacher 1, primal 1, tangent 1, backward 2, over the 3 of flow matching. With the Jacobian stopped it is 8/3:
-    teacher 1, primal 1, a tangent for the value and one for the gradient 2, backward through the primal and the
+    The velocity of the network costs one evaluation more than the velocity of the data: "ESD, all stopped" costs at
+    least 5/3: teacher 1, primal 1, tangent 1, backward 2, over the 3 of flow matching. With the Jacobian stopped it is
+    8/3: teacher 1, primal 1, a tangent for the value and one for the gradient 2, backward through the primal and the
     tangent in time 4. LSD is 7/3, and more where attention, bilinear in the tangents, is a part of the whole.
     """
     rows = []
@@ -110,11 +110,11 @@ def map_costs(repeats: int) -> list[dict]:
                 built[way, share] = gradient(setting.module, setting.shape, make)
                 functions[way, share] = built[way, share].call
         spent = interleaved(functions, repeats)
-        for (way, share), made in built.items():
+        for (way, share), program in built.items():
             goal = METHODS[way].split if share else METHODS[way].whole
             row = {"network": name, "method": way, "diagonal": share}
-            row |= {"FLOPs": "-" if "scanned" in name else made.flops / base.flops, "goal": goal or "-"}
-            row |= {"memory": made.temp / base.temp}
+            row |= {"FLOPs": "-" if "scanned" in name else program.flops / base.flops, "goal": goal or "-"}
+            row |= {"memory": program.temp / base.temp}
             rows.append(row | {"time": spent[way, share].cpu_ms / spent["flow matching"].cpu_ms})
     return rows
 
