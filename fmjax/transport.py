@@ -143,10 +143,11 @@ def sinkhorn(cost: Array, *, eps: float | Array, max_iterations: int = 2000):
 def _sinkhorn(cost, *, epsilon, absolute, max_iterations):
     finite = jnp.isfinite(cost)
     spread = cost.std(where=finite)
-    # a spread of the size of rounding errors distinguishes no pairs; dividing by it would
+    # a spread of the size of the rounding errors distinguishes no pairs
     rounding = 8 * jnp.finfo(cost.dtype).eps * jnp.abs(cost).max(where=finite, initial=0.0)
     unit = 1.0 if absolute else jnp.where(spread > rounding, spread, 1.0)
-    out = sinkhorn(cost, eps=epsilon * unit, max_iterations=max_iterations)
+    lowest = jnp.min(cost, where=finite, initial=jnp.inf)  # a constant changes no plan, and costs digits
+    out = sinkhorn(cost - lowest, eps=epsilon * unit, max_iterations=max_iterations)
     return out.matrix, out.converged
 
 

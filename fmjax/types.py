@@ -15,11 +15,13 @@ Conventions, stated once:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 Params = Any
@@ -39,6 +41,68 @@ class LogitNet(Protocol):
     """An unbound classifier: one logit per example, ``[B]``; always evaluated on the diagonal ``s = t``."""
 
     def __call__(self, params: Params, x: Array, s: Array, t: Array, cond: Cond = None, key=None) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A ``Net`` that also states what methods need to know of it. Calling it calls ``apply``.
+
+    It is a dataclass and not a NamedTuple: ``jax.jit`` cannot take a callable tuple.
+
+    Attributes:
+        apply: the network, ``(params, x, s, t, cond, key) -> [B, ...]``.
+        for_jvp: the same function of the same parameters, where ``apply`` has no forward-mode derivative (a fused
+            kernel). Losses with a ``jax.jvp`` evaluate it inside the jvp. ``None``: ``apply`` has a derivative.
+        logit: whether the network returns one number per example, ``[B]`` (a ``LogitNet``).
+        encoder: a second network over the same parameters, for ``methods.learned_coupling``; usually ``None``.
+
+    >>> import jax, jax.numpy as jnp
+    >>> net = Network(lambda params, x, s, t, cond=None, key=None: params * x)
+    >>> jax.jit(net)(2.0, jnp.ones(2), 0.0, 0.0).tolist(), net.logit
+    ([2.0, 2.0], False)
+    """
+
+    apply: Net | LogitNet
+    for_jvp: Net | LogitNet | None = None
+    logit: bool = False
+    encoder: Net | None = None
+
+    def __call__(self, params: Params, x: Array, s: ArrayLike, t: ArrayLike, cond: Cond = None, key=None) -> Array:
+        """Evaluate the network; see ``Net``."""
+        return self.apply(params, x, s, t, cond, key)
+
+    def replace(self, **changes: Any) -> Network:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def wrap(self, wrapper: Callable[[Net], Net]) -> Network:
+        """Return a copy with ``wrapper`` around ``apply`` and ``for_jvp``; the other fields stay."""
+        return self.replace(apply=wrapper(self.apply), for_jvp=self.for_jvp and wrapper(self.for_jvp))
+
+
+def network(net: Net | LogitNet) -> Network:
+    """Return a net as a ``Network``, with the fields that a ``Network`` inside ``net`` states.
+
+    Args:
+        net: a ``Network``, a plain function, or either of these inside ``jax.jit`` or ``functools.partial``.
+
+    Returns:
+        ``net`` itself if it is a ``Network``, otherwise a ``Network`` whose ``apply`` is ``net``.
+
+    >>> import jax
+    >>> classifier = Network(lambda params, x, s, t, cond=None, key=None: x[:, 0], logit=True)
+    >>> network(jax.jit(classifier)).logit, network(lambda params, x, s, t: x).logit
+    (True, False)
+    """
+    if isinstance(net, Network):
+        return net
+    if isinstance(net, functools.partial):
+        return network(net.func).wrap(lambda inner: functools.partial(inner, *net.args, **net.keywords))
+    if (inner := getattr(net, "__wrapped__", None)) is None:
+        return Network(net)
+    inner = network(inner)
+    # jax.jit does not change the function; another wrapper may, so that its for_jvp is unknown
+    return inner.replace(apply=net, for_jvp=inner.for_jvp if isinstance(net, jax.stages.Wrapped) else None)
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ import pytest
 
 from fmjax import methods, oracles, paths, times
 from fmjax.methods.consistency import consistency_cost
-from fmjax.types import Batch, Method, Net, expand, over_batch
+from fmjax.types import Batch, Method, Net, Network, expand, over_batch
 
 MEAN, STD, SIGMA = np.array([0.75, -0.5], np.float32), np.array([0.5, 1.5], np.float32), (0.4, 0.9, 0.6)
 
@@ -30,11 +30,11 @@ def discover() -> list[str]:
 
 def factory(name: str) -> Callable[..., Method]:
     """The factory of a method file: the function of the file's own name, whose one positional argument is ``net``."""
-    found = getattr(importlib.import_module(f"fmjax.methods.{name}"), name, None)
-    assert inspect.isfunction(found), f"fmjax/methods/{name}.py has no factory {name}(net, *, ...)"
-    positional = inspect.getfullargspec(inspect.unwrap(found)).args
+    function = getattr(importlib.import_module(f"fmjax.methods.{name}"), name, None)
+    assert inspect.isfunction(function), f"fmjax/methods/{name}.py has no factory {name}(net, *, ...)"
+    positional = inspect.getfullargspec(inspect.unwrap(function)).args
     assert positional == ["net"], f"{name} takes {positional} by position; a factory takes net, the rest by keyword"
-    return found
+    return function
 
 
 class Case(NamedTuple):
@@ -42,8 +42,9 @@ class Case(NamedTuple):
 
     ``make(net)``; ``batch(key, n)`` draws data; ``solution`` is the closed-form net, its params ignored; ``uses`` maps
     each view of ``Method`` to its closed form; ``standard(x, s)`` is N(0, I), independent of ``s``, where the net is
-    asked at the right places (``x`` of the law of its source time ``s``); ``teacher``: the loss depends on its target;
-    ``inverts``: it asks for jumps from ``t`` back to ``s`` as well; ``away``: from how far descent has to return, more
+    evaluated at the right places (``x`` as distributed at its source time ``s``); ``teacher``: the loss depends on its
+    target;
+    ``inverts``: it jumps from ``t`` back to ``s`` as well; ``away``: from how far descent has to return, more
     where the targets are noisier; ``draws``: the loss draws something from its keys.
     """
 
@@ -116,23 +117,25 @@ def score_case(path) -> Case:
 
 
 def log_odds_case(path, make) -> Case:
-    """Real data against those of another Gaussian: the logit is the sum of the net's coordinates.
+    """Real data against data of another Gaussian: the logit is the sum of the net's coordinates.
 
     Each is ``log N(x; m_t, C_t) - log N(x; m~_t, C~_t)``. The net gets the real half of its rows first.
     """
-    made = {"mean": np.array([0.25, 0.0], np.float32), "std": np.array([0.75, 1.0], np.float32)}
-    real_at, made_at = functools.partial(centred, path), functools.partial(centred, path, **made)
+    generated = {"mean": np.array([0.25, 0.0], np.float32), "std": np.array([0.75, 1.0], np.float32)}
+    real_at, generated_at = functools.partial(centred, path), functools.partial(centred, path, **generated)
     log_density = lambda offset, var: -0.5 * (offset**2 / var + jnp.log(var))
     score = lambda offset, var: -offset / var
 
     def batch(key, n):
-        k_real, k_made = jax.random.split(key)
+        k_real, k_generated = jax.random.split(key)
         draw = lambda key, mean, std: mean + std * jax.random.normal(key, (n, 2))
-        return Batch(draw(k_real, MEAN, STD), draw(k_made, **made))
+        return Batch(draw(k_real, MEAN, STD), draw(k_generated, **generated))
 
     def standard(x, s):
         half = len(x) // 2
-        return jnp.concatenate([standardise(*real_at(x[:half], s[:half])), standardise(*made_at(x[half:], s[half:]))])
+        return jnp.concatenate(
+            [standardise(*real_at(x[:half], s[:half])), standardise(*generated_at(x[half:], s[half:]))]
+        )
 
     def summed(net):
         return lambda params, x, s, t, cond=None, key=None: net(params, x, s, t, cond, key).sum(-1)
@@ -140,14 +143,16 @@ def log_odds_case(path, make) -> Case:
     return Case(
         make=lambda net: make(summed(net)),
         batch=batch,
-        solution=lambda params, x, s, t, cond=None, key=None: log_density(*real_at(x, s)) - log_density(*made_at(x, s)),
-        uses={"direction": lambda x, t: score(*real_at(x, t)) - score(*made_at(x, t))},
+        solution=lambda params, x, s, t, cond=None, key=None: (
+            log_density(*real_at(x, s)) - log_density(*generated_at(x, s))
+        ),
+        uses={"direction": lambda x, t: score(*real_at(x, t)) - score(*generated_at(x, t))},
         standard=standard,
     )
 
 
 def classifier_case(path) -> Case:
-    """Both laws along their own flows at times ``t``, without an attack: nothing is left to draw."""
+    """Both distributions along their own flows at times ``t``, without an attack: nothing is left to draw."""
     case = log_odds_case(path, lambda net: factory("classifier_corrector")(net, eps=0.0))
 
     def batch(key, n):
@@ -255,8 +260,8 @@ def coupled_case(path, rho=0.6) -> Case:
 
         log_variance = jnp.full(2, jnp.log(1 - rho**2))
         spread = lambda x: jnp.broadcast_to(log_variance.astype(x.dtype), x.shape)
-        flow.encoder = lambda params, x, *rest: jnp.concatenate([rho * (x - MEAN) / STD, spread(x)], 1)
-        return flow
+        encoder = lambda params, x, *rest: jnp.concatenate([rho * (x - MEAN) / STD, spread(x)], 1)
+        return Network(flow, encoder=encoder)
 
     def about(x, t):
         """``x - E I_t``, the variance of ``I_t``, half its derivative, and the derivative of ``E I_t``."""
@@ -293,7 +298,7 @@ CASES = {
     "align_your_flow": alias(
         "eulerian", diagonal=0.0, pair=times.gap_pair, normalise=0.1, warmup=0.1, limit=0.99, stop="all"
     ),
-    # the one step without an error of its own: the others are the Eulerian map's to first order (its own tests)
+    # the only step without an error: the others are the Eulerian map's to first order (its own tests)
     "alpha_flow": map_case(
         "alpha_flow",
         fraction=functools.partial(times.constant_fraction, value=0.3),
@@ -358,16 +363,16 @@ def case_of(name: str, path=None) -> Case:
 
 def assert_same_method(method: Method, other: Method, batch: Batch, keys, params, target) -> None:
     """Equal losses, ``aux`` and gradients on one draw, and equal views; in float64, where equal means to rounding."""
-    told = jax.jit(lambda m, *a: jax.value_and_grad(m.loss, has_aux=True)(*a), static_argnums=0)
+    evaluate = jax.jit(lambda m, *a: jax.value_and_grad(m.loss, has_aux=True)(*a), static_argnums=0)
     x, t = batch.x1, jnp.linspace(0.1, 0.9, len(batch.x1))
     views = lambda m: {
         view: make(params)(x, *((t / 2, t) if view == "flow_map" else (t,)))
         for view, make in m._asdict().items()
         if view != "loss" and make is not None
     }
-    assert any(np.any(g) for g in jax.tree.leaves(told(method, params, target, batch, keys)[1]))
+    assert any(np.any(g) for g in jax.tree.leaves(evaluate(method, params, target, batch, keys)[1]))
     for ours, theirs in (
-        (told(method, params, target, batch, keys), told(other, params, target, batch, keys)),
+        (evaluate(method, params, target, batch, keys), evaluate(other, params, target, batch, keys)),
         (views(method), views(other)),
     ):
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)

@@ -57,7 +57,7 @@ def tiny(name, folder):
 
 def one_device(plan):
     """What is tested does not depend on the mesh, and one device compiles faster."""
-    return plan._replace(mesh=sharding.make_mesh(jax.devices()[:1]))
+    return plan.replace(mesh=sharding.make_mesh(jax.devices()[:1]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,7 +87,7 @@ def test_a_config_trains_on_its_data_from_the_first_step(name, tmp_path, monkeyp
     records = files.read_jsonl(tmp_path / "w" / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(1, 21)) and int(state.step) == 20
     assert checkpoint.latest_step(tmp_path / "w" / "checkpoints") == 20
-    batch = plan.batch(0)
+    batch = plan.data.batch(0)
     if batch.x0 is None:  # then N(0, I) is drawn in the loss: a mean over d numbers u^2 of variance below 8
         assert records[0]["loss"] == pytest.approx(1 + np.mean(batch.x1**2), abs=4.5 * np.sqrt(8 / batch.x1.size))
     else:

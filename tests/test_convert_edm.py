@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from scipy import special
 
+from fmjax import sampling
 from fmjax.convert import edm
 from fmjax.experiments import specs
 from fmjax.nets import preconditioning, song_unet, unet
 from fmjax.nets.adapters import from_linen
-from fmjax.sampling import diffusion
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity"
 MODULES = {"song_unet": song_unet.SongUNet, "unet": unet.UNet}
@@ -74,10 +74,13 @@ def test_preconditioned_networks_give_what_edm_computed(name):
     assert spec.pop("preconditioning") == name and spec.pop("name") == "song_unet"
     raw, how, sigma = jitted(**spec), getattr(preconditioning, name)(), jnp.asarray(given["sigma"])
     net = preconditioning.preconditioned(raw, how)
-    also = diffusion.denoiser(lambda x, t, cond: net(params, x, t, t, cond))(jnp.asarray(given["x"]), sigma)
+    also = sampling.denoiser(lambda x, t, cond: net(params, x, t, t, cond))(jnp.asarray(given["x"]), sigma)
     known = (sigma >= how.sigma_min) & (sigma <= how.sigma_max)
     assert known.sum() >= 4
-    for got, where in ((preconditioning.denoiser(raw, how)(params, given["x"], sigma), slice(None)), (also, known)):
+    for got, where in (
+        (preconditioning.preconditioned_denoiser(raw, how)(params, given["x"], sigma), slice(None)),
+        (also, known),
+    ):
         for a, b in zip(np.asarray(got[where]), np.asarray(given["y"][where]), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 

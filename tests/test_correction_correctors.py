@@ -9,7 +9,7 @@ from scipy import special, stats
 from fmjax import correction, oracles, paths, sampling
 from fmjax.correction import correctors
 from fmjax.keys import as_keys, normal, split
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.types import expand
 
 N = 100_000
@@ -300,16 +300,16 @@ def test_a_scaling_error_shows_in_the_marginals_and_a_score_step_mends_only_disp
     ts = grids.uniform_grid(50)
     std = np.sqrt((1 - ts) ** 2 + ts**2 * s**2)
     x = jnp.array([[1.0], [-0.4]])
-    forward, _ = solvers.integrate(scaled(eps), x, ts)
+    forward, _ = sampling.integrate(scaled(eps), x, ts)
     np.testing.assert_allclose(forward / x, (std * np.exp(eps * ts))[:, None, None] * np.ones((1, 2, 1)), rtol=2e-6)
-    back, _ = solvers.integrate(scaled(eps), x, ts[::-1])
+    back, _ = sampling.integrate(scaled(eps), x, ts[::-1])
     want = std / s * np.exp(-eps * (1 - ts))
     np.testing.assert_allclose(back[::-1] / x, want[:, None, None] * np.ones((1, 2, 1)), rtol=2e-6)
 
     @jax.jit
     def corrected(alpha):
         fix = correctors.marginal_matching(gaussian_direction(s, sigma), alpha=lambda t: jnp.full_like(t, alpha))
-        return sampling.sample(solvers.rk4(scaled(eps)), x, ts, key=key, corrector=fix, at=(50,))[0, 0]
+        return sampling.sample(sampling.rk4(scaled(eps)), x, ts, key=key, corrector=fix, at=(50,))[0, 0]
 
     a = s * np.exp(eps)
     best = (s**2 + sigma**2) * (1 - s / a) / sigma**2
@@ -330,8 +330,8 @@ def test_a_shift_error_moves_the_means_as_in_the_closed_form(x64):
     root = lambda r: np.sqrt((1 - r) ** 2 + r**2 * s**2)
     until = np.array([t / 2 * (weight / root(t * (node + 1) / 2)).sum() for t in ts.astype(float)])
     start = jnp.zeros((1, 1))  # the mean of a Gaussian follows the flow, whose field is affine
-    forward, _ = solvers.integrate(velocity, start, ts)
+    forward, _ = sampling.integrate(velocity, start, ts)
     np.testing.assert_allclose(forward[:, 0, 0], shift * root(ts.astype(float)) * until, atol=2e-6)
-    back, _ = solvers.integrate(velocity, start, ts[::-1])
+    back, _ = sampling.integrate(velocity, start, ts[::-1])
     want = -shift * root(ts.astype(float)) * (until[-1] - until)
     np.testing.assert_allclose(back[::-1, 0, 0], want, atol=2e-6)

@@ -12,7 +12,7 @@ from scipy import stats
 from fmjax import correction, oracles, paths, sampling
 from fmjax.correction import correctors
 from fmjax.keys import as_keys, normal, split
-from fmjax.sampling import grids, likelihood, solvers
+from fmjax.sampling import grids, likelihood
 from fmjax.training import sharding
 from fmjax.types import Costed, stated
 
@@ -148,7 +148,7 @@ def test_restart_by_ode_steps_goes_to_restart_by_the_exact_map(x64, key):
     run = lambda step, n: jax.jit(correctors.restart(step, to=lambda t: t / 2, steps=n, loops=2))(keys, x, t)[0]
     want = run(oracle.flow_map, 1)
     np.testing.assert_allclose(run(oracle.flow_map, 7), want, rtol=1e-12)  # a map composes
-    errors = [np.abs(run(solvers.rk4(oracle.velocity), n) - want).max() for n in (20, 40, 80)]
+    errors = [np.abs(run(sampling.rk4(oracle.velocity), n) - want).max() for n in (20, 40, 80)]
     assert np.log2(np.array(errors[:-1]) / errors[1:]) == pytest.approx(4, abs=0.4)
 
 
@@ -160,7 +160,7 @@ def test_restart_keeps_a_mixture(key):
     x = t * x1 + (1 - t) * x0
     spread = ((1 - t) ** 2 + (t * std) ** 2) ** 0.5
     cdf = lambda x: (weights * stats.norm.cdf(np.asarray(x)[..., None], t * means, spread)).sum(-1)
-    fix = correctors.restart(solvers.rk4(oracle.velocity), to=0.2, steps=10, loops=2)
+    fix = correctors.restart(sampling.rk4(oracle.velocity), to=0.2, steps=10, loops=2)
     y, _ = jax.jit(fix)(as_keys(key, len(x)), x, t)
     assert stats.kstest(np.asarray(y)[:, 0], cdf).pvalue > 1e-4
     assert np.corrcoef(x[:, 0], y[:, 0])[0, 1] < 0.5  # and it was no identity
@@ -285,9 +285,9 @@ def everything(counted=lambda name, f: f):
         "of velocity": (correctors.langevin(correction.score_of(velocity), step=0.05, steps=2), 2),
         "snr": (correctors.langevin(score, snr=0.2, steps=2), 2),
         "mala": (correctors.mala(score, density, step=0.2, steps=3), 8),
-        "ode": (correctors.restart(Costed(solvers.rk4(velocity), nfe=4), to=0.3, steps=3, loops=2), 24),
-        "map": (correctors.restart(solvers.euler(velocity), to=0.3, loops=2), 2),
-        "sde": (correctors.restart(solvers.euler_maruyama(velocity), to=0.3, steps=2), 2),
+        "ode": (correctors.restart(Costed(sampling.rk4(velocity), nfe=4), to=0.3, steps=3, loops=2), 24),
+        "map": (correctors.restart(sampling.euler(velocity), to=0.3, loops=2), 2),
+        "sde": (correctors.restart(sampling.euler_maruyama(velocity), to=0.3, steps=2), 2),
     }
 
 

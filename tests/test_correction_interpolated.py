@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from test_correction_marginals import SCALED, build_read, data
 
-from fmjax import correction
-from fmjax.sampling import solvers
+from fmjax import correction, sampling
 from fmjax.types import expand
 
 TS = np.array([0, 0.1, 0.5, 0.7, 1.0], np.float32)
@@ -15,7 +14,7 @@ CURVED = {"params": jnp.float32(0.3), "direction": "backward", "data": data(90, 
 
 def build(folder, view=SCALED, **changes):
     options = CURVED | {"solver": "flow_map"} | changes
-    return build_read(folder, lambda params: solvers.rk4(view(params)), options.pop("params"), TS, **options)
+    return build_read(folder, lambda params: sampling.rk4(view(params)), options.pop("params"), TS, **options)
 
 
 @pytest.fixture(scope="module")

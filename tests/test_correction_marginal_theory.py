@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from fmjax import correction, oracles, sampling
 from fmjax.correction import correctors
 from fmjax.oracles import mismatch
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 
 EPS = 0.15
 MIXED = (0.6 * EPS, 0.5 * EPS, 0.5 * EPS)
@@ -136,7 +136,7 @@ def test_the_gradient_of_the_logit_is_pulled_back_by_the_flow(x64, key):
 
     @jax.jit
     def both(x):
-        carry = lambda x: sampling.sample(solvers.rk4(m.velocity), x, np.linspace(t, 1, 401))
+        carry = lambda x: sampling.sample(sampling.rk4(m.velocity), x, np.linspace(t, 1, 401))
         push = mismatch.gradient(m.logit)
         end, pull = jax.vjp(carry, x)
         return push(x, t), pull(push(end, 1.0))[0]
@@ -251,7 +251,7 @@ def test_the_recursion_and_the_transported_coupling_bound_the_distance(key):
     """
     n, ts = 400, grids.uniform_grid(40)
     m = flow(tuple(0.35 / EPS * c for c in MIXED))
-    step = solvers.rk4(m.velocity)
+    step = sampling.rk4(m.velocity)
     run = functools.partial(sampling.sample, step, trajectory=True)
     p = np.asarray(jax.jit(lambda x: run(x, ts))(jax.random.normal(key, (n, 2))), np.float64)
     there_and_back = jax.jit(lambda x: run(sampling.sample(step, x, ts[::-1]), ts))  # one bijection carries p and q

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fmjax import correction, oracles
+from fmjax import correction, oracles, sampling
 from fmjax.correction import trajectories
 from fmjax.keys import example_keys, normal
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.storage import shards
 
 S = 0.5  # the data are N(0, S^2 I) unless said otherwise
@@ -51,7 +51,7 @@ def small(directory, velocity=SCALED, params=0.1, ts=None, **changes):
 
     Without ``solver`` in ``changes``, Euler steps of the velocity as a flow map, which compile fast.
     """
-    view = velocity if "solver" in changes else lambda params: solvers.euler(velocity(params))
+    view = velocity if "solver" in changes else lambda params: sampling.euler(velocity(params))
     options = {"direction": "forward", "flow": "a", "count": 90, "shape": (3,), "solver": "flow_map", "batch": 16}
     options = options | {"shard_size": 32} | changes
     ts = grids.uniform_grid(4) if ts is None else ts
@@ -287,7 +287,7 @@ def test_damaged_shard(built, reference, damage, caplog):
         ({"ts": np.linspace(0, 1, 5) ** 2}, ["ts: "]),
         (
             {"seed": 1, "dtype": "float16"},
-            ["seed: 0 there, 1 asked for", "dtype: 'float32' there, 'float16' asked for"],
+            ["seed: 0 stored, 1 requested", "dtype: 'float32' stored, 'float16' requested"],
         ),
         ({"count": 91}, ["count: "]),
         ({"shard_size": 16}, ["shard_size: "]),
@@ -301,7 +301,7 @@ def test_other_set_is_refused(built, reference, changes, names):
     with pytest.raises(ValueError, match="another directory") as e:
         small(built, **changes)
     found = str(e.value)
-    assert all(name in found for name in names) and found.count(" asked for;") == len(found.split("; ")) - 2, found
+    assert all(name in found for name in names) and found.count(" requested;") == len(found.split("; ")) - 2, found
     assert contents(built) == reference
 
 
@@ -310,10 +310,10 @@ def test_data_are_part_of_the_set(tmp_path):
     small(tmp_path, data=data(90, 3), **options)
     other = data(90, 3)
     other[17, 1] += 1e-3
-    for changed, name in ((other, "data: "), (data(91, 3), "count: 90 there, 91 asked for")):
+    for changed, name in ((other, "data: "), (data(91, 3), "count: 90 stored, 91 requested")):
         with pytest.raises(ValueError, match=name):
             small(tmp_path, data=changed, **options)
-    with pytest.raises(ValueError, match="backward_map: 'reverse' there, 'inverse' asked for"):
+    with pytest.raises(ValueError, match="backward_map: 'reverse' stored, 'inverse' requested"):
         small(tmp_path, data=data(90, 3), backward_map="inverse", **options)
 
 
@@ -381,7 +381,7 @@ def test_failed_solves_name_the_examples(tmp_path):
         RuntimeError, match="has non-finite values at step [34] in examples 37, 41; check the parameters"
     ):
         small(tmp_path / "a", velocity=broken, **options)
-    assert [s.count for s in shards.load(tmp_path / "a").shards] == [32]
+    assert [s.count for s in shards.read_manifest(tmp_path / "a").shards] == [32]
     steep = lambda params: lambda x, t, cond=None: jnp.where((x > 9).any(1, keepdims=True), 8 * jnp.sin(9 * x), 0.1 * x)
     with pytest.raises(RuntimeError, match="did not converge in examples 37, 41: .* backward_map='reverse'"):
         small(tmp_path / "b", velocity=steep, solver="euler", backward_map="inverse", **options)

@@ -12,7 +12,7 @@ from test_correction_marginals import contents, data, small
 
 from fmjax import correction, oracles, sampling
 from fmjax.keys import as_keys, example_keys, normal
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.storage import columns, shards
 
 MEANS = np.array([[-3.0, 0.0], [0.0, 2.0], [4.0, 1.0]], np.float32)
@@ -379,7 +379,7 @@ def test_labels_and_banks_that_do_not_fit_are_refused(sets):
 
 def test_a_view_that_ignores_its_conditions_is_another_flow(tmp_path):
     """The data must not leak into the seed: forward examples without and with conditions start from one noise."""
-    small(tmp_path / "a", velocity=lambda p: solvers.euler(lambda x, t, cond=None: 0 * x), solver="flow_map")
+    small(tmp_path / "a", velocity=lambda p: sampling.euler(lambda x, t, cond=None: 0 * x), solver="flow_map")
     labelled(tmp_path / "b")
     a, b = (correction.read_marginals(tmp_path / name) for name in "ab")
     np.testing.assert_array_equal(a.x[:, 0], b.x[:, 0])

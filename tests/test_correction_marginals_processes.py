@@ -63,16 +63,16 @@ def test_a_complete_share_solves_nothing_and_others_are_left_alone(tmp_path):
     assert [shard.file for shard in m.shards] == SHARDS[1::2]
     with pytest.raises(ValueError, match="process_index=2.*process_count=2"):
         part(tmp_path, 2, 2, **BACKWARD)
-    with pytest.raises(ValueError, match="flow: 'a' there, 'b' asked for"):
+    with pytest.raises(ValueError, match="flow: 'a' stored, 'b' requested"):
         part(tmp_path, 0, 2, flow="b", **BACKWARD)
 
 
 def test_manifests_of_two_sets_in_one_folder_are_refused(alone, tmp_path):
     """Two processes that began at the same moment with different flows."""
     m = correction.read_marginals(alone).manifest
-    shards.save(tmp_path, m, {}, process_index=0, process_count=2)
-    shards.save(tmp_path, m._replace(flow="b"), {}, process_index=1, process_count=2)
-    with pytest.raises(ValueError, match="flow: 'b' there, 'a' asked for"):
+    shards.write_manifest(tmp_path, m, {}, process_index=0, process_count=2)
+    shards.write_manifest(tmp_path, m._replace(flow="b"), {}, process_index=1, process_count=2)
+    with pytest.raises(ValueError, match="flow: 'b' stored, 'a' requested"):
         correction.read_marginals(tmp_path)
 
 
@@ -80,11 +80,11 @@ def write_part(folder, i, count, x=X):
     """``build`` without the solve: four examples a shard of ten."""
     names = shards.own(M, i, count)
     good = shards.resume(folder, M, names)
-    shards.save(folder, M, good, process_index=i, process_count=count)
+    shards.write_manifest(folder, M, good, process_index=i, process_count=count)
     for name, (start, stop) in names.items():
         if name not in good:
-            good[name] = shards.write(folder, name, (one.tobytes() for one in x[start:stop]))
-            shards.save(folder, M, good, process_index=i, process_count=count)
+            good[name] = shards.write_shard(folder, name, (one.tobytes() for one in x[start:stop]))
+            shards.write_manifest(folder, M, good, process_index=i, process_count=count)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -99,15 +99,15 @@ def test_a_kill_at_every_file_operation_of_a_process_loses_its_unfinished_shard_
             except Crash:
                 pass
         write_part(folder, 1, 2)
-        m = shards.load(folder)
+        m = shards.read_manifest(folder)
         assert SHARDS[1].replace("06", "03") in {shard.file for shard in m.shards}
         if len(m.shards) < 3:
             with pytest.raises(RuntimeError, match="unfinished"):
-                shards.read(folder, m)
+                shards.read_shards(folder, m)
         now = random.Random(at).choice([2, 1, 3])
         for i in range(now):
             write_part(folder, i, now)
-        np.testing.assert_array_equal(shards.read(folder, shards.load(folder)), X)
+        np.testing.assert_array_equal(shards.read_shards(folder, shards.read_manifest(folder)), X)
     assert at > 20
 
 
@@ -119,13 +119,15 @@ def test_a_shard_that_another_process_built_again_is_the_one_whose_bytes_are_the
     first = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(first[:-1])
     write_part(tmp_path, 0, 1, X + 1)
-    assert len(shards.load(tmp_path).shards) == 4
-    np.testing.assert_array_equal(shards.read(tmp_path, shards.load(tmp_path))[3:9], np.r_[X[3:4], X[4:8] + 1, X[8:9]])
+    assert len(shards.read_manifest(tmp_path).shards) == 4
+    np.testing.assert_array_equal(
+        shards.read_shards(tmp_path, shards.read_manifest(tmp_path))[3:9], np.r_[X[3:4], X[4:8] + 1, X[8:9]]
+    )
     (tmp_path / name).write_bytes(first)
-    np.testing.assert_array_equal(shards.read(tmp_path, shards.load(tmp_path)), X)
+    np.testing.assert_array_equal(shards.read_shards(tmp_path, shards.read_manifest(tmp_path)), X)
     (tmp_path / name).write_bytes(first[:-1])
     with pytest.raises(RuntimeError, match=f"{name} is torn or was changed .*not \\w+, \\w+"):
-        shards.read(tmp_path, shards.load(tmp_path))
+        shards.read_shards(tmp_path, shards.read_manifest(tmp_path))
 
 
 def test_processes_at_the_same_time(tmp_path):
@@ -135,12 +137,12 @@ def test_processes_at_the_same_time(tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-        np.testing.assert_array_equal(shards.read(tmp_path / str(n), shards.load(tmp_path / str(n))), X)
+        np.testing.assert_array_equal(shards.read_shards(tmp_path / str(n), shards.read_manifest(tmp_path / str(n))), X)
 
 
 def test_a_process_that_looks_while_another_starts_is_not_misled(tmp_path, monkeypatch):
     """The other's manifest and shard come just after this one found no manifest."""
-    real, calls = shards.load, []
+    real, calls = shards.read_manifest, []
 
     def load(folder):
         found = real(folder)
@@ -149,10 +151,10 @@ def test_a_process_that_looks_while_another_starts_is_not_misled(tmp_path, monke
             write_part(folder, 1, 2)
         return found
 
-    monkeypatch.setattr(shards, "load", load)
+    monkeypatch.setattr(shards, "read_manifest", load)
     write_part(tmp_path, 0, 2)
     assert calls[0] is None
-    np.testing.assert_array_equal(shards.read(tmp_path, real(tmp_path)), X)
+    np.testing.assert_array_equal(shards.read_shards(tmp_path, real(tmp_path)), X)
 
 
 CHILD = """
@@ -168,7 +170,7 @@ kill = lambda done, total: done == {at} and os.kill(os.getpid(), signal.SIGKILL)
 mesh = sharding.make_mesh()
 params = jax.make_array_from_callback((), sharding.replicated(mesh), lambda _: t.np.float32(0.1))
 t.correction.build_marginals(
-    lambda eps: t.solvers.euler(t.SCALED(eps)), params, t.grids.uniform_grid(4), directory={folder!r},
+    lambda eps: t.sampling.euler(t.SCALED(eps)), params, t.grids.uniform_grid(4), directory={folder!r},
     direction="forward", flow="a", count=90, shape=(3,), solver="flow_map", batch=16, shard_size=16, mesh=mesh,
     progress=kill,
 )
@@ -203,7 +205,7 @@ def test_two_real_processes_killed_in_turn_end_with_the_files_of_one(alone, tmp_
 
     status, ends = pair(None, 32)
     assert status == [0, -signal.SIGKILL], ends
-    found = {shard.file for shard in shards.load(tmp_path).shards}
+    found = {shard.file for shard in shards.read_manifest(tmp_path).shards}
     assert found == {*SHARDS[::2], SHARDS[1]}
     status, ends = pair(None, 42)
     assert status == [0, -signal.SIGKILL], ends

@@ -12,7 +12,7 @@ from fmjax.correction import correctors, search
 from fmjax.correction.search import Placement, Space
 from fmjax.keys import as_keys, normal
 from fmjax.oracles import mismatch
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 
 TUNING, REPORTING = jax.random.split(jax.random.key(0), 2), jax.random.split(jax.random.key(1), 3)
 BEST = {0: 0.2, 3: 0.6, 5: 0.1}  # alpha of every step that helps
@@ -186,12 +186,12 @@ def test_one_compilation_serves_all_strengths():
     def draw(alpha, beta):
         traces.append(1)
         fix = correctors.marginal_matching(push, alpha=grids.per_step(ts, alpha), beta=grids.per_step(ts, beta))
-        return sampling.sample(solvers.rk4(m.velocity), x, ts, key=key, corrector=fix, at=range(5))
+        return sampling.sample(sampling.rk4(m.velocity), x, ts, key=key, corrector=fix, at=range(5))
 
     for at in ((), (0,), (1, 4)):
         placement = Placement(at, (0.3,) * len(at), (0.2,) * len(at))
         fix = correctors.marginal_matching(push, alpha=0.3, beta=0.2)
-        want = sampling.sample(solvers.rk4(m.velocity), x, ts, key=key, corrector=fix, at=at)
+        want = sampling.sample(sampling.rk4(m.velocity), x, ts, key=key, corrector=fix, at=at)
         np.testing.assert_allclose(draw(*placement.dense(4)), want, atol=2e-6)
     assert len(traces) == 1
 
@@ -206,7 +206,7 @@ def test_the_best_classifier_step_of_a_gaussian_is_the_closed_one(eps):
     def std(key, alpha):
         x = normal(as_keys(key, n), (1,))
         fix = correctors.marginal_matching(push, alpha=grids.per_step(ts, alpha))
-        y = sampling.sample(solvers.rk4(m.velocity), x, ts, key=key, corrector=fix, at=range(11))
+        y = sampling.sample(sampling.rk4(m.velocity), x, ts, key=key, corrector=fix, at=range(11))
         return y.std() / x.std()
 
     value = opened(lambda placement, key: abs(float(std(key, placement.dense(10)[0])) - 0.5))

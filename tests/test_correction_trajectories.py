@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_correction_marginals import EPS, MLP, SCALED, build_read, data, kl, mlp, small, spread
 
-from fmjax import correction
+from fmjax import correction, sampling
 from fmjax.correction import marginals, trajectories
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.storage import shards
 
 
@@ -46,13 +46,13 @@ def test_jumps_that_are_euler_steps_are_those_of_the_euler_solver(tmp_path, way)
     given = {name: value[:64] if name == "data" else value for name, value in WAYS[way].items()}
     given |= {"count": 64} if way == "forward" else {}
     params, ts = {"a": MLP["a"][:4], "b": MLP["b"][:, :4]}, grids.uniform_grid(3)
-    jump = build_read(tmp_path / "map", lambda p: solvers.euler(mlp(p)), params, ts, solver="flow_map", **given)
+    jump = build_read(tmp_path / "map", lambda p: sampling.euler(mlp(p)), params, ts, solver="flow_map", **given)
     step = build_read(tmp_path / "step", mlp, params, ts, solver="euler", **given)
     np.testing.assert_allclose(jump.x, step.x, atol=2e-6)
     if way == "inverse":
         start = jnp.asarray(step.x[:, 0])
         for n in range(3):
-            start = solvers.euler(mlp(params))(start, ts[n], ts[n + 1])
+            start = sampling.euler(mlp(params))(start, ts[n], ts[n + 1])
         np.testing.assert_allclose(start, step.x[:, -1], atol=2e-6)
 
 

@@ -140,9 +140,9 @@ def test_a_run_is_given_the_velocity_of_the_published_denoiser(converted, tmp_pa
     """From the file to a run's parameters and velocity: ``v = (D(x / t; (1 - t) / t) - x) / (1 - t)``."""
     state, changes = converted
     plan = assemble.assemble(config(**changes, init=str(tmp_path / "w")))
-    given = loop.given(plan, tmp_path / "w")
+    given = loop.load_average(plan, tmp_path / "w")
     same(given, edm.network(state)[0])
-    x, t = plan.batch(0).x1, jnp.linspace(0.1, 0.9, 8)
+    x, t = plan.data.batch(0).x1, jnp.linspace(0.1, 0.9, 8)
     v = jax.jit(plan.method.velocity(given))(x, t)
     params, spec = edm.network(state, preconditioning=None)
     raw = jax.jit(specs.net(spec).net)

@@ -244,10 +244,12 @@ def test_an_evaluation_draws_each_label_in_turn_from_the_averaged_flow(evaluated
     _, ema, _ = checkpoint.restore(path / "checkpoints", part="ema")
     keys = evaluate.keys_of(cfg.seed, 1, 50)
     step = solvers.euler(plan.method.velocity(ema))
-    x0 = normal(fold_in(keys, 0), plan.shape)
+    x0 = normal(fold_in(keys, 0), plan.data.shape)
     x = sampling.sample(step, x0, grids.uniform_grid(2), cond=jnp.arange(50) % 10)
     drawn = evaluate.draw(
-        Setting("euler, 2 steps", "euler", "euler", 2), Models(plan.method, None, {}, {"flow": ema}, plan.shape, 10),
+        Setting("euler, 2 steps", "euler", "euler", 2), Models(
+            plan.method, None, {}, {"flow": ema}, plan.data.shape, 10
+        ),
         seeds=2, samples=50, seed=cfg.seed, directory=path / "again", identity="",
     )  # fmt: skip
     np.testing.assert_allclose(drawn[1], x, rtol=1e-4, atol=1e-5)
@@ -282,7 +284,7 @@ def test_an_evaluation_of_a_map_jumps_with_it_and_guides_no_jump(tmp_path):
     rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
     assert [(r["name"], r["nfe"]) for r in rows[:2]] == [("flow map, 1 step", 1), ("flow map, 2 steps", 2)]
     plan, (_, ema, _) = assemble.assemble(cfg), checkpoint.restore(tmp_path / "checkpoints", part="ema")
-    x0 = normal(fold_in(evaluate.keys_of(cfg.seed, 0, 20), 0), plan.shape)
+    x0 = normal(fold_in(evaluate.keys_of(cfg.seed, 0, 20), 0), plan.data.shape)
     (drawn,) = (tmp_path / "draws").glob("flow-map--1-step*.npy")
     np.testing.assert_allclose(np.load(drawn)[0], plan.method.flow_map(ema)(x0, 0.0, 1.0), rtol=1e-4, atol=1e-5)
     with cfg.unlocked():

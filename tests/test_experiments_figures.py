@@ -28,7 +28,7 @@ def rows(*values: tuple[str, int, float, float]) -> list[report.Row]:
 
 def test_a_grid_holds_each_pixel_as_its_formula_says():
     x = np.array([-1.0, -0.5, 0.0, 0.999, 1.0, 1.7, -3.0, 1 / 255], np.float32).reshape(2, 2, 2, 1)
-    sheet = images.grid(x, columns=2)
+    sheet = images.image_grid(x, columns=2)
     assert sheet.shape == (40 + 4, 2 * 40 + 6, 3) and sheet.dtype == np.uint8
     want = [0, 64, 128, 255, 255, 255, 0, 128]  # floor(127.5 x + 128), clipped
     for i, value in enumerate(want):
@@ -42,14 +42,14 @@ def test_a_grid_holds_each_pixel_as_its_formula_says():
 
 def test_a_grid_returns_the_bytes_that_images_were_made_from():
     pixels = np.random.default_rng(0).integers(0, 256, (3, 50, 60, 3), dtype=np.uint8)  # large: one pixel each
-    sheet = images.grid(pixels / 127.5 - 1, columns=3)
+    sheet = images.image_grid(pixels / 127.5 - 1, columns=3)
     got = np.stack([sheet[2:52, 2 + 62 * i : 62 + 62 * i] for i in range(3)])
     np.testing.assert_array_equal(got, pixels)
 
 
 @pytest.mark.parametrize(("n", "columns"), [(1, 1), (4, 2), (7, 3), (12, 4), (64, 8), (100, 10), (18, 6), (32, 8)])
 def test_a_grid_has_full_rows_where_a_divisor_is_near_the_root(n, columns):
-    assert images.grid(np.zeros((n, 48, 48, 1))).shape[1] == columns * 50 + 2
+    assert images.image_grid(np.zeros((n, 48, 48, 1))).shape[1] == columns * 50 + 2
 
 
 @pytest.mark.parametrize(
@@ -65,13 +65,13 @@ def test_a_grid_has_full_rows_where_a_divisor_is_near_the_root(n, columns):
 )
 def test_a_grid_refuses_what_is_no_image(x, columns, words):
     with pytest.raises(ValueError, match=words):
-        images.grid(x, columns=columns)
+        images.image_grid(x, columns=columns)
 
 
 def test_a_saved_png_is_the_grid_and_a_failed_one_leaves_the_old(tmp_path):
     x = np.random.default_rng(1).uniform(-1, 1, (6, 8, 8, 3))
     path = images.save_png(tmp_path / "x.png", x, columns=3)
-    np.testing.assert_array_equal(np.asarray(Image.open(path)), images.grid(x, columns=3))
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), images.image_grid(x, columns=3))
     before = path.read_bytes()
     with pytest.raises(ValueError, match="not finite"):
         images.save_png(path, x * np.nan)

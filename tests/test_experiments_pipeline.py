@@ -69,7 +69,7 @@ def test_corrector_and_flow_map_are_trained_from_what_came_before(finished, tiny
     backward = correction.read_marginals(finished / "marginals" / "backward")
     forward = correction.read_marginals(finished / "marginals" / "forward")
     draws = correction.marginal_pairs(forward, backward, batch_size=16, seed=tiny.seed)
-    loop.train(ready.correctors["score"]._replace(batch=draws), tmp_path / "correctors" / "score")
+    loop.train(ready.correctors["score"].replace(batch=draws), tmp_path / "correctors" / "score")
     _, flow, _ = checkpoint.restore(finished / "flow" / "checkpoints", part="ema")
     loop.train(ready.flow_map, tmp_path / "flow_map", params=flow)
     for stage in ("correctors/score", "flow_map"):
@@ -168,7 +168,7 @@ def test_marginals_of_another_flow_are_refused(finished, tiny, tmp_path):
     shutil.rmtree(parts / "flow")
     other = loop.train(pipeline.setup(tiny).flow._replace(seed=1), parts / "flow")
     assert int(other.step) == 4
-    with pytest.raises(ValueError, match="the marginals in .* are others .flow: "):
+    with pytest.raises(ValueError, match="holds marginals built with different settings .flow: "):
         pipeline.main(tiny, parts)
 
 

@@ -168,7 +168,7 @@ def test_students_train_on_their_segments_from_the_teacher(tmp_path):
         assert found[part]["departure"][1 - segment] == 0 < found[part]["departure"][segment]
     _, teacher, _ = checkpoint.restore(tmp_path / "flow" / "checkpoints", part="ema")
     plan = assemble.assemble(cfg)
-    assert checkpoint.digest(loop.given(plan, tmp_path / "flow")) == checkpoint.digest(teacher)
+    assert checkpoint.digest(loop.load_average(plan, tmp_path / "flow")) == checkpoint.digest(teacher)
     steps = [r["step"] for r in files.read_jsonl(tmp_path / "students" / "segment-1" / "metrics.jsonl")]
     assert steps[-1] == 600
 

@@ -1,289 +1,233 @@
-"""Names, options and flags: good ones become the objects, bad ones one sentence; the optimiser against its formula."""
+"""Names, options and places outside the package become objects; what cannot is refused in one line."""
 
-import dataclasses
 import inspect
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from cases import discover
 
-from fmjax import couplings, paths, times
-from fmjax.experiments import specs
-from fmjax.sampling import solvers
-from fmjax.types import Method
+from fmjax import methods, nets, paths, sampling, times
+from fmjax.checks import Positive
+from fmjax.experiments import build, specs
+from fmjax.experiments.specs import COUPLING, DATA, METHOD, METRIC, NET, PATH, PRECONDITIONER, SOLVER, WEIGHTING
+from fmjax.keys import as_keys
+from fmjax.types import Batch, Method
 
 ml_collections = pytest.importorskip("ml_collections")
-
-
-ALL_PATHS = "linear, schroedinger_bridge, sub_vp, target_conditional, trigonometric, two_sided, ve, vp"
 
 
 def net(params, x, s, t, cond=None, key=None):
     return params * x
 
 
-def test_names_resolve_by_module_path():
-    from fmjax.methods.lagrangian import lagrangian
-    from fmjax.nets.mlp import MLP
-    from fmjax.nets.unet import UNet
-
-    assert specs.resolve("methods", "lagrangian") is lagrangian
-    assert specs.resolve("nets", "mlp") is MLP and specs.resolve("nets", "unet") is UNet
-    assert specs.resolve("paths", "trigonometric") is paths.trigonometric
-    assert specs.step("rk38") is solvers.rk38
-
-
-METHODS = ", ".join(discover()[:3])
-STEPS = "ddim, dpmpp_2m, edm_heun, euler, euler_maruyama, from_diffrax, heun, initial_noise, ipndm"
+def test_names_resolve_in_the_package_of_their_kind():
+    assert specs.resolve(METHOD, "lagrangian", field="method")[0] is methods.lagrangian
+    assert specs.resolve(NET, "mlp", field="net")[0] is nets.MLP
+    assert specs.resolve(NET, "song_unet", field="net")[0] is nets.SongUNet
+    assert specs.resolve(PATH, "trigonometric", field="path")[0] is paths.trigonometric
+    assert specs.resolve(SOLVER, "rk38", field="solver")[0] is sampling.rk38
+    assert set(specs.offers(METHOD)) == set(discover())
 
 
 @pytest.mark.parametrize(
-    ("door", "spec", "near", "all_"),
+    ("kind", "name", "near", "offered"),
     [
-        (
-            lambda s: specs.method(s, net),
-            "langrangian",
-            "lagrangian",
-            METHODS,
-        ),
-        (lambda s: specs.method(s, net), "common", None, METHODS),
-        (specs.net, "unett", "unet", "dit, encoder, mlp, plain, song_unet, unet"),
-        (specs.net, "adapters", None, "dit, encoder, mlp, plain, song_unet, unet"),
-        (specs.path, "trig", "trigonometric", ALL_PATHS),
-        (specs.path, "endpoints", None, ALL_PATHS),
-        (specs.coupling, "minibatch", "minibatch_ot", "independent, minibatch_ot, semidiscrete"),
-        (specs.coupling, "squared_cost", None, "independent, minibatch_ot, semidiscrete"),
-        (specs.step, "rk5", "rk4", STEPS),
-        (specs.step, "inverse", None, STEPS),
-        (specs.step, "denoiser", None, STEPS),
+        (METHOD, "langrangian", "lagrangian", "align_your_flow"),
+        (METHOD, "common", None, "align_your_flow"),
+        (NET, "unett", "unet", "mlp"),
+        (NET, "adapters", None, "dit"),
+        (PATH, "trig", "trigonometric", "linear"),
+        (PATH, "endpoints", None, "linear"),
+        (SOLVER, "rk5", "rk4", "ddim"),
+        (SOLVER, "sample", None, "ddim"),
+        (DATA, "digit", "digits", "checkerboard"),
+        (METRIC, "sliced_w2", "sliced_w2_to", "energy_to"),
+        (WEIGHTING, "adaptiv", "adaptive", "adaptive"),
+        (PRECONDITIONER, "edn", "edm", "edm"),
     ],
 )
-def test_unknown_names_and_helpers_are_refused_with_what_there_is(door, spec, near, all_):
-    with pytest.raises(ValueError, match=f"has no '{spec}'") as caught:
-        door(spec)
-    assert f"there are {all_}" in str(caught.value)
-    assert ("did you mean" in str(caught.value)) == (near is not None)
-    assert near is None or f"did you mean '{near}'?" in str(caught.value)
+def test_unknown_names_and_helpers_are_refused(kind, name, near, offered):
+    with pytest.raises(ValueError, match=f"^field='{name}'") as caught:
+        specs.resolve(kind, name, field="field")
+    line = str(caught.value)
+    assert len(line) <= specs.LENGTH and "\n" not in line and offered in line
+    assert near is None or f"did you mean {near!r}?" in line
 
 
-@pytest.mark.parametrize("spec", [{"width": 3}, {"name": 3}, 3, None])
-def test_a_spec_without_a_name(spec):
-    with pytest.raises(ValueError, match="a name or a mapping with a 'name', got"):
-        specs.from_spec("nets", spec)
+@pytest.mark.parametrize("spec", [{"width": 3}, {"name": 3}])
+def test_a_mapping_without_a_name_is_refused(spec):
+    with pytest.raises(ValueError, match="^net="):
+        specs.parse(spec, field="net")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field"),
     [
-        ({"widht": 3}, r"nets.mlp has no option 'widht'; did you mean 'width'\? \(it takes width, depth, classes"),
-        ({"parent": None}, "has no option 'parent'"),
-        ({"width": "3"}, "width of nets.mlp must be int, got '3'"),
-        ({"width": True}, "width of nets.mlp must be int, got True"),
-        ({"width": 3.0}, "width of nets.mlp must be int, got 3.0"),
-        ({"dropout": "a"}, "dropout of nets.mlp must be float, got 'a'"),
-        ({"dtype": 16}, "dtype of nets.mlp must be str, got 16"),
+        ({"widht": 3}, "net.widht=3.*did you mean 'width'"),
+        ({"parent": None}, "net.parent=None"),
+        ({"width": "3"}, "net.width='3'"),
+        ({"width": True}, "net.width=True"),
+        ({"width": 3.0}, "net.width=3.0"),
+        ({"width": 0}, "net.width=0"),
+        ({"width": -1}, "net.width=-1"),
+        ({"dropout": "a"}, "net.dropout='a'"),
+        ({"dropout": float("nan")}, "net.dropout=nan"),
+        ({"dtype": 16}, "net.dtype=16"),
+        ({"dtype": "float31"}, "net.dtype='float31'"),
+        ({"depth": 10**11}, "net.depth=100000000000"),
     ],
 )
-def test_options_of_a_network_are_checked_by_name_and_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        specs.net({"name": "mlp", **options})
-
-
-@pytest.mark.parametrize("name", ["dit", "encoder", "mlp", "plain", "song_unet", "unet"])
-def test_what_a_network_is_dressed_in_is_no_option_of_its_own(name):
-    module = specs.resolve("nets", name)
-    assert not {"preconditioning", "noise_encoder"} & {field.name for field in dataclasses.fields(module)}
-
-
-def test_the_encoder_of_a_song_unet_is_its_own(key):
-    model = specs.net({"name": "song_unet", "channels": 8, "multipliers": [1, 2], "encoder": "residual", "blocks": 1})
-    assert not hasattr(model.net, "encoder")
-    assert any("residual" in name for name in jax.eval_shape(model.init, key, jnp.ones((2, 8, 8, 1))))
+def test_options_are_checked_by_name_type_and_range(options, field):
+    with pytest.raises(ValueError, match=f"^{field}") as caught:
+        build.net({"name": "mlp", **options})
+    assert len(str(caught.value)) <= specs.LENGTH
 
 
 def test_entries_of_a_sequence_are_checked():
-    with pytest.raises(ValueError, match="an entry of multipliers of nets.unet must be int, got 1.5"):
-        specs.net({"name": "unet", "multipliers": [1, 1.5]})
-    with pytest.raises(ValueError, match="multipliers of nets.unet must be .*Sequence.*, got 2"):
-        specs.net({"name": "unet", "multipliers": 2})
+    with pytest.raises(ValueError, match=r"net.multipliers\[1\]=1.5"):
+        build.net({"name": "unet", "multipliers": [1, 1.5]})
+    with pytest.raises(ValueError, match="net.multipliers=2"):
+        build.net({"name": "unet", "multipliers": 2})
+
+
+def test_numpy_numbers_are_numbers():
+    model = build.net({"name": "mlp", "width": np.int64(8), "depth": np.int32(1)})
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((2, 3)))
+    assert 8 in {n for leaf in jax.tree.leaves(shapes) for n in leaf.shape}
 
 
 def test_a_network_from_a_config_is_the_network_with_those_options(key):
     config = ml_collections.ConfigDict({"name": "unet", "channels": 8, "multipliers": [1, 2], "heads": 2, "dropout": 0})
-    model = specs.net(config.lock())
-    x = jnp.ones((2, 8, 8, 1))
-    params = jax.eval_shape(model.init, key, x)
+    params = jax.eval_shape(build.net(config.lock()).init, key, jnp.ones((2, 8, 8, 1)))
     assert params["input"]["kernel"].shape == (3, 3, 1, 8) and params["down_1"]["kernel"].shape[-1] == 8
     assert params["output"]["kernel"].shape == (3, 3, 8, 1) and "down_2" not in params
 
 
 def test_a_path_reaches_the_methods_that_take_one(key):
-    from fmjax import types
-    from fmjax.keys import as_keys
-
-    path = specs.path("trigonometric")
-    x1 = jax.random.normal(key, (4, 3))
-    batch = types.Batch(x1, x0=jnp.zeros_like(x1))
-    keys = as_keys(key, 4)
-    built = specs.method("flow_matching", net, path=path)
-    assert isinstance(built, Method)
-    _, aux = built.loss(jnp.float32(0.0), None, batch, keys)
+    path, x1 = build.path("trigonometric"), jax.random.normal(key, (4, 3))
+    batch, keys = Batch(x1, x0=jnp.zeros_like(x1)), as_keys(key, 4)
+    built = build.method("flow_matching", net, path=path)
+    _, aux = jax.jit(built.loss)(jnp.float32(0.0), None, batch, keys)
     _, u = paths.with_velocity(path, batch.x0, x1, aux["t"])
     np.testing.assert_allclose(aux["per_example"], jnp.mean(u**2, 1), rtol=1e-6)
-    score = specs.method({"name": "score_corrector", "sigma": 1}, net, path=path)
-    np.testing.assert_allclose(score.direction(2.0)(x1, 0.5), -2.0 * x1, rtol=1e-6)
-    with pytest.raises(ValueError, match="is given 'path' from a field of its own"):
-        specs.method({"name": "flow_matching", "path": "linear"}, net, path=path)
-    with pytest.raises(ValueError, match="path of methods.flow_matching must be Path, got 'linear'"):
-        specs.method({"name": "flow_matching", "path": "linear"}, net)
+    with pytest.raises(ValueError, match="^method.path='linear'"):
+        build.method({"name": "flow_matching", "path": "linear"}, net, path=path)
 
 
 def test_missing_options_and_a_factorys_own_refusal():
-    with pytest.raises(ValueError, match="methods.score_corrector needs 'sigma'"):
-        specs.method("score_corrector", net)
-    with pytest.raises(ValueError, match="must be positive, got 0"):
-        specs.method({"name": "score_corrector", "sigma": 0}, net)
+    with pytest.raises(ValueError, match="^method: .*'sigma'"):
+        build.method("score_corrector", net)
+    with pytest.raises(ValueError, match="sigma"):
+        build.method({"name": "score_corrector", "sigma": 0}, net)
 
 
-def test_a_law_of_times_is_named_with_its_own_options(key):
-    from fmjax import types
-    from fmjax.keys import as_keys
-
-    pair = specs.check_options(specs.resolve("methods", "mean_flow"), {"pair": "two_times"})["pair"]
-    assert pair is times.two_times  # where the default is a functools.partial
-    spec = {"name": "flow_matching", "time": {"name": "logit_normal", "mean": 3}}
+def test_a_time_distribution_is_a_spec_with_options(key):
     keys = as_keys(key, 512)
-    law = specs.check_options(specs.resolve("methods", "flow_matching"), {"time": spec["time"]})["time"]
-    np.testing.assert_array_equal(law(keys), times.logit_normal(keys, mean=3.0))
-    _, aux = specs.method(spec, net).loss(jnp.float32(0.0), None, types.Batch(jnp.ones((512, 2))), keys)
-    # the median of sigmoid(3 + z) is sigmoid(3); the median's standard error is 1.25 / sqrt(512) in logits
-    median = float(jnp.median(jax.scipy.special.logit(aux["t"])))
-    assert abs(median - 3.0) < 4 * 1.25 / np.sqrt(512)
-    for time, message in [
-        (
-            "ordered_pair",
-            r"no 'ordered_pair' \(there are earlier, interior, logit_normal, noise_angle, noise_level, u_shaped",
-        ),
-        ("logit", "did you mean 'logit_normal'"),
-        ({"name": "logit_normal", "men": 1.0}, "times.logit_normal has no option 'men'; did you mean 'mean'"),
+    time = specs.checked(methods.flow_matching, {"time": {"name": "logit_normal", "mean": 3}}, field="method")["time"]
+    np.testing.assert_array_equal(time(keys), times.logit_normal(keys, mean=3.0))
+    pair = specs.checked(methods.mean_flow, {"pair": "two_times"}, field="method")["pair"]
+    assert pair is times.two_times  # where the default is a functools.partial
+    for spec, field in [
+        ("ordered_pair", "method.time='ordered_pair'"),
+        ("logit", "method.time='logit'.*did you mean 'logit_normal'"),
+        ({"name": "logit_normal", "men": 1.0}, "method.time.men=1.0.*did you mean 'mean'"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            specs.method({"name": "flow_matching", "time": time}, net)
+        with pytest.raises(ValueError, match=f"^{field}"):
+            build.method({"name": "flow_matching", "time": spec}, net)
 
 
-def test_a_law_that_follows_the_progress_is_named_as_others_are_and_gets_it(key):
-    from fmjax import types
-    from fmjax.keys import as_keys
-
-    grid = {"name": "grid_pair", "steps": 8, "rounds": 4}
-    share = {"name": "sigmoid_fraction", "rate": 10}
-    batch = types.Batch(jnp.ones((4, 2)), progress=jnp.array([0.0, 0.3, 0.6, 0.9]))
-    for spec in ({"name": "progressive", "pair": grid}, {"name": "alpha_flow", "pair": grid, "fraction": share}):
-        method = specs.method({**spec, "diagonal": 0.0}, net)
+def test_a_fraction_that_follows_the_progress_is_a_spec(key):
+    grid, fraction = {"name": "grid_pair", "steps": 8, "rounds": 4}, {"name": "sigmoid_fraction", "rate": 10}
+    batch = Batch(jnp.ones((4, 2)), progress=jnp.array([0.0, 0.3, 0.6, 0.9]))
+    for spec in ({"name": "progressive", "pair": grid}, {"name": "alpha_flow", "pair": grid, "fraction": fraction}):
+        method = build.method({**spec, "diagonal": 0.0}, net)
         _, aux = method.loss(jnp.float32(1.0), jnp.float32(1.0), batch, as_keys(key, 4))
         np.testing.assert_allclose(aux["t"] - aux["s"], [1 / 8, 1 / 4, 1 / 2, 1], rtol=1e-6)
-    with pytest.raises(ValueError, match="fmjax.times has no 'ordered_pair' .*constant_fraction, ect_fraction"):
-        specs.method({"name": "alpha_flow", "fraction": "ordered_pair"}, net)
 
 
-def test_couplings_and_steps_take_their_options(key):
-    x0, x1 = np.random.default_rng(0).normal(size=(2, 16, 2)).astype(np.float32)
-    couple = specs.coupling({"name": "minibatch_ot", "replacement": False})
-    want = couplings.minibatch_ot()(np.random.default_rng(0), x0, x1, None)
-    got = couple(np.random.default_rng(0), x0, x1, None)
-    np.testing.assert_array_equal(got[0], want[0])
-    with pytest.raises(ValueError, match="replacement of couplings.minibatch_ot must be bool, got 'no'"):
-        specs.coupling({"name": "minibatch_ot", "replacement": "no"})
-    step = specs.step({"name": "from_diffrax", "solver": "Dopri5", "rtol": 1e-6, "atol": 1e-6})
-    x = jax.random.normal(key, (3, 2))
-    y = step(lambda x, t, cond=None: -x)(x, 0.0, 1.0)
-    np.testing.assert_allclose(y, x * np.exp(-1), rtol=2e-5)
+def test_objects_stand_for_themselves(key):
+    path = paths.vp()
+    assert build.path(path) is path
+    assert isinstance(build.method(methods.lagrangian, net, path=path), Method)
+    model = build.net(nets.MLP(width=4, depth=1))
+    assert model.init(key, jnp.ones((1, 2))) is not None
+    assert build.step(sampling.rk4) is sampling.rk4
+    method = methods.flow_matching(net)
+    assert build.method(method, net) is method
 
 
-def test_every_default_is_an_option_the_checks_let_through():
-    doors = [("methods", ("net",)), ("nets", None), ("paths", ()), ("couplings", ())]
-    doors += [("solvers", ("velocity",)), ("diffusion", ("velocity",))]
-    seen = 0
-    for package, takes in doors:
-        for function in specs._offered(package, None, takes, None).values():
-            defaults = {k: v for k, v in specs._options(function).items() if v is not inspect.Parameter.empty}
-            assert specs.check_options(function, defaults | _required(function)) == defaults | _required(function)
-            seen += len(defaults)
-    assert seen > 20
+@pytest.mark.parametrize("kind", [METHOD, NET, PATH, COUPLING, SOLVER, DATA, METRIC])
+def test_every_default_passes_the_checks(kind):
+    for factory in specs.offers(kind).values():
+        options = specs.options_of(factory)
+        defaults = {k: v for k, v in options.items() if v is not inspect.Parameter.empty}
+        required = {k: 1.0 for k in options.keys() - defaults.keys() if kind in (METHOD, SOLVER)}
+        if required or len(defaults) == len(options):
+            values = specs.checked(factory, defaults | required, field="f")
+            assert {k: v for k, v in values.items() if k in defaults} == defaults
 
 
-def _required(function):
-    return {k: 1.0 for k, v in specs._options(function).items() if v is inspect.Parameter.empty}
+OWN = """
+    import flax.linen as nn
+    from fmjax.checks import Positive
+
+    class Small(nn.Module):
+        width: Positive = 8
+
+        @nn.compact
+        def __call__(self, x, s, t, cond=None, *, train=False):
+            return nn.Dense(x.shape[-1])(nn.tanh(nn.Dense(self.width)(x)))
+
+    def wrong(network):
+        return network
+"""
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"learning_rate": -1e-3}, "learning_rate=-0.001 must be positive"),
-        ({"learning_rate": float("nan")}, "learning_rate=nan must be positive"),
-        ({"learning_rate": float("inf")}, "must be finite"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"warmup": -1}, "warmup=-1 cannot be negative"),
-        ({"schedule": "cosin"}, "schedule='cosin' must be one of constant, cosine; did you mean 'cosine'"),
-        ({"clip": 0.0}, "clip=0.0 must be positive, or None"),
-        ({"beta2": 1.0}, "beta2=1.0 must lie strictly between 0 and 1"),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1 cannot be negative"),
-    ],
-)
-def test_an_optimiser_refuses_nonsense_by_name(changed, message):
-    with pytest.raises(ValueError, match=message):
-        specs.optimiser(**{"learning_rate": 1e-3, "steps": 10, **changed})
+def test_a_file_outside_the_package_gives_a_network(tmp_path, key):
+    file = tmp_path / "own.py"
+    file.write_text(textwrap.dedent(OWN))
+    model = build.net({"name": f"{file}:Small", "width": 5})
+    assert 5 in {n for leaf in jax.tree.leaves(model.init(key, jnp.ones((1, 2)))) for n in leaf.shape}
+    for spec, field in [
+        ({"name": f"{file}:Small", "width": 0}, "net.width=0"),
+        (f"{file}:Smal", "net=.*did you mean 'Small'"),
+        (f"{tmp_path / 'none.py'}:Small", "net=.*no file"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{field}"):
+            build.net(spec)
+    with pytest.raises(ValueError, match="^method=.*net"):
+        build.method(f"{file}:wrong", net)
 
 
-def run(tx, params, gradients):
-    state = tx.init(params)
-    for g in gradients:
-        updates, state = tx.update(g, state, params)
-        params = optax.apply_updates(params, updates)
-    return params
+def test_a_package_outside_gives_a_method(tmp_path, monkeypatch):
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").write_text("from fmjax.methods import flow_matching as mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert isinstance(build.method("own_package:mine", net), Method)
+    with pytest.raises(ValueError, match="^method='no_such_package:mine'"):
+        build.method("no_such_package:mine", net)
+    sys.modules.pop("own_package")
 
 
-def by_hand(params, gradients, rates, *, b2=0.999, clip=np.inf, decay=0.0, b1=0.9, eps=1e-8):
-    """AdamW written out in float64 (arXiv 1711.05101, Algorithm 2), the gradient clipped by its global norm."""
-    p = {k: np.asarray(v, np.float64) for k, v in params.items()}
-    m, v = ({k: np.zeros_like(a) for k, a in p.items()} for _ in range(2))
-    for n, (g, rate) in enumerate(zip(gradients, rates, strict=True), 1):
-        g = {k: np.asarray(a, np.float64) for k, a in g.items()}
-        norm = np.sqrt(sum((a**2).sum() for a in g.values()))
-        for k in sorted(p):
-            a = g[k] * min(1.0, clip / norm)
-            m[k] = b1 * m[k] + (1 - b1) * a
-            v[k] = b2 * v[k] + (1 - b2) * a**2
-            push = m[k] / (1 - b1**n) / (np.sqrt(v[k] / (1 - b2**n)) + eps)
-            p[k] = p[k] - rate * (push + (decay * p[k] if p[k].ndim > 1 else 0))
-    return p
+def test_places_outside_the_package_are_found_in_a_config():
+    config = {"net": {"name": "pkg.nets:make"}, "method": "flow_matching", "metrics": ("a/b.py:far",), "seed": 0}
+    assert dict(specs.outside_places(config)) == {"net.name": "pkg.nets:make", "metrics.0": "a/b.py:far"}
+    assert specs.absolute(config)["metrics"][0].startswith("/")
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-@pytest.mark.parametrize(("clip", "decay"), [(None, 0.0), (0.5, 0.1)])
-def test_the_optimiser_is_adamw_written_out(schedule, clip, decay):
-    rng = np.random.default_rng(0)
-    draw = lambda: {"w": rng.normal(size=(3, 2)).astype(np.float32), "b": rng.normal(size=2).astype(np.float32)}
-    params, gradients = draw(), [draw() for _ in range(8)]
-    peak, warmup, steps = 0.1, 3, 8
-    ramp = [peak * min(1, (n + 1) / warmup) for n in range(steps)]
-    decays = [1 if n < warmup else (1 + np.cos(np.pi * (n - warmup) / (steps - warmup))) / 2 for n in range(steps)]
-    rates = [r * d for r, d in zip(ramp, decays, strict=True)] if schedule == "cosine" else ramp
-    tx = specs.optimiser(
-        learning_rate=peak, steps=steps, warmup=warmup, schedule=schedule, clip=clip, beta2=0.99, weight_decay=decay
-    )
-    want = by_hand(params, gradients, rates, b2=0.99, clip=clip or np.inf, decay=decay)
-    got = run(tx, params, gradients)
-    for k in want:
-        np.testing.assert_allclose(got[k], want[k], atol=5e-6)
+def test_a_refusal_is_one_short_line():
+    line = str(specs.refusal("field", "x" * 5000, "wrong\n" * 100, "Do this"))
+    assert len(line) <= specs.LENGTH and "\n" not in line and line.startswith("field='xxx")
 
 
-def test_the_schedule_holds_at_its_ends():
-    rate = lambda n, **kw: float(specs.learning_rate_at(n, **({"peak": 2.0, "steps": 10, "warmup": 0} | kw)))
-    assert rate(0, schedule="constant") == rate(99, schedule="constant") == 2.0
-    assert rate(0, schedule="cosine") == 2.0 and rate(10, schedule="cosine") == rate(50, schedule="cosine") == 0.0
-    assert rate(9, warmup=10, schedule="cosine") == 2.0
-    assert rate(4, warmup=100, schedule="cosine") == pytest.approx(0.1)  # a smoke run ends in its warm-up
+def test_ranges_come_from_type_hints():
+    def factory(*, width: Positive = 3):
+        return width
+
+    assert specs.call(factory, {"width": 2}, field="f") == 2
+    with pytest.raises(ValueError, match="^f.width=0"):
+        specs.call(factory, {"width": 0}, field="f")

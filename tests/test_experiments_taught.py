@@ -29,7 +29,7 @@ def test_a_run_starts_from_and_is_taught_by_the_averages_of_other_runs(teacher, 
     assemble.fit(cfg, tmp_path / "w")
     plan = assemble.assemble(cfg)
     keys = example_keys(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 0), jnp.arange(32))
-    batch = jax.tree.map(jnp.asarray, plan.batch(0))
+    batch = jax.tree.map(jnp.asarray, plan.data.batch(0))
     loss = jax.jit(lambda *args: plan.method.loss(*args, batch, keys)[0])
     value = loss(first, state.ema)
     (record,) = records(tmp_path / "w")
@@ -47,7 +47,7 @@ def test_a_teacher_of_another_network_or_that_has_changed_is_refused(teacher, tm
         assemble.fit(config(init=str(tmp_path / "none"), **MAP), tmp_path / "w")
     assert not (tmp_path / "w").exists()
     plan = small(steps=4)
-    loop.train(plan._replace(steps=2), tmp_path, params=jax.device_get(state.ema))
+    loop.train(plan.replace(steps=2), tmp_path, params=jax.device_get(state.ema))
     with pytest.raises(ValueError, match="the params given to flow are not those that the run in .* began with"):
         loop.train(plan, tmp_path, params=jax.device_get(state.params))
     loop.train(plan, tmp_path, params=jax.device_get(state.ema))
@@ -56,11 +56,11 @@ def test_a_teacher_of_another_network_or_that_has_changed_is_refused(teacher, tm
 def test_what_a_model_has_beside_the_checkpoints_is_as_at_first(teacher, tmp_path):
     path, state = teacher
     plan = assemble.assemble(config(weighting="learned", **MAP))
-    got = loop.given(plan, path)
+    got = loop.load_average(plan, path)
     assert same({k: v for k, v in got.items() if k != "log_variance"}, state.ema)
-    assert same(got["log_variance"], loop.initial(plan)["log_variance"])
+    assert same(got["log_variance"], loop.initial_parameters(plan)["log_variance"])
     with pytest.raises(ValueError, match=r"given is a run of another network: its \['c'\] \(1,\) is not there in this"):
-        loop.grafted(plan, {"c": jnp.zeros(1)})
+        loop.merge_parameters(plan, {"c": jnp.zeros(1)})
 
 
 def test_a_prediction_is_not_taken_for_a_velocity(tmp_path):
@@ -75,4 +75,4 @@ def test_a_prediction_is_not_taken_for_a_velocity(tmp_path):
     assemble.fit(
         config(init=str(tmp_path / "denoising"), method="denoising", coupling="independent", steps=1), tmp_path / "w"
     )
-    assert same(loop.given(assemble.assemble(config()), tmp_path / "flow"), flow.ema)
+    assert same(loop.load_average(assemble.assemble(config()), tmp_path / "flow"), flow.ema)

@@ -1,4 +1,4 @@
-"""The battery: every method file is found here and held to what all methods promise (DESIGN, section 7).
+"""The battery: this file finds every method and held to what all methods promise.
 
 A new method is covered by its file and one entry of ``cases.CASES``: its closed form on Gaussian data.
 """
@@ -28,7 +28,7 @@ ALIASES = [name for name in discover() if isinstance(CASES.get(name), Alias)]
 
 
 def over_methods(slow):
-    """Every method but special cases; those of ``slow`` with ``-m slow``."""
+    """Every method but special cases; the names in ``slow`` with ``-m slow``."""
     marked = lambda n: pytest.param(n, marks=[pytest.mark.slow] if n in slow else [])
     return pytest.mark.parametrize("name", [marked(n) for n in discover() if n not in ALIASES])
 
@@ -79,8 +79,8 @@ def mean_gradients(case: Case, params, groups=4096, rows=8):
         keys = example_keys(KEYS, jnp.arange(groups * rows)).reshape(groups, rows)
 
         def at(params):  # target and student alike
-            one = lambda batch, key: jax.grad(loss, has_aux=True)(params, params, batch, key)[0]
-            g = jax.vmap(one)(batches, keys)
+            gradient = lambda batch, key: jax.grad(loss, has_aux=True)(params, params, batch, key)[0]
+            g = jax.vmap(gradient)(batches, keys)
             return g.mean(0), g.std(0, ddof=1) / groups**0.5
 
         return jax.lax.map(at, params)
@@ -96,7 +96,7 @@ def test_the_closed_form_is_a_stationary_point_and_descent_returns_to_it(name, p
     away = case.away * jnp.eye(len(names))
     mean, error = mean_gradients(case, jnp.concatenate([jnp.zeros_like(away[:1]), away]))
     off = np.array([phi in OFF_DIAGONAL for phi in names]) & ("flow_map" not in case.uses)
-    assert not mean[:, off].any(), f"{name} has no flow map but asks the net off the diagonal"
+    assert not mean[:, off].any(), f"{name} has no flow map but evaluates the net off the diagonal"
     z = mean[0] / (error[0] + FLOOR / Z)
     assert (np.abs(z) < Z).all(), f"not stationary: z = {dict(zip(names, z, strict=True))}"
     back, chance = np.diag(mean[1:])[~off], Z * np.diag(error[1:])[~off] + FLOOR
@@ -106,7 +106,7 @@ def test_the_closed_form_is_a_stationary_point_and_descent_returns_to_it(name, p
 
 @every_method
 @both_paths
-def test_the_net_is_asked_at_points_of_the_law_of_their_source_time(name, path):
+def test_the_net_is_evaluated_at_points_of_their_source_time(name, path):
     """At the solution every (x, s) has x ~ p_s and s <= t: first and second moments, alone and against s."""
     case = case_of(name, path())
     seen = []
@@ -125,7 +125,7 @@ def test_the_net_is_asked_at_points_of_the_law_of_their_source_time(name, path):
         for power in (r, r**2 - 1, r[:, :1] * r[:, 1:]):
             for moment in (power, power * (s[:, None] - 0.5)):
                 z = moment.mean(0) / (moment.std(0) / len(r) ** 0.5)
-                assert np.abs(z).max() < Z, f"x is not of the law at s: z = {z}"
+                assert np.abs(z).max() < Z, f"x does not have the distribution at s: z = {z}"
 
 
 @every_method
@@ -175,7 +175,7 @@ def test_a_jump_of_no_length_is_the_identity_to_the_bit(name):
 
 
 @every_method
-def test_the_loss_is_the_mean_of_per_example_losses_and_the_rest_of_aux_is_per_example(name):
+def test_the_loss_is_the_mean_of_per_example_and_aux_is_per_example(name):
     _, loss, batch, keys = setting(name)
     value, aux = loss(mlp_params(), mlp_params(1), batch, keys)
     np.testing.assert_allclose(value, np.mean(aux["per_example"]), rtol=1e-6)
@@ -197,7 +197,7 @@ def test_the_loss_is_determined_by_its_keys_and_no_example_sees_another(name):
 
 
 @every_method
-def test_an_examples_loss_does_not_depend_on_its_place_nor_on_the_size_of_the_batch(name):
+def test_a_loss_does_not_depend_on_place_nor_on_batch_size(name):
     """Rows may be dealt to terms by their place: places are permuted within each term, halves are whole units."""
     _, loss, batch, keys = setting(name)
     take = lambda index: (jax.tree.map(lambda a: a[index], batch), keys[index])
@@ -261,21 +261,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(name, tmp_path):
     fresh = lambda seed: training.init(mlp_params(seed), tx, mesh=mesh)
 
     def run(step, state, first, last):
-        told = []
+        history = []
         for i in range(first, last):
             state, metrics = step(state, case.batch(jax.random.fold_in(jax.random.key(8), i), 16), KEYS)
-            told.append(jax.tree.map(np.asarray, metrics))
-        return state, told
+            history.append(jax.tree.map(np.asarray, metrics))
+        return state, history
 
     make = lambda: training.make_step(case.make(mlp).loss, tx, mesh=mesh, target="ema")
-    whole, told = run(step := make(), fresh(0), 0, 4)
+    whole, history = run(step := make(), fresh(0), 0, 4)
     halfway, _ = run(step, fresh(0), 0, 2)
     with checkpoint.writer(tmp_path) as manager:
         checkpoint.save(manager, 2, halfway)
     _, restored, _ = checkpoint.restore(tmp_path, fresh(1))
-    resumed, told_later = run(make(), restored, 2, 4)
+    resumed, history_later = run(make(), restored, 2, 4)
     assert jax.tree.structure(whole) == jax.tree.structure(resumed) and int(resumed.step) == 4
-    for a, b in zip(jax.tree.leaves((whole, told[2:])), jax.tree.leaves((resumed, told_later)), strict=True):
+    for a, b in zip(jax.tree.leaves((whole, history[2:])), jax.tree.leaves((resumed, history_later)), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
@@ -284,23 +284,23 @@ def test_loss_gradient_and_parameters_do_not_depend_on_the_devices(name, monkeyp
     """Two SGD steps, parameters whole or split over the devices, against ``jax.grad`` of the whole batch."""
     monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 16)
     method, _, batch, _ = setting(name)
-    rate, teacher, expected, told = 0.1, mlp_params(1), mlp_params(), []
+    rate, teacher, expected, history = 0.1, mlp_params(1), mlp_params(), []
     for n in range(2):
         keys = example_keys(jax.random.fold_in(KEYS, n), jnp.arange(32))
         (value, _), grads = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(expected, teacher, batch, keys)
         expected = jax.tree.map(lambda p, g: p - rate * g, expected, grads)
-        told.append((value, optax.tree.norm(grads)))
+        history.append((value, optax.tree.norm(grads)))
     for fsdp, counts in ((False, (1, 2, 4, 8)), (True, (2, 8))):
         for count in counts:
             mesh, tx = sharding.make_mesh(jax.devices()[:count]), optax.sgd(rate)
             state = training.init(mlp_params(), tx, mesh=mesh, fsdp=fsdp)
             step = training.make_step(method.loss, tx, mesh=mesh, target="frozen", fsdp=fsdp)
-            for value in told:
+            for value in history:
                 state, metrics = step(state, batch, KEYS, teacher)
                 np.testing.assert_allclose([metrics["loss"], metrics["grad_norm"]], value, rtol=1e-5)
             assert fsdp == any(sharding.AXIS in a.sharding.spec for a in state.params.values())
-            for leaf, want in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected), strict=True):
-                np.testing.assert_allclose(leaf, want, rtol=1e-5, atol=1e-6)
+            for leaf, exact in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(leaf, exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ALIASES)
@@ -316,7 +316,7 @@ def test_a_special_case_is_the_general_method_with_arguments(name):
     )  # fmt: skip
 
 
-def test_every_method_file_has_a_factory_and_an_entry_and_no_entry_is_left_over():
+def test_every_method_file_has_a_factory_and_an_entry():
     for name in discover():
         factory(name)
         assert name in ALIASES or case_of(name)

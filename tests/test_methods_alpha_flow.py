@@ -1,4 +1,4 @@
-"""Discrete Eulerian flow maps: what they are at both ends of the share ``a``, and in between."""
+"""Discrete Eulerian flow maps: what they are at both ends of the fraction ``a``, and in between."""
 
 import functools
 
@@ -40,7 +40,7 @@ def draw():
     return batch, example_keys(jax.random.key(2), jnp.arange(16)), params, target
 
 
-def test_with_the_whole_jump_as_its_step_it_is_flow_matching_on_trajectories(draw):
+def test_a_step_of_the_whole_jump_is_flow_matching_on_trajectories(draw):
     """``a = 1``: ``|u(I_s, s, t) - dI_s|^2``, which is mean flow without its derivative."""
     whole = alpha_flow(mlp, fraction=constant(1.0), path=paths.trigonometric())
     assert_same_method(
@@ -55,26 +55,26 @@ def test_with_half_the_jump_by_the_teachers_map_it_is_progressive(draw):
 
 
 @pytest.mark.parametrize("velocity", ["conditional", "own"])
-def test_its_gradient_is_that_of_the_eulerian_map_to_first_order_in_the_share(velocity, draw):
-    """With ``dI_s`` that of mean flow. Halving ``a`` halves the difference; so does the residual's."""
+def test_its_gradient_is_eulerian_to_first_order_in_the_fraction(velocity, draw):
+    """With ``dI_s`` the gradient of mean flow. Halving ``a`` halves the difference; so does the residual's."""
     batch, keys, params, target = draw
 
-    def told(method):
+    def gradient_and_residual(method):
         (_, aux), g = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(params, target, batch, keys)
         return np.concatenate([np.ravel(a) for a in jax.tree.leaves(g)]), np.asarray(
             aux.get("residual", aux["per_example"])
         )
 
-    limit = told(eulerian(mlp, velocity=velocity, tangent=velocity, stop="all", diagonal=0.0))
+    limit = gradient_and_residual(eulerian(mlp, velocity=velocity, tangent=velocity, stop="all", diagonal=0.0))
     errors = [
-        [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(told(m), limit, strict=True)]
+        [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(gradient_and_residual(m), limit, strict=True)]
         for m in (alpha_flow(mlp, velocity=velocity, fraction=constant(a), diagonal=0.0) for a in (4e-3, 2e-3))
     ]
     assert 0 < max(errors[1]) < 0.1
     np.testing.assert_allclose(np.log2(np.divide(*errors)), 1, atol=0.03)
 
 
-def test_soflows_loss_is_the_difference_of_two_jumps_over_the_time_between_their_starts(draw):
+def test_soflows_loss_is_a_difference_quotient_of_two_jumps(draw):
     batch, keys, params, _ = draw
     method = soflow(mlp, diagonal=0.0)
     aux = method.loss(params, None, batch, keys)[1]
@@ -88,7 +88,7 @@ def test_soflows_loss_is_the_difference_of_two_jumps_over_the_time_between_their
     np.testing.assert_allclose(aux["residual"], aux["per_example"], rtol=1e-12)
 
 
-def test_the_chord_ends_on_the_interpolant_and_is_the_tangent_where_the_path_is_straight(draw):
+def test_the_chord_ends_on_the_interpolant(draw):
     assert_same_method(alpha_flow(mlp, velocity="chord"), alpha_flow(mlp, velocity="conditional"), *draw)
     batch, keys, params, target = draw
     a, path = 0.3, paths.trigonometric()
@@ -106,11 +106,11 @@ def test_the_chord_ends_on_the_interpolant_and_is_the_tangent_where_the_path_is_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"velocity": "condtional"}, "velocity='condtional' must be one of .*did you mean 'conditional'"),
-        ({"solver": "huen", "velocity": "own"}, "solver='huen' must be one of .*did you mean 'heun'"),
-        ({"solver": "heun"}, "solver='heun' needs a velocity to evaluate: velocity='own', got 'conditional'"),
-        ({"bootstrap": "ema"}, "bootstrap='ema' must be one of params, target"),
-        ({"power": -1.0}, "power=-1.0 cannot be negative"),
+        ({"velocity": "condtional"}, "velocity='condtional'.*'conditional'"),
+        ({"solver": "huen", "velocity": "own"}, "solver='huen'.*'heun'"),
+        ({"solver": "heun"}, "solver='heun'.* velocity='conditional'.*velocity='own'"),
+        ({"bootstrap": "ema"}, "bootstrap='ema'.*params.*target"),
+        ({"power": -1.0}, "power=-1.0"),
         ({"diagonal": 1.5}, "diagonal=1.5"),
     ],
 )

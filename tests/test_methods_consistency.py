@@ -52,11 +52,11 @@ def test_easy_consistency_tuning_is_the_published_loss_in_noise_levels(draw):
     after = sigma * np.maximum(0, 1 - 2.0 ** -(stage + 1) * (1 + 8 / (1 + np.exp(sigma))))
     assert (aux["t"] == 1).all() and (after == 0).any() and (after > 0).any() and (stage.max(), stage.min()) == (7, 0)
     apart = denoiser(params, batch, sigma) - jnp.where(at(after == 0), batch.x1, denoiser(params, batch, after))
-    want = (np.sqrt(square(apart) + 1e-6) - 1e-3) / (sigma - after)
-    np.testing.assert_allclose(aux["per_example"], want, rtol=1e-8)
+    expected = (np.sqrt(square(apart) + 1e-6) - 1e-3) / (sigma - after)
+    np.testing.assert_allclose(aux["per_example"], expected, rtol=1e-8)
 
 
-def test_consistency_training_takes_its_neighbours_from_the_grid_and_its_end_from_the_target(draw):
+def test_consistency_training_compares_neighbours_of_the_grid(draw):
     """Level ``i`` of ``N``: ``(80^(1/7) + i / N (0.002^(1/7) - 80^(1/7)))^7``; its neighbour is level ``i + 1``."""
     batch, keys, params, target = draw
     n = 10 * 2.0 ** np.floor(8 * np.asarray(batch.progress))
@@ -69,8 +69,8 @@ def test_consistency_training_takes_its_neighbours_from_the_grid_and_its_end_fro
     aux = method.loss(params, target, batch, keys)[1]
     after = jnp.asarray(np.where(i < n, level(np.minimum(i + 1, n)), 0))
     end = jnp.where(at(after == 0), batch.x1, denoiser(target, batch, after))
-    want = square(denoiser(params, batch, jnp.asarray(level(i))) - end)
-    np.testing.assert_allclose(aux["per_example"], want, rtol=1e-6)
+    expected = square(denoiser(params, batch, jnp.asarray(level(i))) - end)
+    np.testing.assert_allclose(aux["per_example"], expected, rtol=1e-6)
 
 
 def test_consistency_distillation_takes_a_heun_step_of_the_teacher(draw):
@@ -89,47 +89,47 @@ def test_consistency_distillation_takes_a_heun_step_of_the_teacher(draw):
 
 def test_what_consistency_cannot_do_is_refused():
     for options, message in (
-        ({"distance": "lpips"}, "distance='lpips' must be one of pseudo_huber, squared"),
-        ({"weight": "snr"}, "weight='snr' must be one of gap, none"),
-        ({"scale": 0.0}, "scale=0.0 must be positive"),
+        ({"distance": "lpips"}, "distance='lpips'.*pseudo_huber.*squared"),
+        ({"weight": "snr"}, "weight='snr'.*gap.*none"),
+        ({"scale": 0.0}, "scale=0.0"),
     ):
         with pytest.raises(ValueError, match=message):
             consistency_cost(**options)
     for options, message in (
-        ({"sigma": 0.0}, "sigma=0.0 must be positive"),
-        ({"normalise": -0.1}, "normalise=-0.1 cannot be negative"),
-        ({"velocity": "chord"}, "velocity='chord' must be one of own, conditional"),
-        ({"warmup": 2.0}, "warmup=2.0 is a share"),
+        ({"sigma": 0.0}, "sigma=0.0"),
+        ({"normalise": -0.1}, "normalise=-0.1"),
+        ({"velocity": "chord"}, "velocity='chord'.*own.*conditional"),
+        ({"warmup": 2.0}, "warmup=2.0"),
     ):
         with pytest.raises(ValueError, match=message):
             continuous_consistency(mlp, **options)
 
 
 @pytest.mark.parametrize("velocity", ["conditional", "own"])
-def test_in_continuous_time_the_gradient_is_the_eulerian_one_times_a_positive_factor(velocity, draw):
+def test_the_continuous_gradient_is_eulerian_times_a_positive_factor(velocity, draw):
     """``(4 / pi^2) cos(a) / (sinc(a) sigma)``: ``g = (2 / pi) cos(a) g_E``, ``dF = -(1 - s) du / (sigma sin(a))``."""
     batch, keys, params, target = draw
     sigma, path, net = 0.5, paths.trigonometric(), trigonometric(mlp, sigma=0.5)
-    one = {"velocity": velocity, "path": path, "diagonal": 0.0}
+    options = {"velocity": velocity, "path": path, "diagonal": 0.0}
     law = functools.partial(times.to_data, time=times.noise_angle)
-    ours = continuous_consistency(net, normalise=0.0, sigma=sigma, **one)
-    theirs = eulerian(net, pair=law, tangent=velocity, stop="all", **one)
+    ours = continuous_consistency(net, normalise=0.0, sigma=sigma, **options)
+    theirs = eulerian(net, pair=law, tangent=velocity, stop="all", **options)
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradients(method):
         s = method.loss(params, target, batch, keys)[1]["s"]
         return s, jax.jacrev(lambda p: method.loss(p, target, batch, keys)[1]["per_example"])(params)
 
-    (s, got), (same, want) = gradients(ours), gradients(theirs)
+    (s, actual), (same, expected) = gradients(ours), gradients(theirs)
     angle = np.pi / 2 * (1 - np.asarray(s))
     factor = 4 / np.pi**2 * np.cos(angle) * angle / np.sin(angle) / sigma
     assert (s == same).all() and (factor > 0).all()
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, factor.reshape((-1,) + (1,) * (b.ndim - 1)) * b, rtol=1e-8, atol=1e-10)
 
 
 def test_the_warm_up_begins_at_the_velocity_and_the_tangent_is_normalised(draw):
-    """``r = 0``: ``g = -cos^2(a) (sigma F - x')``; the gradient is ``-2 g / (|g| + c) / d`` times that of ``F``."""
+    """``r = 0``: ``g = -cos^2(a) (sigma F - x')``; the gradient is ``-2 g / (|g| + c) / d`` times the gradient of ``F``."""
     batch, keys, params, _ = draw
     batch, path = batch._replace(progress=jnp.zeros(16)), paths.trigonometric()
     method = continuous_consistency(trigonometric(mlp), warmup=0.5, normalise=0.1)
@@ -141,9 +141,9 @@ def test_the_warm_up_begins_at_the_velocity_and_the_tangent_is_normalised(draw):
     np.testing.assert_allclose(aux["residual"], square(g), rtol=1e-9)
     unit = g / (jnp.linalg.norm(g, axis=1, keepdims=True) + 0.1)
     np.testing.assert_allclose(aux["per_example"], square(unit), rtol=1e-9)
-    got = jax.grad(lambda p: method.loss(p, None, batch, keys)[0])(params)
-    want = jax.grad(lambda p: -(unit * f(p)).sum(1).mean())(params)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    actual = jax.grad(lambda p: method.loss(p, None, batch, keys)[0])(params)
+    expected = jax.grad(lambda p: -(unit * f(p)).sum(1).mean())(params)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12)
 
 
@@ -152,13 +152,11 @@ def test_the_derivative_vanishes_at_the_exact_map_of_a_gaussian(draw):
     path = paths.trigonometric()
     exact = oracles.average_velocity(oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD), path=path))
     residual = lambda net: continuous_consistency(net, velocity="own").loss(None, None, batch, keys)[1]["residual"]
-    wrong = lambda params, x, s, t, *a: (
-        exact(params, x, s, t) + at(t - s)
-    )  # of the right velocity, which it is asked for
+    wrong = lambda params, x, s, t, *a: exact(params, x, s, t) + at(t - s)  # of the right velocity
     assert np.max(residual(exact)) < 1e-12 < 1e-3 < np.mean(residual(wrong))
 
 
-def test_a_network_of_the_circle_is_the_map_it_parametrises_and_comes_out_of_it_again(key):
+def test_a_trigonometric_network_is_its_map_and_is_read_back_from_it(key):
     """``X_{s,t}(x) = cos(a) x - sin(a) sigma F``, ``v = -(pi / 2) sigma F``, with derivatives through ``s = t``."""
     params, sigma = jax.tree.map(lambda a: a.astype(jnp.float64), mlp_params()), 0.5
     x, s = 0.5 * jax.random.normal(key, (8, 2), jnp.float64), jnp.linspace(0, 0.7, 8)
@@ -174,14 +172,14 @@ def test_a_network_of_the_circle_is_the_map_it_parametrises_and_comes_out_of_it_
         trigonometric(mlp, sigma=0.0)
 
 
-def test_align_your_flows_lagrangian_form_is_the_lagrangian_map_with_a_stopped_tangent(draw):
+def test_align_your_flows_lagrangian_form_stops_the_tangent(draw):
     other = lagrangian(mlp, stop="tangent", diagonal=0.0, pair=times.gap_pair)
     assert_same_method(align_your_flow(mlp, form="lagrangian"), other, *draw)
-    with pytest.raises(ValueError, match="form='lmd' must be one of eulerian, lagrangian"):
+    with pytest.raises(ValueError, match="form='lmd'.*eulerian.*lagrangian"):
         align_your_flow(mlp, form="lmd")
 
 
-def test_trajectories_that_end_in_the_data_are_compared_there_as_by_the_eulerian_difference(draw):
+def test_trajectories_that_end_in_the_data_are_compared_there(draw):
     """``t = 1``: nothing is left to map on, and CTM is CD: ``|X_{s,1} - X_{m,1}|^2 = (1 - s)^2 |d|^2``."""
     batch, keys, params, target = draw
     options = {"diagonal": 0.0, "pair": times.to_data, "velocity": "own", "solver": "heun", "bootstrap": "target"}
@@ -191,19 +189,19 @@ def test_trajectories_that_end_in_the_data_are_compared_there_as_by_the_eulerian
     np.testing.assert_allclose(ours["per_example"], (1 - ours["s"]) ** 2 * theirs["per_example"], rtol=1e-9)
 
 
-def test_trajectories_are_compared_after_a_map_whose_input_alone_has_a_gradient(draw):
-    """The gradient of the comparison is that of ``X_{s,t}`` pulled back by the stopped ``X_{t,1}``."""
+def test_only_the_input_of_the_comparing_map_has_a_gradient(draw):
+    """The gradient of the comparison is the gradient of ``X_{s,t}`` pulled back by the stopped ``X_{t,1}``."""
     batch, keys, params, target = draw
     share = functools.partial(times.constant_fraction, value=0.25)
     method = consistency_trajectory(mlp, diagonal=0.0, fraction=share, power=0.0)
-    (_, aux), got = jax.value_and_grad(method.loss, has_aux=True)(params, target, batch, keys)
+    (_, aux), actual = jax.value_and_grad(method.loss, has_aux=True)(params, target, batch, keys)
     s, t = aux["s"], aux["t"]
     m = s + (t - s) / 4
     x = at(1 - s) * batch.x0 + at(s) * batch.x1
     still, step = method.flow_map(params), solvers.heun(method.velocity(target))
     aim = still(still(step(x, s, m), m, t), t, 1.0)
     loss = lambda p: jnp.mean((still(method.flow_map(p)(x, s, t), t, 1.0) - aim) ** 2)
-    want = jax.grad(loss)(params)
+    expected = jax.grad(loss)(params)
     np.testing.assert_allclose(aux["per_example"].mean(), loss(params), rtol=1e-10)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12)

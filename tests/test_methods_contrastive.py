@@ -11,7 +11,7 @@ from fmjax import oracles, paths, sampling
 from fmjax.keys import as_keys
 from fmjax.methods.contrastive import contrastive
 from fmjax.methods.flow_matching import flow_matching
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.types import Batch, expand, over_batch
 
 WEIGHT = 0.3
@@ -54,17 +54,17 @@ def test_the_least_squares_fit_is_the_published_minimiser(t, x64):
     fitted = np.linalg.solve(curvature, -gradients.mean(0))
     residual = gradients + np.asarray(jax.jit(jax.vmap(jax.hessian(each), (None, 0, 0)))(zero, batch, keys)) @ fitted
     error = np.sqrt(np.diag(np.linalg.solve(curvature, np.linalg.solve(curvature, np.cov(residual.T)).T)) / n)
-    want = []
+    expected = []
     for label in (0, 1):
         slope, intercept = class_line(label, t)
-        want += [slope / (1 - WEIGHT), (intercept - WEIGHT * MEAN) / (1 - WEIGHT)]
-    assert (np.abs(fitted - np.array(want)) < 4.5 * error).all(), (fitted, want, error)
+        expected += [slope / (1 - WEIGHT), (intercept - WEIGHT * MEAN) / (1 - WEIGHT)]
+    assert (np.abs(fitted - np.array(expected)) < 4.5 * error).all(), (fitted, expected, error)
     plain = np.array([class_line(0, t), class_line(1, t)]).ravel()
     assert (np.abs(fitted - plain) > 4.5 * error).any()  # it is not the velocity
 
 
 @pytest.mark.parametrize("path", [paths.linear(), paths.trigonometric()])
-def test_corrected_the_ode_ends_in_the_data_and_uncorrected_its_mean_is_off(path, x64, key):
+def test_only_the_corrected_ode_ends_in_the_data(path, x64, key):
     laws = [oracles.gaussian(m, s, path=path) for m, s in zip(MEANS.astype(float), STDS.astype(float), strict=True)]
 
     def biased(params, x, s, t, cond=None, key=None):
@@ -72,15 +72,15 @@ def test_corrected_the_ode_ends_in_the_data_and_uncorrected_its_mean_is_off(path
         return (v - WEIGHT * paths.coefficients(path, x, t)[3] * MEAN) / (1 - WEIGHT)
 
     x0, cond = jax.random.normal(key, (8, 1)), jnp.arange(8) % 2
-    run = lambda velocity: sampling.sample(solvers.rk4(velocity), x0, grids.uniform_grid(60), cond=cond)
+    run = lambda velocity: sampling.sample(sampling.rk4(velocity), x0, grids.uniform_grid(60), cond=cond)
     ends = jnp.where(cond[:, None] == 0, laws[0].flow_map(x0, 0.0, 1.0), laws[1].flow_map(x0, 0.0, 1.0))
     method = contrastive(biased, mean=MEAN, weight=WEIGHT, path=path)
     np.testing.assert_allclose(run(method.velocity(None)), ends, atol=1e-6)
     off = run(flow_matching(biased, path=path).velocity(None)) - ends
     assert (jnp.abs(off) > 0.1).all()
     at = jnp.linspace(0.1, 0.9, 8)
-    want = jnp.where(cond[:, None] == 0, laws[0].score(x0, at), laws[1].score(x0, at))
-    np.testing.assert_allclose(method.score(None)(x0, at, cond), want, rtol=1e-9, atol=1e-9)
+    expected = jnp.where(cond[:, None] == 0, laws[0].score(x0, at), laws[1].score(x0, at))
+    np.testing.assert_allclose(method.score(None)(x0, at, cond), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_without_weight_it_is_flow_matching_and_the_default_is_the_sources(key):
@@ -101,9 +101,9 @@ def test_the_mean_of_images_is_an_image(key):
     mean = np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 2, 3)
     x = jax.random.normal(key, (5, 2, 2, 3))
     net = lambda params, x, s, t, cond=None, key=None: expand(over_batch(t, x), x) * x
-    got = contrastive(net, mean=mean, weight=0.25, path=paths.trigonometric()).velocity(None)(x, 0.4)
-    want = 0.75 * 0.4 * x + 0.25 * np.pi / 2 * np.cos(np.pi / 2 * 0.4) * mean
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    actual = contrastive(net, mean=mean, weight=0.25, path=paths.trigonometric()).velocity(None)(x, 0.4)
+    expected = 0.75 * 0.4 * x + 0.25 * np.pi / 2 * np.cos(np.pi / 2 * 0.4) * mean
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_examples_negative_touches_its_own_loss_alone(key):
@@ -116,12 +116,12 @@ def test_an_examples_negative_touches_its_own_loss_alone(key):
 
 @pytest.mark.parametrize("weight", [1.0, 1.5, -0.1, float("nan")])
 def test_a_weight_without_a_minimum_is_refused(weight):
-    with pytest.raises(ValueError, match=f"0 <= weight < 1, or its loss is unbounded below, got weight={weight}"):
+    with pytest.raises(ValueError, match=f"weight={weight}"):
         contrastive(linear_net, mean=MEAN, weight=weight)
 
 
-def test_a_batch_without_negatives_and_times_up_to_infinite_ends_are_refused(key):
-    with pytest.raises(ValueError, match=r"needs Batch.negative, the x1 of other examples: set negatives='any'"):
+def test_missing_negatives_and_infinite_ends_are_refused(key):
+    with pytest.raises(ValueError, match="batch.negative=None"):
         contrastive(linear_net, mean=MEAN).loss(jnp.ones((2, 2)), None, Batch(jnp.ones((2, 1))), as_keys(key, 2))
-    with pytest.raises(ValueError, match="use times.interior"):
+    with pytest.raises(ValueError, match="time=times.uniform.*times.interior"):
         contrastive(linear_net, mean=MEAN, path=paths.schroedinger_bridge())

@@ -1,4 +1,4 @@
-"""Discriminator guidance: with the exact density ratio the guided velocity is that of the data."""
+"""Discriminator guidance: with the exact density ratio the guided velocity is the velocity of the data."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from fmjax import oracles, paths, sampling
 from fmjax.keys import as_keys
 from fmjax.methods.discriminator import discriminator
-from fmjax.sampling import grids, guidance, solvers
+from fmjax.sampling import grids, guidance
 from fmjax.types import Batch, expand
 
 PATHS = {
@@ -23,27 +23,30 @@ PATHS = {
 def pair(name, path):
     """Laws of the data and of a model's samples: two Gaussians, or two mixtures."""
     if name == "gaussian":
-        real, made = (jnp.array([0.5, -1.0]), jnp.array([0.5, 1.5])), (jnp.array([0.2, 0.1]), jnp.array([0.9, 1.0]))
-        return tuple(oracles.gaussian(*law, path=path) for law in (real, made))
-    real, made = jnp.array([[2.0, 0.0], [-1.0, 1.5]]), jnp.array([[1.6, 0.4], [-1.2, 1.0]])
-    return oracles.mixture(real, jnp.array([0.3, 0.5]), path=path), oracles.mixture(made, 0.6, path=path)
+        real, generated = (
+            (jnp.array([0.5, -1.0]), jnp.array([0.5, 1.5])),
+            (jnp.array([0.2, 0.1]), jnp.array([0.9, 1.0])),
+        )
+        return tuple(oracles.gaussian(*law, path=path) for law in (real, generated))
+    real, generated = jnp.array([[2.0, 0.0], [-1.0, 1.5]]), jnp.array([[1.6, 0.4], [-1.2, 1.0]])
+    return oracles.mixture(real, jnp.array([0.3, 0.5]), path=path), oracles.mixture(generated, 0.6, path=path)
 
 
-def exact(real, made, path):
+def exact(real, generated, path):
     """The direction of the method at its optimum: the gradient of ``log p_t - log p~_t``."""
-    logit = lambda params, x, s, t, cond=None, key=None: real.log_density(x, s) - made.log_density(x, s)
+    logit = lambda params, x, s, t, cond=None, key=None: real.log_density(x, s) - generated.log_density(x, s)
     return discriminator(logit, path=path).direction(None)
 
 
 @pytest.mark.parametrize(("name", "law"), [("linear", "mixture"), *((name, "gaussian") for name in PATHS)])
 def test_the_exact_ratio_turns_the_models_velocity_into_that_of_the_data(name, law, x64, key):
-    """And a share of it into what lies between the two."""
+    """And a fraction of it into what lies between the two."""
     path = PATHS[name]
-    real, made = pair(law, path)
+    real, generated = pair(law, path)
     x, t = jax.random.normal(key, (9, 2), jnp.float64), jnp.linspace(0.02, 0.98, 9)
-    model, data = made.velocity(x, t), real.velocity(x, t)
+    model, data = generated.velocity(x, t), real.velocity(x, t)
     for scale in (1.0, lambda t: t**2 / 2):
-        guided = guidance.density_ratio(made.velocity, exact(real, made, path), scale=scale, path=path)
+        guided = guidance.density_ratio(generated.velocity, exact(real, generated, path), scale=scale, path=path)
         w = expand(scale(t), x) if callable(scale) else scale
         np.testing.assert_allclose(jax.jit(guided)(x, t), (1 - w) * model + w * data, rtol=1e-8, atol=1e-9)
     assert np.abs(model - data).max() > 0.1
@@ -52,12 +55,12 @@ def test_the_exact_ratio_turns_the_models_velocity_into_that_of_the_data(name, l
 @pytest.mark.parametrize("path", [paths.linear(), paths.trigonometric()])
 def test_a_guided_sampler_ends_on_the_data(path, x64, key):
     """Of one mean and another spread, where the correction vanishes at ``t = 0`` as it is taken to."""
-    real, made = (oracles.gaussian(0.0, std, path=path) for std in (0.5, 0.9))
-    guided = guidance.density_ratio(made.velocity, exact(real, made, path), path=path)
+    real, generated = (oracles.gaussian(0.0, std, path=path) for std in (0.5, 0.9))
+    guided = guidance.density_ratio(generated.velocity, exact(real, generated, path), path=path)
     x = jnp.linspace(-2, 2, 7)[:, None]
-    end = sampling.sample(solvers.rk4(guided), x, grids.uniform_grid(40))
+    end = sampling.sample(sampling.rk4(guided), x, grids.uniform_grid(40))
     np.testing.assert_allclose(end, real.flow_map(x, 0.0, 1.0), rtol=1e-4)
-    assert np.abs(made.flow_map(x, 0.0, 1.0) - end).max() > 0.5
+    assert np.abs(generated.flow_map(x, 0.0, 1.0) - end).max() > 0.5
 
 
 def test_at_the_ends_of_the_path_it_is_the_velocity_itself(x64):
@@ -65,8 +68,8 @@ def test_at_the_ends_of_the_path_it_is_the_velocity_itself(x64):
     velocity, gradient = lambda x, t, cond=None: 2 * x, lambda x, t, cond=None: jnp.sin(x)
     guided = guidance.density_ratio(velocity, gradient)
     x, t = jnp.ones((3, 2)), jnp.array([0.0, 1.0, 0.25])
-    want = 2 + np.array([0, 0, 3 * np.sin(1)])[:, None] * np.ones((3, 2))  # (1 - t) / t at a quarter
-    np.testing.assert_allclose(guided(x, t), want, rtol=1e-12)
+    expected = 2 + np.array([0, 0, 3 * np.sin(1)])[:, None] * np.ones((3, 2))  # (1 - t) / t at a quarter
+    np.testing.assert_allclose(guided(x, t), expected, rtol=1e-12)
     slope = jax.grad(lambda x: guided(x, t).sum())(x)
     np.testing.assert_allclose(slope, 2 + np.array([0, 0, 3 * np.cos(1)])[:, None] * np.ones((3, 2)), rtol=1e-12)
 
@@ -75,7 +78,7 @@ def test_no_scale_is_the_very_same_function_and_a_bad_one_is_refused():
     velocity = lambda x, t, cond=None: x
     assert guidance.density_ratio(velocity, velocity, scale=0.0) is velocity
     for scale in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="finite number or a function of time, got .*; 0 is none"):
+        with pytest.raises(ValueError, match=f"{scale}"):
             guidance.density_ratio(velocity, velocity, scale=scale)
 
 
@@ -100,5 +103,5 @@ def test_real_and_generated_examples_get_noise_of_their_own_and_one_time(key):
 
 
 def test_a_batch_without_generated_examples_is_refused(key):
-    with pytest.raises(ValueError, match="needs generated examples in Batch.x0, beside real ones in Batch.x1"):
+    with pytest.raises(ValueError, match="batch.x0=None"):
         discriminator(lambda *a: None).loss(None, None, Batch(jnp.ones((2, 2))), as_keys(key, 2))

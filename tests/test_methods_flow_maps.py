@@ -1,4 +1,4 @@
-"""Losses of flow maps: exact values on Gaussian data, stopped gradients by formula, rows asked, and few-step use."""
+"""Losses of flow maps: exact values on Gaussian data, stopped gradients by formula, costs, and few-step use."""
 
 import functools
 import itertools
@@ -86,8 +86,8 @@ def variances(path, t):
 def test_where_data_speak_the_exact_map_has_their_conditional_variance(path, x64):
     """``Var(dI_t | I_t)`` on the diagonal and in flow map matching.
 
-    Where the Eulerian loss regresses on ``dI_s`` it is that at ``s``; with ``dI_s`` the direction as well it is carried
-    to ``t`` by ``(grad X)^2 = C_t / C_s``.
+    Where the Eulerian loss regresses on ``dI_s`` it is the variance at ``s``; with ``dI_s`` the direction as well it is
+    carried to ``t`` by ``(grad X)^2 = C_t / C_s``.
     """
     oracle, n = gaussian(path), 20_000
     net, batch = oracles.average_velocity(oracle), Batch(oracle.sample(KEYS, n))
@@ -102,11 +102,11 @@ def test_where_data_speak_the_exact_map_has_their_conditional_variance(path, x64
         "direction": (own(tangent="conditional"), lambda s, t: (stretch(s, t) - 1) ** 2 * at_s(s, t)),
     }
     heavy = flow_map_matching(net, path=path, round_trip=100.0)  # the round trip of the exact map adds nothing
-    *found, again = evaluate([method for method, _ in cases.values()] + [heavy], batch)
-    for (name, (_, exact)), aux in zip(cases.items(), found, strict=True):
+    *auxes, again = evaluate([method for method, _ in cases.values()] + [heavy], batch)
+    for (name, (_, exact)), aux in zip(cases.items(), auxes, strict=True):
         over = np.asarray(aux["per_example"]) - exact(aux["s"], aux["t"]).mean(1)
         assert abs(over.mean()) < 4.5 * over.std() / n**0.5 and over.std() > 0.01, name
-    np.testing.assert_allclose(again["per_example"], found[1]["per_example"], rtol=0, atol=1e-20)
+    np.testing.assert_allclose(again["per_example"], auxes[1]["per_example"], rtol=0, atol=1e-20)
 
 
 # --- gradients by formula
@@ -129,7 +129,7 @@ def weights(seed):
     return {"in": jnp.asarray(rng.standard_normal((4, 5))), "out": jnp.asarray(rng.standard_normal((5, 2)))}
 
 
-def one(params, x, s, t):
+def row(params, x, s, t):
     return mlp(params, x[None], s[None], t[None])[0]
 
 
@@ -149,15 +149,15 @@ def over_rows(f):
     return jax.vmap(f, (None, 0, 0, 0))
 
 
-u_of = over_rows(one)
-u_t = over_rows(jax.jacfwd(one, 3))
-u_s = over_rows(jax.jacfwd(one, 2))
-u_x = over_rows(jax.jacfwd(one, 1))
+u_of = over_rows(row)
+u_t = over_rows(jax.jacfwd(row, 3))
+u_s = over_rows(jax.jacfwd(row, 2))
+u_x = over_rows(jax.jacfwd(row, 1))
 GAP = (T - S)[:, None]
 
 
 def lagrangian_formula(stop, p, q, x):
-    """A scalar of ``p`` whose value and gradient are those of the loss: what is stopped sees ``p0``."""
+    """A scalar of ``p`` with the value and the gradient of the loss: what is stopped sees ``p0``."""
     p0 = p
 
     def value(p):
@@ -210,8 +210,8 @@ def test_progressive_regresses_on_the_mean_of_the_teachers_sub_steps(step, subst
         y += (after - m)[:, None] * u_of(q, y, m, after if step == "jumps" else m)
     exact = lambda p: jnp.mean((u_of(p, x, S, T) - (y - x) / GAP) ** 2)
     method = progressive(mlp, pair=fixed, diagonal=0.0, substeps=substeps, step=step)
-    got, want = value_and_grad(method, p, q, batch), jax.jit(jax.value_and_grad(exact))(p)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), got, want)
+    actual, expected = value_and_grad(method, p, q, batch), jax.jit(jax.value_and_grad(exact))(p)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), actual, expected)
 
 
 def test_flow_map_matching_takes_its_gradient_through_the_inverse_jump(setting):
@@ -225,12 +225,12 @@ def test_flow_map_matching_takes_its_gradient_through_the_inverse_jump(setting):
         return jnp.mean((along - (batch.x1 - batch.x0)) ** 2) + 0.5 * jnp.mean((back - x) ** 2)
 
     method = flow_map_matching(mlp, pair=fixed, round_trip=0.5)
-    got, want = value_and_grad(method, p, q, batch), jax.jit(jax.value_and_grad(exact))(p)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), got, want)
+    actual, expected = value_and_grad(method, p, q, batch), jax.jit(jax.value_and_grad(exact))(p)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), actual, expected)
 
 
-def test_normalise_divides_the_residual_of_an_example_by_its_norm_plus_the_constant(setting):
-    """The gradient is that of ``2 <g / (|g| + c), u>`` with the first factor held; ``residual`` keeps ``g^2``."""
+def test_normalise_divides_a_residual_by_its_norm_plus_the_constant(setting):
+    """As the gradient of ``2 <g / (|g| + c), u>`` with the first factor held; ``residual`` keeps ``g^2``."""
     p, q, batch, x = setting
     method = eulerian(mlp, pair=fixed, diagonal=0.0, normalise=0.3)
     keys = example_keys(KEYS, jnp.arange(B))
@@ -254,7 +254,7 @@ def test_normalise_divides_the_residual_of_an_example_by_its_norm_plus_the_const
 
 @pytest.mark.parametrize("factory", [lagrangian, eulerian, progressive, flow_map_matching])
 def test_annealing_bounds_the_jump_by_the_progress_and_ends(factory, setting):
-    """``|t - s| <= progress / anneal`` in either order, reached where the law jumps further; the end is unannealed."""
+    """``|t - s| <= progress / anneal`` in either order, reached where ``pair`` jumps further; the end is unannealed."""
     p, q, batch, _ = setting
     n = 64
     batch = Batch(jnp.tile(batch.x1, (11, 1))[:n])
@@ -268,20 +268,20 @@ def test_annealing_bounds_the_jump_by_the_progress_and_ends(factory, setting):
         return aux(0.0, None), aux(0.4, progress), [aux(0.4, end)["per_example"] for end in ends]
 
     free, aux, finished = drawn(p)
-    want = np.clip(free["t"] - free["s"], -progress / 0.4, progress / 0.4)
-    np.testing.assert_allclose(aux["t"] - aux["s"], want, atol=1e-14)
-    assert (np.abs(want) < np.abs(free["t"] - free["s"])).sum() > n / 4 and (want < 0).sum() > n / 4
+    expected = np.clip(free["t"] - free["s"], -progress / 0.4, progress / 0.4)
+    np.testing.assert_allclose(aux["t"] - aux["s"], expected, atol=1e-14)
+    assert (np.abs(expected) < np.abs(free["t"] - free["s"])).sum() > n / 4 and (expected < 0).sum() > n / 4
     for per_example in finished:
         np.testing.assert_allclose(per_example, free["per_example"], rtol=1e-9)
 
 
-def test_the_tangent_of_the_eulerian_loss_grows_over_the_warm_up_to_its_limit(setting):
+def test_the_eulerian_tangent_grows_over_the_warm_up_to_its_limit(setting):
     """``r = min(limit, progress / warmup)`` on ``(t - s) du``: progress 0.1 and 0.9 of a warm-up over 0.5, no word."""
     p, q, batch, x = setting
     for progress, r in ((0.1, 0.2), (0.9, 0.7), (None, 0.7)):
-        told = batch._replace(progress=None if progress is None else jnp.full(B, progress))
+        moved = batch._replace(progress=None if progress is None else jnp.full(B, progress))
         method = eulerian(mlp, pair=fixed, diagonal=0.0, warmup=0.5, limit=0.7)
-        value, _ = method.loss(p, q, told, example_keys(KEYS, jnp.arange(B)))
+        value, _ = method.loss(p, q, moved, example_keys(KEYS, jnp.arange(B)))
         np.testing.assert_allclose(value, eulerian_formula("all", p, q, x, r)(p), rtol=1e-12)
 
 
@@ -303,17 +303,17 @@ def test_the_tangent_of_the_eulerian_loss_grows_over_the_warm_up_to_its_limit(se
     ],
 )
 def test_no_example_pays_for_two_terms(factory, options, off):
-    """At a diagonal share of 3/4 the net is asked once for 24 rows of 32, and ``off`` times for the other 8."""
-    asked = []
+    """With a diagonal of 3/4 the net is evaluated once for 24 rows of 32, and ``off`` times for the other 8."""
+    sizes = []
 
     def net(params, x, s, t, cond=None, key=None):
-        asked.append(len(x))
+        sizes.append(len(x))
         return mlp(params, x, s, t)
 
     batch = Batch(jnp.zeros((32, 2)))
     method = factory(net, diagonal=0.75, **options)
     jax.eval_shape(method.loss, weights(0), weights(1), batch, example_keys(KEYS, jnp.arange(32)))
-    assert sorted(asked) == [8] * off + [24]
+    assert sorted(sizes) == [8] * off + [24]
 
 
 # --- kernels without a jvp
@@ -321,7 +321,7 @@ def test_no_example_pays_for_two_terms(factory, options, off):
 
 @jax.custom_vjp
 def fused(a):
-    """As fused attention: a gradient of its own, and so no jvp."""
+    """As fused attention: a custom gradient, and so no jvp."""
     return jnp.tanh(a)
 
 
@@ -337,8 +337,8 @@ def fused_mlp(params, x, s, t, cond=None, key=None):
     ("factory", "options"),
     [(lagrangian, {}), (eulerian, {}), (eulerian, {"stop": "jacobian"}), (progressive, {}), (flow_map_matching, {})],
 )
-def test_a_fused_kernel_is_used_where_no_jvp_is_taken_and_replaced_where_one_is(factory, options, setting):
-    """Gradients are those of the plain network; the kernel serves the diagonal; a bare one has no jvp, as jax says."""
+def test_a_fused_kernel_is_replaced_where_a_jvp_is_taken(factory, options, setting):
+    """Gradients are as without it; the kernel serves the diagonal; alone it has no jvp, as jax says."""
     p, q, batch, _ = setting
     batch = jax.tree.map(lambda a: a[:4], batch)
     keys = example_keys(KEYS, jnp.arange(4))
@@ -354,8 +354,8 @@ def test_a_fused_kernel_is_used_where_no_jvp_is_taken_and_replaced_where_one_is(
             jax.jit(loss(net))(p)
     called.clear()
     net.with_jvp = mlp
-    got, want = (jax.jit(jax.grad(loss(f)))(p) for f in (net, mlp))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), got, want)
+    actual, expected = (jax.jit(jax.grad(loss(f)))(p) for f in (net, mlp))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), actual, expected)
     assert len(called) == {lagrangian: 2, eulerian: 2, progressive: 4, flow_map_matching: 2}[factory]
 
 
@@ -363,7 +363,7 @@ def test_a_fused_kernel_is_used_where_no_jvp_is_taken_and_replaced_where_one_is(
 
 
 @both_paths
-def test_few_steps_of_the_exact_map_are_exact_for_every_grid_in_both_directions(path, x64):
+def test_few_steps_of_the_exact_map_are_exact_in_both_directions(path, x64):
     oracle = gaussian(path)
     jump = lagrangian(oracles.average_velocity(oracle), path=path).flow_map(None)
     x0 = jax.random.normal(KEYS, (5, 2))
@@ -375,7 +375,7 @@ def test_few_steps_of_the_exact_map_are_exact_for_every_grid_in_both_directions(
 
 @pytest.mark.parametrize("choice", VELOCITIES)
 def test_the_loss_on_the_diagonal_alone_is_flow_matching(choice, setting):
-    """So a flow-matching checkpoint and its loss are those of every flow map at ``diagonal=1``."""
+    """So a flow-matching checkpoint and its loss fit every flow map at ``diagonal=1``."""
     p, q, batch, _ = setting
     keys = example_keys(KEYS, jnp.arange(B))
     ours = [m(mlp, diagonal=1.0) for m in (lagrangian, progressive, flow_map_matching)]

@@ -1,6 +1,6 @@
 """Guided flow maps on Gaussian classes of one variance, whose guided flow has a closed form for every scale.
 
-The velocity is affine in the mean, so ``v_null + w (v_c - v_null)`` is that of the mean ``m_null + w (m_c - m_null)``.
+The velocity is affine in the mean, so ``v_null + w (v_c - v_null)`` is the velocity of the mean ``m_null + w (m_c - m_null)``.
 """
 
 import functools
@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import oracles
+from fmjax import oracles, sampling
 from fmjax.keys import as_keys
 from fmjax.methods.improved_mean_flow import improved_mean_flow
 from fmjax.methods.lagrangian import lagrangian
 from fmjax.methods.mean_flow import mean_flow
 from fmjax.methods.terminal_velocity_matching import terminal_velocity_matching
-from fmjax.sampling import guidance
 from fmjax.types import Batch, expand, over_batch
 
 MEANS, STD, NULL = np.array([-0.8, 1.0, 0.3]), 0.6, 2  # the last one is of the null label
@@ -51,7 +50,7 @@ def features(x, s, t):
 def net(params, x, s, t, cond=None, key=None):
     """The closed form of scale ``w + params["off"]`` plus ``sum_k params["k"][label, k] phi_k``.
 
-    ``w`` is that of a condition ``(labels, w)``; where there are only labels it is one.
+    ``w`` comes from a condition ``(labels, w)``; where there are only labels it is one.
     """
     s, t = over_batch(s, x), over_batch(t, x)
     label, w = cond if isinstance(cond, tuple) else (cond, jnp.ones(x.shape[0]))
@@ -60,7 +59,7 @@ def net(params, x, s, t, cond=None, key=None):
 
 
 def draw(key, n):
-    """Labels, the null one among them, and data of their own laws."""
+    """Labels, the null one among them, and data of each class."""
     label = jnp.arange(n) % 3
     return jnp.asarray(MEANS)[label][:, None] + STD * jax.random.normal(key, (n, 1)), label
 
@@ -77,7 +76,7 @@ def scores(method, points, groups=600, rows=24):
         def at(point):
             loss = lambda k, batch, key: method.loss(point | {"k": k}, point, batch, key)[0]
             g = jax.vmap(jax.grad(loss), (None, 0, 0))(point["k"], *batches)
-            return g.mean(0) / (g.std(0) / groups**0.5 + 1e-5)  # a residual of rounding errors is none
+            return g.mean(0) / (g.std(0) / groups**0.5 + 1e-5)  # rounding errors do not count
 
         return jax.lax.map(at, points)
 
@@ -85,7 +84,7 @@ def scores(method, points, groups=600, rows=24):
 
 
 def plain(scale):
-    """The points of a method of one scale: its closed form, that of another scale, and away from both."""
+    """The points of a method of one scale: its closed form, the one of another scale, and away from both."""
     return {
         "off": scale - 1 + jnp.array([0.0, -1.5, 0.0]),
         "k": jnp.stack([jnp.zeros((3, 5)), jnp.zeros((3, 5)), jnp.tile(jnp.array([1.0, 0.0, 0.0, 1.0, 0.0]), (3, 1))]),
@@ -106,22 +105,22 @@ def conditional(params, x, s, t, cond=None, key=None):
     return exact(x, s, t, cond, 1.0)
 
 
-every = functools.partial(guidance.random_scale, low=1.0, high=3.0)
+every = functools.partial(sampling.random_scale, low=1.0, high=3.0)
 CASES = {
     "mean_flow": (mean_flow(net, guidance=0.8, mix=0.6, null=NULL), plain(2.0)),
     "improved_mean_flow": (every(improved_mean_flow(net, null=NULL)), plain(1.0)),
     "improved_mean_flow, head": (every(improved_mean_flow(two_heads, null=NULL, head=True)), plain(1.0)),
     "terminal_velocity_matching": (every(terminal_velocity_matching(unscaled, null=NULL, scaled=True)), plain(1.0)),
     "lagrangian": (
-        every(lagrangian(net, teacher=guidance.guided_teacher(conditional, null=NULL), diagonal=0.0)),
+        every(lagrangian(net, teacher=sampling.guided_teacher(conditional, null=NULL), diagonal=0.0)),
         plain(1.0),
     ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_guided_flow_map_is_a_stationary_point_and_that_of_another_scale_is_not(name):
-    """At another scale the classes move and the null one does not; away from both each class is held to its law."""
+def test_only_the_guided_flow_map_of_this_scale_is_stationary(name):
+    """At another scale the classes move and the null one does not; away from both each class is held to its distribution."""
     z, off, away = np.abs(scores(*CASES[name]))
     assert z.max() < Z, z
     assert off[:2].max() > 2 * Z and off[NULL].max() < Z, off

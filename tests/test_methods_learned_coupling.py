@@ -16,7 +16,7 @@ from fmjax.methods.learned_coupling import learned_coupling
 from fmjax.nets import adapters
 from fmjax.nets.mlp import MLP
 from fmjax.straightening import segments
-from fmjax.types import Batch, expand
+from fmjax.types import Batch, Network, expand
 
 MEAN, STD = np.array([0.75, -0.5], np.float32), np.array([0.2, 1.5], np.float32)
 LAW = oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD))
@@ -28,11 +28,10 @@ def joined(velocity, encode):
     def net(params, x, s, t, cond=None, key=None):
         return velocity(params, x, s)
 
-    net.encoder = lambda params, x, s, t, cond, key: jnp.concatenate(encode(params, x), -1)
-    return net
+    return Network(net, encoder=lambda params, x, s, t, cond, key: jnp.concatenate(encode(params, x), -1))
 
 
-def test_with_an_encoder_at_zero_it_is_flow_matching_with_independent_noise(key):
+def test_an_encoder_at_zero_gives_flow_matching_with_independent_noise(key):
     model = adapters.with_encoder(*(adapters.from_linen(MLP(8, 1, outputs=n)) for n in (1, 2)))
     x1 = LAW.sample(key, 64)
     params = jax.tree.map(lambda p: p + 0.1, model.init(key, x1)) | {"encoder": model.init(key, x1)["encoder"]}
@@ -54,12 +53,12 @@ def test_the_divergence_is_the_integral_of_the_log_ratio_of_densities(x64, key):
     net = joined(lambda params, x, t: jnp.zeros_like(x), lambda params, x: (mean, log_variance))
     _, aux = learned_coupling(net, weight=0.7).loss(None, None, Batch(jnp.zeros((b, *shape))), as_keys(key, b))
     nodes, weights = np.polynomial.hermite_e.hermegauss(3)
-    std, want = jnp.exp(log_variance / 2), 0
+    std, expected = jnp.exp(log_variance / 2), 0
     for z, w in zip(nodes, weights / weights.sum(), strict=True):
         x0 = mean + std * z
         ratio = jax.scipy.stats.norm.logpdf(x0, mean, std) - jax.scipy.stats.norm.logpdf(x0)
-        want += w * ratio.sum((1, 2)) / 6
-    np.testing.assert_allclose(aux["kl"], want, rtol=1e-10)
+        expected += w * ratio.sum((1, 2)) / 6
+    np.testing.assert_allclose(aux["kl"], expected, rtol=1e-10)
     np.testing.assert_allclose(aux["per_example"], aux["residual"] + 0.7 * aux["kl"], rtol=1e-12)
 
 
@@ -81,7 +80,7 @@ def optimal(c, log):
 
 
 def test_the_gradient_reaches_the_encoder_through_the_noise_it_draws(x64, key):
-    """At the best velocity that of ``int e^l S^2 / var(t) dt + weight KL``: what the flow cannot know, in closed form.
+    """At the best velocity the gradient of ``int e^l S^2 / var(t) dt + weight KL``: what the flow cannot know, in closed form.
 
     (``det`` of ``I_t, x1 - x0`` over ``x0, x1`` is one, so the variance of one given the other is ``e^l S^2 / var``.)
     """
@@ -100,12 +99,12 @@ def test_the_gradient_reaches_the_encoder_through_the_noise_it_draws(x64, key):
         LAW.sample(key, n).astype(jnp.float64),
     )
     keys = as_keys(jax.random.key(1), n)
-    one = lambda x, k: jax.value_and_grad(loss, has_aux=True)(at, None, Batch(x[None]), k[None])
-    (value, _), grads = jax.jit(jax.vmap(one))(x1, keys)
-    for got, want in ((value, objective(*at)), *zip(grads, jax.grad(objective, (0, 1))(*at), strict=True)):
-        z = (got.mean(0) - want) / (got.std(0) / np.sqrt(n))
+    example = lambda x, k: jax.value_and_grad(loss, has_aux=True)(at, None, Batch(x[None]), k[None])
+    (value, _), grads = jax.jit(jax.vmap(example))(x1, keys)
+    for actual, expected in ((value, objective(*at)), *zip(grads, jax.grad(objective, (0, 1))(*at), strict=True)):
+        z = (actual.mean(0) - expected) / (actual.std(0) / np.sqrt(n))
         assert np.abs(z).max() < 4.5, z
-        assert (np.abs(want) > 20 * got.std(0) / np.sqrt(n)).all()
+        assert (np.abs(expected) > 20 * actual.std(0) / np.sqrt(n)).all()
 
 
 @functools.cache
@@ -148,17 +147,17 @@ def test_training_makes_the_flow_straighter_than_flow_matching_does():
 
 def test_what_cannot_work_is_refused(key):
     plain = adapters.from_linen(MLP(8, 1))
-    with pytest.raises(ValueError, match="needs a net with an encoder"):
+    with pytest.raises(ValueError, match="net: has no encoder"):
         learned_coupling(plain.net)
     net = adapters.with_encoder(plain, plain).net
     for weight in (0.0, -1.0, np.inf):
-        with pytest.raises(ValueError, match="must be positive and finite"):
+        with pytest.raises(ValueError, match=f"weight={weight}"):
             learned_coupling(net, weight=weight)
     x = jnp.zeros((4, 2))
     params = adapters.with_encoder(plain, plain).init(key, x)
-    with pytest.raises(ValueError, match=r"an encoder needs a net of two heads \(outputs=2\)"):
+    with pytest.raises(ValueError, match="encoder.*outputs=2"):
         learned_coupling(net).loss(params, None, Batch(x), as_keys(key, 4))
-    with pytest.raises(ValueError, match="give batches without it"):
+    with pytest.raises(ValueError, match="batch.x0"):
         learned_coupling(net).loss(params, None, Batch(x, x), as_keys(key, 4))
 
 
@@ -175,14 +174,10 @@ def test_a_config_has_the_encoder_as_an_option_of_the_net(key):
     without = {name: p for name, p in params.items() if name != "encoder"}
     for own in (params, without):  # the flow is the plain net's, and its checkpoint passes
         np.testing.assert_array_equal(model.net(own, x, 0.2, 0.7), plain(without, x, 0.2, 0.7))
-    assert not hasattr(model.net, "with_jvp")
-    fused = adapters.Model(lambda key, x, cond=None: {"a": 2.0}, lambda params, x, s, t: params["a"] * x)
-    fused.net.with_jvp = lambda params, x, s, t: -len(params) * params["a"] * x
-    joint = adapters.with_encoder(fused, fused)
-    assert float(joint.net.with_jvp(joint.init(key, x), 3.0, 0, 0)) == -6  # of the same parameters, without others
+    assert model.net.for_jvp is None
     with pytest.raises(ValueError, match="a noise_encoder needs a network with outputs, .* which 'encoder' is not"):
         specs.net({**spec, "noise_encoder": "encoder"})
     with pytest.raises(ValueError, match="did you mean 'mlp'"):
         specs.net({**spec, "noise_encoder": "mpl"})
-    with pytest.raises(ValueError, match="'outputs' from a field of its own"):
+    with pytest.raises(ValueError, match="'outputs'"):
         specs.net({**spec, "noise_encoder": {"name": "mlp", "outputs": 2}})

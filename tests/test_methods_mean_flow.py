@@ -20,8 +20,8 @@ NULL, D = 2, 2
 
 def net(params, x, s, t, cond=None, key=None):
     s, t = expand(s, x), expand(t, x)
-    given = 0 if cond is None else jnp.asarray(params["label"])[cond]
-    return jnp.tanh(x * params["a"] + s * params["b"] + t * params["c"] + given)
+    shift = 0 if cond is None else jnp.asarray(params["label"])[cond]
+    return jnp.tanh(x * params["a"] + s * params["b"] + t * params["c"] + shift)
 
 
 PARAMS = {
@@ -41,7 +41,7 @@ def graded(method, batch, keys):
     return jax.jit(jax.value_and_grad(lambda p: method.loss(p, PARAMS, batch, keys), has_aux=True))(PARAMS)
 
 
-def test_it_is_the_eulerian_method_with_conditional_velocities_under_an_adaptive_weight():
+def test_it_is_eulerian_with_conditional_velocities_and_adaptive_weight():
     path, (batch, keys) = paths.trigonometric(), setting()
     drawn = {
         "path": path,
@@ -50,8 +50,8 @@ def test_it_is_the_eulerian_method_with_conditional_velocities_under_an_adaptive
         "diagonal": 0.75,
     }
     same = eulerian(net, velocity="conditional", tangent="conditional", stop="all", **drawn)
-    one, two = graded(mean_flow(net, path=path), batch, keys), graded(weighting.adaptive(same), batch, keys)
-    jax.tree.map(np.testing.assert_array_equal, one, two)
+    first, second = graded(mean_flow(net, path=path), batch, keys), graded(weighting.adaptive(same), batch, keys)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance": 0.5, "mix": 0.6, "null": NULL, "low": 0.3, "high": 0.8}])
@@ -59,7 +59,7 @@ def test_its_gradient_is_that_of_the_published_loss_in_noise_time(options, x64):
     """``|u - sg[v_g - (tau - r) (d/d tau + v_g . grad) u]|^2 / sg[.. + 0.01]`` of ``-net`` at ``1 - tau, 1 - r``."""
     cond = jnp.arange(16) % 3 if options else None
     batch, keys = setting(cond=cond)
-    (_, aux), got = graded(mean_flow(net, **options), batch, keys)
+    (_, aux), actual = graded(mean_flow(net, **options), batch, keys)
     tau, r = 1 - aux["s"], 1 - aux["t"]
     z, v = expand(1 - tau, batch.x1) * batch.x1 + expand(tau, batch.x1) * batch.x0, batch.x0 - batch.x1
     mf = lambda p, z, r, tau, cond: -net(p, z, 1 - tau, 1 - r, cond)
@@ -76,13 +76,13 @@ def test_its_gradient_is_that_of_the_published_loss_in_noise_time(options, x64):
         square = jnp.sum((u - jax.lax.stop_gradient(v_g - (tau - r)[:, None] * du)) ** 2, 1)
         return jnp.mean(square / jax.lax.stop_gradient(square + 0.01)), square
 
-    (value, square), want = jax.jit(jax.value_and_grad(published, has_aux=True))(PARAMS)
+    (value, square), expected = jax.jit(jax.value_and_grad(published, has_aux=True))(PARAMS)
     np.testing.assert_allclose(aux["per_example"].mean(), value, rtol=1e-12)
     np.testing.assert_allclose(aux["residual"], square / D, rtol=1e-10)
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-12), got, want)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-12), actual, expected)
 
 
-def test_a_quarter_of_the_rows_are_jumps_and_the_rest_lie_where_the_earlier_of_two_draws_does():
+def test_a_quarter_of_the_rows_are_jumps():
     n = 4000
     batch, keys = setting(n)
     aux = jax.jit(mean_flow(net).loss)(PARAMS, PARAMS, batch, keys)[1]
@@ -96,12 +96,12 @@ def test_a_quarter_of_the_rows_are_jumps_and_the_rest_lie_where_the_earlier_of_t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance": 0.0, "null": NULL}, "guidance > 0 and 0 <= mix < 1, got guidance=0.0 and mix=0.0"),
-        ({"mix": 1.0, "null": NULL}, "guidance > 0 and 0 <= mix < 1, got guidance=1.0 and mix=1.0"),
-        ({"guidance": 2.0}, "guidance=2.0 and mix=0.0 need null"),
-        ({"mix": 0.5}, "guidance=1.0 and mix=0.5 need null"),
-        ({"mix": 0.5, "null": NULL, "low": 0.6, "high": 0.6}, "needs low < high, got low=0.6, high=0.6"),
-        ({"power": -1.0}, "power >= 0 and floor > 0"),
+        ({"guidance": 0.0, "null": NULL}, "guidance=0.0"),
+        ({"mix": 1.0, "null": NULL}, "mix=1.0"),
+        ({"guidance": 2.0}, "guidance=2.0 and mix=0.0.*null"),
+        ({"mix": 0.5}, "guidance=1.0 and mix=0.5.*null"),
+        ({"mix": 0.5, "null": NULL, "low": 0.6, "high": 0.6}, "low=0.6, high=0.6"),
+        ({"power": -1.0}, "power=-1.0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message):
@@ -110,5 +110,5 @@ def test_what_makes_no_sense_is_refused(options, message):
 
 
 def test_guidance_without_labels_in_the_batch_is_refused():
-    with pytest.raises(ValueError, match="guidance needs labels"):
+    with pytest.raises(ValueError, match="batch.cond=None"):
         jax.eval_shape(mean_flow(net, guidance=2.0, null=NULL).loss, PARAMS, PARAMS, *setting())

@@ -64,10 +64,10 @@ def test_the_minimiser_is_what_the_base_lacks(path, t, key):
     gradient = jax.jit(jax.grad(lambda r: method.loss(r, theta, batch, keys)[0]))
     start = gradient(jnp.zeros(2))
     hessian = jnp.stack([gradient(e) - start for e in jnp.eye(2)])  # the loss is a parabola in r
-    found = -jnp.linalg.solve(hessian, start)
+    solved = -jnp.linalg.solve(hessian, start)
     left = method.loss(-theta, theta, batch, keys)[0]  # at the minimiser: the variance of dI_t given I_t
     se = np.sqrt(left / n * np.diag(np.linalg.inv(np.asarray(hessian, np.float64) / 2)))
-    assert (np.abs(found + theta) < 4.5 * se).all() and (se < 0.02).all()
+    assert (np.abs(solved + theta) < 4.5 * se).all() and (se < 0.02).all()
     x = jnp.linspace(-1, 1, 5)[:, None]
     total = guidance.added(lambda x, t, cond=None: base(theta, x, t, t), method.velocity(-theta))
     np.testing.assert_allclose(total(x, jnp.full(5, t)), oracle.velocity(x, t), atol=1e-6)
@@ -76,8 +76,8 @@ def test_the_minimiser_is_what_the_base_lacks(path, t, key):
 def test_the_sum_passes_the_condition_to_both():
     tell = lambda c: lambda x, t, cond=None: x + c * expand(cond, x) + expand(t, x)
     x, t, cond = jnp.zeros((3, 2)), jnp.array([0.0, 0.5, 1.0]), jnp.array([1.0, 2.0, 3.0])
-    want = 5 * cond[:, None] + 2 * t[:, None] + jnp.zeros((3, 2))
-    np.testing.assert_allclose(guidance.added(tell(2), tell(3))(x, t, cond), want)
+    expected = 5 * cond[:, None] + 2 * t[:, None] + jnp.zeros((3, 2))
+    np.testing.assert_allclose(guidance.added(tell(2), tell(3))(x, t, cond), expected)
 
 
 def test_a_config_trains_it_beside_the_run_that_is_its_teacher(tmp_path):
@@ -92,5 +92,5 @@ def test_a_config_trains_it_beside_the_run_that_is_its_teacher(tmp_path):
     assert not (np.asarray(state.params["output"]["kernel"]) == 0).all()
     keys = as_keys(jax.random.fold_in(jax.random.fold_in(jax.random.key(plan.seed), 1), 0), 32)
     batch = jax.tree.map(jnp.asarray, plan.batch(0))
-    want, _ = jax.jit(flow_matching(plan.model.net).loss)(theta, theta, batch, keys)
-    assert files.read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"] == pytest.approx(float(want), rel=1e-5)
+    expected, _ = jax.jit(flow_matching(plan.model.net).loss)(theta, theta, batch, keys)
+    assert files.read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"] == pytest.approx(float(expected), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Straightening against closed forms: chords, arcs on any path, what a network is asked, retention."""
+"""Straightening against closed forms: chords, arcs on any path, where a network is evaluated, retention."""
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ B = 64
 KEYS = as_keys(jax.random.key(3), B)
 
 
-def asked(params, x, s, t, cond=None, key=None):
-    """A net that tells what it was asked: ``x``, and ``s``, ``t`` in the last two columns."""
+def echo(params, x, s, t, cond=None, key=None):
+    """A net that returns its inputs: ``x``, and ``s``, ``t`` in the last two columns."""
     return jnp.concatenate([params * x, s[:, None], t[:, None]], 1)
 
 
@@ -52,22 +52,22 @@ def test_an_arc_of_any_path_is_a_straight_line_on_the_linear_one(path):
         np.testing.assert_allclose(y, (1 - share) * y_s + share * y_t, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(x[0], x_s[0], atol=1e-12)
         np.testing.assert_allclose(x[-1], x_t[-1], atol=1e-12)
-        one = lambda r: arc(path, x_s[:1], x_t[:1], s[:1], t[:1], r[None])[0][0]
-        told = arc(path, x_s[:1], x_t[:1], s[:1], t[:1], r[9:10])[1][0]
-        np.testing.assert_allclose(jax.jvp(one, (r[9],), (1.0,))[1], told)
+        point = lambda r: arc(path, x_s[:1], x_t[:1], s[:1], t[:1], r[None])[0][0]
+        rate = arc(path, x_s[:1], x_t[:1], s[:1], t[:1], r[9:10])[1][0]
+        np.testing.assert_allclose(jax.jvp(point, (r[9],), (1.0,))[1], rate)
 
 
-def test_the_segment_that_starts_at_a_bound_owns_it_and_a_told_net_knows_its_end():
+def test_a_bound_belongs_to_the_segment_that_starts_there():
     net = lambda params, x, s, t, cond=None, key=None: jnp.stack([s, t], 1)
     t = jnp.array([0.0, 0.2, 0.5, 0.7, 1.0])
-    for keep in ((), (1,), (0,)):  # kept ones too: (0.5, 0.5) would be asked from both sides of the bound
+    for keep in ((), (1,), (0,)):  # kept ones too: (0.5, 0.5) would be evaluated from both sides of the bound
         v = straighten(net, bounds=(0.0, 0.5, 1.0), keep=keep, to_bound=True).velocity(None)(jnp.zeros((5, 2)), t)
         np.testing.assert_array_equal(v, np.stack([t, [0.5, 0.5, 1, 1, 1]], 1).astype(np.float32))
     plain = straighten(net, bounds=(0.0, 0.5, 1.0)).velocity(None)(jnp.zeros((5, 2)), t)
     np.testing.assert_array_equal(plain, np.stack([t, t], 1))
 
 
-def test_the_loss_is_that_of_the_chord_in_straight_segments_and_of_the_teacher_in_kept_ones():
+def test_straight_segments_follow_the_chord_and_kept_ones_the_teacher():
     """Bounds 0, 0.5, 1; the net is ``p x``, the teacher ``2 x``: both errors by hand, on the same draw."""
     x0, x1 = states()
     t = jnp.where(jnp.arange(B) % 2 == 0, 0.0, 0.5 + 0.4 * jnp.arange(B) / B)  # every other one is kept
@@ -154,29 +154,29 @@ def test_reflow_of_a_gaussian_learns_the_line_to_its_own_pair():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"bounds": (0.5, 0.5)}, "must rise strictly"),
-        ({"bounds": (0.0, 1.5)}, "must rise strictly"),
-        ({"bounds": (0.0,)}, "two of them at least"),
-        ({"keep": (0,)}, "not all of them"),
-        ({"bounds": (0.0, 0.5, 1.0), "keep": (2,)}, r"some of the segments 0 .. 1"),
-        ({"distance": "huber"}, "did you mean 'pseudo_huber'"),
-        ({"retention": -1.0}, "cannot be negative"),
-        ({"scale": 0.0}, "must be positive"),
-        ({"bounds": (0.0, 0.5), "perceptual": abs}, "must end at t = 1"),
-        ({"bounds": (0.0, 0.5, 1.0), "keep": (1,), "perceptual": abs}, "not be kept"),
+        ({"bounds": (0.5, 0.5)}, r"bounds=\(0.5, 0.5\)"),
+        ({"bounds": (0.0, 1.5)}, r"bounds=\(0.0, 1.5\)"),
+        ({"bounds": (0.0,)}, r"bounds=\(0.0,\)"),
+        ({"keep": (0,)}, r"keep=\(0,\)"),
+        ({"bounds": (0.0, 0.5, 1.0), "keep": (2,)}, r"keep=\(2,\).* 0 .. 1"),
+        ({"distance": "huber"}, "distance='huber'.*'pseudo_huber'"),
+        ({"retention": -1.0}, "retention=-1.0"),
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"bounds": (0.0, 0.5), "perceptual": abs}, "perceptual.*end at t = 1"),
+        ({"bounds": (0.0, 0.5, 1.0), "keep": (1,), "perceptual": abs}, "perceptual.*not keep"),
         ({"path": paths.two_sided()}, "straightening"),
     ],
 )
 def test_what_cannot_work_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        straighten(asked, **options)
+        straighten(echo, **options)
 
 
 def test_a_batch_that_is_no_trajectory_is_refused():
-    with pytest.raises(ValueError, match="trains on trajectories"):
-        straighten(asked).loss(1.0, 1.0, Batch(states()[1]), KEYS)
+    with pytest.raises(ValueError, match="batch.x0=None"):
+        straighten(echo).loss(1.0, 1.0, Batch(states()[1]), KEYS)
 
 
 def test_a_law_that_is_no_density_is_refused():
-    with pytest.raises(ValueError, match="sharpness > 0"):
+    with pytest.raises(ValueError, match="sharpness=0.0"):
         times.u_shaped(KEYS, sharpness=0.0)

@@ -27,8 +27,8 @@ TARGET = jax.tree.map(lambda a: a + 0.2, PARAMS)
 def net(params, x, s, t, cond=None, key=None):
     s, t = expand(s, x), expand(t, x)
     label, w = cond if isinstance(cond, tuple) else (cond, jnp.ones(x.shape[0]))
-    given = 0 if label is None else jnp.asarray(params["label"])[label] * w[:, None]
-    return jnp.tanh(x * params["a"] + s * params["b"] + t * params["c"] + given)
+    shift = 0 if label is None else jnp.asarray(params["label"])[label] * w[:, None]
+    return jnp.tanh(x * params["a"] + s * params["b"] + t * params["c"] + shift)
 
 
 def setting(cond=None):
@@ -51,10 +51,10 @@ def test_without_guidance_it_is_the_lagrangian_residual_plus_flow_matching():
         a, b = first(p, TARGET, batch, k_jump), second(p, TARGET, batch, k_diagonal)
         return a[0] + b[0], a[1]["per_example"]
 
-    (want, residual), want_gradient = graded(both)
+    (expected, residual), want_gradient = graded(both)
     method = terminal_velocity_matching(net, path=path)
     (value, aux), gradient = graded(lambda p: method.loss(p, TARGET, batch, keys))
-    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(aux["residual"], residual, rtol=1e-5)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-7), gradient, want_gradient)
 
@@ -70,7 +70,7 @@ def test_its_gradient_is_that_of_the_published_loss_in_noise_time(pair, scaled, 
     method = terminal_velocity_matching(
         net, null=NULL, scaled=scaled, time=lambda key: jnp.full(key.shape, at), **options
     )
-    (value, aux), got = graded(lambda p: method.loss(p, TARGET, batch, keys))
+    (value, aux), actual = graded(lambda p: method.loss(p, TARGET, batch, keys))
     start, end, prime = 1 - aux["s"], 1 - aux["t"], jnp.full(N, 1 - at)
     w = jnp.where(label == NULL, 1, w)[:, None]
     c = w if scaled else 1
@@ -88,11 +88,11 @@ def test_its_gradient_is_that_of_the_published_loss_in_noise_time(pair, scaled, 
         matching = (c * f(p, z_prime, prime, prime) - goal) / w
         return jnp.mean(terminal**2) + jnp.mean(matching**2), jnp.mean((w * terminal) ** 2, 1)
 
-    (want, residual), want_gradient = graded(published)
-    np.testing.assert_allclose(value, want, rtol=1e-12)
+    (expected, residual), want_gradient = graded(published)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
     np.testing.assert_allclose(aux["residual"], residual, rtol=1e-9)
     np.testing.assert_allclose(aux["per_example"], aux["terminal"] + aux["matching"], rtol=1e-12)
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-12), got, want_gradient)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-12), actual, want_gradient)
 
 
 def test_a_jump_of_no_length_has_no_terminal_error():
@@ -106,20 +106,20 @@ def test_velocity_and_flow_map_are_guided_and_have_the_scale_in_them():
     method = terminal_velocity_matching(net, guidance=2.0, null=NULL, scaled=True)
     scale = jnp.array([[2.0], [2.0], [1.0]])
     np.testing.assert_allclose(method.velocity(PARAMS)(x, 0.7, label), scale * net(PARAMS, x, t, t, label), rtol=1e-6)
-    want = x + 0.5 * scale * net(PARAMS, x, s, t, label)
-    np.testing.assert_allclose(method.flow_map(PARAMS)(x, s, t, label), want, rtol=1e-6)
+    expected = x + 0.5 * scale * net(PARAMS, x, s, t, label)
+    np.testing.assert_allclose(method.flow_map(PARAMS)(x, s, t, label), expected, rtol=1e-6)
 
 
 def test_what_makes_no_sense_is_refused():
     for guidance in (0.0, float("inf")):
-        with pytest.raises(ValueError, match=f"guidance={guidance} must be positive and finite"):
+        with pytest.raises(ValueError, match=f"guidance={guidance}"):
             terminal_velocity_matching(net, guidance=guidance, null=NULL)
-    with pytest.raises(ValueError, match="guidance=2.0 needs null"):
+    with pytest.raises(ValueError, match="guidance=2.0.*null"):
         terminal_velocity_matching(net, guidance=2.0)
     loss = lambda cond, **options: jax.eval_shape(
         terminal_velocity_matching(net, **options).loss, PARAMS, TARGET, *setting(cond)
     )
-    with pytest.raises(ValueError, match="has a guidance scale: null, the label of none, must be given"):
+    with pytest.raises(ValueError, match="null=None.*scale"):
         loss((jnp.arange(N) % 3, jnp.ones(N)))
-    with pytest.raises(ValueError, match="guidance needs labels"):
+    with pytest.raises(ValueError, match="batch.cond=None"):
         loss(None, guidance=2.0, null=NULL)

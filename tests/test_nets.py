@@ -181,8 +181,8 @@ def test_a_guided_net_is_the_net_without_at_scale_one_and_at_first_at_every_scal
     near(out(0 * trained, (cond, scales)))
     assert far(out(trained, (cond, scales)), plain)
     for build, given, message in (
-        (module(**sizes, classes=CLASSES), (cond, scales), "not told the guidance scale .* set guided=True"),
-        (module(**sizes, guided=True), (cond, scales), "a guided net needs labels .* set classes"),
+        (module(**sizes, classes=CLASSES), (cond, scales), "guided=False: .* Set guided=True"),
+        (module(**sizes, guided=True), (cond, scales), "guided=True: .* Set classes"),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(adapters.from_linen(build).init, jax.random.key(0), x, given)

@@ -169,12 +169,12 @@ def test_scanned_layers_start_apart(key):
 @pytest.mark.parametrize(
     ("options", "shape", "message"),
     [
-        ({"size": "M"}, (4, 4, 1), "size of a DiT must be one of S, B, L, XL, got 'M'"),
-        ({"patch": 3}, (4, 6, 1), r"a DiT of patch=3 needs images divisible by it, got \(4, 6\)"),
-        ({"heads": 5}, (4, 4, 1), "must divide by its heads and by 4, got width=384, heads=5"),
-        ({"width": 6, "heads": 2}, (4, 4, 1), "must divide by its heads and by 4, got width=6, heads=2"),
-        ({"attention": "flash"}, (4, 4, 1), "attention of a DiT must be one of xla, fused, got 'flash'"),
-        ({"remat": "some"}, (4, 4, 1), "remat of a network must be one of none, full, dots, got 'some'"),
+        ({"size": "M"}, (4, 4, 1), "size='M'"),
+        ({"patch": 3}, (4, 6, 1), r"patch=3: .*\(1, 4, 6, 1\)"),
+        ({"heads": 5}, (4, 4, 1), "width=384: .*heads=5"),
+        ({"width": 6, "heads": 2}, (4, 4, 1), "width=6: .*heads=2"),
+        ({"attention": "flash"}, (4, 4, 1), "attention='flash'"),
+        ({"remat": "some"}, (4, 4, 1), "remat='some'"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_one_sentence(options, shape, message, key):
@@ -185,9 +185,7 @@ def test_options_that_cannot_be_are_refused_in_one_sentence(options, shape, mess
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it works")
 def test_fused_attention_is_refused_where_it_cannot_work(key):
     model = adapters.from_linen(dit.DiT(**SMALL, attention="fused", dtype="bfloat16"))
-    with pytest.raises(
-        ValueError, match="attention='fused' needs a GPU and dtype bfloat16 or float16, got cpu and bflo"
-    ):
+    with pytest.raises(ValueError, match="attention='fused': .* 'cpu' and dtype='bfloat16'"):
         jax.eval_shape(model.init, key, jnp.zeros((1, 4, 4, 1)), jnp.zeros(1, "int32"))
 
 
@@ -198,7 +196,7 @@ def test_a_fused_network_brings_the_same_network_with_xlas_attention_for_a_jvp(k
     x, label = jax.random.normal(key, (2, 4, 4, 1)), jnp.zeros(2, "int32")
     params = random_like(jax.eval_shape(model.init, key, x, label), "float32")
     s, t = jnp.array([0.1, 0.3]), jnp.array([0.9, 0.5])
-    np.testing.assert_array_equal(fused.with_jvp(params, x, s, t, label), model.net(params, x, s, t, label))
-    assert not hasattr(model.net, "with_jvp")
-    with pytest.raises(ValueError, match="needs a GPU"):
+    np.testing.assert_array_equal(fused.for_jvp(params, x, s, t, label), model.net(params, x, s, t, label))
+    assert model.net.for_jvp is None
+    with pytest.raises(ValueError, match="attention='fused'"):
         fused(params, x, s, t, label)

@@ -37,11 +37,11 @@ def test_its_way_down_is_the_unets_name_by_name(key):
     assert half["output"]["kernel"].shape == (16, 1)
 
 
-@pytest.mark.parametrize("pool", encoder.POOLS)
+@pytest.mark.parametrize("pool", ("attention", "mean"))
 def test_the_pooling_is_its_formula(pool):
     module, params, args = make(pool=pool)
-    told = lambda m, _: isinstance(m, unet.GroupNorm) and m.path == ("GroupNorm_0",)
-    got, state = jax.jit(functools.partial(module.apply, capture_intermediates=told))({"params": params}, *args)
+    last_norm = lambda m, _: isinstance(m, unet.GroupNorm) and m.path == ("GroupNorm_0",)
+    got, state = jax.jit(functools.partial(module.apply, capture_intermediates=last_norm))({"params": params}, *args)
     (h,) = state["intermediates"]["GroupNorm_0"]["__call__"]
     p, h = jax.tree.map(np.asarray, params), np.asarray(h, np.float64)
     dense = lambda a, name: a @ p[name]["kernel"] + p[name]["bias"]
@@ -93,9 +93,9 @@ def test_of_a_number_the_logit_is_the_network_itself(module, key):
 
 def test_bad_options_are_refused(key):
     x = jnp.zeros(X)
-    with pytest.raises(ValueError, match="pool of an encoder is one of attention, mean, got 'max'"):
-        adapters.from_linen(encoder.Encoder(pool="max")).init(key, x)
-    with pytest.raises(ValueError, match="images divisible by 4, got"):
-        adapters.from_linen(encoder.Encoder(multipliers=(1, 1, 1))).init(key, x[:, :3])
-    with pytest.raises(ValueError, match="outputs=2 must then be 1"):
-        adapters.from_linen(mlp.MLP(logit=True, outputs=2)).init(key, x)
+    with pytest.raises(ValueError, match="pool='max'"):
+        encoder.Encoder(pool="max")
+    with pytest.raises(ValueError, match=r"multipliers=\(1, 1, 1\): .* divisible by 4"):
+        jax.eval_shape(adapters.from_linen(encoder.Encoder(multipliers=(1, 1, 1))).init, key, x[:, :3])
+    with pytest.raises(ValueError, match="outputs=2: a logit"):
+        mlp.MLP(logit=True, outputs=2)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import oracles, paths
+from fmjax import oracles, paths, sampling
 from fmjax.experiments import specs
 from fmjax.nets import preconditioning as pc
-from fmjax.sampling import diffusion
+from fmjax.types import Network
 
 MEAN, STD = jnp.array([0.7, -1.2]), jnp.array([0.3, 0.9])
 LOW, HIGH = 0.002, 80.0
@@ -78,8 +78,8 @@ def test_a_denoiser_is_the_velocity_on_every_path(new, points):
 def test_a_velocity_is_a_denoiser_and_back(points):
     linear = oracles.gaussian(MEAN, STD).velocity
     x = points * SIGMAS[:, None]
-    np.testing.assert_allclose(diffusion.denoiser(linear)(x, SIGMAS), exact(x, SIGMAS), rtol=1e-12, atol=1e-12)
-    back = diffusion.denoiser(velocity(exact))
+    np.testing.assert_allclose(sampling.denoiser(linear)(x, SIGMAS), exact(x, SIGMAS), rtol=1e-12, atol=1e-12)
+    back = sampling.denoiser(velocity(exact))
     np.testing.assert_allclose(back(x, SIGMAS), exact(x, SIGMAS), rtol=1e-11, atol=1e-11)
 
 
@@ -105,16 +105,16 @@ def test_no_network_at_all_is_the_velocity_of_centred_gaussian_data(points):
     np.testing.assert_allclose(net(None, points, t, t), want, rtol=1e-9, atol=1e-9)
 
 
-def told(params, x, s, t, cond=None, key=None):
-    """A network that tells what it was asked."""
+def inputs(params, x, s, t, cond=None, key=None):
+    """A network that returns a sum of its inputs."""
     return params * x + s[:, None] + 10 * (t - s)[:, None] + (0 if cond is None else cond[:, None])
 
 
 @pytest.mark.parametrize("name", ["edm", "vp", "ve", "iddpm"])
 def test_a_preconditioned_net_is_its_denoiser_on_the_diagonal_and_sees_the_jump(name, points):
     how = getattr(pc, name)()
-    net, cond, t = pc.preconditioned(told, how), jnp.arange(41.0), jnp.linspace(0.05, 0.95, 41)
-    bound = lambda x, sigma, cond: pc.denoiser(told, how)(0.3, x, sigma, cond)
+    net, cond, t = pc.preconditioned(inputs, how), jnp.arange(41.0), jnp.linspace(0.05, 0.95, 41)
+    bound = lambda x, sigma, cond: pc.preconditioned_denoiser(inputs, how)(0.3, x, sigma, cond)
     v = velocity(bound, sigma_min=how.sigma_min, sigma_max=how.sigma_max)
     np.testing.assert_array_equal(net(0.3, points, t, t, cond), v(points, t, cond))
     sigma = (1 - t) / t
@@ -128,7 +128,7 @@ def test_a_preconditioned_net_is_its_denoiser_on_the_diagonal_and_sees_the_jump(
 
 @pytest.mark.parametrize("name", ["edm", "vp", "ve", "iddpm"])
 def test_it_and_its_derivatives_are_finite_at_both_ends(name):
-    net = pc.preconditioned(told, getattr(pc, name)())
+    net = pc.preconditioned(inputs, getattr(pc, name)())
     x, t = jnp.ones((4, 2)), jnp.array([0.0, 1e-6, 1.0, 0.5])
     f = lambda p, x, t: net(p, x, t, t)
     y, dy = jax.jvp(lambda x, t: f(0.3, x, t), (x, t), (x, jnp.ones(4)))
@@ -137,14 +137,11 @@ def test_it_and_its_derivatives_are_finite_at_both_ends(name):
 
 
 def test_a_kernel_without_a_jvp_has_its_other_self_preconditioned_too():
-    def fused(*args):
-        return told(*args)
-
-    fused.with_jvp = lambda params, *args: told(params + 1, *args)
+    fused = Network(inputs, for_jvp=lambda params, *args: inputs(params + 1, *args))
     net = pc.preconditioned(fused, pc.edm())
     x, t = jnp.ones((2, 2)), jnp.array([0.2, 0.7])
-    np.testing.assert_array_equal(net.with_jvp(0.3, x, t, t), net(1.3, x, t, t))
-    assert not hasattr(pc.preconditioned(told, pc.edm()), "with_jvp")
+    np.testing.assert_array_equal(net.for_jvp(0.3, x, t, t), net(1.3, x, t, t))
+    assert pc.preconditioned(inputs, pc.edm()).for_jvp is None
 
 
 def test_in_a_config_it_is_an_option_of_any_network(key):
@@ -165,13 +162,17 @@ def test_in_a_config_it_is_an_option_of_any_network(key):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "match"),
     [
-        (lambda: pc.edm(sigma_data=0.0), "edm needs sigma_data > 0, the standard deviation of the data, got 0.0"),
-        (lambda: pc.edm(sigma_min=0.0), "edm needs noise levels 0 < sigma_min < sigma_max, got 0.0 and 80.0"),
-        (lambda: pc.ve(sigma_max=0.01), "ve needs noise levels 0 < sigma_min < sigma_max, got 0.02 and 0.01"),
+        (lambda: pc.edm(sigma_data=0.0), "sigma_data=0.0"),
+        (lambda: pc.edm(sigma_min=0.0), "sigma_min=0.0"),
+        (lambda: pc.edm(sigma_max=float("inf")), "sigma_max=inf"),
+        (lambda: pc.ve(sigma_max=0.01), "sigma_min=0.02: not below sigma_max=0.01"),
+        (lambda: pc.vp(beta_d=1e4), "beta_d=10000.0"),
+        (lambda: pc.vp(epsilon=0.0), "epsilon=0.0"),
+        (lambda: pc.iddpm(steps=0), "steps=0"),
     ],
 )
-def test_levels_that_cannot_be_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
+def test_arguments_outside_their_ranges_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
         make()

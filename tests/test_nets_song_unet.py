@@ -116,14 +116,16 @@ def test_what_is_embedded_is_used_zero_augmentations_are_none_and_frequencies_ar
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"multipliers": (1, 1, 1)}, r"a SongUNet of 3 levels needs images divisible by 4, got \(6, 6\)"),
-        ({"embedding": "fouier"}, "embedding of a SongUNet is one of positional, fourier, got 'fouier'"),
-        ({"encoder": "skip"}, "encoder of a SongUNet is one of standard, residual, got 'skip'"),
-        ({"taps": (1, 2, 1)}, r"taps of a SongUNet are an even number of weights, not of sum 0, got \(1, 2, 1\)"),
-        ({"channels": 33}, "norms its 33 channels in 8 groups, which do not divide them"),
+        ({"multipliers": (1, 1, 1)}, r"multipliers=\(1, 1, 1\): .* divisible by 4, .*\(1, 6, 6, 1\)"),
+        ({"multipliers": ()}, r"multipliers=\(\)"),
+        ({"embedding": "fouier"}, "embedding='fouier': .*did you mean 'fourier'"),
+        ({"encoder": "skip"}, "encoder='skip'"),
+        ({"taps": (1, 2, 1)}, r"taps=\(1, 2, 1\)"),
+        ({"taps": (1, -1)}, r"taps=\(1, -1\)"),
+        ({"channels": 33}, "channels.* 33 channels in 8 groups"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_one_sentence(options, message, key):
-    module = song_unet.SongUNet(**{"channels": 8, "multipliers": (1,), "blocks": 1, **options})
     with pytest.raises(ValueError, match=message):
+        module = song_unet.SongUNet(**{"channels": 8, "multipliers": (1,), "blocks": 1, **options})
         jax.eval_shape(adapters.from_linen(module).init, key, jnp.zeros((1, 6, 6, 1)))

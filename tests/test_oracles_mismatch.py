@@ -10,7 +10,7 @@ import pytest
 from fmjax import oracles, sampling
 from fmjax.data import densities
 from fmjax.oracles import mismatch
-from fmjax.sampling import grids, likelihood, solvers
+from fmjax.sampling import grids, likelihood
 
 EPS = 0.15
 
@@ -34,19 +34,19 @@ def standard_normal(x):
 
 def carried(m, x, t):
     """The end of the trajectories from ``(x, t)``, by 400 Runge-Kutta steps."""
-    return sampling.sample(solvers.rk4(m.velocity), x, np.linspace(t, 1, 401))
+    return sampling.sample(sampling.rk4(m.velocity), x, np.linspace(t, 1, 401))
 
 
 @pytest.mark.parametrize("name", flows())
-def test_the_closed_forms_are_the_laws_that_the_flow_carries(name, x64, key):
+def test_the_closed_forms_are_the_marginals_of_the_flow(name, x64, key):
     """``log p`` by the adaptive solve of ``likelihood``; ``log q`` from the data's density and the Jacobian forward."""
     m = flows()[name]
     std = {"over": 0.5, "under": 1.4, "shift": 0.5}[name]
     x = jax.random.normal(key, (6, 2))
     for t in (0.0, 0.3, 1.0):
         if t:
-            found = likelihood.log_density(m.velocity, x, ts=(t, 0.0), rtol=1e-9, atol=1e-9).log_p
-            np.testing.assert_allclose(m.log_p(x, t), found, atol=1e-7)
+            solved = likelihood.log_density(m.velocity, x, ts=(t, 0.0), rtol=1e-9, atol=1e-9).log_p
+            np.testing.assert_allclose(m.log_p(x, t), solved, atol=1e-7)
         end, gain = x, jnp.zeros(6)
         if t < 1:
             end, gain = mismatch.pushed(lambda x, t=t: carried(m, x, t), x, jnp.zeros(6))
@@ -58,16 +58,16 @@ def test_the_closed_forms_are_the_laws_that_the_flow_carries(name, x64, key):
 @pytest.mark.parametrize("name", flows())
 def test_kl_and_w2_are_those_of_the_two_gaussians(name, x64):
     """Means and deviations read from the log-densities (a quadratic); ``W2^2 = |m - m'|^2 + d (s - s')^2``."""
-    m, t, laws = flows()[name], jnp.array([0.0, 0.25, 0.7, 1.0]), []
+    m, t, moments = flows()[name], jnp.array([0.0, 0.25, 0.7, 1.0]), []
 
-    def law(log_p, t):
+    def moments_of(log_p, t):
         score = lambda x: jax.grad(lambda x: log_p(x[None], t)[0])(x)
         var = -1 / jax.jacfwd(score)(jnp.zeros(2))[0, 0]
         return var * score(jnp.zeros(2)), jnp.sqrt(var)
 
     for log_p in (m.log_p, m.log_q):
-        laws.append(jax.jit(jax.vmap(functools.partial(law, log_p)))(t))
-    (mean_p, std_p), (mean_q, std_q) = laws
+        moments.append(jax.jit(jax.vmap(functools.partial(moments_of, log_p)))(t))
+    (mean_p, std_p), (mean_q, std_q) = moments
     apart = ((mean_p - mean_q) ** 2).sum(1)
     kl = 2 * jnp.log(std_q / std_p) + (2 * std_p**2 + apart) / (2 * std_q**2) - 1
     np.testing.assert_allclose(m.kl(t), kl, rtol=1e-10)
@@ -75,7 +75,7 @@ def test_kl_and_w2_are_those_of_the_two_gaussians(name, x64):
 
 
 def test_the_solved_densities_are_the_closed_ones(x64, key):
-    """The same two laws given as an oracle and an error field."""
+    """The same two flows as an oracle and an error field."""
     x, t = jax.random.normal(key, (7, 2)), jnp.linspace(0, 1, 7)
     closed = flows()
     oracle = oracles.gaussian(jnp.zeros(2), 0.5)
@@ -95,8 +95,8 @@ def test_the_solved_densities_of_a_mixture_are_those_of_the_divergence(x64, key)
     m, oracle = mixed(steps=200), oracles.ring()
     x = oracle.sample(key, 5)
     for t in (0.4, 1.0):
-        found = likelihood.log_density(m.velocity, x, ts=(t, 0.0), rtol=1e-9, atol=1e-9).log_p
-        np.testing.assert_allclose(m.log_p(x, t), found, atol=1e-6)
+        solved = likelihood.log_density(m.velocity, x, ts=(t, 0.0), rtol=1e-9, atol=1e-9).log_p
+        np.testing.assert_allclose(m.log_p(x, t), solved, atol=1e-6)
     end, gain = mismatch.pushed(lambda x: carried(m, x, 0.4), x, jnp.zeros(5))
     np.testing.assert_allclose(m.log_q(x, 0.4), oracle.log_density(end, 1.0) - gain, atol=1e-6)
     np.testing.assert_array_equal(m.log_q(x, 1.0), oracle.log_density(x, 1.0))
@@ -137,7 +137,7 @@ def test_the_field_is_what_it_says_and_its_divergence_twice_the_radial_part(x64,
 
 
 def test_a_pushed_density_is_that_of_the_flow_map_and_composes(x64, key):
-    """Through the exact map of a Gaussian it is the law at the end; through two halves, the same."""
+    """Through the exact map of a Gaussian it is the density at the end; two halves give the same."""
     oracle = oracles.gaussian(jnp.array([1.0, -2.0]), jnp.array([0.5, 2.0]))
     x = jax.random.normal(key, (6, 2))
     y, log_p = mismatch.pushed(lambda x: oracle.flow_map(x, 0.0, 1.0), x, standard_normal(x))
@@ -151,14 +151,14 @@ def test_a_pushed_density_is_that_of_the_flow_map_and_composes(x64, key):
 def test_the_kl_of_a_sampler_needs_no_density_estimate(key):
     """Forty Runge-Kutta steps of the over-dispersed flow: the closed form ``d ((e^{2 eps} - 1) / 2 - eps)``."""
     m, x = flows()["over"], jax.random.normal(key, (20_000, 2))
-    run = lambda x: sampling.sample(solvers.rk4(m.velocity), x, grids.uniform_grid(40))
+    run = lambda x: sampling.sample(sampling.rk4(m.velocity), x, grids.uniform_grid(40))
     y, log_p = jax.jit(lambda x: mismatch.pushed(run, x, standard_normal(x)))(x)
     terms = np.asarray(log_p - oracles.gaussian(0.0, 0.5).log_density(y, 1.0), np.float64)
     assert abs(terms.mean() - m.kl(1.0)) < 4.5 * terms.std() / len(terms) ** 0.5
 
 
-def test_the_ring_is_the_law_of_the_eight_gaussians(key):
-    """The score of a law has mean zero over it, and Stein's identity ``E[S x^T] = -I``."""
+def test_the_ring_is_the_distribution_of_the_eight_gaussians(key):
+    """The score of a distribution has mean zero over it, and Stein's identity ``E[S x^T] = -I``."""
     x = densities.draw_eight_gaussians(key, 100_000)
     score = np.asarray(oracles.ring().score(x, 1.0), np.float64)
     for product, want in ((score, 0.0), (score[:, :, None] * np.asarray(x)[:, None], -np.eye(2))):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fmjax import correction, oracles, sampling, times
-from fmjax.sampling import diffusion, grids, guidance, solvers
+from fmjax.sampling import grids, guidance
 
 README = Path(__file__).parents[1] / "README.md"
 if not README.exists():
@@ -56,7 +56,7 @@ def test_the_example_of_corrections_corrects(ring, tmp_path):
     )
     names = run(
         CORRECTED, correction=correction, samplers=sampling, times=times, guidance=guidance, direction=noised,
-        sigma=sigma, flow_map=ring.flow_map, forward=forward, backward=backward, step=solvers.rk4(ring.velocity),
+        sigma=sigma, flow_map=ring.flow_map, forward=forward, backward=backward, step=sampling.rk4(ring.velocity),
         x0=jax.random.normal(jax.random.key(1), (4096, 2)), key=jax.random.key(2), alphas=np.full(11, 0.1),
     )  # fmt: skip
     assert np.abs(np.asarray(names["x"]).std(0) / [0.5, 1.5] - 1).max() < 0.1
@@ -65,7 +65,7 @@ def test_the_example_of_corrections_corrects(ring, tmp_path):
 
 def test_the_example_of_diffusion_samples_and_searches_a_grid(ring):
     x0 = jax.random.normal(jax.random.key(1), (4096, 2))
-    names = run(DIFFUSION, samplers=sampling, schedules=grids, diffusion=diffusion, velocity=ring.velocity, x0=x0)
+    names = run(DIFFUSION, sampling=sampling, velocity=ring.velocity, x0=x0)
     assert np.abs(np.asarray(names["x"]).std(0) / [0.5, 1.5] - 1).max() < 4 / np.sqrt(2 * 4096) + 0.01
     best = names["best"]
     assert len(best) == 7 and best[0] == names["fine"][0] and best[-1] == names["fine"][-1]

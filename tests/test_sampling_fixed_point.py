@@ -17,10 +17,10 @@ def problem(batch=4, d=6):
     return root, lambda x: b - jnp.einsum("bij,bj->bi", jnp.asarray(a), x)
 
 
-def test_a_linear_residual_is_solved_in_as_many_steps_as_unknowns_though_the_plain_iteration_diverges(x64):
+def test_a_linear_residual_takes_as_many_iterations_as_unknowns(x64):
     root, residual = problem()
     x = jnp.zeros(root.shape)
-    gap = lambda n: float(jnp.abs(fixed_point.solve(residual, x, iterations=n, memory=6) - root).max())
+    gap = lambda n: float(jnp.abs(fixed_point.anderson(residual, x, iterations=n, memory=6) - root).max())
     assert gap(7) < 1e-9 and gap(5) > 1e-3
     plain = x
     for _ in range(20):
@@ -30,20 +30,20 @@ def test_a_linear_residual_is_solved_in_as_many_steps_as_unknowns_though_the_pla
 
 def test_examples_do_not_see_each_other(x64):
     root, residual = problem()
-    alone = lambda i: fixed_point.solve(
+    alone = lambda i: fixed_point.anderson(
         lambda x: residual(jnp.tile(x, (4, 1)))[i : i + 1], jnp.zeros((1, 6)), iterations=4
     )
-    together = fixed_point.solve(residual, jnp.zeros((4, 6)), iterations=4)
+    together = fixed_point.anderson(residual, jnp.zeros((4, 6)), iterations=4)
     for i in range(4):
         np.testing.assert_allclose(alone(i)[0], together[i], rtol=1e-12, atol=1e-12)
 
 
-def test_what_has_no_root_ends_at_its_least_residual_and_not_at_a_number_that_is_none():
+def test_without_a_root_the_iterate_of_smallest_residual_is_returned():
     """``2 + x^2`` is least at 0, where the iteration starts; ``x - 3`` is not defined below 2.9 but at its start."""
     start = jnp.array([[0.0], [0.1]])
-    np.testing.assert_array_equal(fixed_point.solve(lambda x: 2 + x**2, start, iterations=30)[0], start[0])
+    np.testing.assert_array_equal(fixed_point.anderson(lambda x: 2 + x**2, start, iterations=30)[0], start[0])
     broken = lambda x: jnp.where((x < 2.9) & (x != 0), jnp.nan, -0.5 * (x - 3))
-    np.testing.assert_array_equal(fixed_point.solve(broken, jnp.zeros((1, 1)), iterations=5), [[0.0]])
+    np.testing.assert_array_equal(fixed_point.anderson(broken, jnp.zeros((1, 1)), iterations=5), [[0.0]])
 
 
 def test_it_costs_one_residual_more_than_iterations():
@@ -53,6 +53,6 @@ def test_it_costs_one_residual_more_than_iterations():
         jax.debug.callback(lambda: calls.append(0))
         return 1 - x
 
-    jax.block_until_ready(jax.jit(lambda x: fixed_point.solve(residual, x, iterations=7))(jnp.zeros((2, 3))))
+    jax.block_until_ready(jax.jit(lambda x: fixed_point.anderson(residual, x, iterations=7))(jnp.zeros((2, 3))))
     jax.effects_barrier()
     assert len(calls) == 8

@@ -1,16 +1,14 @@
 """Grids of sampling times against published values, exact integrals and every other choice there is."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import integrate
 
-from fmjax import oracles, paths, sampling
-from fmjax.sampling import diffusion, grids, solvers
+from fmjax import paths
+from fmjax.sampling import grids
 
 # EDM's 18 levels and the data, in the time of the linear path
 PUBLISHED = [.0123, .0171, .0239, .0340, .0491, .0719, .1064, .1583, .2349, .3421, .4789, .6308, .7713, .8776, .9434,
@@ -20,9 +18,9 @@ PUBLISHED = [.0123, .0171, .0239, .0340, .0491, .0719, .1064, .1583, .2349, .342
 def test_the_grid_of_edm_is_the_published_one():
     grid = grids.edm_grid(18)
     np.testing.assert_allclose(grid, PUBLISHED, atol=5.1e-5)
-    assert (grid[:-1] < 0.5).sum() == 11 and grid.dtype == np.float32
+    assert (grid[:-1] < 0.5).sum() == 11 and grid.dtype == np.float64
     np.testing.assert_allclose([grid[0], grid[-2]], [1 / 81, 1 / 1.002], rtol=1e-6)
-    assert grids.edm_grid(1).tolist() == [np.float32(1 / 81), 1]
+    assert grids.edm_grid(1).tolist() == [1 / 81, 1]
 
 
 @pytest.mark.parametrize(("make", "even"), [
@@ -30,163 +28,111 @@ def test_the_grid_of_edm_is_the_published_one():
     (grids.edm_grid, lambda sigma: sigma ** (1 / 7)),
     (grids.log_snr_grid, np.log),
 ])  # fmt: skip
-@pytest.mark.parametrize("path", [None, paths.linear(), paths.trigonometric(), paths.vp(), paths.ve(sigma_max=90.0)])
+@pytest.mark.parametrize("path", [paths.linear(), paths.trigonometric(), paths.vp(), paths.ve(sigma_max=90.0)])
 def test_levels_are_even_in_what_they_say_on_every_path(make, even, path):
     grid = make(9, sigma_min=0.03, sigma_max=80.0, path=path)
     with jax.enable_x64(True):
-        alpha, beta = (path or paths.linear()).coefficients(jnp.asarray(grid[:-1], float))
+        alpha, beta = path.coefficients(jnp.asarray(grid[:-1]))
     sigma = np.asarray(alpha / beta)
-    np.testing.assert_allclose(sigma[[0, -1]], [80.0, 0.03], rtol=1e-4)  # the grid is float32's
+    np.testing.assert_allclose(sigma[[0, -1]], [80.0, 0.03], rtol=1e-9)
     steps = np.diff(even(sigma))
-    np.testing.assert_allclose(steps, steps.mean(), rtol=2e-3)
+    np.testing.assert_allclose(steps, steps.mean(), rtol=1e-6)
     assert grid[-1] == 1 and len(grid) == 10
     assert jax.jit(lambda: jnp.asarray(make(9, sigma_min=0.03, path=path)))().shape == (10,)  # static under jit
 
 
 def test_levels_that_a_path_does_not_have_are_refused_and_bad_numbers_too():
-    with pytest.raises(ValueError, match="the path has no noise level 80; give sigma_min and sigma_max within"):
+    with pytest.raises(ValueError, match="sigma=80: "):
         grids.edm_grid(5, path=paths.ve())
-    with pytest.raises(ValueError, match="at least one step, got n=0"):
+    with pytest.raises(ValueError, match="n=0: "):
         grids.edm_grid(0)
-    with pytest.raises(ValueError, match="0 < sigma_min < sigma_max, got sigma_min=3.0, sigma_max=2.0"):
+    with pytest.raises(ValueError, match="sigma_min=3.0: .*sigma_max=2.0"):
         grids.log_snr_grid(4, sigma_min=3.0, sigma_max=2.0)
-    with pytest.raises(ValueError, match="rho=inf must be positive and finite; .* is log_snr_grid"):
+    with pytest.raises(ValueError, match="rho=inf: "):
         grids.edm_grid(4, rho=np.inf)
-    with pytest.raises(ValueError, match="match_snr needs a path without a latent"):
+    with pytest.raises(ValueError, match="latent"):
         grids.edm_grid(4, path=paths.two_sided())
 
 
-STD = 0.2
+def test_a_uniform_grid_has_n_equal_steps_and_exact_ends():
+    for n in (1, 7, 10):
+        grid = grids.uniform_grid(n)
+        assert grid.dtype == np.float64 and grid[0] == 0 and grid[-1] == 1
+        np.testing.assert_allclose(grid, np.arange(n + 1) / n, rtol=1e-15)
+    np.testing.assert_array_equal(grids.uniform_grid(4, start=1.0, stop=0.5), [1, 0.875, 0.75, 0.625, 0.5])
+    for n in (0, -1):
+        with pytest.raises(ValueError, match=f"n={n}: "):
+            grids.uniform_grid(n)
 
 
-def bend(t):
-    """``d^2/dt^2`` of ``sqrt(C_t)``, ``C = (1 - t)^2 + STD^2 t^2``: trajectories of N(0, STD^2) are multiples of it."""
-    c, c1, c2 = (1 - t) ** 2 + STD**2 * t**2, -2 * (1 - t) + 2 * STD**2 * t, 2 + 2 * STD**2
-    return c2 / (2 * np.sqrt(c)) - c1**2 / (4 * c**1.5)
+@pytest.mark.parametrize("grid", [[0.0, 0.1, 1.0], (1, 0.5, 0), np.linspace(0, 1, 3), jnp.array([0.25, 0.5])])
+def test_a_strictly_monotone_grid_passes_unchanged(grid):
+    checked = grids.check_grid(grid)
+    assert isinstance(checked, np.ndarray) and checked.dtype == np.float64
+    np.testing.assert_array_equal(checked, np.asarray(grid))
+    assert grids.check_grid(grid, dtype=np.float32).dtype == np.float32
 
 
-@pytest.fixture(scope="module")
-def teacher():
-    law = oracles.gaussian(jnp.zeros(2), STD)
-    ts, z = grids.uniform_grid(200), jax.random.normal(jax.random.key(0), (512, 2))
-    return law, ts, jax.vmap(lambda t: law.flow_map(z, 0.0, t))(jnp.asarray(ts)), np.asarray(z)
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ([0.5], r"ts=\[0.5\]: shape \(1,\)"),
+        ([], r"ts=\[\]: shape \(0,\)"),
+        (0.5, r"ts=0.5: shape \(\)"),
+        ([[0.0, 1.0]], r"ts=.*: shape \(1, 2\)"),
+        ([0.0, float("nan"), 1.0], r"ts=\[0.0, nan, 1.0\]: "),
+        ([0.0, float("inf")], r"ts=\[0.0, inf\]: "),
+        ([0.0, 0.5, 0.25, 1.0], r"ts\[1\]=0.5: followed by ts\[2\]=0.25"),
+        ([1.0, 0.5, 0.75], r"ts\[1\]=0.5: followed by ts\[2\]=0.75"),
+        ([0.0, 0.5, 0.5, 1.0], r"ts\[1\]=0.5: followed by ts\[2\]=0.5"),
+        ([0.0, 0.0, 1.0], r"ts\[0\]=0: followed by ts\[1\]=0"),
+        ([0.0, 1.0 - 1e-9, 1.0], r"ts\[1\]=1: followed by ts\[2\]=1"),
+        ([0.0, 500.0, 1000.0], "ts=500: "),
+        ([-0.5, 0.5], "ts=-0.5: "),
+        (0, "n=0: "),
+    ],
+)
+def test_a_grid_that_cannot_be_stepped_is_refused_and_named(grid, message):
+    with pytest.raises(ValueError, match=message):
+        grids.check_grid(grid, dtype=np.float32)
 
 
-def test_curvature_is_the_squared_second_derivative_of_trajectories(teacher):
-    law, ts, xs, z = teacher
-    want = bend(ts.astype(float)) ** 2 * np.mean((z**2).sum(1))
-    np.testing.assert_allclose(grids.curvature(law.velocity, xs, ts), want, rtol=1e-3)
+def test_of_a_traced_grid_only_the_shape_is_checked():
+    np.testing.assert_array_equal(jax.jit(grids.check_grid)(jnp.array([0.0, 2.0])), [0.0, 2.0])
+    with pytest.raises(ValueError, match=r"shape \(1,\)"):
+        jax.jit(grids.check_grid)(jnp.array([0.0]))
 
 
-def test_steps_of_an_even_grid_have_equal_shares(teacher):
-    law, ts, xs, _ = teacher
-    found = grids.curvature(law.velocity, xs, ts)
-    for power, density in ((1.0, lambda t: bend(t) ** 2), (0.25, lambda t: np.sqrt(abs(bend(t))))):
-        grid = grids.even_grid(7, ts, found**power)
-        shares = np.array([integrate.quad(density, a, b)[0] for a, b in itertools.pairwise(grid)])
-        np.testing.assert_allclose(shares, shares.mean(), rtol=0.02)  # the teacher has 200 steps
-        assert (grid[0], grid[-1], len(grid)) == (0, 1, 8)
-    start = xs[0]
-    miss = lambda grid: float(jnp.abs(sampling.sample(solvers.euler(law.velocity), start, grid) - xs[-1]).mean())
-    assert miss(grids.even_grid(7, ts, found**0.25)) < miss(grids.uniform_grid(7))
+@pytest.mark.parametrize(("m", "n"), [(10, 50), (7, 21), (10, 10), (50, 1000)])
+def test_a_finer_grid_contains_the_times_of_a_coarser_one(m, n):
+    coarse, fine = grids.uniform_grid(m), grids.uniform_grid(n)
+    assert grids.steps_at(fine, coarse) == tuple(range(0, n + 1, n // m))
+    assert grids.steps_at(fine[::-1], coarse[1:3]) == (n - n // m, n - 2 * n // m)
+    assert grids.steps_at(fine, []) == ()
 
 
-def test_a_straight_flow_gets_even_times_and_densities_that_are_none_are_refused():
-    np.testing.assert_allclose(grids.even_grid(4, [0, 0.3, 1], np.zeros(3)), grids.uniform_grid(4), atol=1e-7)
-    falling = grids.even_grid(2, [1.0, 0.5, 0.0], np.array([0.0, 1.0, 2.0]))
-    assert falling[0] == 1 and falling[-1] == 0 and falling[1] < 0.5
-    for density in (np.ones(2), np.array([1, -1, 1]), np.array([1, np.nan, 1])):
-        with pytest.raises(ValueError, match="even_grid needs a density >= 0 for each of 3 times"):
-            grids.even_grid(4, [0, 0.3, 1], density)
-    with pytest.raises(ValueError, match="at least one step, got n=0"):
-        grids.even_grid(0, [0, 1], np.ones(2))
+def test_a_time_that_a_grid_does_not_have_is_named():
+    with pytest.raises(ValueError, match="t=0.5: not among these 6 times .*0.4"):
+        grids.steps_at(grids.uniform_grid(5), grids.uniform_grid(10)[[2, 5, 7]])
 
 
-def every_path(costs, n, growth, through=()):
-    """The least total and its indices over all subsets of inner points."""
-    last = len(costs) - 1
-    found = []
-    for inner in itertools.combinations(range(1, last), n - 1):
-        index = (0, *inner, last)
-        if set(through) <= set(index):
-            found.append((sum(growth**k * costs[i, j] for k, (i, j) in enumerate(itertools.pairwise(index))), index))
-    return min(found)
+def test_a_schedule_by_step_is_its_array_on_any_grid_with_those_times():
+    """And no number elsewhere. A change of the values compiles nothing."""
+    ts, values, traced = grids.uniform_grid(10), np.linspace(-1, 2, 11), []
 
+    @jax.jit
+    def at(values, t):
+        traced.append(1)
+        return grids.per_step(ts, values)(t)
 
-@pytest.mark.parametrize("growth", [0.7, 1.0, 1.15])
-@pytest.mark.parametrize("through", [(), (4,), (2, 6)])
-def test_dynamic_programming_finds_the_best_of_all_subsets(growth, through):
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        costs = rng.normal(1, 1, (10, 10))  # some negative, as GITS's may be
-        for n in range(len(through) + 1, 10):
-            total, index = every_path(costs, n, growth, through)
-            got = grids.best_steps(costs, n, growth=growth, through=through)
-            assert got == index, (total, n)
-            counts = grids.steps_per_segment(got, through)
-            edges = (0, *through, 9)
-            assert counts == tuple(sum(a <= i < b for i in got[:-1]) for a, b in itertools.pairwise(edges))
-
-
-def test_what_dynamic_programming_cannot_do_is_refused():
-    costs = np.ones((5, 5))
-    for n in (0, 5):
-        with pytest.raises(ValueError, match=f"n={n} steps over 5 points must be from 1 to 4"):
-            grids.best_steps(costs, n)
-    with pytest.raises(ValueError, match=r"n=2 steps over 5 points must be from 3 to 4, through=\(1, 2\)"):
-        grids.best_steps(costs, 2, through=(1, 2))
-    with pytest.raises(ValueError, match=r"through=\(9,\) some of the points"):
-        grids.best_steps(costs, 3, through=(9,))
-    with pytest.raises(ValueError, match="growth=0.0 must be positive"):
-        grids.best_steps(costs, 2, growth=0.0)
-    for bad in (np.ones((4, 5)), np.full((5, 5), np.nan)):
-        with pytest.raises(ValueError, match="a square matrix of costs without nan"):
-            grids.best_steps(bad, 2)
-    with pytest.raises(ValueError, match="cost='chrod' must be one of chord, distance; did you mean 'chord'"):
-        grids.jump_costs(lambda *a: a[0], jnp.zeros((3, 2, 1)), [0, 0.5, 1], cost="chrod")
-
-
-def test_costs_are_those_of_single_jumps_and_cost_one_evaluation_a_time(key, x64):
-    """In state space of three coordinates, written out for every pair."""
-    law = oracles.mixture(jnp.array([[2.0, 0.5, 0], [-1.5, 1, 1], [0.3, -2, -1]]), 0.3)
-    seen = []
-
-    def velocity(x, t, cond=None):
-        jax.debug.callback(lambda: seen.append(1))
-        return law.velocity(x, t)
-
-    ts = np.array([0.0, 0.2, 0.5, 0.8, 1.0])
-    xs = sampling.sample(solvers.rk4(law.velocity), jax.random.normal(key, (4, 3)), ts, trajectory=True)
-    step = diffusion.ddim(velocity)
-    got = {cost: grids.jump_costs(step, xs, ts, cost=cost) for cost in grids.COSTS}
-    jax.effects_barrier()
-    assert len(seen) == 2 * len(ts)
-    direction = (xs[-1] - xs[0]) / np.linalg.norm(xs[-1] - xs[0], axis=1, keepdims=True)
-
-    def off(x):
-        return np.linalg.norm(np.cross(x - xs[0], direction), axis=1)
-
-    for i, j in itertools.product(range(5), range(5)):
-        if j <= i:
-            assert got["chord"][i, j] == got["distance"][i, j] == np.inf
-            continue
-        s, t = np.float32(ts[[i, j]]).astype(float)
-        jump = xs[i] + (t - s) * law.velocity(xs[i], s)
-        np.testing.assert_allclose(got["distance"][i, j], np.linalg.norm(jump - xs[j], axis=1).mean(), rtol=1e-7)
-        np.testing.assert_allclose(got["chord"][i, j], (off(jump) - off(xs[j])).mean(), rtol=1e-6, atol=1e-9)
-
-
-def test_the_best_steps_of_a_teacher_beat_its_even_ones(key):
-    """Paired end-point error of DDIM on a mixture, six steps, by both costs."""
-    law = oracles.mixture(jnp.array([[1.0, 0.2], [-0.7, 0.5], [0.1, -1.0]]), 0.15)
-    ts = grids.edm_grid(40)
-    x0 = (1 - ts[0]) * jax.random.normal(key, (256, 2))
-    xs = jax.jit(lambda x: sampling.sample(diffusion.edm_heun(law.velocity), x, ts, trajectory=True))(x0)
-    step = diffusion.ddim(law.velocity)
-    miss = lambda grid: float(
-        jnp.linalg.norm(jax.jit(lambda x: sampling.sample(step, x, grid))(x0) - xs[-1], axis=1).mean()
-    )
-    plain = miss(grids.edm_grid(6))
-    for cost in grids.COSTS:
-        best = grids.best_steps(grids.jump_costs(step, xs, ts, cost=cost), 6, growth=1.15)
-        assert miss(ts[list(best)]) < 0.9 * plain
+    for v in (values, values**2):
+        np.testing.assert_allclose(at(v, jnp.asarray(grids.uniform_grid(50)[::5])), v, rtol=1e-6)
+    assert len(traced) == 1
+    assert np.isnan(grids.per_step(ts, values)(jnp.array([0.05, 0.55, 1.1]))).all()
+    assert grids.per_step(ts, values)(jnp.float32(0.3)) == np.float32(values[3])  # a scalar, too
+    grids.per_step(ts, values).check(ts[2:4])
+    with pytest.raises(ValueError, match="t=0.25: "):
+        grids.per_step(ts, values).check([0.2, 0.25])
+    for bad in (values[:-1], 0.5):
+        with pytest.raises(ValueError, match=r"values=\("):
+            grids.per_step(ts, bad)

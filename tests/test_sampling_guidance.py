@@ -6,28 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from flows import NULL, conditional
 
-from fmjax import oracles, paths, sampling
-from fmjax.keys import example_keys
+from fmjax import paths, sampling
 from fmjax.nets.adapters import from_linen
 from fmjax.nets.mlp import MLP
-from fmjax.sampling import grids, guidance, solvers
-from fmjax.types import Batch, Method, expand, over_batch
-
-NULL = 2
-
-
-def conditional(means, variances, path=None):
-    """The exact velocity given a label; the last law is the one of the null label."""
-    means, variances = jnp.asarray(means), jnp.asarray(variances)
-
-    def velocity(x, t, cond=None):
-        cond = jnp.full(x.shape[0], NULL) if cond is None else cond
-        mean, std = expand(means[cond], x), expand(jnp.sqrt(variances[cond]), x)
-        return oracles.gaussian(mean, std, path=path).velocity(x, t)
-
-    return velocity
+from fmjax.sampling import grids, guidance
+from fmjax.types import expand, over_batch
 
 
 def counted(velocity, calls):
@@ -42,14 +27,14 @@ def ends(velocity, ts, labels=(0, 1)):
     """``(slope, offset)`` of the affine end point ``x0 -> x1``, for each label."""
     cond = jnp.tile(jnp.asarray(labels), 2)
     x = jnp.repeat(jnp.array([0.0, 1.0]), len(labels))[:, None]
-    xs = jax.jit(lambda x, cond: solvers.integrate(velocity, x, ts, cond=cond)[0])(x, cond)
+    xs = jax.jit(lambda x, cond: sampling.integrate(velocity, x, ts, cond=cond)[0])(x, cond)
     low, high = np.asarray(xs[-1, :, 0]).reshape(2, -1)
     return high - low, low
 
 
 @pytest.mark.parametrize("path", [paths.linear(), paths.trigonometric()])
 @pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 4.0])
-def test_with_equal_variances_the_guided_flow_ends_on_the_tilted_law(scale, path, x64):
+def test_with_equal_variances_the_guided_flow_ends_on_the_tilt(scale, path, x64):
     """``N((1 - w) m_null + w m_c, V)``."""
     means, var = np.array([-1.0, 2.0, 0.4]), 0.7
     guided = guidance.classifier_free(conditional(means, [var] * 3, path), scale=scale, null=NULL)
@@ -59,7 +44,7 @@ def test_with_equal_variances_the_guided_flow_ends_on_the_tilted_law(scale, path
 
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
-def test_with_unequal_variances_it_ends_on_their_geometric_mean_and_not_on_the_tilt(scale, x64):
+def test_with_unequal_variances_it_ends_on_their_geometric_mean(scale, x64):
     """``V_null^{1 - w} V_c^w``; for w = 3, ``N(0, 1.2)`` and ``N(1.5, 0.3)`` give ``N(2.25, 0.01875)``."""
     velocity = conditional([1.5, 0.0, 0.0], [0.3, 1.2, 1.2])
     guided = guidance.classifier_free(velocity, scale=scale, null=NULL)
@@ -87,9 +72,9 @@ def test_weight_is_scale_minus_one_and_one_of_them_is_given(key):
     paper = 2.5 * velocity(x, t, cond) - 1.5 * velocity(x, t, None)  # (1 + w) v_c - w v_null
     np.testing.assert_allclose(by_weight, paper, rtol=1e-5, atol=1e-6)
     for both in ({}, {"scale": 2.0, "weight": 1.0}):
-        with pytest.raises(ValueError, match="give scale .* or weight = scale - 1"):
+        with pytest.raises(ValueError, match="scale=.*, weight=.*: "):
             guidance.classifier_free(velocity, null=NULL, **both)
-    with pytest.raises(TypeError, match="given as scale = 1 \\+ weight"):
+    with pytest.raises(TypeError, match="weight=function: "):
         guidance.classifier_free(velocity, null=NULL, weight=guidance.interval(2.0))
 
 
@@ -170,7 +155,7 @@ def test_an_interval_holds_its_scale_between_its_log_snr_and_one_outside(name):
     assert guidance.interval(2.5, low=0.0, path=path)(ends).tolist() == [1, 2.5]
 
 
-def test_outside_the_interval_it_is_unguided_to_the_bit_and_costs_one_evaluation(key):
+def test_outside_the_interval_it_is_unguided_and_costs_one_evaluation(key):
     calls = []
     velocity = conditional([-1.0, 2.0, 0.4], [0.5, 0.7, 1.0])
     at = guidance.interval(3.0, low=0.0)
@@ -216,101 +201,14 @@ def test_bad_options_are_refused():
             functools.partial(guidance.classifier_free, velocity, null=NULL),
             functools.partial(guidance.autoguidance, velocity, velocity),
         ):
-            with pytest.raises(ValueError, match="finite number or a function of time"):
+            with pytest.raises(ValueError, match=f"scale={scale}: "):
                 make(scale=scale)
-        with pytest.raises(ValueError, match="finite number"):
+        with pytest.raises(ValueError, match=f"scale={scale}: "):
             guidance.interval(scale)
-    with pytest.raises(ValueError, match="needs low < high, got low=1.0, high=1.0"):
+    with pytest.raises(ValueError, match="low=1.0, high=1.0: "):
         guidance.interval(2.0, low=1.0, high=1.0)
-    with pytest.raises(ValueError, match="needs a condition, got cond=None"):
+    with pytest.raises(ValueError, match="cond=None: "):
         guidance.classifier_free(velocity, scale=2.0, null=NULL)(jnp.ones((2, 1)), 0.5)
-
-
-def dropped(rate, n, seed=0, null=NULL):
-    """A method whose loss tells the conditions it saw and the keys it got, under label dropout."""
-
-    def loss(params, target, batch, key):
-        seen = batch.cond["label"].astype(float)
-        return seen.mean(), {"per_example": seen, "words": batch.cond["words"], "key": jax.random.key_data(key)}
-
-    wrapped = guidance.label_dropout(Method(loss), rate=rate, null={"label": null, "words": 0.0})
-    cond = {"label": jnp.arange(n) % NULL, "words": jnp.ones((n, 3))}
-    keys = example_keys(jax.random.key(seed), jnp.arange(n))
-    return wrapped.loss(None, None, Batch(jnp.zeros((n, 1)), cond=cond), keys)[1], cond, keys
-
-
-def test_label_dropout_hides_the_whole_condition_of_its_share_of_the_examples_and_leaves_the_rest():
-    n, rate = 20_000, 0.3
-    aux, cond, keys = dropped(rate, n)
-    null = np.asarray(aux["is_unconditional"])
-    assert abs(null.mean() - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
-    np.testing.assert_array_equal(aux["per_example"], np.where(null, NULL, cond["label"]))
-    np.testing.assert_array_equal(aux["words"], np.where(null[:, None], 0.0, cond["words"]))
-    assert abs(np.corrcoef(null, np.asarray(cond["label"]))[0, 1]) < 4 / n**0.5
-    assert (aux["key"] != jax.random.key_data(keys)).any(1).all(), "the draw's key is used again by the loss"
-
-
-def test_label_dropout_belongs_to_the_example_and_changes_with_its_key():
-    whole, half, other = (np.asarray(dropped(0.5, *a)[0]["is_unconditional"]) for a in ((64,), (32,), (64, 1)))
-    np.testing.assert_array_equal(whole[:32], half)
-    assert (whole != other).any()
-
-
-def test_no_label_dropout_is_the_method_itself_and_a_bad_one_is_refused():
-    method = Method(lambda *a: (0.0, {}))
-    assert guidance.label_dropout(method, rate=0.0, null=NULL) is method
-    for rate in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ValueError, match=rf"label_dropout={rate} is the share .* \[0, 1\)"):
-            guidance.label_dropout(method, rate=rate, null=NULL)
-    keys = example_keys(jax.random.key(0), jnp.arange(2))
-    with pytest.raises(ValueError, match="label dropout needs labels"):
-        guidance.label_dropout(method, rate=0.1, null=NULL).loss(None, None, Batch(jnp.zeros((2, 1))), keys)
-
-
-def test_label_dropout_of_a_pair_drops_the_label_and_keeps_the_scale():
-    seen = []
-    method = Method(lambda params, target, batch, key: seen.append(batch.cond) or (0.0, {}))
-    cond, keys = (jnp.arange(64) % NULL, jnp.linspace(1, 8, 64)), example_keys(jax.random.key(0), jnp.arange(64))
-    _, aux = guidance.label_dropout(method, rate=0.4, null=NULL).loss(
-        None, None, Batch(jnp.zeros((64, 1)), cond=cond), keys
-    )
-    null, ((label, scale),) = np.asarray(aux["is_unconditional"]), seen
-    assert 0 < null.sum() < 64
-    np.testing.assert_array_equal(label, np.where(null, NULL, cond[0]))
-    np.testing.assert_array_equal(scale, cond[1])
-
-
-@pytest.mark.parametrize("power", [0.0, 1.0, 2.5])
-def test_a_random_scale_has_its_density_and_belongs_to_the_example(power):
-    """``P(w < a) = (a^{1-b} - 1) / (8^{1-b} - 1)``, or ``log a / log 8``; the labels stay, the key is another."""
-    seen, n = [], 20_000
-    method = Method(lambda params, target, batch, key: seen.append((batch.cond, key)) or (0.0, {}))
-    loss = guidance.random_scale(method, power=power).loss
-    keys, labels = example_keys(jax.random.key(0), jnp.arange(n)), jnp.arange(n) % 3
-    for rows in (slice(None), slice(0, 10)):
-        loss(None, None, Batch(jnp.zeros((n, 1))[rows], cond=labels[rows]), keys[rows])
-    ((label, scale), key), ((_, few), _) = seen
-    np.testing.assert_array_equal(label, labels)
-    np.testing.assert_array_equal(few, scale[:10])
-    assert (jax.random.key_data(key) != jax.random.key_data(keys)).any(1).all()
-    cdf = lambda a: np.log(a) / np.log(8) if power == 1 else (a ** (1 - power) - 1) / (8 ** (1 - power) - 1)
-    assert stats.kstest(np.asarray(scale, np.float64), cdf).pvalue > 1e-4
-    assert scale.min() >= 1 and scale.max() <= 8
-
-
-def test_a_guided_teacher_has_the_guided_velocity_of_each_rows_scale(key):
-    velocity = conditional([-1.0, 2.0, 0.4], [0.5, 0.7, 1.0])
-    teacher = guidance.guided_teacher(
-        lambda params, x, s, t, cond=None, key=None: params * velocity(x, t, cond), null=NULL
-    )
-    x, t, label, scale = jax.random.normal(key, (6, 1)), 0.3, jnp.arange(6) % 3, jnp.array([1.0, 2.5, 3, 0.5, 4, 2])
-    got = teacher(2.0, x, t, t, (label, scale))
-    for i in range(6):
-        want = guidance.classifier_free(velocity, null=NULL, scale=float(scale[i]))(x, t, label)
-        np.testing.assert_allclose(got[i], 2 * want[i], rtol=1e-5)
-    np.testing.assert_array_equal(got[2], 2 * velocity(x, t, label)[2])  # of the null label
-    with pytest.raises(ValueError, match="needs conditions \\(labels, scale\\): wrap the method in random_scale"):
-        teacher(2.0, x, t, t, label)
 
 
 def test_a_guided_map_at_a_scale_is_one_of_labels(key):
@@ -322,43 +220,10 @@ def test_a_guided_map_at_a_scale_is_one_of_labels(key):
     np.testing.assert_allclose(velocity(x, 0.5, labels), want * 0.5)
     np.testing.assert_allclose(jump(x, 0.25, 0.5, labels), want * 0.25)
     np.testing.assert_allclose(jump(x, 0.25, 0.5, cond=labels, key=key), want * 0.25)
-    walk = functools.partial(sampling.sample, solvers.euler(velocity), x, grids.uniform_grid(2))
+    walk = functools.partial(sampling.sample, sampling.euler(velocity), x, grids.uniform_grid(2))
     np.testing.assert_allclose(walk(cond=labels), x + 0.25 * want, rtol=1e-6)
     for bad in (0.0, float("nan")):
-        with pytest.raises(ValueError, match=f"must be positive and finite, got {bad}"):
+        with pytest.raises(ValueError, match=f"scale={bad}: "):
             guidance.at_scale(velocity, bad)
-    with pytest.raises(ValueError, match="needs labels, got cond=None"):
+    with pytest.raises(ValueError, match="cond=None: "):
         jump(x, 0.0, 1.0)
-
-
-def test_bad_ranges_of_scales_are_refused():
-    method = Method(lambda *a: (0.0, {}))
-    for options in ({"low": 0.0}, {"low": 2.0, "high": 2.0}, {"high": float("inf")}, {"power": float("nan")}):
-        with pytest.raises(ValueError, match="needs 0 < low < high, got low="):
-            guidance.random_scale(method, **options)
-    keys = example_keys(jax.random.key(0), jnp.arange(2))
-    with pytest.raises(ValueError, match="a guidance scale needs labels"):
-        guidance.random_scale(method).loss(None, None, Batch(jnp.zeros((2, 1))), keys)
-
-
-def test_an_autoguided_teacher_is_autoguidance_on_the_diagonal_and_what_a_method_regresses_on(key):
-    from fmjax.methods.lagrangian import lagrangian
-
-    net = lambda params, x, s, t, cond=None, key=None: params * jnp.sin(x) + expand(s + 2 * t, x)
-    weak = lambda params, x, s, t, cond=None, key=None: params * x
-    x, t, target = jax.random.normal(key, (4, 2)), jnp.linspace(0.1, 0.7, 4), {"strong": 2.0, "weak": 0.5}
-    for second, scale in ((None, 1.7), (weak, 1.7), (weak, guidance.interval(3.0, low=0.0)), (weak, 1.0)):
-        teacher = guidance.autoguided_teacher(net, second, scale=scale)
-        strong = lambda x, t, cond=None: net(2.0, x, t, t)
-        other = lambda x, t, cond=None, second=second: (second or net)(0.5, x, t, t)
-        want = guidance.autoguidance(strong, other, scale=scale)(x, t)
-        np.testing.assert_allclose(teacher(target, x, t, t), want, rtol=1e-6)
-    teacher = guidance.autoguided_teacher(net, weak, scale=1.7)
-    pair = lambda key: (t, t)  # of no length: the residual is u - v
-    loss = lagrangian(net, diagonal=0.0, teacher=teacher, pair=pair).loss
-    _, aux = loss(1.0, target, Batch(x, x0=jnp.zeros_like(x)), example_keys(key, jnp.arange(4)))
-    x = expand(t, x) * x
-    want = jnp.mean((net(1.0, x, t, t) - teacher(target, x, t, t)) ** 2, 1)
-    np.testing.assert_allclose(aux["per_example"], want, rtol=1e-5)
-    with pytest.raises(ValueError, match="finite"):
-        guidance.autoguided_teacher(net, scale=float("nan"))

@@ -52,7 +52,7 @@ def test_the_density_of_a_gaussian_is_the_closed_form(x64, key):
     x = oracle.sample(key, 5)
     for t in (1.0, 0.6):
         found = exact(oracle.velocity, x, ts=(t, 0.0))
-        np.testing.assert_allclose(likelihood.check(found), oracle.log_density(x, t), atol=1e-7)
+        np.testing.assert_allclose(likelihood.checked_density(found), oracle.log_density(x, t), atol=1e-7)
         np.testing.assert_allclose(oracle.flow_map(found.x0, 0.0, t), x, atol=1e-7)
 
 
@@ -68,7 +68,7 @@ def test_the_default_solver_keeps_its_tolerance_in_float32(key):
     x = oracle.sample(key, 32).astype(jnp.float32)
     found = jax.jit(lambda x: likelihood.log_density(oracle.velocity, x))(x)
     assert found.log_p.dtype == jnp.float32
-    np.testing.assert_allclose(likelihood.check(found), oracle.log_density(x, 1.0), atol=2e-3)
+    np.testing.assert_allclose(likelihood.checked_density(found), oracle.log_density(x, 1.0), atol=2e-3)
 
 
 def test_conditions_reach_the_velocity(x64):
@@ -127,12 +127,12 @@ def test_hutchinsons_estimate_has_its_mean_and_variance(law, key):
     assert abs(spread.mean() - var) < 4.5 * spread.std() / n**0.5
 
 
-def test_signs_are_exact_for_a_diagonal_jacobian_and_gaussian_probes_are_not(x64, key):
+def test_only_signs_are_exact_for_a_diagonal_jacobian(x64, key):
     oracle = gaussian((2, 2, 1))
     x = oracle.sample(key, 5)
     want = oracle.log_density(x, 1.0)
     np.testing.assert_allclose(exact(oracle.velocity, x, None, key, probes=1).log_p, want, atol=1e-7)
-    rough = exact(oracle.velocity, x, None, key, probes=1, law="gaussian").log_p
+    rough = exact(oracle.velocity, x, None, key, probes=1, distribution="gaussian").log_p
     assert (abs(rough - want) > 1e-3).all()
 
 
@@ -157,13 +157,14 @@ def test_the_density_by_one_jump_of_the_exact_map_is_the_closed_form(path, x64, 
     x = oracle.sample(key, 5)
     for t in (1.0, 0.6):
         found = likelihood.flow_map_log_density(oracle.flow_map, x, ts=(0.0, t))
-        np.testing.assert_allclose(likelihood.check(found), oracle.log_density(x, t), atol=1e-6 if t < 1 else 1e-12)
+        log_p = likelihood.checked_density(found)
+        np.testing.assert_allclose(log_p, oracle.log_density(x, t), atol=1e-12)
         np.testing.assert_allclose(oracle.flow_map(found.x0, 0.0, t), x, atol=1e-6)
     bits = likelihood.bits_per_dim(likelihood.flow_map_log_density(oracle.flow_map, x), level=0.5)
     np.testing.assert_allclose(bits, 1 - oracle.log_density(x, 1.0) / (4 * math.log(2)), rtol=1e-12)
 
 
-def test_the_density_of_a_map_that_mixes_coordinates_has_the_whole_determinant(x64, key):
+def test_the_density_of_a_map_that_mixes_coordinates_has_its_determinant(x64, key):
     """``X(z) = A z + sin(A z) / 2``, inverted by iteration: ``log|det A| + sum log(1 + cos(y) / 2)``, y = A z."""
     a = jnp.asarray(MATRIX + np.eye(3))
 
@@ -185,23 +186,21 @@ def test_the_density_of_a_map_that_mixes_coordinates_has_the_whole_determinant(x
     np.testing.assert_allclose(found.x0, z, atol=1e-12)
 
 
-def test_a_map_that_is_not_its_own_inverse_has_no_density_and_says_by_how_much(x64, key):
+def test_a_map_that_is_not_its_own_inverse_has_no_density(x64, key):
     """Back by the wrong speed: ``x`` returns as ``1.02 x``, off by 2 %; one bad example of many is enough."""
     wrong = lambda x, s, t, cond=None, key=None: 1.02 * x if t > s else x
     x = jax.random.normal(key, (6, 2), jnp.float64)
     size = jnp.sqrt((x**2).mean(1).max() / (x**2).mean())
-    with pytest.raises(
-        ValueError, match=f"off by {0.02 * size:.3g} of the size of x .*train both orders of times with"
-    ):
+    with pytest.raises(ValueError, match=f"tolerance=.*: .*off by {0.02 * size:.3g} of its size.*flow_map_matching"):
         likelihood.flow_map_log_density(wrong, x)
     found = likelihood.flow_map_log_density(wrong, x, tolerance=0.021 * float(size))
     np.testing.assert_allclose(found.log_p, -0.5 * (x**2 + math.log(2 * math.pi)).sum(1), rtol=1e-12)
     one = lambda x, s, t, cond=None, key=None: x.at[-1].add(1.0) if t > s else x
     for broken in (one, lambda x, s, t, cond=None, key=None: x * jnp.nan):
-        with pytest.raises(ValueError, match="not its own inverse"):
+        with pytest.raises(ValueError, match="tolerance="):
             likelihood.flow_map_log_density(broken, jnp.tile(x, (100, 1)))
     for ts in ((0.1, 1.0), (1.0, 0.0), (0.0, 0.5, 1.0)):
-        with pytest.raises(ValueError, match="ts must be the time of the noise, 0, and that of x"):
+        with pytest.raises(ValueError, match="ts="):
             likelihood.flow_map_log_density(wrong, x, ts=ts)
 
 
@@ -211,13 +210,13 @@ def test_few_fixed_steps_are_refused_unless_asked(key):
     fixed = functools.partial(likelihood.log_density, oracle.velocity, rtol=None, atol=None)
     few = jax.jit(functools.partial(fixed, ts=np.linspace(1, 0, 9), solver="euler"))(x)
     many = jax.jit(functools.partial(fixed, ts=np.linspace(1, 0, 33), solver="rk4"))(x)
-    with pytest.raises(RuntimeError, match=r"halving them changes it by .* bits/dim \(tolerance 0.01\)"):
+    with pytest.raises(RuntimeError, match="tolerance=0.01: .* bits/dim"):
         likelihood.bits_per_dim(few, level=1.0)
     off = (few.log_p - oracle.log_density(x, 1.0)).mean()
     assert abs(off) / (2 * math.log(2)) > 0.01  # and it is wrong indeed
     asked = likelihood.bits_per_dim(few, level=1.0, tolerance=math.inf)
     np.testing.assert_allclose(asked, -few.log_p / (2 * math.log(2)), rtol=1e-6)
-    np.testing.assert_allclose(likelihood.check(many), oracle.log_density(x, 1.0), atol=0.02)
+    np.testing.assert_allclose(likelihood.checked_density(many), oracle.log_density(x, 1.0), atol=0.02)
 
 
 def test_halved_steps_are_the_solve_on_the_refined_grid(x64, key):
@@ -236,9 +235,9 @@ def test_a_failed_solve_is_an_error_and_not_a_number(key):
     oracle = mixture()
     x = oracle.sample(key, 4)
     with pytest.raises(RuntimeError, match="solve of the log-density failed"):
-        likelihood.check(likelihood.log_density(oracle.velocity, x, max_steps=2))
+        likelihood.checked_density(likelihood.log_density(oracle.velocity, x, max_steps=2))
     broken = likelihood.log_density(oracle.velocity, x)._replace(log_p=jnp.array([0.0, jnp.nan, 0.0, 0.0]))
-    with pytest.raises(RuntimeError, match="left finite numbers"):
+    with pytest.raises(RuntimeError, match="non-finite values"):
         likelihood.bits_per_dim(broken, level=1.0)
 
 
@@ -278,18 +277,18 @@ def test_dequantised_data_bound_the_code_length_from_above(key):
 def test_bad_options_are_refused(key):
     velocity, x = mixture().velocity, jnp.ones((2, 2))
     for ts in ((0.0, 1.0), (1.0, 0.1), (0.0, -1.0)):
-        with pytest.raises(ValueError, match="must fall from the time of x to the noise at 0"):
+        with pytest.raises(ValueError, match="ts="):
             likelihood.log_density(velocity, x, ts=ts)
     for options in ({"probes": 2}, {"key": key}):
-        with pytest.raises(ValueError, match="needs probes and key"):
+        with pytest.raises(ValueError, match="=None: "):
             likelihood.log_density(velocity, x, **options)
-    with pytest.raises(ValueError, match="at least one probe, got 0"):
+    with pytest.raises(ValueError, match="probes=0: "):
         likelihood.log_density(velocity, x, None, key, probes=0)
-    with pytest.raises(ValueError, match="no law of probes 'normal'"):
-        likelihood.log_density(velocity, x, None, key, probes=1, law="normal")
+    with pytest.raises(ValueError, match="distribution='normal'"):
+        likelihood.log_density(velocity, x, None, key, probes=1, distribution="normal")
     found = likelihood.Density(jnp.zeros(2), x, None, None)
     for level in (0.0, -0.1):
-        with pytest.raises(ValueError, match="size of one grey level"):
+        with pytest.raises(ValueError, match=f"level={level}: "):
             likelihood.bits_per_dim(found, level=level)
     with pytest.raises(TypeError, match="typed PRNG key"):
         likelihood.dequantise(None, x, level=0.1)

@@ -1,5 +1,6 @@
 """The interleaved scan against plain loops, its keys, what it evaluates and what it costs."""
 
+import functools
 import re
 
 import jax
@@ -12,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 from fmjax import oracles, paths, sampling
 from fmjax.correction import correctors
 from fmjax.keys import as_keys, fold_in, normal
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.training import sharding
-from fmjax.types import expand
+from fmjax.types import Costed, expand
 
 TS = [0.0, 0.5, 0.75, 1.0]
 
@@ -61,25 +62,25 @@ def test_bad_requests_are_refused_before_any_work(key):
     x = jnp.zeros((2, 1))
     run = lambda ts=TS, **options: sampling.sample(never, x, ts, **options)
     for at, first in [((0, 4), 4), ((-1,), -1), ((7, 5), 5)]:
-        with pytest.raises(ValueError, match=f"at={first} is not a step: with 3 solver steps .* at 0 .. 3"):
+        with pytest.raises(ValueError, match=f"at={first}: .* 0 .. 3"):
             run(corrector=never, key=key, at=at)
-    with pytest.raises(ValueError, match=r"needs a key: sample\(..., key=jax.random.key\(seed\)\)"):
+    with pytest.raises(ValueError, match=r"key=None: .*key=jax.random.key\(seed\)"):
         run(corrector=never, at=(0,))
-    with pytest.raises(ValueError, match=r"say where to correct: at=\(0, 3\), or at=range\(4\)"):
+    with pytest.raises(ValueError, match=r"at=None: .*at=\(0, 3\), or at=range\(4\)"):
         run(corrector=never, key=key)
-    with pytest.raises(ValueError, match=r"at=\(0, 3\) asks for corrections, but no corrector was given"):
+    with pytest.raises(ValueError, match=r"at=\(0, 3\): "):
         run(key=key, at=(3, 0))
-    with pytest.raises(ValueError, match="strictly"):
+    with pytest.raises(ValueError, match=r"ts\[0\]=0: "):
         run(ts=[0.0, 0.0])
     with pytest.raises(TypeError, match="typed PRNG key"):
         run(key=0)
-    with pytest.raises(ValueError, match=r"parallel=True needs a corrector with info\['noised'\]"):
+    with pytest.raises(ValueError, match="parallel=True: "):
         sampling.sample(double, x, TS, key=key, corrector=add_time, at=(0,), parallel=True)
 
 
-def test_a_correction_of_no_size_and_one_nowhere_leave_the_plain_sample_to_the_bit(flow, key):
+def test_a_correction_of_no_size_leaves_the_plain_sample_to_the_bit(flow, key):
     velocity, direction = flow
-    step, ts = solvers.rk4(velocity), grids.uniform_grid(6)
+    step, ts = sampling.rk4(velocity), grids.uniform_grid(6)
     x = jax.random.normal(key, (8, 2))
     plain = sampling.sample(step, x, ts)
     nothing = correctors.marginal_matching(direction, alpha=0.0, beta=0.0)
@@ -105,14 +106,14 @@ def test_what_is_evaluated_is_what_cost_says(at, parallel, key):
 
         return f
 
-    step = solvers.midpoint(counted("step"))
+    step = sampling.midpoint(counted("step"))
     fix = correctors.marginal_matching(counted("correction"), alpha=0.1, beta=0.1)
     options = {"key": key, "corrector": fix, "at": at, "parallel": parallel}
     jax.block_until_ready(
         jax.jit(lambda x: sampling.sample(step, x, grids.uniform_grid(4), **options))(jnp.ones((2, 1)))
     )
     jax.effects_barrier()
-    cost = sampling.cost(4, at, step_nfe=solvers.nfe("midpoint"), parallel=parallel)
+    cost = sampling.cost(step, 4, at, fix, parallel=parallel)
     assert (counts["step"] + counts["correction"], counts["correction"]) == (cost.nfe, cost.c_nfe)
 
 
@@ -153,7 +154,7 @@ def test_a_skipped_correction_is_no_part_of_the_compiled_step(parallel, flow, ke
 
     def program(n, at):
         run = lambda x: sampling.sample(
-            solvers.rk4(velocity), x, grids.uniform_grid(n), key=key, corrector=fix, at=at, parallel=parallel
+            sampling.rk4(velocity), x, grids.uniform_grid(n), key=key, corrector=fix, at=at, parallel=parallel
         )
         return jax.jit(run).lower(jnp.ones((4, 2))).compile().as_text()
 
@@ -176,7 +177,7 @@ def test_correctors_of_one_grid_serve_another(flow, x64, key):
     schedules = {"alpha": grids.per_step(coarse, 0.4 * alphas), "beta": grids.per_step(coarse, betas)}
     fix = correctors.marginal_matching(direction, **schedules)
     x = start = jax.random.normal(key, (4, 2), jnp.float64)
-    step = solvers.euler(velocity)
+    step = sampling.euler(velocity)
     got = sampling.sample(step, x, fine, key=key, corrector=fix, at=at)
     keys = as_keys(key, 4)
     for n, t in enumerate(fine):
@@ -185,11 +186,11 @@ def test_correctors_of_one_grid_serve_another(flow, x64, key):
             x = x + 0.4 * alphas[n // 5] * direction(x, t)
         x = step(x, t, fine[n + 1]) if n < 50 else x
     np.testing.assert_allclose(got, x, rtol=1e-6)  # the schedules are float32 on a float32 grid
-    with pytest.raises(ValueError, match="t=0.02 is not among these 11 times, whose nearest is 0"):
+    with pytest.raises(ValueError, match="t=0.02: "):
         jax.jit(lambda x: sampling.sample(step, x, fine, key=key, corrector=fix, at=(0, 1)))(start)
-    with pytest.raises(ValueError, match="t=0.1 is not among these 5 times"):
+    with pytest.raises(ValueError, match="t=0.1: "):
         sampling.same_times((0, 1, 10), coarse, grids.uniform_grid(4))
-    with pytest.raises(ValueError, match="at=11 is not a step"):
+    with pytest.raises(ValueError, match="at=11: "):
         sampling.same_times((11,), coarse, fine)
 
 
@@ -202,7 +203,7 @@ def test_noise_changes_a_sample_through_its_key_alone(parallel, flow, key):
     def run(seed, **noise):
         fix = correctors.marginal_matching(direction, alpha=0.5, **noise)
         options = {"corrector": fix, "at": (0, 2, 4), "parallel": parallel}
-        return jax.jit(lambda x: sampling.sample(solvers.rk4(velocity), x, ts, key=jax.random.key(seed), **options))(x)
+        return jax.jit(lambda x: sampling.sample(sampling.rk4(velocity), x, ts, key=jax.random.key(seed), **options))(x)
 
     plain = run(0)
     for seed in (0, 1):
@@ -226,10 +227,10 @@ def test_noise_changes_a_sample_through_its_key_alone(parallel, flow, key):
 def test_costs_are_the_published_ones(n, at, w, nfe, c_nfe):
     """Marginal matching on CIFAR-10 and ImageNet-64 (OpenReview kRjLBXWn1T): score w = 1, classifier w = 2, RK4."""
     k = len(set(at))
-    options = {"step_nfe": 4, "corrector_nfe": w}
-    assert sampling.cost(n, at, **options) == (nfe, k, c_nfe, nfe)
-    assert sampling.cost(n, at, parallel=True, **options) == (nfe, k, c_nfe, 4 * n + w)  # all of them correct the end
-    assert sampling.cost(n, set(at) - {n}, parallel=True, **options).depth == 4 * n
+    step = sampling.rk4(lambda x, t, cond=None: x)
+    assert sampling.cost(step, n, at, w) == (nfe, k, c_nfe, nfe)
+    assert sampling.cost(step, n, at, w, parallel=True) == (nfe, k, c_nfe, 4 * n + w)  # all of them correct the end
+    assert sampling.cost(step, n, set(at) - {n}, w, parallel=True).depth == 4 * n
 
 
 @pytest.mark.parametrize(
@@ -237,9 +238,9 @@ def test_costs_are_the_published_ones(n, at, w, nfe, c_nfe):
     [(10, 40), (11, 44), (12, 48), (13, 52), (14, 56), (15, 60), (20, 80), (40, 160), (50, 200), (100, 400), (8, 32)],
 )
 def test_costs_without_correction_are_the_published_ones(n, nfe):
-    assert sampling.cost(n, step_nfe=solvers.nfe("rk4")) == (nfe, 0, 0, nfe)
-    with pytest.raises(ValueError, match=f"at={n + 1} is not a step"):
-        sampling.cost(n, (n + 1,))
+    assert sampling.cost(sampling.rk4(lambda x, t, cond=None: x), n) == (nfe, 0, 0, nfe)
+    with pytest.raises(ValueError, match=f"at={n + 1}: "):
+        sampling.cost(4, n, (n + 1,))
 
 
 def test_a_falling_grid_inverts(x64, key):
@@ -252,10 +253,10 @@ def test_a_falling_grid_inverts(x64, key):
     there = sampling.sample(oracle.flow_map, x, ts, trajectory=True)
     back = sampling.sample(oracle.flow_map, there[-1], ts[::-1], trajectory=True)
     np.testing.assert_allclose(back[::-1], there, atol=1e-12)
-    step, ts = solvers.rk4(oracle.velocity), grids.uniform_grid(20)
+    step, ts = sampling.rk4(oracle.velocity), grids.uniform_grid(20)
     there = sampling.sample(step, x, ts)
     assert np.abs(sampling.sample(step, there, ts[::-1]) - x).max() > 1e-9
-    back = sampling.sample(solvers.inverse(step, iterations=60), there, ts[::-1])
+    back = sampling.sample(sampling.inverse(step, iterations=60), there, ts[::-1])
     np.testing.assert_allclose(back, x, atol=1e-12)
 
 
@@ -272,9 +273,9 @@ def test_the_parallel_sampler_is_the_fused_update_for_euler(flow, x64, key):
         x = noised + push + 0.25 * velocity(noised, t)
     fix = correctors.marginal_matching(direction, alpha=0.5, beta=0.2)
     options = {"key": key, "corrector": fix, "at": (0, 2, 3), "parallel": True}
-    got = sampling.sample(solvers.euler(velocity), start, ts, trajectory=True, **options)
+    got = sampling.sample(sampling.euler(velocity), start, ts, trajectory=True, **options)
     np.testing.assert_allclose(got, np.stack(want), rtol=1e-13)
-    np.testing.assert_array_equal(sampling.sample(solvers.euler(velocity), start, ts, **options), got[-1])
+    np.testing.assert_array_equal(sampling.sample(sampling.euler(velocity), start, ts, **options), got[-1])
 
 
 def test_parallel_and_serial_agree_up_to_the_step(flow, x64, key):
@@ -282,7 +283,7 @@ def test_parallel_and_serial_agree_up_to_the_step(flow, x64, key):
     velocity, direction = flow
     x = jax.random.normal(key, (32, 2), jnp.float64)
     fix = correctors.marginal_matching(direction, alpha=0.5)
-    step = solvers.rk4(velocity)
+    step = sampling.rk4(velocity)
 
     def gap(n, at):
         run = lambda parallel: sampling.sample(
@@ -316,7 +317,7 @@ def test_every_step_and_correction_of_every_example_has_a_key_of_its_own(key):
 def test_sample_17_is_the_same_whatever_the_batch_and_the_devices(flow, key):
     velocity, direction = flow
     fix = correctors.marginal_matching(direction, alpha=0.5, beta=0.3)
-    step, ts = solvers.rk4(velocity), grids.uniform_grid(4)
+    step, ts = sampling.rk4(velocity), grids.uniform_grid(4)
     x = normal(as_keys(jax.random.key(9), 32), (2,))
     run = lambda x, key: sampling.sample(step, x, ts, key=key, corrector=fix, at=(0, 2, 4))
     whole = jax.jit(run)(x, key)
@@ -341,12 +342,12 @@ def test_the_condition_reaches_step_and_correction(key):
 
 
 @pytest.mark.parametrize("path", [paths.linear, paths.trigonometric])
-@pytest.mark.parametrize("share", [0.3, 1.0])
-def test_a_renoised_jump_of_the_exact_map_keeps_the_marginals(path, share, x64):
+@pytest.mark.parametrize("fraction", [0.3, 1.0])
+def test_a_renoised_jump_of_the_exact_map_keeps_the_marginals(path, fraction, x64):
     """Mean and variance of the Gaussian oracle at every time, 65,536 samples; and it is not the jump itself."""
     mean, std, n = jnp.array([0.75, -0.5]), jnp.array([0.5, 1.5]), 1 << 16
     oracle, ts = oracles.gaussian(mean, std, path=path()), np.array([0.0, 0.4, 0.7, 1.0])
-    step = sampling.renoised(oracle.flow_map, path=path(), share=share)
+    step = sampling.renoised(oracle.flow_map, path=path(), fraction=fraction)
     x0 = jax.random.normal(jax.random.key(0), (n, 2))
     xs = sampling.sample(step, x0, ts, key=jax.random.key(1), trajectory=True)
     for x, t in zip(xs, ts, strict=True):
@@ -358,12 +359,134 @@ def test_a_renoised_jump_of_the_exact_map_keeps_the_marginals(path, share, x64):
     assert np.abs(xs[1] - plain[1]).mean() > 0.1 and np.abs(xs[3] - plain[3]).mean() > 0.1
 
 
-def test_without_a_way_to_go_renoising_is_the_jump_and_its_ends_are_checked(key):
+def test_renoising_by_no_fraction_is_the_jump(key):
     oracle = oracles.gaussian(0.3, 0.7)
-    x, step = jax.random.normal(key, (5, 2)), sampling.renoised(oracle.flow_map, share=0.0)
-    jumped = step(x, 0.2, 0.6, key=as_keys(key, 5))
-    np.testing.assert_allclose(jumped, oracle.flow_map(x, 0.2, 0.6), atol=2e-4)  # sqrt of a rounding error
-    with pytest.raises(ValueError, match="renoising draws noise and needs a key"):
-        step(x, 0.2, 0.6)
-    with pytest.raises(ValueError, match=r"share=1.5 of the way to the data must lie in \[0, 1\]"):
-        sampling.renoised(oracle.flow_map, share=1.5)
+    x, step = jax.random.normal(key, (5, 2)), sampling.renoised(oracle.flow_map, fraction=0.0)
+    np.testing.assert_array_equal(step(x, 0.2, 0.6), oracle.flow_map(x, 0.2, 0.6))
+    nearly = sampling.renoised(oracle.flow_map, fraction=1e-6)(x, 0.2, 0.6, key=key)
+    np.testing.assert_allclose(nearly, oracle.flow_map(x, 0.2, 0.6), atol=5e-3)
+    with pytest.raises(ValueError, match="key=None: "):
+        sampling.renoised(oracle.flow_map)(x, 0.2, 0.6)
+    with pytest.raises(ValueError, match="fraction=1.5: "):
+        sampling.renoised(oracle.flow_map, fraction=1.5)
+
+
+def test_the_number_of_steps_stands_for_a_uniform_grid(key):
+    step, x = sampling.euler(lambda x, t, cond=None: -x), jnp.ones((2, 1))
+    for n in (10, np.int64(10)):
+        np.testing.assert_array_equal(sampling.sample(step, x, n), sampling.sample(step, x, grids.uniform_grid(10)))
+
+
+def test_first_slips_are_answered_in_one_sentence():
+    velocity, x = lambda x, t, cond=None: -x, jnp.ones((2, 1))
+    step = sampling.euler(velocity)
+    for wrong in (velocity, lambda x, t: -x, functools.partial(velocity, cond=None), jax.jit(velocity)):
+        with pytest.raises(TypeError, match=r"step=.*pass sampling.rk4\(velocity\)"):
+            sampling.sample(wrong, x, 10)
+    with pytest.raises(TypeError, match="step=3: "):
+        sampling.sample(3, x, 10)
+    with pytest.raises(TypeError, match=r"x0=int32\[1, 2\]: "):
+        sampling.sample(step, jnp.full((1, 2), 3), 10)
+    with pytest.raises(ValueError, match=r"x0=float32\[\]: "):
+        sampling.sample(step, jnp.float32(1), 10)
+    for ts, time in (([0, 500, 1000], "500"), ([-0.5, 0.5], "-0.5"), ([1.0, 0.0, -0.25], "-0.25")):
+        with pytest.raises(ValueError, match=rf"ts={time}: outside \[0, 1\]"):
+            sampling.sample(step, x, ts)
+    for message in (str(e.value) for e in [pytest.raises(TypeError, sampling.sample, velocity, x, 10)]):
+        assert "\n" not in message and len(message) <= 300
+
+
+def test_many_small_steps_of_a_short_state_are_not_lost():
+    step = sampling.euler(lambda x, t, cond=None: jnp.ones_like(x))
+    end = jax.jit(lambda x: sampling.sample(step, x, 1000))(jnp.zeros((1, 1), jnp.bfloat16))
+    assert end.dtype == jnp.bfloat16 and end[0, 0] == 1
+
+
+def test_a_float64_state_has_float64_times(x64):
+    """``sin`` over [0, 0.7]: rounding 0.7 to float32 alone would cost 1e-8."""
+    step = sampling.from_diffrax(lambda x, t, cond=None: jnp.cos(t)[:, None] + 0 * x, rtol=1e-12, atol=1e-12)
+    assert abs(sampling.sample(step, jnp.zeros((1, 1)), [0.0, 0.7])[0, 0] - np.sin(0.7)) < 1e-11
+
+
+def test_a_grid_may_be_traced_in_whole_or_in_part(key):
+    step, x = sampling.rk4(lambda x, t, cond=None: -x), jnp.ones((2, 1))
+    plain = sampling.sample(step, x, [0.0, 0.3, 1.0], key=key, corrector=add_time, at=(1, 2))
+    for run in (lambda t: [0.0, t, 1.0], lambda t: jnp.stack([0 * t, t, 1 + 0 * t])):
+        at = jax.jit(lambda t: sampling.sample(step, x, run(t), key=key, corrector=add_time, at=(1, 2)))  # noqa: B023
+        np.testing.assert_allclose(at(0.3), plain, rtol=1e-6)
+    with pytest.raises(ValueError, match="shape"):
+        jax.jit(lambda t: sampling.sample(step, x, t))(jnp.float32(0.3))
+
+
+@pytest.mark.parametrize("at", [(), (0,), (4,), (1, 3), (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_info_has_the_diagnostics_of_the_corrected_steps(at, parallel, key):
+    """One row for each correction, in order, as the corrector gave it; a memory of a multistep step at its end."""
+
+    def report(key, x, t, cond=None):
+        return x + 1, {"time": t, "mean": x.mean(), "moved": jnp.ones(len(x), bool), "noised": x}
+
+    x, ts = jnp.ones((3, 2)), np.linspace(0, 1, 5)
+    step = sampling.dpmpp_2m(lambda x, t, cond=None: -x)
+    options = {"key": key, "corrector": report, "at": at, "parallel": parallel}
+    got, info = jax.jit(lambda x: sampling.sample(step, x, ts, info=True, **options))(x)
+    np.testing.assert_allclose(got, sampling.sample(step, x, ts, **options), rtol=1e-6)
+    assert info.steps.tolist() == list(at)
+    if at:
+        np.testing.assert_allclose(info.corrections["time"], np.repeat(ts[list(at)][:, None], 3, 1), rtol=1e-6)
+        assert info.corrections["mean"].shape == (len(at),) and info.corrections["noised"].shape == (len(at), 3, 2)
+        assert info.corrections["moved"].all()
+        states = sampling.sample(step, x, ts, trajectory=True, **options)
+        np.testing.assert_allclose(info.corrections["noised"] + 1, states[np.array(at)], rtol=1e-6)
+    else:
+        assert info.corrections == {}
+    data, level = info.memory
+    assert data.shape == x.shape and np.allclose(level, 1 / 3)  # of the last step's start, t = 3/4
+    assert sampling.sample(sampling.rk4(lambda x, t, cond=None: -x), x, 2, info=True)[1].memory is None
+
+
+def test_info_is_the_same_on_eight_devices(flow, key):
+    velocity, direction = flow
+    fix, step = correctors.marginal_matching(direction, alpha=0.5, beta=0.3), sampling.euler(velocity)
+    run = lambda x, key: sampling.sample(step, x, 4, key=key, corrector=fix, at=(1, 4), info=True)[1].corrections
+    x = normal(as_keys(jax.random.key(9), 16), (2,))
+    local = jax.shard_map(run, mesh=sharding.make_mesh(), in_specs=P("data"), out_specs=P(None, "data"))
+    for a, b in zip(*map(jax.tree.leaves, (local(x, as_keys(key, 16)), run(x, key))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_refuses_grids_that_it_cannot_take_under_jit_too(key):
+    check = lambda ts: sampling.steps_at([0.0, 0.5, 1.0], ts)
+    step = Costed(lambda x, s, t, cond=None, key=None: x, 1, check)
+    fix = Costed(lambda key, x, t, cond=None: (x, {}), 1, check)
+    for wrapped in (step, jax.jit(step), functools.partial(step, cond=None)):
+        with pytest.raises(ValueError, match="t=0.25: "):
+            jax.jit(lambda x: sampling.sample(wrapped, x, 4))(jnp.ones((2, 1)))  # noqa: B023
+        sampling.sample(wrapped, jnp.ones((2, 1)), 2)
+    with pytest.raises(ValueError, match="t=0.25: "):
+        sampling.sample(sampling.euler(lambda x, t, cond=None: x), jnp.ones((2, 1)), 4, key=key, corrector=fix, at=(1,))
+
+
+@pytest.mark.parametrize("name", ["linear", "trigonometric", "vp", "sub_vp", "ve"])
+def test_the_start_and_the_grid_of_a_path_give_samples_of_the_data(name):
+    """Data ``N(0.3, 0.5^2)``, exact velocity, RK4: mean and deviation within their standard errors."""
+    path, n = getattr(paths, name)(), 1 << 14
+    oracle = oracles.gaussian(0.3, 0.5, path=path)
+    ts = grids.default_grid(path, 200)
+    x0 = sampling.source_sample(path, jax.random.key(1), (n, 1))
+    x = np.asarray(jax.jit(lambda x: sampling.sample(sampling.rk4(oracle.velocity), x, ts))(x0))
+    assert ts[-1] == (0.999 if name == "vp" else 1)
+    assert abs(x.mean() - 0.3) < 4 * 0.5 / n**0.5 + 0.005
+    assert abs(x.std() / 0.5 - 1) < 4 / (2 * n) ** 0.5 + 0.005
+
+
+def test_the_start_belongs_to_its_example_and_knows_a_later_time():
+    path, key = paths.ve(sigma_max=50.0), jax.random.key(3)
+    whole = sampling.source_sample(path, key, (8, 3))
+    np.testing.assert_array_equal(sampling.source_sample(path, as_keys(key, 8)[2:4], (2, 3)), whole[2:4])
+    np.testing.assert_allclose(whole, 50 * normal(as_keys(key, 8), (3,)), rtol=1e-6)
+    ts = grids.edm_grid(5)
+    later = sampling.source_sample(paths.linear(), key, (8, 3), start=ts[0])
+    np.testing.assert_allclose(later, (1 - ts[0]) * normal(as_keys(key, 8), (3,)), rtol=1e-6)
+    latent = sampling.source_sample(paths.two_sided(scale=2.0), key, (8, 3), start=0.5)
+    np.testing.assert_allclose(latent, np.sqrt(0.25 + 4 * 0.25) * normal(as_keys(key, 8), (3,)), rtol=1e-6)

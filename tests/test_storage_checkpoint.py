@@ -200,7 +200,7 @@ def test_keeps_the_last_and_does_not_write_a_step_twice(tmp_path):
         for step in (1, 2, 5, 9):
             assert checkpoint.save(manager, step, {"w": jnp.ones(3) * step})
         assert not checkpoint.save(manager, 9, {"w": jnp.zeros(3)})
-        with pytest.raises(ValueError, match="step 4 comes after step 9"):
+        with pytest.raises(ValueError, match="step=4: .* newest is step 9"):
             checkpoint.save(manager, 4, {"w": jnp.zeros(3)})
     assert checkpoint.all_steps(tmp_path) == [5, 9] and checkpoint.latest_step(tmp_path) == 9
     assert (checkpoint.restore(tmp_path)[1]["w"] == 9).all()
@@ -244,11 +244,24 @@ def truncate_metadata(directory):
     path.write_text(path.read_text()[:40])
 
 
+def copy_another_step(directory):
+    shutil.rmtree(directory / "2")
+    shutil.copytree(directory / "1", directory / "2")
+
+
 def remove_metadata(directory):
     shutil.rmtree(directory / "2" / "metadata")
 
 
-DAMAGES = [truncate, remove_array_file, remove_arrays, flip_metadata, truncate_metadata, remove_metadata]
+DAMAGES = [
+    truncate,
+    remove_array_file,
+    remove_arrays,
+    flip_metadata,
+    truncate_metadata,
+    remove_metadata,
+    copy_another_step,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -289,19 +302,19 @@ def test_another_network_is_named_by_leaf_and_shape_and_never_falls_back(tmp_pat
     wide = make_state(width=512)
     for fallback in (True, False):
         with pytest.raises(
-            ValueError, match=r"params/Dense_0/bias: stored int32\[256\], asked int32\[512\].*and 1 more"
+            ValueError, match=r"params/Dense_0/bias: stored int32\[256\], requested int32\[512\].*and 1 more"
         ):
             checkpoint.restore(tmp_path, wide, fallback=fallback)
-    with pytest.raises(ValueError, match=r"Dense_0/kernel: stored float32\[16, 256\], asked float32\[16, 512\]"):
+    with pytest.raises(ValueError, match=r"Dense_0/kernel: stored float32\[16, 256\], requested float32\[16, 512\]"):
         checkpoint.restore(tmp_path, wide.ema, part="ema")
     state = make_state()
     half = state._replace(params=state.params | {"odd.name/with~marks": jnp.ones((8, 3))})
-    with pytest.raises(ValueError, match=r"marks: stored bfloat16\[8, 3\], asked float32\[8, 3\]"):
+    with pytest.raises(ValueError, match=r"marks: stored bfloat16\[8, 3\], requested float32\[8, 3\]"):
         checkpoint.restore(tmp_path, half)
     more = state._replace(ema=state.ema | {"Dense_1": jnp.ones(2)})
-    with pytest.raises(ValueError, match=r"ema/Dense_1: stored none, asked float32\[2\]"):
+    with pytest.raises(ValueError, match=r"ema/Dense_1: stored none, requested float32\[2\]"):
         checkpoint.restore(tmp_path, more)
-    with pytest.raises(ValueError, match=r"opt_state/1/0/count: stored int32\[\], asked none"):
+    with pytest.raises(ValueError, match=r"opt_state/1/0/count: stored int32\[\], requested none"):
         checkpoint.restore(tmp_path, state._replace(opt_state=None))
 
 
@@ -332,16 +345,38 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(checkpoint.CheckpointError, match="cannot write checkpoints to .*file"):
         save_all(tmp_path / "file", 1)
-    with pytest.raises(ValueError, match="keep is the number"):
+    with pytest.raises(ValueError, match="keep=0"):
         save_all(tmp_path / "c", 1, keep=0)
     with checkpoint.writer(tmp_path / "c") as manager:
         with pytest.raises(TypeError, match="holds no PRNG keys"):
             checkpoint.save(manager, 1, {"key": jax.random.key(0)})
-        with pytest.raises(ValueError, match="may not use the name 'digest'"):
+        with pytest.raises(ValueError, match="metadata='digest'"):
             checkpoint.save(manager, 1, {"w": jnp.ones(2)}, metadata={"digest": 1})
-        with pytest.raises(ValueError, match="dict or NamedTuple of parts, got list"):
+        with pytest.raises(ValueError, match="state=list"):
             checkpoint.save(manager, 1, [jnp.ones(2)])
     assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_metadata_may_hold_numpy_scalars_and_arrays(tmp_path):
+    with checkpoint.writer(tmp_path) as manager:
+        metadata = {"rate": np.float32(0.5), "bins": np.arange(2), "count": jnp.int32(3)}
+        assert checkpoint.save(manager, np.int64(1), {"w": np.float32(2)}, metadata=metadata)
+    step, state, metadata = checkpoint.restore(tmp_path)
+    assert (step, state["w"], metadata["rate"], metadata["bins"], metadata["count"]) == (1, 2, 0.5, [0, 1], 3)
+
+
+def test_a_disk_without_space_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
+    state = {"w": jax.ShapeDtypeStruct((1000, 250), jnp.float32)}  # 1 MB
+    free = lambda megabytes: monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, int(megabytes * 1e6))
+    )
+    free(3.01)
+    checkpoint.check_space(tmp_path / "a" / "b", state, keep=2)
+    free(2.99)
+    with pytest.raises(checkpoint.CheckpointError, match="a/b: checkpoints need 0.003 GB and 0.00299 GB are free"):
+        checkpoint.check_space(tmp_path / "a" / "b", state, keep=2)
+    save_all(tmp_path, 1)
+    checkpoint.check_space(tmp_path, state, keep=2)
 
 
 SAVE_FOR_EVER = """

@@ -170,6 +170,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monke
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and json.loads(path.read_text())["b"] == 1
 
 
+def test_what_killed_writes_left_is_deleted_when_it_is_old(tmp_path):
+    for name in (".a.json.old", ".a.json.new", ".b.json.old"):
+        (tmp_path / name).write_text("")
+        if name.endswith("old"):
+            os.utime(tmp_path / name, (0, 0))
+    files.write_json(tmp_path / "a.json", {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.json.new", ".b.json.old", "a.json"]
+
+
 def test_content_and_name_are_flushed_before_a_write_returns(tmp_path, monkeypatch):
     flushed, real = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd)))

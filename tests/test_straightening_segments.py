@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fmjax import correction, oracles, sampling
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.straightening import segments
 
 BOUNDS = (0.0, 0.5, 1.0)
@@ -40,7 +40,7 @@ def test_a_piecewise_step_takes_the_segment_where_each_example_starts():
 def test_one_step_for_all_segments_is_that_step_to_the_bit():
     """Gated with nothing straightened is the teacher."""
     x0, ts = jax.random.normal(jax.random.key(0), (32, 2)), segments.segment_grid(BOUNDS, (3, 5))
-    euler = solvers.euler(LAW.velocity)
+    euler = sampling.euler(LAW.velocity)
     ours = sampling.sample(segments.piecewise([euler, euler], BOUNDS), x0, ts)
     np.testing.assert_array_equal(ours, sampling.sample(euler, x0, ts))
 
@@ -123,7 +123,7 @@ def test_what_cannot_work_is_refused(trajectories):
     with pytest.raises(ValueError, match=r"bounds=\(0.0, 0.5, 1.0\).*from 0 to 0.9"):
         segments.inserted(grids.uniform_grid(4, stop=0.9), BOUNDS)
     with pytest.raises(ValueError, match="steps=1 steps.*2 segments"):
-        segments.piecewise([solvers.euler(LAW.velocity)], BOUNDS)
+        segments.piecewise([sampling.euler(LAW.velocity)], BOUNDS)
     with pytest.raises(ValueError, match="bounds=0.5"):
         segments.segment_batches(trajectories, BOUNDS, batch_size=8, seed=0)
     with pytest.raises(ValueError, match=r"keep=\(1,\)"):

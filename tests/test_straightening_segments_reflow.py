@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from fmjax import correction, oracles, paths
+from fmjax import correction, oracles, paths, sampling
 from fmjax.data import batches as data_batches
 from fmjax.keys import as_keys, normal
 from fmjax.methods.straighten import straighten
 from fmjax.metrics import two_sample
 from fmjax.nets import adapters
 from fmjax.nets.mlp import MLP
-from fmjax.sampling import diffusion, grids, solvers
+from fmjax.sampling import diffusion, grids
 from fmjax.straightening import segments
 from fmjax.training import sharding
 from fmjax.types import expand
@@ -42,9 +42,9 @@ def error(batch):
 def test_a_segment_from_data_ends_in_the_teachers_flow_map_of_its_start():
     """To the order of the solver, one with a memory included."""
     at = lambda solver, n: error(segments.from_data(data(512), scaled(solver), 1.0, BOUNDS, steps=n, seed=0)(3))
-    assert at(solvers.rk4, 16) < 2e-6
-    assert abs(np.log2(at(solvers.euler, 40) / at(solvers.euler, 80)) - 1) < 0.1
-    assert at(diffusion.dpmpp_2m, 16) < at(diffusion.ddim, 16) / 3
+    assert at(sampling.rk4, 16) < 2e-6
+    assert abs(np.log2(at(sampling.euler, 40) / at(sampling.euler, 80)) - 1) < 0.1
+    assert at(sampling.dpmpp_2m, 16) < at(diffusion.ddim, 16) / 3
 
 
 @pytest.mark.parametrize("path", [paths.linear(), paths.trigonometric()])
@@ -131,7 +131,7 @@ def test_straightening_segments_from_data_learns_the_exact_chords():
         return ((a - 1) * start + b) / width
 
     method = straighten(net, bounds=BOUNDS)
-    batch = segments.from_data(data(256), scaled(solvers.rk4), 1.0, BOUNDS, steps=8, seed=0)
+    batch = segments.from_data(data(256), scaled(sampling.rk4), 1.0, BOUNDS, steps=8, seed=0)
     params = train(method, (jnp.ones((2, 2)), jnp.zeros((2, 2))), batch, rate=0.05, steps=200, size=256)
     for got, want in zip(params, exact, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-3)
@@ -217,7 +217,7 @@ def test_what_cannot_be_mixed_or_solved_is_refused(sets):
         with pytest.raises(ValueError, match=f"longest={longest}"):
             make(forward, longest=longest)
     solved = lambda **how: segments.from_data(
-        data(6), scaled(solvers.rk4), 1.0, BOUNDS, **{"steps": 1, "seed": 0} | how
+        data(6), scaled(sampling.rk4), 1.0, BOUNDS, **{"steps": 1, "seed": 0} | how
     )
     with pytest.raises(ValueError, match="steps=0"):
         solved(steps=0)

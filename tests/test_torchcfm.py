@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import couplings, paths
+from fmjax import paths, transport
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[torch]' brings torch and torchcfm to compare with")
 torchcfm = pytest.importorskip("torchcfm", reason="pip install -e '.[torch]' brings torch and torchcfm to compare with")
@@ -36,7 +36,7 @@ def pairs(matcher, x0, x1):
     seed()
     plan = matcher.ot_sampler.get_map(torch.from_numpy(x0), torch.from_numpy(x1))
     i, j = matcher.ot_sampler.sample_map(plan, batch_size=len(x0))
-    return i, j, couplings.assignment(couplings.squared_cost(x0, x1))
+    return i, j, transport.assignment(transport.squared_cost(x0, x1))
 
 
 def theirs(matcher, x0, x1, t):
@@ -61,7 +61,7 @@ def over(t, x):
 def test_exact_plans_are_equal(shape, seed):
     x0, x1 = batch(128, shape, seed)
     plan = torchcfm.OTPlanSampler("exact").get_map(torch.from_numpy(x0), torch.from_numpy(x1))
-    source = couplings.assignment(couplings.squared_cost(x0, x1))
+    source = transport.assignment(transport.squared_cost(x0, x1))
     mine = np.zeros((128, 128))
     mine[source, np.arange(128)] = 1 / 128
     np.testing.assert_allclose(plan, mine, rtol=0, atol=1e-15)
@@ -78,13 +78,13 @@ def test_sinkhorn_plans_of_equal_regularisation_are_equal(sigma):
     matcher = torchcfm.SchrodingerBridgeConditionalFlowMatcher(sigma=sigma, ot_method="sinkhorn")
     assert matcher.ot_sampler.reg == 2 * sigma**2
     plan = matcher.ot_sampler.get_map(torch.from_numpy(x0), torch.from_numpy(x1))
-    cost = couplings.squared_cost(x0, x1)
-    mine = couplings.sinkhorn_plan(cost, epsilon=2 * sigma**2, absolute=True)
+    cost = transport.squared_cost(x0, x1)
+    mine = transport.sinkhorn_plan(cost, epsilon=2 * sigma**2, absolute=True)
     assert np.abs(mine - plan).sum() < 4e-3
     ratio = np.log(mine / plan)
     assert np.abs(ratio - ratio.mean(0) - ratio.mean(1, keepdims=True) + ratio.mean()).max() < 1e-9
     # and the plan is one of its own: the entropic one of another sigma is far away
-    other = couplings.sinkhorn_plan(cost, epsilon=float(sigma**2 / cost.std()))
+    other = transport.sinkhorn_plan(cost, epsilon=float(sigma**2 / cost.std()))
     assert np.abs(other - plan).sum() > 0.05
 
 

@@ -1,43 +1,26 @@
-"""Training runs: what is refused before work, what is recorded, and that an interruption changes no number."""
+"""The loop: what is recorded, what ends a run, and that an interruption changes no number."""
 
-import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plans import batch as points
+from plans import plan
 
 from fmjax import training
-from fmjax.experiments import assemble, specs, workdir
-from fmjax.keys import as_keys, example_keys, normal
-from fmjax.sampling import guidance
-from fmjax.storage import checkpoint, files
-from fmjax.training import hooks, logs, loop, sharding
+from fmjax.storage import Owned, checkpoint, files, owned
+from fmjax.training import loop
 from fmjax.types import Batch
 
-digits = pytest.importorskip("configs.digits")
 SPEEDS = ("steps_per_s", "examples_per_s")
-
-
-def config(**changes):
-    """The digits' config, small; dotted names change fields."""
-    c = digits.get_config()
-    small = {"net.width": 16, "net.depth": 1, "batch_size": 32, "steps": 12, "warmup": 2, "log_every": 5}
-    small |= {"save_every": 4, "sample_every": 0, "ema": 0.9}
-    small |= {"flow_map.batch_size": 32, "correctors.score.batch_size": 32}
-    for name, value in (small | changes).items():
-        *parents, last = name.split(".")
-        node = c
-        for parent in parents:
-            node = node[parent]
-        with node.unlocked(), node.ignore_type():
-            node[last] = value
-    return c
-
-
-def small(**changes):
-    """A flow's plan on one device: what is tested of it does not depend on the mesh, and one compiles faster."""
-    return assemble.assemble(config(**changes))._replace(mesh=sharding.make_mesh(jax.devices()[:1]))
+WEIGHT = {"w": jnp.ones(())}
 
 
 def records(path):
@@ -45,311 +28,306 @@ def records(path):
 
 
 def same(a, b):
-    return all((np.asarray(x) == np.asarray(y)).all() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("stage", "changes", "message"),
-    [
-        ("flow", {"method": "flow_machting"}, "did you mean 'flow_matching'"),
-        ("flow", {"net": {"name": "mlp", "widht": 3}}, "no option 'widht'; did you mean 'width'"),
-        ("flow", {"path": "liner"}, "did you mean 'linear'"),
-        ("flow", {"coupling": "minibatch"}, "did you mean 'minibatch_ot'"),
-        ("flow", {"data": "digit"}, "did you mean 'digits'"),
-        ("flow", {"batch_size": 30}, "batch_size=30 is not divisible by 8 devices; use 24 or 32"),
-        ("flow", {"batch_size": 100_000}, r"batch_size=100000: .* 1..1257"),
-        ("flow", {"steps": 0}, "steps=0 must be at least 1"),
-        ("flow", {"log_every": 0}, "log_every=0 must be at least 1"),
-        ("flow", {"ema": 1.0}, "ema=1.0 is the decay"),
-        ("flow", {"target": "emma"}, "target='emma' is not one of self, ema, frozen"),
-        ("flow", {"target": "frozen"}, "target='frozen' needs a teacher"),
-        ("flow", {"teacher": "w"}, "target='self' and teacher='w': .* no other target has one"),
-        ("flow", {"method": "contrastive"}, "contrastive needs Batch.negative.* set negatives='any'"),
-        ("flow", {"negatives": "other"}, "there are no negatives 'other'; did you mean 'other_label'"),
-        ("flow", {"coupling": "semidiscret"}, "did you mean 'semidiscrete'"),
-        ("flow", {"classes": 9}, r"classes=9 is too few: the data have labels 0 \.\. 9"),
-        (
-            "flow",
-            {"label_dropout": 0.1},
-            "label_dropout=0.1, guidance=1.0 and a guided net .* need labels: set classes",
-        ),
-        ("flow", {"guidance": 2.0, "classes": 10}, "guidance=2.0 needs a network that knows the null label"),
-        ("flow", {"net": {"name": "mlp", "guided": True}}, "a guided net .True. need labels"),
-        (
-            "flow",
-            {"net": {"name": "mlp", "guided": True}, "classes": 10},
-            "a guided net needs a network that knows",
-        ),
-        ("flow", {"classes": 10, "label_dropout": 1.0}, "label_dropout=1.0 is the share"),
-        ("flow", {"classes": 10, "net.classes": 10}, "is given 'classes' from a field of its own"),
-        ("flow", {"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
-        ("flow", {"method": {"name": "score_corrector", "sigma": 0.1}}, "must give a velocity"),
-        ("flow_map", {"flow_map.method": "flow_matching"}, "must give a flow_map"),
-        ("flow_map", {"flow_map.batch_size": 16}, "batch of 2 per device cannot be split at 0.75; use a multiple of 4"),
-        ("correctors.score", {}, "its batches need their times"),
-        (
-            "correctors.score",
-            {"correctors.score.method": {"name": "score_corrector", "sigma": 0.0}},
-            "sigma .* must be positive",
-        ),
-    ],
-)
-def test_a_bad_config_is_refused_in_one_sentence_before_anything_is_compiled(stage, changes, message, tmp_path):
-    with jax.log_compiles(False), pytest.raises(ValueError, match=message) as caught:
-        assemble.assemble(config(**changes), stage)
-    assert "\n" not in str(caught.value)
-    if stage == "flow":
-        with pytest.raises(ValueError, match=message):
-            assemble.fit(config(**changes), tmp_path / "w")
-        assert not (tmp_path / "w").exists()
-
-
-def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(tmp_path):
-    assemble.fit(config(steps=2), tmp_path)
-    before = sorted(p.name for p in tmp_path.rglob("*"))
-    with pytest.raises(workdir.WorkdirError, match="learning_rate is 0.002 there, 0.1 here"):
-        assemble.fit(config(steps=2, learning_rate=0.1), tmp_path)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == before
-    assemble.fit(config(steps=2, log_every=1), tmp_path)  # no number depends on it
-
-
-def test_an_unwritable_workdir_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(workdir.WorkdirError, match="cannot be written"):
-        assemble.fit(config(), tmp_path / "file" / "w")
+    chex.assert_trees_all_equal(jax.device_get(a), jax.device_get(b))
 
 
 class Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [5, 10])
-def test_an_interrupted_run_resumes_to_the_same_bits(at, tmp_path):
+def at(step, act):
+    """A hook that acts at one step."""
+    return lambda n, state: act() if n == step else None
+
+
+def interrupt():
+    raise Interrupt
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder and the last state of an uninterrupted run; tests only read them."""
+    path = tmp_path_factory.mktemp("whole")
+    return path, training.train(plan(), path)
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_an_interrupted_run_resumes_to_the_same_bits(step, whole, tmp_path):
     """Killed at a record that is later than the last checkpoint: parameters, averages, moments and records agree."""
-    plan = small()
-    whole = loop.train(plan, tmp_path / "whole")
-
-    def kill(n, state):
-        if n == at:
-            raise Interrupt
-
     with pytest.raises(Interrupt):
-        loop.train(plan, tmp_path / "parts", hooks=[kill])
-    assert checkpoint.latest_step(tmp_path / "parts" / "checkpoints") < at
-    assert same(whole, loop.train(plan, tmp_path / "parts"))
-    assert records(tmp_path / "whole") == records(tmp_path / "parts")
-    assert [r["step"] for r in records(tmp_path / "parts")] == [5, 10, 12]
-    assert same(whole, loop.train(plan, tmp_path / "parts")), "a complete run is read, not trained on"
+        training.train(plan(), tmp_path, hooks=[at(step, interrupt)])
+    assert checkpoint.latest_step(tmp_path / "checkpoints") < step
+    same(whole[1], training.train(plan(), tmp_path))
+    assert records(whole[0]) == records(tmp_path)
+    assert [r["step"] for r in records(tmp_path)] == [5, 10, 12]
+    assert not (tmp_path / "owner.lock").exists()
+    same(whole[1], training.train(plan(), tmp_path))  # a complete run is read, not trained on
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_saves_exits_with_its_status_and_resumes(name, status, whole, tmp_path, capsys):
+    """The signal comes at the record of step 5: that step is saved, though 4 and 8 are the steps of a checkpoint."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with pytest.raises(SystemExit) as end:
+        training.train(plan(), tmp_path, hooks=[at(5, lambda: signal.raise_signal(getattr(signal, name)))])
+    assert end.value.code == status
+    assert checkpoint.latest_step(tmp_path / "checkpoints") in (5, 6)  # it is seen after the step that follows
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if name in line]
+    assert f"flow: {name} after step" in line and "run again to resume" in line
+    assert handlers == {s: signal.getsignal(s) for s in handlers}
+    same(whole[1], training.train(plan(), tmp_path))
+    assert records(whole[0]) == records(tmp_path)
+
+
+def test_an_ignored_signal_stays_ignored_and_a_thread_sets_no_handler(whole, tmp_path):
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        hook = at(5, lambda: signal.raise_signal(signal.SIGHUP))
+        same(whole[1], training.train(plan(), tmp_path / "nohup", hooks=[hook]))
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    states = []
+    thread = threading.Thread(target=lambda: states.append(training.train(plan(), tmp_path / "thread")))
+    thread.start()
+    thread.join()
+    same(whole[1], states[0])
+
+
+ENDLESS = """
+import sys, time
+sys.path[:0] = {path!r}
+from plans import batch, plan
+from fmjax import training
+slow = lambda n: (time.sleep(0.05), batch(n))[1]
+def hook(n, state):
+    print(n, flush=True)
+    if sys.argv[2] == "stuck" and n == 2:
+        print("stuck", flush=True)
+        time.sleep(600)
+training.train(plan(steps=100_000, log_every=1, save_every=10_000, batch=slow), sys.argv[1], hooks=[hook])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_the_first_signal_saves_and_the_second_kills(name, tmp_path):
+    """Real processes: one that runs, and one that is stuck in a hook."""
+    number = getattr(signal, name)
+    code = ENDLESS.format(path=[os.path.dirname(__file__), *sys.path])
+    env = os.environ | {"XLA_FLAGS": ""}
+
+    def start(*arguments):
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+    with start(tmp_path / "a", "runs") as child:
+        for _ in range(3):
+            child.stdout.readline()
+        child.send_signal(number)
+        _, err = child.communicate(timeout=60)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert child.returncode == 128 + number and len(lines) == 1 and f"flow: {name} after step" in lines[0], err
+    assert checkpoint.latest_step(tmp_path / "a" / "checkpoints") >= 3
+    with start(tmp_path / "b", "stuck") as child:
+        while child.stdout.readline() != "stuck\n":
+            assert child.poll() is None
+        child.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(1)
+        child.send_signal(number)
+        assert child.wait(10) == -number
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "import sys\nfrom fmjax.storage import owned\nwith owned(sys.argv[1]): print('x', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=-1, stdout=-1, text=True, env=env) as other:
+        assert other.stdout.readline() == "x\n"
+        with pytest.raises(Owned, match=f"process {other.pid}"):
+            training.train(plan(), tmp_path)
+        other.communicate("\n")
+    with owned(tmp_path):  # the laboratory's own lock of the same folder
+        training.train(plan(steps=1), tmp_path)
 
 
 def test_a_record_holds_the_means_since_the_last_one_and_the_rates(tmp_path):
-    plan = small(steps=6)
-    loop.train(plan._replace(log_every=1), tmp_path / "each")
-    loop.train(plan._replace(log_every=3), tmp_path / "third")
-    each, third = records(tmp_path / "each"), records(tmp_path / "third")
+    for every in (1, 3):
+        training.train(plan(steps=6, log_every=every), tmp_path / str(every))
+    each, third = records(tmp_path / "1"), records(tmp_path / "3")
     assert [r["step"] for r in third] == [3, 6]
     for name in ("loss", "grad_norm"):
         for i, r in enumerate(third):
             assert r[name] == pytest.approx(np.mean([e[name] for e in each[3 * i : 3 * i + 3]]), rel=1e-12)
-    assert each[0]["learning_rate"] == pytest.approx(plan.rate(0)) and each[1]["learning_rate"] == pytest.approx(2e-3)
-    last = files.read_jsonl(tmp_path / "third" / "metrics.jsonl")[-1]
+    assert each[0]["learning_rate"] == 0 and each[1]["learning_rate"] == pytest.approx(0.0025)
+    last = files.read_jsonl(tmp_path / "3" / "metrics.jsonl")[-1]
     assert last["examples_per_s"] == pytest.approx(last["steps_per_s"] * 32) and last["steps_per_s"] > 0
-    assert list((tmp_path / "third" / "tensorboard").glob("events*"))
+    assert list((tmp_path / "3" / "tensorboard").glob("events*"))
 
 
-def test_nan_stops_the_run_names_step_and_term_and_keeps_the_last_good_checkpoint(tmp_path):
-    plan = small(steps=40)
-    good = plan.batch
+def test_records_that_were_lost_are_told_and_training_goes_on(whole, tmp_path):
+    """Records are sealed by each checkpoint: their number and digest."""
+    with pytest.raises(Interrupt):
+        training.train(plan(), tmp_path, hooks=[at(10, interrupt)])
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"step": 5', '"step": 4'))
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl is not as it was left at step 8"):
+        same(whole[1], training.train(plan(), tmp_path))
+    log.unlink()
+    training.train(plan(), tmp_path)  # a complete run is read
 
-    def poisoned(step):  # the tenth step's batch holds one NaN
-        b = good(step)
-        return b._replace(x1=b.x1 + (np.nan if step == 9 else 0.0) * (np.arange(len(b.x1)) == 3)[:, None, None, None])
 
-    with pytest.raises(logs.Diverged, match=r"flow diverged at step 10: .*loss is nan.*step 8 in .*learning_rate"):
-        loop.train(plan._replace(batch=poisoned), tmp_path)
+def test_records_are_on_disk_before_the_checkpoint_that_counts_them(tmp_path, monkeypatch):
+    order = []
+    sync, save = files.sync, checkpoint.save
+    monkeypatch.setattr(files, "sync", lambda path: (order.append(os.path.basename(path)), sync(path)))
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (order.append("save"), save(*a, **k)))
+    training.train(plan(steps=5), tmp_path)
+    steps = [name for name in order if name in ("metrics.jsonl", "save")]
+    assert steps[-2:] == ["metrics.jsonl", "save"] and steps.count("save") == 2
+
+
+def test_a_full_disk_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 100})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(checkpoint.CheckpointError, match="are free"):
+        training.train(plan(), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def poisoned(step):
+    """The tenth step's batch holds one NaN."""
+    b = points(step)
+    return b._replace(x1=b.x1 + (np.nan if step == 9 else 0.0) * (np.arange(len(b.x1)) == 3)[:, None])
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(whole, tmp_path):
+    with pytest.raises(training.Diverged, match=r"step 10: .*loss is nan.*step 8 in .*has x1 that is not finite"):
+        training.train(plan(steps=40, batch=poisoned), tmp_path)
     assert checkpoint.latest_step(tmp_path / "checkpoints") == 8
     assert [r["step"] for r in records(tmp_path)] == [5]
-    assert all(np.isfinite(a).all() for a in jax.tree.leaves(checkpoint.restore(tmp_path / "checkpoints")[1]["params"]))
-    loop.train(plan._replace(steps=12), tmp_path)
+    chex.assert_tree_all_finite(checkpoint.restore(tmp_path / "checkpoints")[1]["params"])
+    training.train(plan(), tmp_path)
     assert checkpoint.latest_step(tmp_path / "checkpoints") == 12
+
+
+def with_loss(loss, **changes):
+    ready = plan(**changes)
+    return ready.replace(method=ready.method._replace(loss=loss))
 
 
 def test_a_term_alone_is_named(tmp_path):
     def loss(params, target, batch, key):
-        per = (batch.x1.reshape(len(batch.x1), -1) * params["w"]).sum(1)
+        per = batch.x1.sum(1) * params["w"]
         return per.mean(), {"per_example": per, "penalty": jnp.full(len(per), jnp.inf)}
 
-    plan = small(steps=2)
-    plan = plan._replace(method=plan.method._replace(loss=loss))
-    with pytest.raises(logs.Diverged, match="step 1: penalty is inf; there is no checkpoint yet"):
-        loop.train(plan, tmp_path, params={"w": jnp.ones(())})
+    with pytest.raises(training.Diverged, match="step 1: penalty is inf; there is no checkpoint yet; lower learning"):
+        training.train(with_loss(loss, steps=2), tmp_path, params=WEIGHT)
+
+
+def growing(params, target, batch, key):
+    """A finite term, 1 at first and then 10^step: 1000 times the first step's loss at step 4."""
+    n = jnp.round(batch.progress * 12)
+    pull = jnp.where(n > 0, 10.0**n, 1.0) * params["w"] / params["w"]
+    return pull.mean(), {"per_example": pull, "residual": pull, "s": 0 * pull, "t": 0 * pull + 0.3}
 
 
 def test_a_loss_that_blows_up_is_stopped_at_the_record_that_shows_it(tmp_path):
-    """A finite term, 1 at first and then 10^step: 1000 times the first step's loss at step 4."""
-
-    def loss(params, target, batch, key):
-        n = jnp.round(batch.progress * 12)
-        pull = jnp.where(n > 0, 10.0**n, 1.0) * params["w"] / params["w"]
-        return pull.mean(), {"per_example": pull, "residual": pull, "s": 0 * pull, "t": 0 * pull + 0.3}
-
-    plan = small(log_every=1, save_every=3)
-    plan = plan._replace(method=plan.method._replace(loss=loss))
     told = "flow diverged at step 5: residual_gap_0.25_0.5 is 1e.04, loss is 1e.04, residual is 1e.04; .* step 3 in"
-    with pytest.raises(logs.Diverged, match=told):
-        loop.train(plan, tmp_path, params={"w": jnp.ones(())})
+    with pytest.raises(training.Diverged, match=told):
+        training.train(with_loss(growing, log_every=1, save_every=3), tmp_path, params=WEIGHT)
     assert [r["residual_gap_0.25_0.5"] for r in records(tmp_path)] == [1, 10, 100, 1000]
-    with pytest.raises(
-        logs.Diverged, match="flow diverged at step 6: .*; there is no checkpoint yet"
-    ):  # in its first record
-        loop.train(plan._replace(log_every=6, save_every=12), tmp_path / "late", params={"w": jnp.ones(())})
+    with pytest.raises(training.Diverged, match="step 6: .*; there is no checkpoint yet"):  # in its first record
+        training.train(with_loss(growing, log_every=6, save_every=12), tmp_path / "late", params=WEIGHT)
 
 
-def test_a_config_weighs_its_loss_and_records_the_residual_unweighted(tmp_path):
-    plain, weighted = (small(steps=1, log_every=1, **w) for w in ({}, {"weighting": "adaptive"}))
-    for plan, name in ((plain, "a"), (weighted, "b")):
-        loop.train(plan, tmp_path / name)
-    (a,), (b,) = records(tmp_path / "a"), records(tmp_path / "b")
-    np.testing.assert_allclose(b["residual"], a["loss"], rtol=1e-5)
-    np.testing.assert_allclose(b["loss"], 1.0, atol=1e-2)  # d r / (d r + 0.01)
-
-
-@pytest.mark.parametrize("name", ["improved_mean_flow", "lagrangian"])
-def test_a_net_told_the_scale_is_trained_at_random_scales_and_asked_at_the_configs(name):
-    """The loss of a config is that of its parts put together by hand; a view is the net at (label, guidance)."""
-    net = {"name": "mlp", "width": 16, "depth": 1, "guided": True}
-    cfg = config(net=net, method=name, classes=10, label_dropout=0.25, guidance=3.0, coupling="independent")
-    plan = assemble.assemble(cfg)
-    options = {"teacher": guidance.guided_teacher(plan.model.net, null=10)} if name == "lagrangian" else {"null": 10}
-    method = specs.from_spec("methods", {"name": name, **options}, plan.model.net)
-    method = guidance.label_dropout(guidance.random_scale(method), rate=0.25, null=10)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda a: a + 0.3 * rng.standard_normal(a.shape, np.float32), loop.initial(plan))
-    keys, batch = example_keys(jax.random.key(0), jnp.arange(32)), jax.tree.map(jnp.asarray, plan.batch(0))
-    value, _ = jax.jit(plan.method.loss)(params, params, batch, keys)
-    np.testing.assert_allclose(value, jax.jit(method.loss)(params, params, batch, keys)[0], rtol=1e-6)
-    labels, half, w = batch.cond, jnp.full(32, 0.5), jnp.full(32, 3.0)
-    u = plan.model.net(params, batch.x1, half, 2 * half, (labels, w))
-    np.testing.assert_allclose(
-        plan.method.flow_map(params)(batch.x1, half, 2 * half, labels), batch.x1 + u / 2, rtol=1e-5
-    )
-    other = plan.model.net(params, batch.x1, half, half, (labels, w - 1))
-    assert np.abs(plan.method.velocity(params)(batch.x1, half, labels) - other).max() > 1e-3
+def test_an_explosion_is_never_saved_and_clean_data_resume(whole, tmp_path):
+    """One batch times 1e5 before a checkpoint between two records: the checkpoint would carry it in its sums."""
+    bad = lambda n: points(n)._replace(x1=points(n).x1 * (1e5 if n == 6 else 1))
+    with pytest.raises(training.Diverged, match="step 8: .*step 4 in"):
+        training.train(plan(batch=bad, log_every=12), tmp_path)
+    clean = training.train(plan(log_every=12), tmp_path)
+    same(clean.params, whole[1].params)
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_the_numbers_stay(tmp_path):
-    plan = small()
-    whole = loop.train(plan, tmp_path)
-    folder = tmp_path / "checkpoints" / "12"
-    (folder / "metadata" / "metadata").write_text("{")
+    state = training.train(plan(), tmp_path)
+    (tmp_path / "checkpoints" / "12" / "metadata" / "metadata").write_text("{")
     with pytest.warns(UserWarning, match="12 is damaged.*falling back to step 8"):
-        assert same(whole, loop.train(plan, tmp_path))
+        same(state, training.train(plan(), tmp_path))
 
 
-def test_pictures_are_written_while_training(tmp_path):
-    from PIL import Image
-
-    assemble.fit(config(steps=4, sample_every=2, log_every=2), tmp_path)
-    files = sorted(p.name for p in (tmp_path / "samples").iterdir())
-    assert files == ["step-0000002.png", "step-0000004.png"]
-    with Image.open(tmp_path / "samples" / files[0]) as image:
-        assert image.size == (6 * 42 + 2, 6 * 42 + 2)  # 36 digits, each pixel a square of 5, with gaps of 2
-
-
-def test_pictures_of_a_map_are_single_jumps_of_the_averaged_parameters(tmp_path):
-    from fmjax.storage import images
-
-    plan = small(method="progressive")
-    params = jax.tree.map(lambda a: a + 0.1 * jnp.sin(jnp.arange(a.size)).reshape(a.shape), loop.initial(plan))
-    state = training.init(params, plan.tx, mesh=plan.mesh)._replace(ema=params)
-    hooks.pictures(plan, tmp_path, every=1, count=4)(1, state)
-    x0 = normal(as_keys(jax.random.fold_in(jax.random.key(plan.seed), 2), 4), plan.shape)
-    images.save_png(tmp_path / "expected.png", np.asarray(plan.method.flow_map(params)(x0, 0.0, 1.0)))
-    images.save_png(tmp_path / "noise.png", np.asarray(x0))
-    drawn = (tmp_path / "samples" / "step-0000001.png").read_bytes()
-    assert drawn == (tmp_path / "expected.png").read_bytes() != (tmp_path / "noise.png").read_bytes()
-
-
-def test_batches_given_later_are_told_the_progress_too(tmp_path):
-    """As those of the pipeline's corrector, whose marginals do not exist when it is assembled."""
+def test_batches_that_come_later_state_the_progress_too(tmp_path):
+    """As batches of marginals, which do not exist when a run is planned."""
 
     def loss(params, target, batch, key):
         return batch.progress.mean() + 0 * params["w"], {"per_example": batch.progress}
 
-    plan = small(steps=4, log_every=1)
-    plan = plan._replace(method=plan.method._replace(loss=loss), batch=lambda n: Batch(np.ones((8, 2), np.float32)))
-    loop.train(plan, tmp_path, params={"w": jnp.ones(())})
+    late = with_loss(loss, steps=4, log_every=1).replace(batch=lambda n: Batch(np.ones((8, 2), np.float32)))
+    training.train(late, tmp_path, params=WEIGHT)
     assert [r["loss"] for r in records(tmp_path)] == [0, 0.25, 0.5, 0.75]
 
 
-def test_corrector_batches_can_be_given(tmp_path):
-    plan = assemble.assemble(
-        config(),
-        "correctors.score",
-        batch=lambda step: Batch(np.ones((32, 8, 8, 1), np.float32), t=np.ones(32, np.float32)),
-    )
-    assert plan.shape == (8, 8, 1) and plan.steps == digits.get_config().correctors.score.steps
+def test_other_parameters_or_another_teacher_are_refused_at_resume(tmp_path):
+    start = loop.initial_parameters(plan())
+    other = jax.tree.map(lambda a: a + 1, start)
+    training.train(plan(steps=2), tmp_path, params=start)
+    with pytest.raises(ValueError, match="^params: differ .* Take another workdir"):
+        training.train(plan(), tmp_path, params=other)
+    frozen = {"target": "frozen", "steps": 2}
+    training.train(plan(**frozen), tmp_path / "t", teacher=start)
+    with pytest.raises(ValueError, match="^teacher: differ"):
+        training.train(plan(target="frozen"), tmp_path / "t", teacher=other)
 
 
-def test_every_field_of_the_workdir_s_config_is_plain_json(tmp_path):
-    assemble.fit(config(steps=1), tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored["net"] == {"name": "mlp", "width": 16, "depth": 1} and stored["sampling"]["euler"] == [4, 8, 16, 32]
+def test_parameters_of_a_smaller_network_are_completed_and_others_refused(tmp_path):
+    state = training.train(plan(steps=2), tmp_path)
+    ready = plan()
+    same(training.load_average(ready, tmp_path), state.ema)
+    more = lambda key, x, cond=None: ready.model.init(key, x) | {"scale": jnp.full(3, 7.0)}
+    larger = ready.replace(model=ready.model._replace(init=more))
+    merged = training.load_average(larger, tmp_path, "init")
+    same(merged, jax.device_get(state.ema) | {"scale": np.full(3, 7.0, np.float32)})
+    with pytest.raises(ValueError, match=r"teacher='.*': .* \['scale'\] \(3,\) does not exist in this one"):
+        training.merge_parameters(ready, merged, f"teacher={str(tmp_path)!r}")
+    with pytest.raises(ValueError, match=r"\['hidden'\] \(2, 16\) has shape \(3, 16\)"):
+        training.merge_parameters(ready, merged | {"hidden": np.zeros((2, 16))})
+    half = training.merge_parameters(ready, jax.tree.map(lambda a: a.astype(jnp.float64), state.ema))
+    assert {a.dtype for a in jax.tree.leaves(half)} == {jnp.dtype("float32")}
 
 
-def test_a_conditional_run_trains_on_its_labels_and_guides_its_velocity():
-    """The batch's labels are those of its images, dropout is told of, and guidance goes past the conditional field."""
-    changes = {"classes": 10, "label_dropout": 0.5, "steps": 3, "log_every": 3}
-    plan, plain = small(**changes), small()
-    data = specs.data("digits")
-    batch = plan.batch(0)
-    index = [int(np.flatnonzero((data.train.x == x).all((1, 2, 3)))[0]) for x in batch.x1]
-    np.testing.assert_array_equal(batch.cond, data.train.cond[index])
-    assert plain.batch(0).cond is None
-    params = loop.initial(plan)
-    assert params["Embed_0"]["embedding"].shape[0] == 11 and "Embed_0" not in loop.initial(plain)
-
-    rng = np.random.default_rng(0)  # the output layer starts at zero
-    params = jax.tree.map(lambda a: a + 0.1 * rng.standard_normal(a.shape, np.float32), params)
-    guided = small(**changes, guidance=3.0).method.velocity(params)
-    velocity = plan.method.velocity(params)
-    x, y = jnp.asarray(batch.x1), jnp.asarray(batch.cond)
-    labelled, null = velocity(x, 0.5, y), velocity(x, 0.5, jnp.full_like(y, 10))
-    np.testing.assert_allclose(guided(x, 0.5, y), null + 3 * (labelled - null), rtol=1e-4, atol=1e-5)
-    assert np.abs(labelled - null).max() > 0.01
-
-    keys = example_keys(jax.random.key(1), jnp.arange(32))
-    placed = jax.tree.map(jnp.asarray, batch)
-    loss = lambda params: plan.method.loss(params, params, placed, keys)[0]
-    taught = np.abs(jax.grad(loss)(params)["Embed_0"]["embedding"]).max(1)
-    assert taught[10] > 0, "the null label is never trained"
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps=0"), ({"log_every": 0}, "log_every=0"), ({"save_every": -1}, "save_every=-1"),
+        ({"keep": 0}, "keep=0"), ({"batch_size": 0}, "batch_size=0"), ({"ema": 1.0}, "ema=1.0"),
+        ({"target": "emma"}, "target='emma'"), ({"shape": (3,)}, "."),
+    ],
+)  # fmt: skip
+def test_a_plan_that_cannot_work_is_refused_before_anything_is_compiled(changes, message):
+    loop.check_plan(plan())
+    with pytest.raises((ValueError, TypeError), match=message):
+        loop.check_plan(plan(**changes))
 
 
-def test_a_conditional_run_records_the_loss_without_labels(tmp_path):
-    loop.train(small(classes=10, label_dropout=0.5, steps=3, log_every=3), tmp_path)
-    record = records(tmp_path)[-1]
-    assert record["unconditional"] > 0.5, "the loss of an untrained flow is near E|x1 - x0|^2 per pixel"
+def test_a_plan_is_built_by_name_changed_by_name_and_short_in_print():
+    ready = plan()
+    assert repr(ready) == "Plan(flow: 12 steps of 32 examples [2] on 1 devices, seed 0)"
+    changed = ready.replace(steps=3, batch_size=8, seed=1)
+    assert (changed.schedule.steps, changed.data.batch_size, changed.seed, ready.schedule.steps) == (3, 8, 1, 12)
+    assert changed.replace(schedule=training.Schedule(7), keep=5).schedule == training.Schedule(7, keep=5)
+    with pytest.raises(TypeError, match="stepz"):
+        ready.replace(stepz=3)
+    with pytest.raises(TypeError):
+        training.Plan("flow")
 
 
-def test_a_contrastive_run_gets_other_examples_and_the_mean_of_the_data():
-    plan, data = small(method={"name": "contrastive", "weight": 0.2}, negatives="any"), specs.data("digits")
-    batch = plan.batch(0)
-    each = lambda x: [int(np.flatnonzero((data.train.x == a).all((1, 2, 3)))[0]) for a in x]
-    assert not set(zip(each(batch.x1), each(batch.negative), strict=True)) & {(i, i) for i in range(data.train.count)}
-    params, x = loop.initial(plan), jnp.asarray(batch.x1)  # a network that is zero: the mean alone is left
-    np.testing.assert_allclose(plan.method.velocity(params)(x, 0.3)[0], 0.2 * data.train.x.mean(0), atol=1e-6)
+def test_float_conditions_reach_the_network_at_its_start():
+    shapes = []
 
+    def init(key, x, cond=None):
+        shapes.append(jax.tree.map(lambda a: (a.shape, a.dtype), cond))
+        return {"w": jnp.zeros(())}
 
-def test_a_semidiscrete_run_pairs_noise_with_all_the_data_nearer_than_a_minibatch_can():
-    cost = lambda batch: np.square(batch.x0 - batch.x1).reshape(len(batch.x1), -1).sum(1).mean()
-    draws = {"name": "semidiscrete", "draws": 20}
-    near, batchwise = small(coupling=draws, flip=True), small(coupling="minibatch_ot")
-    costs = [[cost(plan.batch(i)) for i in range(8)] for plan in (near, batchwise)]
-    difference = np.subtract(*costs)
-    assert difference.mean() + 4 * difference.std() / 8**0.5 < 0
-
-
-def test_folders_of_files_may_move_between_runs_only_where_the_files_are_known():
-    free = lambda **options: assemble.free(config(data={"name": "mnist", "source_dir": "a", **options}))
-    assert set(free(verify=True)) - set(assemble.FREE) == {"data.source_dir", "data.data_dir"}
-    assert free(verify=False) == free() == assemble.free(config(data="digits")) == assemble.FREE
+    ready = plan(cond={"age": np.zeros((4, 3), np.float32), "label": np.arange(4)})
+    loop.initial_parameters(ready.replace(model=ready.model._replace(init=init)))
+    assert shapes == [{"age": ((1, 3), jnp.float32), "label": ((1,), jnp.int32)}]

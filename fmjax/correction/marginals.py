@@ -168,7 +168,7 @@ def build_marginals(
         params, rows = trajectories.place_params(mesh, params), NamedSharding(mesh, P("data"))
         # a velocity or a solver that cannot work fails here, before a file is written
         solve = trajectories.lower_solve(view, params, m, mesh, batch, start)
-        shards.save(directory, m, good, **process)
+        shards.write_manifest(directory, m, good, **process)
         solve = solve.compile()
 
     def records(first, stop):
@@ -187,9 +187,9 @@ def build_marginals(
 
     for name, (first, stop) in parts.items():
         if name not in good:
-            good[name] = shards.write(directory, name, records(first, stop), columns.rows(cond, first, stop))
-            shards.save(directory, m, good, **process)
-    known = {shard.file: shard for shard in getattr(shards.load(directory), "shards", ())} | good
+            good[name] = shards.write_shard(directory, name, records(first, stop), columns.rows(cond, first, stop))
+            shards.write_manifest(directory, m, good, **process)
+    known = {shard.file: shard for shard in getattr(shards.read_manifest(directory), "shards", ())} | good
     return m._replace(shards=tuple(known[name] for name in sorted(known)))
 
 
@@ -266,7 +266,7 @@ def read_marginals(directory: str | os.PathLike, *, expect: dict | None = None, 
     Args:
         directory: folder of the set.
         expect: manifest fields that must agree, for example ``{"flow": digest, "solver": "rk4", "ts": ts}``.
-        stream: leave examples and conditions on disk and read rows on demand (``storage.shards.Records``), for sets
+        stream: leave examples and conditions on disk and read rows on demand (``storage.shards.StoredArray``), for sets
             that are larger than memory.
 
     Returns:
@@ -281,13 +281,13 @@ def read_marginals(directory: str | os.PathLike, *, expect: dict | None = None, 
     Traceback (most recent call last):
     FileNotFoundError: directory=/nowhere: no manifest.json. Build the marginals there first.
     """
-    m = shards.load(directory)
+    m = shards.read_manifest(directory)
     if m is None:
         raise FileNotFoundError(f"directory={directory}: no {shards.MANIFEST}. Build the marginals there first.")
-    shards.check(directory, m, expect or {})
-    x = shards.Records(directory, m)
+    shards.check_manifest(directory, m, expect or {})
+    x = shards.StoredArray(directory, m)
     cond = x.cond if stream else jax.tree.map(lambda column: column[:], x.cond)
-    return Marginals(x if stream else shards.in_memory(x, m), np.asarray(m.ts, np.float32)[list(m.steps)], m, cond)
+    return Marginals(x if stream else x.load(), np.asarray(m.ts, np.float32)[list(m.steps)], m, cond)
 
 
 def draw_conditions(key, cond: Cond, *, count: int) -> Cond:
@@ -387,7 +387,7 @@ def _process(index: int | None, count: int | None) -> dict[str, int]:
 
 def _check_space(directory: str | os.PathLike, m: Manifest) -> None:
     """Refuse a disk that cannot take the shards that no manifest has yet."""
-    built = {shard.file for shard in getattr(shards.load(directory), "shards", ())}
+    built = {shard.file for shard in getattr(shards.read_manifest(directory), "shards", ())}
     need, free = shards.size(m, set(shards.ranges(m)) - built), shutil.disk_usage(directory).free
     if need > free:
         raise OSError(

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from fmjax import sampling
 from fmjax.data.dataset import Rows
 from fmjax.keys import example_keys, normal
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.storage import columns
 from fmjax.storage.shards import Manifest
 from fmjax.types import Cond, FlowMapFn, Params, VelocityFn, over_batch
@@ -72,17 +72,17 @@ def carry(
     if is_map:
         xs, result = sampling.sample(bound, x, grid, cond=cond, trajectory=True), None
     else:
-        xs, result = solvers.integrate(bound, x, grid, solver=solver, cond=cond)
+        xs, result = sampling.integrate(bound, x, grid, solver=solver, cond=cond)
     return xs[::-1] if direction == "backward" else xs, result, None
 
 
 def _invert(bound, x, ts, cond, solver):
     """Return the states of exact inverse steps from the end of the grid, no result, and the defect ``[B]``."""
     is_map = solver == FLOW_MAP
-    step = bound if is_map else solvers.runge_kutta(bound, solvers.tableau(solver))
+    step = bound if is_map else sampling.runge_kutta(bound, sampling.tableau(solver))
     # the reverse step of a solver is a good first guess; a flow map may know no way back
     guess = (lambda y, s, t, cond=None, key=None: y) if is_map else None
-    back = solvers.inverse(step, iterations=ITERATIONS[is_map], start=guess)
+    back = sampling.inverse(step, iterations=ITERATIONS[is_map], start=guess)
     xs = sampling.sample(back, x, ts[::-1], cond=cond, trajectory=True)[::-1]
     rms = lambda y: jnp.sqrt(jnp.mean(y.reshape(len(y), -1) ** 2, 1))
 
@@ -109,10 +109,10 @@ def solve_nfe(n: int, *, direction: str, solver: str, backward_map: str | None) 
     is_map = solver == FLOW_MAP
     if direction == "backward" and backward_map == "inverse":
         guesses, steps = (0 if is_map else 1), ITERATIONS[is_map] + 2  # the residuals, and the defect's
-        return n * (guesses + steps) * (1 if is_map else solvers.nfe(solver))
+        return n * (guesses + steps) * (1 if is_map else len(sampling.tableau(solver).b))
     if is_map:
         return n
-    tableau = getattr(solvers.diffrax_solver(solver), "tableau", None)
+    tableau = getattr(sampling.diffrax_solver(solver), "tableau", None)
     if not hasattr(tableau, "b_sol") or getattr(tableau, "a_diagonal", None) is not None:
         return None
     # first same as last: the last stage of a step is the first stage of the next
@@ -333,8 +333,8 @@ def check_options(direction: str, solver: str, backward_map: str) -> None:
     if solver == FLOW_MAP:
         return
     if direction == "backward" and backward_map == "inverse":
-        solvers.tableau(solver)  # only these steps can be inverted
-    solvers.diffrax_solver(solver)
+        sampling.tableau(solver)  # only these steps can be inverted
+    sampling.diffrax_solver(solver)
 
 
 def check_solved(x, finite, result, defect, index: np.ndarray, m: Manifest, tol: float) -> None:
@@ -361,7 +361,7 @@ def check_solved(x, finite, result, defect, index: np.ndarray, m: Manifest, tol:
         raise RuntimeError(f"{solve} has non-finite values at step {at} in {_name(bad)}; check the parameters{hint}")
     if result is not None:
         worst = jax.tree.map(jnp.max, result)  # over devices; success is the smallest code
-        solvers.check(x, worst, what=f"{solve} of examples {index[0]} .. {index[-1]}")
+        sampling.checked_solve(x, worst, what=f"{solve} of examples {index[0]} .. {index[-1]}")
     if defect is None:
         return
     defect = np.asarray(defect)[: len(index)]

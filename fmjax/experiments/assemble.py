@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fmjax import sampling
 from fmjax.data import Dataset, batches, mean
 from fmjax.experiments import build, specs, workdir
 from fmjax.experiments.settings import SECTIONS, Common, Settings, Training
@@ -26,6 +27,7 @@ NEEDS = {"flow": "velocity", "correctors": "direction", "flow_map": "flow_map", 
 PREDICTIONS = ("denoising",)  # methods whose network predicts something else than a velocity
 FREE = ("log_every", "save_every", "sample_every", "keep")  # no number depends on these
 SAMPLING = ("guidance", "solver", "solver_steps", "backward_map", "forward_examples")  # no training of a flow does
+PICTURES = 36  # conditions kept for sample pictures
 STORED = ("data.source_dir", "data.data_dir")  # where verified files lie
 
 
@@ -97,30 +99,24 @@ def plan(
     if batch is None:
         batch = data_batches(common, part, data, f"{prefix}coupling")
     rate = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
-    example = batch(0)
+    decay = {"clip": part.clip, "beta2": part.beta2, "weight_decay": part.weight_decay}
     ready = loop.Plan(
         name=name,
         model=model,
         method=method,
-        tx=build.optimiser(
-            learning_rate=part.learning_rate, clip=part.clip, beta2=part.beta2, weight_decay=part.weight_decay, **rate
+        optimiser=loop.Optimiser(
+            build.optimiser(learning_rate=part.learning_rate, **decay, **rate),
+            functools.partial(build.learning_rate_at, peak=part.learning_rate, **rate),
         ),
-        rate=functools.partial(build.learning_rate_at, peak=part.learning_rate, **rate),
-        batch=batch,
-        shape=example.x1.shape[1:],
-        classes=classes,
-        batch_size=part.batch_size,
-        steps=part.steps,
+        data=loop.TrainingData(batch, part.batch_size, data.train.x.shape[1:], example_conditions(common, data)),
+        schedule=loop.Schedule(part.steps, common.log_every, common.save_every, common.keep),
         seed=seed,
         ema=part.ema,
         target=part.target,
         fsdp=common.fsdp,
-        log_every=common.log_every,
-        save_every=common.save_every,
-        keep=common.keep,
         mesh=mesh,
     )
-    loop.check(ready)
+    loop.check_plan(ready)
     return ready
 
 
@@ -186,9 +182,9 @@ def conditional(method: Method, common: Common, classes: int, guided: bool) -> M
     if guided and not common.label_dropout:
         raise refusal("net.guided", True, "needs a network that knows the null label", "Set label_dropout=0.1")
     if guided:
-        method = guidance.random_scale(method)
+        method = sampling.random_scale(method)
     if common.label_dropout:
-        method = guidance.label_dropout(method, rate=common.label_dropout, null=classes)
+        method = sampling.label_dropout(method, rate=common.label_dropout, null=classes)
     if guided:
         at = lambda view: view and (lambda params: guidance.at_scale(view(params), common.guidance))
         return method._replace(velocity=at(method.velocity), flow_map=at(method.flow_map), score=None)
@@ -217,6 +213,15 @@ def takes_scale(net: Any) -> bool:
 def conditions(common: Common, data: Dataset) -> Cond:
     """Return the conditions of the training data where the network takes them."""
     return data.train.cond if common.conditional else None
+
+
+def example_conditions(common: Common, data: Dataset) -> Cond:
+    """Return conditions for pictures: labels one after the other, other conditions those of training examples."""
+    if not common.conditional:
+        return None
+    if data.classes:
+        return np.arange(data.classes, dtype=np.int32)
+    return jax.tree.map(lambda a: np.asarray(a[:PICTURES]), data.train.cond)
 
 
 def data_batches(common: Common, part: Training, data: Dataset, field: str) -> Callable[[int], Batch]:

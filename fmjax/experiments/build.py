@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from fmjax import couplings, paths
-from fmjax.checks import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Range, nearest
+from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, check_hints, nearest
 from fmjax.data import Dataset, Rows
 from fmjax.experiments import specs
 from fmjax.experiments.specs import Spec, refusal
@@ -202,6 +202,7 @@ def optimiser(
     Returns:
         The optimiser.
     """
+    check_hints(optimiser, dict(locals()))
     rate = functools.partial(learning_rate_at, peak=learning_rate, steps=steps, warmup=warmup, schedule=schedule)
     matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     adam = optax.adamw(rate, b2=beta2, weight_decay=weight_decay, mask=matrices) if weight_decay else None
@@ -237,8 +238,3 @@ def _semidiscrete(options, x, y, flip: bool, seed: int, field: str) -> couplings
     options = specs.checked(couplings.fit_semidiscrete, options, field=field)
     potentials = couplings.fit_semidiscrete(jax.random.key(seed), x, y, **options)
     return couplings.semidiscrete(x, potentials, y, by_class=options.get("by_class"))
-
-
-STAGE_RANGES = {"batch_size": Annotated[int, Range(1, 1e7)], "ema": Annotated[float, Range(0, 1, open_high=True)]}
-EVERY = Positive  # log_every, save_every, keep
-DROPOUT = Fraction

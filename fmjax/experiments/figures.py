@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fmjax.storage.images import _check_finite, _png, grid
+from fmjax.storage.images import check_finite_values, image_grid, png_bytes
 
 REFERENCE = "data"  # the family of rows that are no sampler: training data against held-out data
 COLUMNS = 16  # times shown of a trajectory
+LINES = 16  # series or vectors drawn in one picture
 
 
 class Row(NamedTuple):
@@ -168,10 +169,19 @@ def _over_time(lines: dict[str, Sequence], caption: str, label: str, what: str) 
 
 
 def samples(caption: str, x: np.ndarray, clouds: Sequence[np.ndarray]) -> Picture:
-    """Images as a grid, points as a scatter plot; all ``clouds`` of a page share one frame."""
+    """Draw samples by their kind.
+
+    Args:
+        caption: what they are.
+        x: images ``[n, H, W, C]`` as a grid, points ``[n, 2]`` as a scatter plot, series ``[n, L, C]`` and vectors
+            ``[n, d]`` as lines.
+        clouds: all points of a page, which share one frame.
+    """
     if x.ndim == 4:
         n, height, width = x.shape[:3]
         return _sheet(x, None, caption, f"{n} samples of {width} by {height} pixels in a grid: {caption}.")
+    if x.ndim == 3 or x.shape[1] != 2:
+        return _lines(caption, x)
     # One frame for all clouds, so that they compare; a few points far off do not decide it.
     low, high = (np.array([np.percentile(c, q, axis=0) for c in clouds]) for q in (1, 99))
     low, high = low.min(0), high.max(0)
@@ -185,6 +195,23 @@ def samples(caption: str, x: np.ndarray, clouds: Sequence[np.ndarray]) -> Pictur
     outside = int(((x < low - margin) | (x > high + margin)).any(1).sum())
     remark = f"{outside} of {len(x)} points lie outside the frame." if outside else ""
     return _chart(draw, caption, f"Scatter plot of {len(x)} points: {caption}.", size=(4, 4), remark=remark)
+
+
+def _lines(caption: str, x: np.ndarray) -> Picture:
+    """Series, a line an example and a colour a channel; vectors as series of one channel over their entries."""
+    series, vectors = (x[..., None], True) if x.ndim == 2 else (x, False)
+    n, length, channels = series.shape
+
+    def draw(axes, theme):
+        for channel in range(min(channels, len(theme.colours))):
+            paint = theme.colours[channel]
+            marker = {"marker": "o", "markersize": 2.5} if vectors and length <= 64 else {}
+            axes.plot(series[:LINES, :, channel].T, color=paint, alpha=0.35, linewidth=0.9, **marker)
+        axes.set(xlabel="entry" if vectors else "time step")
+
+    what = f"vectors of {length} entries" if vectors else f"series of {length} steps and {channels} channels"
+    remark = f"The first {LINES} of {n}." if n > LINES else ""
+    return _chart(draw, caption, f"{n} {what} as lines: {caption}.", size=(4.6, 3.0), remark=remark)
 
 
 def trajectory(caption: str, x: np.ndarray) -> Picture:
@@ -214,11 +241,18 @@ def moving_mean(y: np.ndarray, half: int) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
+def check_rows(name: str, x: np.ndarray) -> None:
+    """Refuse what is neither vectors ``[n, d]`` nor series ``[n, L, C]`` of finite values."""
+    if x.ndim not in (2, 3) or 0 in x.shape:
+        raise ValueError(f"{name}={list(x.shape)}: not a kind of samples. Give [n, d], [n, L, C] or [n, H, W, C].")
+    check_finite_values(name, x)
+
+
 def check_points(name: str, x: np.ndarray, shape: str) -> None:
     """Raises ``ValueError`` unless ``x`` is finite points ``[.., 2]``; ``shape`` says in words what was wanted."""
     if x.shape[-1] != 2 or 0 in x.shape:
         raise ValueError(f"{name} has shape {list(x.shape)}; points are {shape}, images have a channel axis of 1 or 3")
-    _check_finite(name, x)
+    check_finite_values(name, x)
 
 
 def _chart(draw: Callable, caption: str, alt: str, *, size, remark: str = "") -> Picture:
@@ -262,8 +296,10 @@ def _value_scale(axes, values, *, log: bool = False) -> None:
 
 
 def _sheet(images: np.ndarray, columns: int | None, caption: str, alt: str, remark: str = "") -> Picture:
-    sheet = grid(images, columns=columns)
-    return Picture(caption, alt, sheet.shape[1], sheet.shape[0], base64.b64encode(_png(sheet)).decode(), None, remark)
+    sheet = image_grid(images, columns=columns)
+    return Picture(
+        caption, alt, sheet.shape[1], sheet.shape[0], base64.b64encode(png_bytes(sheet)).decode(), None, remark
+    )
 
 
 def _plain(text: str) -> str:

@@ -17,6 +17,7 @@ from fmjax.experiments.settings import Settings
 from fmjax.metrics import mean_se, sliced_w2
 
 ROWS = 8  # trajectories shown
+DRAWN = ("image", "points")  # kinds of data whose trajectories are drawn
 NOTES = [
     "Backward marginals q_n start at the training examples and follow the flow back in time; forward marginals p_n "
     "start at noise. For a perfect flow both are the same distribution.",
@@ -81,11 +82,15 @@ def pipeline(
         facts["straightness defect"] = numbers(straightness) + " along the grid"
         record["straightness"] = straightness
         record["gaps"] = {n: dict(zip(("t", "distance", "se"), gap, strict=True)) for n, gap in gaps.items()}
-        trajectories = {
-            "forward: from noise along the flow": forward.x[:ROWS].swapaxes(0, 1),
-            "backward: from training data along the flow (noise first)": backward.x[:ROWS].swapaxes(0, 1),
-        }
-    trajectories |= jumps(names, models, draws)
+        trajectories = (
+            {}
+            if data.kind not in DRAWN
+            else {
+                "forward: from noise along the flow": forward.x[:ROWS].swapaxes(0, 1),
+                "backward: from training data along the flow (noise first)": backward.x[:ROWS].swapaxes(0, 1),
+            }
+        )
+    trajectories |= jumps(names, models, draws) if data.kind in DRAWN else {}
     contents = report.Contents(
         title=f"fmjax: {data.name}", summary=lines, rows=rows, verdicts=verdicts, grids=comparison.grids(data, drawn),
         trajectories=trajectories, curves=stages.curves(path, results), gaps=gaps, facts=facts,

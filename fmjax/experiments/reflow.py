@@ -97,9 +97,9 @@ def student_stage(settings: Settings, data: Dataset, plan: loop.Plan, options: M
     def work(results: dict[str, Result], folder: Path) -> Result:
         flow, ends = results[FLOW].value, results["trajectories"].value
         batch = straightening.segment_batches(
-            ends, options["bounds"], batch_size=plan.batch_size, seed=s.seed, **(real if keep else {})
+            ends, options["bounds"], batch_size=plan.data.batch_size, seed=s.seed, **(real if keep else {})
         )
-        state = loop.train(plan._replace(batch=batch), folder, params=flow, teacher=flow)
+        state = loop.train(plan.replace(batch=batch), folder, params=flow, teacher=flow)
         return stages.finished(state.ema, plan, folder)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
@@ -123,7 +123,7 @@ def trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
     cond = assemble.conditions(settings.common, data)
     rows = np.arange(s.examples) % data.train.count
     options = {
-        "direction": "forward", "count": s.examples, "shape": flow.shape, "seed": s.seed, "solver": s.solver,
+        "direction": "forward", "count": s.examples, "shape": flow.data.shape, "seed": s.seed, "solver": s.solver,
         "steps": index, "mesh": flow.mesh, "cond": jax.tree.map(lambda a: np.asarray(a)[rows], cond),
     }  # fmt: skip
 

@@ -85,7 +85,7 @@ def render(contents: Contents) -> str:
     metrics = list(dict.fromkeys(m for row in rows for m in row.distances))
     best = {m: best_row(rows, m) for m in metrics}
     charts = [figures.distances(m, rows, _chart_words(m, row)) for m, row in best.items() if row]
-    clouds = [x for x in contents.grids.values() if np.ndim(x) == 2]
+    clouds = [x for x in contents.grids.values() if np.ndim(x) == 2 and np.shape(x)[1] == 2]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = (importlib.resources.files("fmjax") / "report.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(
@@ -207,10 +207,10 @@ def check(contents: Contents) -> None:
     for v in contents.verdicts:
         _check_verdict(v, rows)
     for caption, x in contents.grids.items():
-        if np.ndim(x) == 2:
-            figures.check_points(f"grid {caption!r}", np.asarray(x), "[n, 2]")
-        else:
+        if np.ndim(x) == 4:
             images.check_images(f"grid {caption!r}", np.asarray(x), ndim=4)
+        else:
+            figures.check_rows(f"grid {caption!r}", np.asarray(x))
     for caption, x in contents.trajectories.items():
         if np.ndim(x) == 3:
             figures.check_points(f"trajectory {caption!r}", np.asarray(x), "[T, n, 2]")

@@ -158,6 +158,7 @@ def trained(
     start: Callable[[dict[str, Result]], Params | None] = lambda results: None,
     teacher: Callable[[dict[str, Result]], Params | None] = lambda results: None,
     pictures: int = 0,
+    picture: Callable[[Params], Any] | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> Stage:
     """Return the stage that trains a plan on batches that do not depend on other stages.
@@ -169,6 +170,7 @@ def trained(
         start: parameters to begin with, by default drawn.
         teacher: parameters of a frozen target.
         pictures: a picture of samples every so many steps; 0 draws none.
+        picture: draws the samples of a picture; by default from N(0, I).
         data: what samplers must know of the data.
 
     Returns:
@@ -177,7 +179,7 @@ def trained(
 
     def work(results: dict[str, Result], folder: Path) -> Result:
         given = {"params": start(results), "teacher": teacher(results)}
-        watchers = [hooks.draw_samples(plan, folder, every=pictures)] if pictures else []
+        watchers = [hooks.draw_samples(plan, folder, every=pictures, draw=picture)] if pictures else []
         return finished(loop.train(plan, folder, hooks=watchers, **given).ema, plan, folder)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
@@ -206,9 +208,9 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
     def batch(results: dict[str, Result], examples=None) -> loop.Plan:
         forward, backward = results[needs[1]].value
         draws = correction.marginal_pairs(
-            forward, backward, batch_size=plan.batch_size, seed=plan.seed, examples=examples
+            forward, backward, batch_size=plan.data.batch_size, seed=plan.seed, examples=examples
         )
-        return plan._replace(batch=draws)
+        return plan.replace(batch=draws)
 
     def frozen(results: dict[str, Result]) -> Params | None:
         return results[needs[0]].value if plan.target == "frozen" else None
@@ -285,7 +287,7 @@ def finished(value: Any, plan: loop.Plan, folder: Path) -> Result:
     params = value[0] if isinstance(value, tuple) and not hasattr(value, "_fields") else value
     records = files.read_jsonl(folder / "metrics.jsonl")
     loss = f", loss {records[-1]['loss']:.4f}" if records else ""
-    return Result(value, checkpoint.digest(params), f"{plan.steps} steps of {plan.batch_size}{loss}")
+    return Result(value, checkpoint.digest(params), f"{plan.schedule.steps} steps of {plan.data.batch_size}{loss}")
 
 
 def read_trained(plan: loop.Plan, folder: Path, given: Mapping[str, Params | None]) -> Result | None:
@@ -303,7 +305,7 @@ def read_trained(plan: loop.Plan, folder: Path, given: Mapping[str, Params | Non
         WorkdirError: the training began with other parameters or another teacher.
     """
     step = checkpoint.latest_step(folder / "checkpoints")
-    if step is None or step < plan.steps:
+    if step is None or step < plan.schedule.steps:
         return None
     _, params, metadata = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
     recorded = metadata.get("given", {})

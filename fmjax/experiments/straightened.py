@@ -178,12 +178,12 @@ def baselines(s: Straighten, methods, params, noise, cond) -> list[Compared]:
     of = lambda make: lambda params: make(flow(params[TEACHER]))
     few = GITS["examples"]
     along = states_at(of(sampling.edm_heun), params, noise[:few], drawing.first(cond, few), fine, range(len(fine)))
-    jump_costs = lambda params, xs, cond: grids.jump_costs(sampling.ddim(flow(params)), xs, fine, cond=cond)
+    jump_costs = lambda params, xs, cond: sampling.jump_costs(sampling.ddim(flow(params)), xs, fine, cond=cond)
     costs = np.asarray(jax.jit(jump_costs)(params[TEACHER], along, drawing.first(cond, few)))
     found = []
     for n in s.baselines:
         even, levels, heun = grids.uniform_grid(n), grids.edm_grid(n), grids.edm_grid((n + 1) // 2)
-        best = fine[list(grids.best_steps(costs, n, growth=GITS["growth"]))]
+        best = fine[list(sampling.best_steps(costs, n, growth=GITS["growth"]))]
         found += [
             Compared(f"{TEACHER}, Euler", f"{n} even steps", of(sampling.euler), even, n),
             Compared(f"{TEACHER}, Euler on EDM's grid", f"of {n}", of(sampling.euler), levels, n),
@@ -225,5 +225,5 @@ def facts_of(along: Sequence[Mapping[str, Any]], spectra: Mapping[str, Any]) -> 
         f"{n} {', '.join(f'{v:.3g}' for v in m[n])}" for n in ("straightness", "jump", "departure")
     )
     facts = {"along the time axis": "\n".join(f"{m['part']}, {m['sharing']}: {words(m)}" for m in along)}
-    low = [f"{name}: {spectrum.low_share(**values):.3f}" for name, values in spectra.items()]
+    low = [f"{name}: {spectrum.low_fraction(**values):.3f}" for name, values in spectra.items()]
     return facts | ({"fraction of the error below 1/5 cycle a pixel": "\n".join(low)} if low else {})

@@ -31,8 +31,8 @@ def stochastic_interpolant(
 
     [SF]2M (arXiv 2307.03672) is this method with ``paths.schroedinger_bridge(sigma)`` and pairs of the entropic plan of
     regularisation ``2 sigma^2``: its loss ``|lambda s + z|^2``, ``lambda = 2 gamma / sigma^2``, is ``|n - z|^2`` for
-    ``s = sigma^2 S / 2``. Its SDE is ``solvers.euler_maruyama(velocity, score=score, strength=sigma)``; other strengths
-    are possible too, best with strength zero at both ends.
+    ``s = sigma^2 S / 2``. Its SDE is ``sampling.euler_maruyama(velocity, score=score, strength=sigma)``; other
+    strengths are possible too, best with strength zero at both ends.
 
     Args:
         net: two fields ``(params, x, s, t, cond, key) -> [B, ..., 2 C]`` (``outputs=2``), evaluated where ``s = t``.

@@ -92,7 +92,7 @@ def fd_small_to(data: DataLike, reference: ExamplesLike, *, cache_dir: str | Non
     Args:
         data: a data set of images with labels of two classes or more.
         reference: the images compared with.
-        cache_dir: the folder of trained classifiers; ``None`` takes ``features`` in ``storage.files.cache()``.
+        cache_dir: the folder of trained classifiers; ``None`` takes ``features`` in ``storage.files.cache_folder()``.
 
     Returns:
         The metric ``"FD-small"``. Its facts are the classifier and, where the reference has labels, its accuracy there.
@@ -113,7 +113,7 @@ def fd_small_to(data: DataLike, reference: ExamplesLike, *, cache_dir: str | Non
             f"classes={data.classes}: FD-small trains a classifier, which needs two classes or more. Use fd_random_to."
         )
     y = _reference(data, reference)
-    folder = files.cache() / "features" if cache_dir is None else cache_dir
+    folder = files.cache_folder() / "features" if cache_dir is None else cache_dir
     net = features.small_classifier(data.train.x[:], data.train.cond, cache_dir=folder, levels=data.levels)
     facts = {"classifier": f"weights {net.weights[:12]}"}
     if reference.cond is not None:

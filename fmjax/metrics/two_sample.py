@@ -144,7 +144,7 @@ def median_distance(y: Samples, *, count: int = 1000, seed: int = 0) -> float:
     """
     y, _ = _flat_pair(y, y)
     y = y[np.random.default_rng(seed).permutation(len(y))[:count]]
-    return float(np.sqrt(np.median(_squared_distances(y, y)[np.triu_indices(len(y), 1)])))
+    return float(np.median(np.sqrt(_squared_distances(y, y)[np.triu_indices(len(y), 1)])))
 
 
 def mmd(x: Samples, y: Others, *, bandwidth: float, within: float | None = None, block: int = 1024) -> float:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fmjax.checks import Positive
+from fmjax.nets import base
 from fmjax.nets.embedding import TwoTimes, condition
 from fmjax.nets.remat import rematerialised
 
@@ -16,9 +20,18 @@ ATTENTION = {"xla": "xla", "fused": "cudnn"}
 
 
 def positions(height: int, width: int, dim: int) -> np.ndarray:
-    """``[height width, dim]``: sinusoids of the row in the first half, of the column in the second, fixed.
+    """Return fixed embeddings of the positions in a grid: sinusoids of the row, then of the column.
 
-    Each is ``[sin(w p), cos(w p)]`` with ``dim / 4`` frequencies ``w_i = 10000^(-i / (dim / 4))``, ``p = 0, 1, ...``.
+    Each half is ``[sin(w p), cos(w p)]`` with ``dim / 4`` frequencies ``w_i = 10000^(-i / (dim / 4))`` and
+    ``p = 0, 1, ...``.
+
+    Args:
+        height: number of rows.
+        width: number of columns.
+        dim: width of the embedding, divisible by 4.
+
+    Returns:
+        Embeddings ``[height width, dim]``, row by row.
     """
     w = 1e4 ** (-np.arange(dim // 4) / (dim // 4))
     half = lambda p: np.concatenate([np.sin(p[..., None] * w), np.cos(p[..., None] * w)], -1)
@@ -27,10 +40,16 @@ def positions(height: int, width: int, dim: int) -> np.ndarray:
 
 
 class Block(nn.Module):
-    """``h + g1 attention(norm(h) (1 + a1) + b1)``, then ``h + g2 mlp(norm(h) (1 + a2) + b2)``: adaLN-Zero.
+    """Apply attention and an MLP: ``h + g1 attention(norm(h) (1 + a1) + b1)``, ``h + g2 mlp(norm(h) (1 + a2) + b2)``.
 
-    The six modulations are linear in the embedding ``e`` and start at zero, so that a block starts as the identity.
-    Queries and keys are RMS-normalised head by head, with a learned scale (arXiv 2302.05442).
+    The six modulations are linear in the embedding ``e`` and start at zero (adaLN-Zero), so that a block starts as
+    the identity. Queries and keys are RMS-normalised per head, with a learned scale (arXiv 2302.05442).
+
+    Attributes:
+        heads: number of attention heads.
+        dropout: probability that a hidden unit is dropped, in training.
+        attention: implementation of attention, a key of ``ATTENTION``.
+        dtype: type of the computation.
     """
 
     heads: int
@@ -54,17 +73,30 @@ class Block(nn.Module):
         return h + g2 * dense(d, "down")(drop(y))
 
 
-class DiT(nn.Module):
-    """``x: [B, H, W, C] -> [B, H, W, outputs C]`` through ``(H / patch)(W / patch)`` tokens, ``size`` S, B, L or XL.
+class DiT(base.Checked):
+    """Map images ``[B, H, W, C]`` to ``[B, H, W, outputs C]`` by a transformer on ``(H / patch)(W / patch)`` tokens.
 
-    ``width``, ``depth`` and ``heads``, where not zero, stand for those of the size. ``attention="fused"`` takes cuDNN's
-    kernel on a GPU in half precision; it has no jvp, so losses of flow maps take XLA's inside theirs (``from_linen``).
-    ``classes``, ``guided``, ``outputs``, ``dropout``, ``dtype`` as in ``MLP``; times as in ``TwoTimes``, ``remat`` as
-    in ``rematerialised``. The output starts at zero. ``DiT(size="XL", classes=1000, outputs=2)`` on latents
-    ``[32, 32, 4]`` is the paper's DiT-XL/2 but for the second time and the norms of queries and keys.
+    The output starts at zero. ``DiT(size="XL", classes=1000, outputs=2)`` on latents ``[32, 32, 4]`` is the paper's
+    DiT-XL/2, except for the second time and the norms of queries and keys.
 
-    Layers are scanned (parameters ``blocks``, stacked) and keep their products, since that was best in ``python -m
-    launch.bench --suite=layers`` (DiT-S/2 on 4 latents, 2 cores of x86_64, jax 0.10.2, float32, a busy machine):
+    Attributes:
+        size: one of the published sizes, which sets width, depth and heads.
+        patch: height and width of a patch, in pixels.
+        width: width of a token; if positive, it replaces the width of ``size``.
+        depth: number of blocks; if positive, it replaces the depth of ``size``.
+        heads: number of attention heads; if positive, it replaces the heads of ``size``.
+        attention: ``"xla"``, or ``"fused"`` for cuDNN's kernel, on a GPU in half precision. The kernel has no jvp;
+            losses of flow maps use XLA's attention inside their jvp (``Network.for_jvp``).
+        classes: see ``MLP``.
+        guided: see ``MLP``.
+        outputs: see ``MLP``.
+        dropout: see ``MLP``.
+        remat: see ``remat.rematerialised``.
+        scan: whether the blocks are one scanned block with stacked parameters ``blocks``.
+        dtype: see ``MLP``.
+
+    The defaults of ``remat`` and ``scan`` were the best in ``python -m launch.bench --suite=layers`` (DiT-S/2 on 4
+    latents, 2 cores of x86_64, jax 0.10.2, float32, a busy machine):
 
     =================  =================  ========  ==========
     layers, ``remat``  trace + compile s  step, ms  memory, MB
@@ -76,45 +108,62 @@ class DiT(nn.Module):
     scanned, full            5.3            2744       237
     =================  =================  ========  ==========
 
-    On a CPU recomputation saves memory in a scan only: XLA computes an unrolled layer again before it need.
+    On a CPU rematerialisation saves memory in a scan only: XLA computes an unrolled layer again earlier than needed.
+
+    Source: arXiv 2212.09748.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from fmjax import nets
+    >>> x = jnp.zeros((2, 4, 4, 1))
+    >>> model = nets.from_linen(DiT(width=8, depth=1, heads=1))
+    >>> params = jax.eval_shape(model.init, jax.random.key(0), x)
+    >>> jax.eval_shape(model.net, params, x, 0.0, 1.0).shape
+    (2, 4, 4, 1)
     """
 
-    size: str = "S"
-    patch: int = 2
-    width: int = 0
-    depth: int = 0
-    heads: int = 0
-    attention: str = "xla"
-    classes: int = 0
+    size: Literal["S", "B", "L", "XL"] = "S"
+    patch: Positive = 2
+    width: base.Depth = 0
+    depth: base.Depth = 0
+    heads: base.Depth = 0
+    attention: Literal["xla", "fused"] = "xla"
+    classes: base.Classes = 0
     guided: bool = False
-    outputs: int = 1
-    dropout: float = 0.0
-    remat: str = "dots"
+    outputs: base.Outputs = 1
+    dropout: base.Dropout = 0.0
+    remat: base.Remat = "dots"
     scan: bool = True
-    dtype: str = "float32"
+    dtype: base.Dtype = "float32"
 
-    def _sizes(self, x: Array) -> tuple[int, int, int]:
-        if self.size not in SIZES:
-            raise ValueError(f"size of a DiT must be one of {', '.join(SIZES)}, got {self.size!r}")
-        width, depth, heads = (
-            a or b for a, b in zip((self.width, self.depth, self.heads), SIZES[self.size], strict=True)
-        )
+    def __post_init__(self):
+        super().__post_init__()
+        width, _, heads = self._sizes()
         if width % heads or width % 4:
-            raise ValueError(f"the width of a DiT must divide by its heads and by 4, got width={width}, heads={heads}")
+            raise ValueError(f"width={width}: not divisible by heads={heads} and by 4. Give a common multiple of them.")
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Width, depth and heads."""
+        own = (self.width, self.depth, self.heads)
+        return tuple(a or b for a, b in zip(own, SIZES[self.size], strict=True))
+
+    def _check(self, x: Array) -> None:
+        base.check_images(x)
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
-            raise ValueError(f"a DiT of patch={self.patch} needs images divisible by it, got {x.shape[1:3]}")
-        if self.attention not in ATTENTION:
-            raise ValueError(f"attention of a DiT must be one of {', '.join(ATTENTION)}, got {self.attention!r}")
+            raise ValueError(
+                f"patch={self.patch}: not a divisor of the height and width of x, of shape {x.shape} ([B, H, W, C]). "
+                "Give a common divisor."
+            )
         if self.attention == "fused" and (jax.default_backend() != "gpu" or self.dtype not in ("bfloat16", "float16")):
             raise ValueError(
-                f"attention='fused' needs a GPU and dtype bfloat16 or float16, got {jax.default_backend()} and "
-                f"{self.dtype}; use attention='xla'"
+                f"attention='fused': it needs a GPU and half precision, and here the backend is "
+                f"{jax.default_backend()!r} and dtype={self.dtype!r}. Use attention='xla'."
             )
-        return width, depth, heads
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
-        width, depth, heads = self._sizes(x)
+        """Return the outputs ``[B, H, W, outputs C]``."""
+        self._check(x)
+        width, depth, heads = self._sizes()
         b, height, columns, c = x.shape
         p, rows, columns = self.patch, height // self.patch, columns // self.patch
         e = TwoTimes(width, 256)(s, t)
@@ -125,7 +174,7 @@ class DiT(nn.Module):
         h = nn.Dense(width, dtype=self.dtype, name="input")(patches)
         h += positions(rows, columns, width).astype(h.dtype)
         block = rematerialised(Block, self.remat, static=(3,))
-        how = (heads, self.dropout, self.attention, self.dtype)
+        options = (heads, self.dropout, self.attention, self.dtype)
         if self.scan:
             layers = nn.scan(
                 lambda layer, h, _: (layer(h, e, train), None),
@@ -133,13 +182,13 @@ class DiT(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 length=depth,
             )
-            h, _ = layers(block(*how, name="blocks"), h, None)
+            h, _ = layers(block(*options, name="blocks"), h, None)
         else:
             for i in range(depth):
-                h = block(*how, name=f"block_{i}")(h, e, train)
+                h = block(*options, name=f"block_{i}")(h, e, train)
         shift = nn.Dense(2 * width, dtype=self.dtype, name="film", kernel_init=nn.initializers.zeros)(e)[:, None]
-        a, b_ = jnp.split(shift, 2, -1)
-        h = nn.LayerNorm(use_bias=False, use_scale=False, dtype=self.dtype)(h) * (1 + a) + b_
+        gain, bias = jnp.split(shift, 2, -1)
+        h = nn.LayerNorm(use_bias=False, use_scale=False, dtype=self.dtype)(h) * (1 + gain) + bias
         out = nn.Dense(p * p * self.outputs * c, kernel_init=nn.initializers.zeros, name="output")(h)
         out = out.reshape(b, rows, columns, p, p, self.outputs * c).swapaxes(2, 3)
         return out.reshape(*x.shape[:-1], self.outputs * c).astype(x.dtype)

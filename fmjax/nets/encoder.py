@@ -1,6 +1,8 @@
-"""The encoder half of the U-Net, pooled to one number an example: the classifier's network for images."""
+"""The encoder half of the U-Net, pooled to one number per example: a classifier for images."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -9,26 +11,35 @@ from jaxtyping import Array, Float
 
 from fmjax.nets.unet import GroupNorm, Levels
 
-POOLS = ("attention", "mean")
-
 
 class Encoder(Levels):
-    """``x: [B, H, W, C] -> [B]``, a logit: ``UNet``'s way down and middle, with its options (arXiv 2105.05233).
+    """Classify images ``[B, H, W, C]`` with a logit ``[B]``: the first half of a ``UNet``, then a pooling.
 
-    What the middle gives is pooled over its pixels: their ``"mean"``, or ``"attention"``, in which that mean asks, with
-    the heads of ``UNet``'s attention, and the pixels answer. The output layer starts at zero: probability one half.
-    Raises ``ValueError`` for another ``pool``, and as ``UNet`` does.
+    The output layer starts at zero: the initial probability is one half. The other fields are the fields of ``UNet``.
+
+    Attributes:
+        pool: how the pixels become one vector: their ``"mean"``, or ``"attention"``, with the mean as the query, the
+            pixels as keys and values, and as many heads as the U-Net's attention.
+
+    Source: arXiv 2105.05233 (the classifier of ADM).
+
+    >>> import jax, jax.numpy as jnp
+    >>> from fmjax import nets
+    >>> x = jnp.zeros((2, 4, 4, 1))
+    >>> model = nets.from_linen(Encoder(channels=8, multipliers=(1,), middle=False, pool="mean"))
+    >>> params = jax.eval_shape(model.init, jax.random.key(0), x)
+    >>> jax.eval_shape(model.net, params, x, 0.5, 0.5).shape, model.net.logit
+    ((2,), True)
     """
 
-    logit = True  # no field: there is nothing to choose
-    pool: str = "attention"
+    logit = True  # a class attribute, not a field: an encoder always returns a logit
+    pool: Literal["attention", "mean"] = "attention"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], s: Array, t: Array, cond=None, *, train: bool = False
     ) -> Float[Array, " b"]:
-        if self.pool not in POOLS:
-            raise ValueError(f"pool of an encoder is one of {', '.join(POOLS)}, got {self.pool!r}")
+        """Return logits ``[B]``."""
         h, _ = self._descend(x, self._embedding(s, t, cond), train)
         h = nn.silu(GroupNorm(self.per_group, self.dtype)(h))
         b, *_, c = h.shape

@@ -1,4 +1,4 @@
-"""A residual MLP with FiLM: the network for low-dimensional data and for small images, which it flattens."""
+"""A residual MLP with FiLM: a network for low-dimensional data and for small images, which it flattens."""
 
 from __future__ import annotations
 
@@ -8,30 +8,51 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fmjax.nets import base
 from fmjax.nets.embedding import TwoTimes, condition
 
 
-class MLP(nn.Module):
-    """``depth`` residual blocks ``h + W2 gelu(W1 (norm(h) (1 + a) + b))`` with ``a, b`` from the two times.
+class MLP(base.Checked):
+    """Map ``x: [B, ..., C]`` to ``[B, ..., outputs C]`` by residual blocks that are modulated by the two times.
 
-    ``classes > 0`` adds an embedding of integer labels ``cond: [B]`` (label ``classes`` is the null class), ``guided``
-    one of guidance scales, of ``cond = (labels, scale)`` (see ``embedding.condition``).
-    ``outputs > 1`` gives ``[B, ..., outputs C]`` for ``x: [B, ..., C]``, for methods that learn several fields at once;
-    ``logit`` gives one number an example, ``[B]``, for those that classify.
-    The output layer starts at zero. ``dtype`` is the compute type; parameters and times are float32.
+    A block is ``h + W2 gelu(W1 (norm(h) (1 + a) + b))``, with ``a`` and ``b`` linear in the embedding of the times and
+    of the condition. The output layer starts at zero.
+
+    Attributes:
+        width: width of the blocks.
+        depth: number of blocks.
+        classes: number of labels; 0: the network takes no condition. Label ``classes`` is the null label.
+        guided: whether the condition may be a pair ``(labels, scale)`` (``embedding.condition``).
+        outputs: number of fields of the shape of ``x``, for methods that learn several at once.
+        logit: whether the network returns one number per example, ``[B]``, for methods that classify.
+        dropout: probability that a hidden unit is dropped, in training.
+        dtype: type of the computation; parameters and times are float32.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from fmjax import nets
+    >>> model = nets.from_linen(MLP(width=8, depth=1))
+    >>> params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2)))
+    >>> jax.eval_shape(model.net, params, jnp.ones((3, 2)), 0.0, 1.0).shape
+    (3, 2)
     """
 
-    width: int = 256
-    depth: int = 3
-    classes: int = 0
+    width: base.Width = 256
+    depth: base.Depth = 3
+    classes: base.Classes = 0
     guided: bool = False
-    outputs: int = 1
+    outputs: base.Outputs = 1
     logit: bool = False
-    dropout: float = 0.0
-    dtype: str = "float32"
+    dropout: base.Dropout = 0.0
+    dtype: base.Dtype = "float32"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.logit and self.outputs != 1:
+            raise ValueError(f"outputs={self.outputs}: a logit is one number per example. Set outputs=1.")
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
+        """Return the outputs ``[B, ..., outputs C]``, or logits ``[B]``."""
         dense = lambda features, **kw: nn.Dense(features, dtype=self.dtype, **kw)
         e = TwoTimes(self.width)(s, t)
         e = nn.silu(condition(e, cond, classes=self.classes, guided=self.guided))
@@ -44,8 +65,6 @@ class MLP(nn.Module):
             r = nn.Dropout(self.dropout, deterministic=not train)(r)
             h += dense(self.width, name=f"down_{i}")(r)
         h = nn.LayerNorm(dtype=self.dtype)(h)
-        if self.logit and self.outputs != 1:
-            raise ValueError(f"logit=True gives one number an example: outputs={self.outputs} must then be 1")
         shape = x.shape[:1] if self.logit else (*x.shape[:-1], self.outputs * x.shape[-1])
         out = nn.Dense(math.prod(shape[1:]), kernel_init=nn.initializers.zeros, name="output")(h)
         return out.reshape(shape).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""What the backward pass keeps of a network's blocks and what it computes again (``jax.checkpoint``)."""
+"""Rematerialisation: which values of a network's blocks the backward pass keeps, and which it computes again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import flax.linen as nn
 
 
 def _products(primitive, *_, **params) -> bool:
-    """Convolutions, and matrix products with weights (those of attention have batch dimensions and are large)."""
+    """Convolutions, and matrix products with weights (attention's products have batch dimensions and are large)."""
     if primitive.name == "conv_general_dilated":
         return True
     return primitive.name == "dot_general" and not params["dimension_numbers"][1][0]
@@ -16,14 +16,24 @@ POLICIES = {"full": None, "dots": _products}
 
 
 def rematerialised(block: type[nn.Module], remat: str, *, static: tuple[int, ...] = ()) -> type[nn.Module]:
-    """A block as one that computes parts of itself again in the backward pass.
+    """Return a block that computes parts of itself again in the backward pass (``jax.checkpoint``).
 
-    Kept is everything (``remat="none"``), only what enters the block (``"full"``: it is computed twice), or also what
-    its convolutions and dense layers give (``"dots"``). Numbers do not change. ``static`` are the places of those
-    arguments of its ``__call__`` that are no arrays, ``self`` being 0. Raises ``ValueError`` for another name.
+    The numbers do not change.
+
+    Args:
+        block: class of the block.
+        remat: what is kept: everything (``"none"``); the inputs of the block and the results of its convolutions and
+            dense layers (``"dots"``); the inputs of the block only (``"full"``).
+        static: positions of the arguments of ``__call__`` that are not arrays; ``self`` is position 0.
+
+    Returns:
+        A class of modules with the same parameters.
+
+    Raises:
+        ValueError: ``remat`` is not a choice.
     """
     if remat == "none":
         return block
     if remat not in POLICIES:
-        raise ValueError(f"remat of a network must be one of none, {', '.join(POLICIES)}, got {remat!r}")
+        raise ValueError(f"remat={remat!r}: not a choice. Give one of 'none', {', '.join(map(repr, POLICIES))}.")
     return nn.remat(block, policy=POLICIES[remat], static_argnums=static)

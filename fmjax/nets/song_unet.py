@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fmjax.checks import Positive, Range
+from fmjax.nets import base
 from fmjax.nets.embedding import TwoTimes, condition, slow_sinusoid, waves
 from fmjax.nets.remat import rematerialised
 from fmjax.nets.unet import Attention, GroupNorm, check_size
 
-EMBEDDINGS = ("positional", "fourier")
-ENCODERS = ("standard", "residual")
-HALF = math.sqrt(0.5)  # what the sum of two branches is multiplied by
+HALF = math.sqrt(0.5)  # factor of the sum of two branches
 XAVIER = nn.initializers.xavier_uniform()
 QKV = nn.initializers.variance_scaling(0.2, "fan_avg", "uniform")
 
 
 def halve(x: Float[Array, "b h w c"], taps: Sequence[int], padding: int | None = None) -> Float[Array, "b h2 w2 c"]:
-    """Each axis of the image filtered with ``taps``, normalised to sum 1, and every second pixel of it kept.
+    """Filter each axis of images and keep every second pixel: ``y_i = sum_k taps_k x_(2i + k - padding)``.
 
-    ``y_i = sum_k taps_k x_(2i + k - padding)``, ``x = 0`` outside; ``padding`` is ``(len(taps) - 1) // 2`` by default.
+    Args:
+        x: images ``[B, H, W, C]``, zero outside.
+        taps: weights of the filter, normalised to sum 1.
+        padding: number of zeros before the first pixel; ``None``: ``(len(taps) - 1) // 2``.
+
+    Returns:
+        Images ``[B, H / 2, W / 2, C]``, for the default padding.
     """
     padding = (len(taps) - 1) // 2 if padding is None else padding
     for axis in (1, 2):
@@ -35,7 +42,15 @@ def halve(x: Float[Array, "b h w c"], taps: Sequence[int], padding: int | None =
 
 
 def double(x: Float[Array, "b h w c"], taps: Sequence[int]) -> Float[Array, "b h2 w2 c"]:
-    """Each axis twice as long: the transpose of ``halve`` times four, ``y_o = 2 sum_i taps_(o + padding - 2i) x_i``."""
+    """Double each axis of images: ``y_o = 2 sum_i taps_(o + padding - 2i) x_i``, the transpose of ``halve`` times four.
+
+    Args:
+        x: images ``[B, H, W, C]``, zero outside.
+        taps: weights of the filter, normalised to sum 1.
+
+    Returns:
+        Images ``[B, 2 H, 2 W, C]``.
+    """
     padding, reach = (len(taps) - 1) // 2, len(taps) // 2
     for axis in (1, 2):
         n, y, phases = x.shape[axis], _pad(x, axis, reach), []
@@ -59,15 +74,26 @@ def _norm(x: Array, dtype: str) -> Array:
 def _groups(x: Array) -> int:
     groups = max(min(32, x.shape[-1] // 4), 1)
     if x.shape[-1] % groups:
-        raise ValueError(f"a SongUNet norms its {x.shape[-1]} channels in {groups} groups, which do not divide them")
+        raise ValueError(
+            f"channels: a SongUNet normalises {x.shape[-1]} channels in {groups} groups, which do not divide them. "
+            "Give a number of channels divisible by 128, or by 4 and below 128."
+        )
     return groups
 
 
 class Block(nn.Module):
-    """``(skip(x) + conv(silu(norm(conv(silu(norm(x))) + W e)))) / sqrt 2``, then attention of one head likewise.
+    """Compute ``(skip(x) + conv(silu(norm(conv(silu(norm(x))) + W e)))) / sqrt 2``, then attention of one head.
 
-    ``resample``, ``"down"`` or ``"up"``, filters both ``x`` and what enters the first convolution with ``taps``; the
-    skip is a convolution of one pixel there, and where the number of channels changes.
+    The skip is a convolution of one pixel where the size or the number of channels changes, and otherwise the identity.
+
+    Attributes:
+        features: number of channels of the result.
+        dropout: probability that a hidden unit is dropped, in training.
+        dtype: type of the computation.
+        taps: weights of the filter of ``resample``.
+        resample: ``"down"`` or ``"up"`` filters ``x`` and the input of the first convolution, and halves or doubles
+            their size.
+        attention: whether attention follows.
     """
 
     features: int
@@ -90,54 +116,75 @@ class Block(nn.Module):
         x = (x + h) * HALF
         if not self.attention:
             return x
-        how = {"groups": _groups(x), "epsilon": 1e-6, "qkv_init": QKV}
-        return Attention(1, self.dtype, name="attention", **how)(x) * HALF
+        attention = Attention(1, self.dtype, groups=_groups(x), epsilon=1e-6, qkv_init=QKV, name="attention")
+        return attention(x) * HALF
 
 
-class SongUNet(nn.Module):
-    """``x: [B, H, W, C] -> [B, H, W, outputs C]``; a level per entry of ``multipliers``, each half as wide as the last.
+class SongUNet(base.Checked):
+    """Map images ``[B, H, W, C]`` to ``[B, H, W, outputs C]`` by a U-Net of score SDE, in EDM's version.
 
-    DDPM++ has the default options, NCSN++ ``embedding="fourier", noise=2, encoder="residual", taps=(1, 3, 3, 1)``. Both
-    are known with ``multipliers=(2, 2, 2), blocks=4, attention=(16,), dropout=0.13, augment=9`` for CIFAR-10, of
-    55,733,891 and 56,397,827 parameters beside those of the jump, and with ``multipliers=(1, 2, 2, 2)`` for 64 x 64.
+    DDPM++ has the default fields. NCSN++ has ``embedding="fourier", noise=2, encoder="residual", taps=(1, 3, 3, 1)``.
+    For CIFAR-10 both have ``multipliers=(2, 2, 2), blocks=4, attention=(16,), dropout=0.13, augment=9``: 55,733,891
+    and 56,397,827 parameters beside the jump's. For 64 x 64 pixels they have ``multipliers=(1, 2, 2, 2)``.
 
-    ``attention`` lists the resolutions (heights) that get it, on the way down in every block and on the way up in the
-    last; the middle has it unless ``middle=False``. The embedding of ``s``, ``noise`` times ``channels`` wide, is one
-    of sinusoids (``"positional"``: slow ones, ``"fourier"``: random ones of standard deviation 16, parameters ``freqs``
-    that are not trained); labels and the ``augment`` numbers of an augmentation (zeros where none are given, as in
-    sampling) are added to it before ``TwoTimes``, whose diagonal makes the published network of noise label ``s``
-    (``nets.preconditioning`` makes a denoiser of it). With the ``"residual"`` encoder the image itself, filtered and
-    halved, is added at each level.
+    The embedding of ``s``, of the labels and of the augmentation passes through ``embedding.TwoTimes``. On its
+    diagonal it is the published network of noise label ``s``, which ``nets.preconditioning`` makes a denoiser. The
+    last layer of a block, of an attention and of the network starts at zero (published: at 1e-5 of Xavier's scale).
+    ``convert.edm`` reads the published weights.
 
-    ``classes``, ``guided``, ``outputs``, ``dropout``, ``dtype`` as in ``MLP``, ``remat`` as in ``rematerialised``. The
-    last layer of a block, of an attention and of the network starts at zero (published: at 1e-5 of Xavier's). Weights:
-    ``fmjax.convert.edm``.
+    Attributes:
+        channels: number of channels at multiplier 1.
+        multipliers: one per level, in units of ``channels``; each level has half the height and width of the last.
+        blocks: residual blocks per level on the way down (one more on the way up).
+        attention: heights, in pixels, with attention: after every block on the way down, after the last on the way up.
+        middle: whether the middle has attention.
+        embedding: sinusoids of ``s``: slow ones (``"positional"``), or random ones of standard deviation 16, in the
+            parameter ``freqs``, which is not trained (``"fourier"``).
+        noise: width of this embedding, in units of ``channels``.
+        encoder: ``"residual"`` adds the filtered and halved image at each level; ``"standard"`` does not.
+        taps: weights of the resampling filter, an even number of them.
+        classes: see ``MLP``.
+        guided: see ``MLP``.
+        augment: number of inputs that describe an augmentation of the image; zeros when sampling.
+        outputs: see ``MLP``.
+        dropout: see ``MLP``.
+        remat: see ``remat.rematerialised``.
+        dtype: see ``MLP``.
+
+    Sources: arXiv 2011.13456, 2206.00364.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from fmjax import nets
+    >>> x = jnp.zeros((2, 4, 4, 1))
+    >>> model = nets.from_linen(SongUNet(channels=8, multipliers=(1,), blocks=0, middle=False))
+    >>> params = jax.eval_shape(model.init, jax.random.key(0), x)
+    >>> jax.eval_shape(model.net, params, x, 0.0, 1.0).shape
+    (2, 4, 4, 1)
     """
 
-    channels: int = 128
-    multipliers: Sequence[int] = (1, 2, 2, 2)
-    blocks: int = 4
-    attention: Sequence[int] = (16,)
+    channels: base.Width = 128
+    multipliers: Sequence[base.Width] = (1, 2, 2, 2)
+    blocks: base.Depth = 4
+    attention: Sequence[Positive] = (16,)
     middle: bool = True
-    embedding: str = "positional"
-    noise: int = 1
-    encoder: str = "standard"
+    embedding: Literal["positional", "fourier"] = "positional"
+    noise: Annotated[int, Range(1, 64)] = 1
+    encoder: Literal["standard", "residual"] = "standard"
     taps: Sequence[int] = (1, 1)
-    classes: int = 0
+    classes: base.Classes = 0
     guided: bool = False
-    augment: int = 0
-    outputs: int = 1
-    dropout: float = 0.0
-    remat: str = "none"
-    dtype: str = "float32"
+    augment: base.Depth = 0
+    outputs: base.Outputs = 1
+    dropout: base.Dropout = 0.0
+    remat: base.Remat = "none"
+    dtype: base.Dtype = "float32"
 
-    def _check(self, x: Array) -> None:
-        check_size("SongUNet", x, len(self.multipliers))
-        for name, known in (("embedding", EMBEDDINGS), ("encoder", ENCODERS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} of a SongUNet is one of {', '.join(known)}, got {getattr(self, name)!r}")
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.multipliers:
+            raise ValueError("multipliers=(): a U-Net has one level or more. Give one multiplier per level.")
         if len(self.taps) % 2 or not sum(self.taps):
-            raise ValueError(f"taps of a SongUNet are an even number of weights, not of sum 0, got {self.taps}")
+            raise ValueError(f"taps={self.taps}: not an even number of weights with a sum other than 0. Give (1, 1).")
 
     def _embed(self, s: Array, t: Array, cond, augment) -> Array:
         dim = self.noise * self.channels
@@ -158,7 +205,8 @@ class SongUNet(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], s: Array, t: Array, cond=None, augment=None, *, train: bool = False
     ) -> Array:
-        self._check(x)
+        """Return the outputs ``[B, H, W, outputs C]``; ``augment: [B, augment]`` describes an augmentation."""
+        check_size(x, self.multipliers)
         e = self._embed(s, t, cond, augment)
         res_block = rematerialised(Block, self.remat, static=(3,))
         conv = lambda features, name, init=XAVIER, **kw: nn.Conv(
@@ -166,8 +214,8 @@ class SongUNet(nn.Module):
         )
 
         def block(h, features, name, resample=None, attention=False):
-            how = (features, self.dropout, self.dtype, tuple(self.taps), resample, attention)
-            return res_block(*how, name=name)(h, e, train)
+            options = (features, self.dropout, self.dtype, tuple(self.taps), resample, attention)
+            return res_block(*options, name=name)(h, e, train)
 
         h, pyramid = conv(self.channels, "input")(x), x
         skips = [h]

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fmjax.nets.embedding import TwoTimes, condition
+from fmjax.checks import Positive
+from fmjax.nets import base
+from fmjax.nets.embedding import Spectrum, TwoTimes, condition
 from fmjax.nets.remat import rematerialised
-
-RESAMPLE = ("conv", "block")
 
 
 def groups_of(channels: int, per_group: int) -> int:
-    """The groups of a group norm: the largest of 32, 16 .. 1 that divides, of ``per_group`` channels or more each."""
+    """Return the number of groups of a group norm: the largest divisor among 32, 16, 8, 4, 2 and 1.
+
+    Args:
+        channels: number of channels.
+        per_group: least number of channels in a group.
+
+    Returns:
+        The number of groups; 1 where no larger divisor leaves ``per_group`` channels in a group.
+    """
     return next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels >= per_group * g or g == 1)
 
 
 class GroupNorm(nn.Module):
-    """``scale (x - mean) / sqrt(var + epsilon) + bias``, moments of a group of channels over all pixels, in float32.
+    """Normalise groups of channels over all pixels: ``scale (x - mean) / sqrt(var + epsilon) + bias``, in float32.
 
-    There are 32 groups, or fewer where a group would have less than ``per_group`` channels or they do not divide; or
-    as many as ``groups`` says. Moments are taken channel by channel and then averaged over the group: no pass over a
-    reshaped image.
+    Moments are computed channel by channel and then averaged over the group, without a pass over a reshaped image.
+
+    Attributes:
+        per_group: least number of channels in a group (``groups_of``).
+        dtype: type of the result.
+        groups: number of groups; 0: ``groups_of(channels, per_group)``.
+        epsilon: added to the variance.
     """
 
     per_group: int = 4
@@ -57,10 +70,17 @@ def _double(x: Array) -> Array:
 
 
 class Block(nn.Module):
-    """Residual block ``x + conv(silu(norm(conv(silu(norm(x)))) (1 + a) + b))``, ``a, b`` linear in the embedding ``e``.
+    """Compute ``x + conv(silu(norm(conv(silu(norm(x)))) (1 + a) + b))``, ``a`` and ``b`` linear in the embedding ``e``.
 
-    Without ``film`` the embedding is added before the second norm instead. The last convolution starts at zero.
-    ``resample``, ``"down"`` or ``"up"``, halves or doubles both ``x`` and what enters the first convolution.
+    The last convolution starts at zero.
+
+    Attributes:
+        features: number of channels of the result.
+        dropout: probability that a hidden unit is dropped, in training.
+        dtype: type of the computation.
+        film: whether ``e`` modulates the second norm; otherwise ``e`` is added before that norm.
+        per_group: least number of channels in a group of a norm.
+        resample: ``"down"`` or ``"up"`` halves or doubles the size of ``x`` and of the input of the first convolution.
     """
 
     features: int
@@ -91,7 +111,16 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """``x`` and self-attention over its pixels; XLA's implementation, which has a jvp; norms as in ``GroupNorm``."""
+    """Add self-attention over the pixels to ``x``, by XLA's implementation, which has a jvp.
+
+    Attributes:
+        heads: number of heads.
+        dtype: type of the computation.
+        per_group: least number of channels in a group of the norm.
+        groups: number of groups of the norm; 0: see ``GroupNorm``.
+        epsilon: added to the variance in the norm.
+        qkv_init: initialiser of the projection to queries, keys and values.
+    """
 
     heads: int
     dtype: str = "float32"
@@ -110,42 +139,56 @@ class Attention(nn.Module):
         return x + nn.Dense(c, dtype=self.dtype, name="out", kernel_init=nn.initializers.zeros)(out)
 
 
-def check_size(what: str, x: Array, levels: int) -> None:
-    """``ValueError`` for images that cannot be halved ``levels - 1`` times."""
-    factor = 2 ** (levels - 1)
+def check_size(x: Array, multipliers: Sequence[int]) -> None:
+    """Refuse inputs that are not images ``[B, H, W, C]``, or that cannot be halved once between two levels.
+
+    Args:
+        x: the images.
+        multipliers: one entry per level.
+
+    Raises:
+        ValueError: ``x`` has another rank, or its height or width is not divisible by ``2^(levels - 1)``.
+    """
+    base.check_images(x)
+    factor = 2 ** (len(multipliers) - 1)
     if x.shape[1] % factor or x.shape[2] % factor:
-        raise ValueError(f"a {what} of {levels} levels needs images divisible by {factor}, got {x.shape[1:3]}")
+        raise ValueError(
+            f"multipliers={tuple(multipliers)}: {len(multipliers)} levels need a height and a width divisible by "
+            f"{factor}, and x has shape {x.shape} ([B, H, W, C]). Use fewer levels, or pad the images."
+        )
 
 
-class Levels(nn.Module):
-    """The way down of a U-Net and its middle: what ``UNet`` and ``Encoder`` share; the options are told there."""
+class Levels(base.Checked):
+    """Share the fields and the first half of ``UNet`` with ``Encoder``; see ``UNet`` for the fields."""
 
-    channels: int = 64
-    multipliers: Sequence[int] = (1, 2)
-    blocks: int = 1
-    attention: Sequence[int] = ()
-    heads: int = 4
-    head_channels: int = 0
+    channels: base.Width = 64
+    multipliers: Sequence[base.Width] = (1, 2)
+    blocks: base.Depth = 1
+    attention: Sequence[Positive] = ()
+    heads: base.Width = 4
+    head_channels: base.Depth = 0
     middle: bool = True
     film: bool = True
-    per_group: int = 4
-    spectrum: str = "wide"
-    resample: str = "conv"
-    classes: int = 0
+    per_group: Positive = 4
+    spectrum: Spectrum = "wide"
+    resample: Literal["conv", "block"] = "conv"
+    classes: base.Classes = 0
     guided: bool = False
-    dropout: float = 0.0
-    remat: str = "none"
-    dtype: str = "float32"
+    dropout: base.Dropout = 0.0
+    remat: base.Remat = "none"
+    dtype: base.Dtype = "float32"
 
-    def _check(self, x: Array) -> None:
-        check_size("U-Net", x, len(self.multipliers))
-        if self.resample not in RESAMPLE:
-            raise ValueError(f"resample of a U-Net is one of {', '.join(RESAMPLE)}, got {self.resample!r}")
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.multipliers:
+            raise ValueError("multipliers=(): a U-Net has one level or more. Give one multiplier per level.")
 
     def _heads(self, channels: int) -> int:
         name, n = ("head_channels", self.head_channels) if self.head_channels else ("heads", self.heads)
         if channels % n:
-            raise ValueError(f"{name}={n} does not divide the {channels} channels that attention has in this U-Net")
+            raise ValueError(
+                f"{name}={n}: not a divisor of the {channels} channels of an attention layer. Give a divisor of them."
+            )
         return channels // n if self.head_channels else n
 
     def _embedding(self, s: Array, t: Array, cond) -> Array:
@@ -157,8 +200,8 @@ class Levels(nn.Module):
         common = {"dtype": self.dtype, "per_group": self.per_group, "film": self.film}
         return block(features, self.dropout, resample=resample, name=name, **common)(h, e, train)
 
-    def _attend(self, h: Array, name: str, here: bool | None = None) -> Array:
-        if not (h.shape[1] in self.attention if here is None else here):
+    def _attend(self, h: Array, name: str, always: bool = False) -> Array:
+        if not always and h.shape[1] not in self.attention:
             return h
         attention = rematerialised(Attention, self.remat)
         common = {"dtype": self.dtype, "per_group": self.per_group}
@@ -168,8 +211,8 @@ class Levels(nn.Module):
         return nn.Conv(h.shape[-1], (3, 3), padding=1, dtype=self.dtype, name=name, **options)(h)
 
     def _descend(self, x: Array, e: Array, train: bool) -> tuple[Array, list[Array]]:
-        """What comes out of the middle, and the way's intermediate results."""
-        self._check(x)
+        """Return the result of the middle, and the intermediate results for the skip connections."""
+        check_size(x, self.multipliers)
         h = nn.Conv(self.channels * self.multipliers[0], (3, 3), dtype=self.dtype, name="input")(x)
         skips = [h]
         for level, m in enumerate(self.multipliers):
@@ -185,39 +228,65 @@ class Levels(nn.Module):
                 skips.append(h)
         h = self._block(h, e, train, h.shape[-1], "middle_0")
         if self.middle:
-            h = self._attend(h, "middle", True)
+            h = self._attend(h, "middle", always=True)
             h = self._block(h, e, train, h.shape[-1], "middle_1")
         return h, skips
 
 
 class UNet(Levels):
-    """``x: [B, H, W, C] -> [B, H, W, outputs C]``; a level per entry of ``multipliers``, each half as wide as the last.
+    """Map images ``[B, H, W, C]`` to ``[B, H, W, outputs C]`` by a U-Net of the ADM family.
 
-    ``attention`` lists the resolutions (heights) that get attention, of ``heads`` heads, or of as many as make each
-    ``head_channels`` wide; it also stands in the middle where ``middle``. ``film`` and ``per_group`` as in ``Block``,
-    ``spectrum`` as in ``TwoTimes``, ``remat`` as in ``rematerialised``. Levels are joined by a convolution
-    (``resample="conv"``) or a residual block (``"block"``). ``classes``, ``guided``, ``outputs``, ``dropout``,
-    ``dtype`` as in ``MLP``. The last convolution starts at zero.
+    The last convolution starts at zero.
 
-    torchcfm's U-Net, weights and all (``fmjax.convert.torchcfm``), is ``film=False, per_group=1, spectrum="slow"``;
-    its CIFAR-10 network, 35,746,307 parameters beside those of the second time, adds ``channels=128,
-    multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), head_channels=64, dropout=0.1``.
+    Attributes:
+        channels: number of channels at multiplier 1.
+        multipliers: one per level, in units of ``channels``; each level has half the height and width of the last.
+        blocks: residual blocks per level on the way down (one more on the way up).
+        attention: heights, in pixels, at which every block is followed by attention.
+        heads: number of attention heads.
+        head_channels: channels per head; if positive, it replaces ``heads``.
+        middle: whether the middle has attention between two blocks, or one block alone.
+        film: see ``Block``.
+        per_group: see ``Block``.
+        spectrum: see ``embedding.TwoTimes``.
+        resample: how levels are joined: by a convolution (``"conv"``) or a residual block (``"block"``).
+        classes: see ``MLP``.
+        guided: see ``MLP``.
+        dropout: see ``MLP``.
+        remat: see ``remat.rematerialised``.
+        dtype: see ``MLP``.
+        outputs: see ``MLP``.
 
-    ADM as EDM has it (``DhariwalUNet``; ``fmjax.convert.edm``) is ``resample="block", head_channels=64,
-    spectrum="slow"``; that of ImageNet-64, 295,899,267 parameters beside the second time's and a null label's, adds
-    ``channels=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), classes=1000, dropout=0.1``.
+    torchcfm's U-Net (``convert.torchcfm`` reads its weights) is ``film=False, per_group=1, spectrum="slow"``. Its
+    CIFAR-10 network, 35,746,307 parameters beside the second time's, adds ``channels=128, multipliers=(1, 2, 2, 2),
+    blocks=2, attention=(16,), head_channels=64, dropout=0.1``.
+
+    EDM's ADM (``DhariwalUNet``; ``convert.edm`` reads its weights) is ``resample="block", head_channels=64,
+    spectrum="slow"``. Its ImageNet-64 network, 295,899,267 parameters beside the second time's and the null label's,
+    adds ``channels=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), classes=1000, dropout=0.1``.
 
     On a CPU a training step costs, per image 28x28x1 and core (x86_64, AVX-512, jax 0.10.2, float32), 23 ms with
     ``channels=32``, 18 ms without the attention of the ``middle``, and 9 ms with ``channels=16, multipliers=(1, 2, 4)``
-    of as many parameters (0.67M). XLA's convolutions there take one thread each: give JAX a virtual device per core,
-    ``NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=2``. Its repeated blocks differ in their channels, so
-    that there is no scan to make of them.
+    of as many parameters (0.67M). There each of XLA's convolutions uses one thread: give JAX one virtual device per
+    core, ``NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=2``. The blocks of a U-Net have different numbers
+    of channels, so that they cannot be scanned.
+
+    Source: arXiv 2105.05233.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from fmjax import nets
+    >>> x = jnp.zeros((2, 4, 4, 1))
+    >>> model = nets.from_linen(UNet(channels=8, multipliers=(1,), middle=False))
+    >>> params = jax.eval_shape(model.init, jax.random.key(0), x)
+    >>> jax.eval_shape(model.net, params, x, 0.0, 1.0).shape
+    (2, 4, 4, 1)
     """
 
-    outputs: int = 1
+    outputs: base.Outputs = 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
+        """Return the outputs ``[B, H, W, outputs C]``."""
         e = self._embedding(s, t, cond)
         h, skips = self._descend(x, e, train)
         for level, m in reversed(list(enumerate(self.multipliers))):

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fmjax import sampling
 from fmjax.oracles import closed_forms
-from fmjax.sampling import solvers
 from fmjax.types import DirectionFn, VelocityFn, expand, over_batch
 
 LogDensity = Callable[[Array, Array], Array]
@@ -153,7 +153,7 @@ def perturbed(oracle: closed_forms.Oracle, error: VelocityFn, *, steps: int = 16
         g = jnp.trace(jacobian, axis1=1, axis2=2) + (e * oracle.score(x, t)).sum(1)
         return jnp.concatenate([oracle.velocity(x, t) + e, g[:, None]], 1)
 
-    step = solvers.rk4(along)
+    step = sampling.rk4(along)
 
     def integral(x, t, end):
         """Return ``int_t^end g dr``, ``[B]``."""

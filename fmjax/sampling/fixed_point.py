@@ -1,4 +1,4 @@
-"""Where a residual vanishes, by an accelerated fixed point: what the exact inverse of a step is found with."""
+"""Anderson acceleration for root finding, and the exact inverse of a solver step by it."""
 
 from __future__ import annotations
 
@@ -8,30 +8,45 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fmjax.sampling.costs import evaluations
+from fmjax.types import Costed, FlowMapFn, Multistep, stated
 
-def solve(
+
+def anderson(
     residual: Callable[[Array], Array], x: Float[Array, "b ..."], *, iterations: int, memory: int = 5
 ) -> Float[Array, "b ..."]:
-    """``x`` with ``residual(x) = 0``, example by example: Anderson's acceleration of ``x <- x + residual(x)``.
+    """Solve ``residual(x) = 0`` for every example, by Anderson acceleration of ``x <- x + residual(x)``.
 
     With the last differences ``dx_j`` of the iterates and ``dr_j`` of their residuals ``r``, at most ``memory``,
-    ``x <- x + r - sum_j g_j (dx_j + dr_j)``, ``g = argmin |r - sum_j g_j dr_j|``. For a linear residual it is GMRES, so
-    that nothing need contract (Walker and Ni, SIAM J. Numer. Anal. 49, 2011). Returns each example's iterate of least
-    residual. Costs ``iterations + 1`` residuals.
+    ``x <- x + r - sum_j g_j (dx_j + dr_j)``, ``g = argmin |r - sum_j g_j dr_j|``. For a linear residual this is GMRES,
+    which needs no contraction (Walker and Ni, SIAM J. Numer. Anal. 49, 2011). Costs ``iterations + 1`` residuals.
+
+    Args:
+        residual: a function of states ``[B, ...]`` that treats its examples independently.
+        x: the first iterate.
+        iterations: number of iterations.
+        memory: number of differences that are kept.
+
+    Returns:
+        The iterate of smallest residual of each example.
+
+    >>> import jax.numpy as jnp
+    >>> anderson(lambda x: 3 - 2 * x, jnp.zeros((1, 1)), iterations=3).tolist()
+    [[1.5]]
     """
     flat = lambda a: a.reshape(len(x), -1)
     at = lambda z: flat(residual(z.reshape(x.shape)))
     dot = lambda a, b: jnp.sum(a * b, 1, keepdims=True)
 
     def accelerate(r, dx, dr):
-        """``r - sum_j g_j (dx_j + dr_j)``, the least squares by Gram and Schmidt (LAPACK would be a custom call)."""
+        """``r - sum_j g_j (dx_j + dr_j)``; least squares by Gram and Schmidt, since LAPACK would be a custom call."""
         move, basis = r, []
         for q, p in zip(dr, dx + dr, strict=True):
             norm = dot(q, q)
             for other, image, square in basis:
                 g = dot(other, q) / square
                 q, p = q - g * other, p - g * image
-            # what depends on those before it, or is not there yet, has no share
+            # a direction that depends on the earlier ones, or that is still empty, gets weight 0
             square = jnp.where(dot(q, q) > jnp.finfo(x.dtype).eps * norm, dot(q, q), jnp.inf)
             basis.append((q, p, square))
             g = dot(q, r) / square
@@ -47,6 +62,43 @@ def solve(
         return (moved, new), kept, dx.at[i % memory].set(moved - z), dr.at[i % memory].set(new - r)
 
     start = (flat(x), at(flat(x)))
-    none = jnp.stack([jnp.zeros_like(start[0])] * memory)  # of x: inside shard_map they must vary as it does
-    _, (best, _), *_ = jax.lax.fori_loop(0, iterations, improve, (start, start, none, none))
+    empty = jnp.stack([jnp.zeros_like(start[0])] * memory)  # of x: inside shard_map they must vary as it does
+    _, (best, _), *_ = jax.lax.fori_loop(0, iterations, improve, (start, start, empty, empty))
     return best.reshape(x.shape)
+
+
+def inverse(step: FlowMapFn, *, iterations: int = 20, start: FlowMapFn | None = None) -> Costed:
+    """Return the exact inverse of a step: ``inverse(step)(y, s, t)`` is the ``x`` with ``step(x, t, s) = y``.
+
+    By the fixed point ``x <- x + (y - step(x))``, accelerated (``anderson``). It converges for small enough steps;
+    where it does not converge, the iterate of smallest residual is returned.
+
+    Args:
+        step: a deterministic step without memory.
+        iterations: number of iterations.
+        start: the first iterate ``start(y, s, t)``; by default ``step`` itself in the reverse direction.
+
+    Returns:
+        A step of ``iterations + 1`` evaluations of ``step`` and one of ``start``.
+
+    Raises:
+        TypeError: for a multistep step.
+
+    >>> import jax.numpy as jnp
+    >>> from fmjax import sampling
+    >>> step = sampling.euler(lambda x, t, cond=None: -x)
+    >>> y = step(jnp.ones((1, 1)), 0.0, 0.5)
+    >>> inverse(step)(y, 0.5, 0.0).tolist(), inverse(step).nfe
+    ([[1.0]], 22)
+    """
+    inner = stated(step)
+    if isinstance(inner, Multistep):
+        raise TypeError("step=Multistep: a step with a memory has no inverse. Use a one-step solver, such as rk4.")
+    start = step if start is None else start
+    each, first = evaluations(step, calls=iterations + 1), evaluations(start)
+
+    def back(y, s, t, cond=None, key=None):
+        residual = lambda x: y - step(x, t, s, cond, key)
+        return anderson(residual, start(y, s, t, cond, key), iterations=iterations)
+
+    return Costed(back, None if None in (each, first) else each + first, lambda ts: inner.check(ts[::-1]))

@@ -1,73 +1,48 @@
-"""Sampling: a scan that interleaves corrections with steps, and what it costs.
+"""Sampling: a scan that interleaves corrections with solver steps, and the state that it starts from.
 
 A step is anything with the signature of a flow map: an RK4 step of a velocity, a diffrax solve or a learned jump. Steps
-that use earlier ones bring a memory (``types.Multistep``), which the scan carries.
+that use earlier steps have a memory (``types.Multistep``), which the scan carries.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from fmjax import paths
 from fmjax.keys import as_keys, fold_in, normal
 from fmjax.sampling import grids
-from fmjax.types import Cond, Corrector, FlowMapFn, Multistep, over_batch
+from fmjax.sampling.costs import evaluations
+from fmjax.sampling.states import time_dtype, wide_state
+from fmjax.sampling.stochastic import draw_noise
+from fmjax.types import Aux, Cond, Corrector, Costed, FlowMapFn, Multistep, over_batch, stated
 
 
-class Cost(NamedTuple):
-    """What a sample costs: ``nfe`` in all, ``corrections`` taken, ``c_nfe`` of them, ``depth`` in sequence."""
+class SampleInfo(NamedTuple):
+    """What correctors and multistep steps report of a sample.
 
-    nfe: int
-    corrections: int
-    c_nfe: int
-    depth: int
-
-
-def cost(n: int, at: Iterable[int] = (), *, step_nfe: int = 1, corrector_nfe: int = 1, parallel: bool = False) -> Cost:
-    """``NFE = m N + w |S|`` for ``n = N`` steps of ``m`` evaluations and corrections of ``w`` at the steps ``S = at``.
-
-    In parallel only the correction after the last step adds to the depth.
-
-    >>> cost(10, (0, 5, 10), step_nfe=4)
-    Cost(nfe=43, corrections=3, c_nfe=3, depth=43)
+    Attributes:
+        corrections: the diagnostics of the corrector, each with a leading axis over the ``K`` corrected steps: ``[K]``
+            of a scalar, ``[K, B]`` of one number for each example. Empty without corrections.
+        memory: the memory of a multistep step after the last step; ``None`` for a step without memory.
+        steps: indices ``[K]`` of the corrected steps.
     """
-    at = check_at(at, n)
-    c_nfe = corrector_nfe * len(at)
-    serial = corrector_nfe * (n in at) if parallel else c_nfe
-    return Cost(step_nfe * n + c_nfe, len(at), c_nfe, step_nfe * n + serial)
 
-
-def check_at(at: Iterable[int], n: int) -> tuple[int, ...]:
-    """The corrected steps, sorted, each once; ``ValueError`` for one outside ``0 .. n``."""
-    at = tuple(sorted({int(i) for i in at}))
-    outside = [i for i in at if not 0 <= i <= n]
-    if outside:
-        raise ValueError(f"at={outside[0]} is not a step: with {n} solver steps corrections are possible at 0 .. {n}")
-    return at
-
-
-def same_times(at: Iterable[int], ts, other) -> tuple[int, ...]:
-    """The steps of the grid ``other`` at the times that ``at`` names on ``ts``: a corrector's steps at another ``N``.
-
-    >>> same_times((0, 5, 10), times.uniform_grid(10), times.uniform_grid(50))
-    (0, 25, 50)
-
-    Raises ``ValueError`` for ``at`` outside of ``ts`` and for the first time that ``other`` does not have.
-    """
-    ts, other = grids.check_grid(ts), grids.check_grid(other)
-    return grids.steps_at(other, ts[list(check_at(at, len(ts) - 1))])
+    corrections: Aux
+    memory: Any
+    steps: np.ndarray
 
 
 def sample(
     step: FlowMapFn | Multistep,
-    x0: Float[Array, "b ..."],
-    ts,
+    x0: Any,
+    ts: Any,
     *,
     key=None,
     cond: Cond = None,
@@ -75,91 +50,221 @@ def sample(
     at: Iterable[int] | None = None,
     parallel: bool = False,
     trajectory: bool = False,
-) -> Float[Array, ...]:
-    """Carries ``x0`` along the grid ``ts: [N + 1]``, correcting before step ``n`` for each ``n`` in ``at``.
+    info: bool = False,
+) -> Any:
+    """Carry states along a time grid by a step, with corrections before the steps in ``at``.
 
-    ``x <- corrector(x, t_n)`` where ``n in at``, then ``x <- step(x, t_n, t_{n+1})``; ``n = N`` corrects the end. A
-    falling grid inverts. With
-    ``parallel=True`` both see the same input, ``x_{n+1} = step(x~, t_n, t_{n+1}) + alpha h(x~, t_n)``, so they can run
-    side by side. Skipped corrections cost nothing. Returns ``x: [B, ...]``, or with ``trajectory=True`` all
-    ``[N + 1, B, ...]`` states (after their corrections). ``key`` is one key, or one per example; step ``n`` and
-    correction ``n`` of an example have keys of their own. Raises ``ValueError`` for a grid that does not rise or fall
-    strictly, for ``at`` outside ``0 .. N``, for a corrector without ``at`` or without a key, and for times that
-    ``corrector.check``, where it has one, refuses.
+    ``x <- corrector(x, t_n)`` where ``n`` is in ``at``, then ``x <- step(x, t_n, t_{n+1})``; ``n = N`` corrects the
+    end. A rising grid samples, a falling grid inverts. With ``parallel=True`` both see the same input,
+    ``x_{n+1} = step(x~, t_n, t_{n+1}) + alpha h(x~, t_n)``, so that they can run side by side. Skipped corrections cost
+    nothing. The state is carried in float32 (float64 where ``x0`` is float64), whatever a network computes in.
+
+    Args:
+        step: a step ``(x, s, t, cond, key) -> x``, for example ``rk4(velocity)``, or a ``types.Multistep``.
+        x0: states ``[B, ...]`` at ``ts[0]``, floating.
+        ts: the time grid ``[N + 1]`` in [0, 1], or the number ``N`` of uniform steps from 0 to 1. It may be traced.
+        key: one key, or keys ``[B]``. Step ``n`` and correction ``n`` of each example have different keys.
+        cond: the condition of the step and of the corrector, with leading axis ``B``.
+        corrector: a corrector ``(key, x, t, cond) -> (x, diagnostics)``.
+        at: indices of the corrected steps, from ``0`` to ``N``.
+        parallel: whether a step and the correction before it see the same input.
+        trajectory: whether to return all states, after their corrections.
+        info: whether to return a ``SampleInfo``, too.
+
+    Returns:
+        The states ``[B, ...]`` at ``ts[-1]``, or with ``trajectory=True`` all states ``[N + 1, B, ...]``, in the type
+        of ``x0``. With ``info=True`` a pair of these and a ``SampleInfo``.
+
+    Raises:
+        TypeError: for a velocity in the place of a step, and for states that are not floating.
+        ValueError: for a grid outside [0, 1], or that does not rise or fall strictly, for ``at`` outside ``0 .. N``,
+            for a corrector without ``at`` or without a key, and for times that the step or the corrector refuses.
+
+    >>> import jax.numpy as jnp
+    >>> from fmjax import sampling
+    >>> step = sampling.euler(lambda x, t, cond=None: -x)
+    >>> sampling.sample(step, jnp.ones((1, 1)), 2).tolist()
+    [[0.25]]
+    >>> sampling.sample(step, jnp.ones((1, 1)), [0.0, 0.5, 1.0], trajectory=True)[:, 0, 0].tolist()
+    [1.0, 0.5, 0.25]
     """
-    ts = grids.check_grid(ts)
+    _check_step(step)
+    x0, dtype = wide_state("x0", x0)
+    ts = grids.check_grid(ts, dtype=time_dtype(x0))
     n = len(ts) - 1
     if corrector is not None and at is None:
-        raise ValueError(f"say where to correct: at=(0, {n}), or at=range({n + 1}) for every step")
-    at = check_at(at or (), n)
+        raise ValueError(
+            f"at=None: where to correct is missing. Give at=(0, {n}), or at=range({n + 1}) for every step."
+        )
+    at = grids.check_at(at or (), n)
     if at and corrector is None:
-        raise ValueError(f"at={at} asks for corrections, but no corrector was given")
+        raise ValueError(f"at={at}: corrections without a corrector. Give corrector=..., or leave out at.")
     if corrector is not None and key is None:
-        raise ValueError("a corrector draws noise and needs a key: sample(..., key=jax.random.key(seed))")
-    with jax.ensure_compile_time_eval():  # the grid is static, so that times can be refused under jit too
-        getattr(corrector, "check", lambda ts: None)(ts[list(at)])
+        raise ValueError("key=None: a corrector needs a key. Write sample(..., key=jax.random.key(seed)).")
+    if not grids.is_traced(ts):
+        with jax.ensure_compile_time_eval():  # the grid is static, so that times can be refused under jit too
+            stated(step).check(ts)
+            if at:
+                stated(corrector).check(ts[list(at)])
     keys = None if key is None else as_keys(key, x0.shape[0])
     sub = lambda i: None if keys is None else fold_in(keys, i)
     before = np.isin(np.arange(n), at)
-    init, move = with_memory(step)
+    init, move, *_ = with_memory(step)
 
     def correct(x, i, t):
-        fixed, info = corrector(sub(2 * i), x, over_batch(t, x), cond)
+        fixed, diagnostics = corrector(sub(2 * i), x, over_batch(t, x), cond)
+        report = jax.tree.map(jnp.asarray, diagnostics) if info else {}
         if not parallel:
-            return fixed, jnp.zeros_like(x)
-        if "noised" not in info:
-            raise ValueError("parallel=True needs a corrector with info['noised'], such as marginal_matching")
-        return info["noised"], fixed - info["noised"]
+            return fixed.astype(x.dtype), jnp.zeros_like(x), report
+        if "noised" not in diagnostics:
+            raise ValueError(
+                "parallel=True: this corrector has no info['noised']. Use marginal_matching, or parallel=False."
+            )
+        noised = diagnostics["noised"].astype(x.dtype)
+        return noised, fixed.astype(x.dtype) - noised, report
 
     def skip(x, i, t):
-        return x, jnp.zeros_like(x)
+        # of x: inside shard_map the zeros must vary over devices as x does
+        zero = jnp.zeros_like(x.ravel()[:1].sum())
+        shapes = jax.eval_shape(correct, x, i, t)[2] if info else {}
+        return x, jnp.zeros_like(x), jax.tree.map(lambda a: jnp.broadcast_to(zero, a.shape).astype(a.dtype), shapes)
 
     def body(carry, now):
         (x, memory), (i, fix, s, t) = carry, now
+        push, report = None, {}
         if before.all():
-            x, push = correct(x, i, s)
+            x, push, report = correct(x, i, s)
         elif before.any():
-            x, push = jax.lax.cond(fix, correct, skip, x, i, s)  # a skipped correction is not computed
-        else:
-            push = None
-        moved, memory = move(memory, x, over_batch(s, x), over_batch(t, x), cond, sub(2 * i + 1))
+            x, push, report = jax.lax.cond(fix, correct, skip, x, i, s)  # a skipped correction is not computed
+        moved, new = move(memory, x, over_batch(s, x), over_batch(t, x), cond, sub(2 * i + 1))
+        moved, memory = _like(x, moved), jax.tree.map(_like, memory, new)
         if parallel and push is not None:
-            return (moved + push, memory), x + push if trajectory else None
-        return (moved, memory), x if trajectory else None
+            return (moved + push, memory), (x + push if trajectory else None, report)
+        return (moved, memory), (x if trajectory else None, report)
 
     grid = jnp.asarray(ts)
-    (x, _), xs = jax.lax.scan(body, (x0, init(x0)), (jnp.arange(n), jnp.asarray(before), grid[:-1], grid[1:]))
+    rows = (jnp.arange(n), jnp.asarray(before), grid[:-1], grid[1:])
+    (x, memory), (xs, reports) = jax.lax.scan(body, (x0, init(x0)), rows)
+    reports = [jax.tree.map(lambda a: a[np.flatnonzero(before)], reports)] if before.any() else []
     if n in at:
-        x = sum(correct(x, n, grid[-1]))
-    return jnp.concatenate([xs, x[None]]) if trajectory else x
+        fixed, push, report = correct(x, n, grid[-1])
+        x = fixed + push
+        reports.append(jax.tree.map(lambda a: a[None], report))
+    result = (jnp.concatenate([xs, x[None]]) if trajectory else x).astype(dtype)
+    if not info:
+        return result
+    corrections = jax.tree.map(lambda *a: jnp.concatenate(a), *reports) if reports else {}
+    return result, SampleInfo(corrections, memory, np.asarray(at, np.int32))
+
+
+def source_sample(
+    path: paths.Path, key, shape: tuple[int, ...], *, start: float | None = None, dtype: Any = jnp.float32
+) -> Array:
+    """Draw the noise that a sampler starts from: ``alpha x0`` with ``x0 ~ N(0, I)``.
+
+    ``alpha`` is 1 at ``t = 0`` of most paths, but ``sigma_max`` on ``paths.ve``. A latent adds its variance.
+    Where the path keeps some of the data at ``start`` (``beta > 0``), that part is left out: it must be small.
+
+    Args:
+        path: the path of the velocity.
+        key: one key, or keys ``[B]``.
+        shape: the shape ``(B, ...)`` of the states.
+        start: the first time of the grid, by default the start of ``path.span``.
+        dtype: the type of the states.
+
+    Returns:
+        States ``[B, ...]`` at the time ``start``.
+
+    >>> import jax
+    >>> from fmjax import paths
+    >>> x0 = source_sample(paths.ve(sigma_max=50.0), jax.random.key(0), (512, 4))
+    >>> bool(45 < x0.std() < 55)
+    True
+    """
+    start = path.span[0] if start is None else start
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        scale = float(paths.one_sided(path).coefficients(jnp.asarray(start, jnp.float64))[0])
+    return jnp.asarray(scale, dtype) * normal(as_keys(key, shape[0]), tuple(shape[1:]), dtype)
 
 
 def with_memory(step: FlowMapFn | Multistep) -> Multistep:
-    """A step as one with a memory, an empty one where it has none."""
+    """Return a step as one with a memory, which is empty where the step has none.
+
+    Args:
+        step: a step.
+
+    Returns:
+        A ``types.Multistep`` of the same cost and check.
+
+    >>> from fmjax import sampling
+    >>> with_memory(sampling.rk4(lambda x, t, cond=None: -x)).nfe
+    4
+    """
     if isinstance(step, Multistep):
         return step
-    return Multistep(lambda x: None, lambda memory, *now: (step(*now), None))
+    return Multistep(lambda x: None, lambda memory, *now: (step(*now), None), evaluations(step), stated(step).check)
 
 
-def renoised(flow_map: FlowMapFn, *, path: paths.Path | None = None, share: float = 1.0) -> FlowMapFn:
-    """A step that jumps past its end and returns by noise: ``x' = X_{s,t'}(x)``, then the interpolant's own kernel.
+def renoised(flow_map: FlowMapFn, *, path: paths.Path = paths.linear(), fraction: float = 1.0) -> FlowMapFn:
+    """Return the step of multistep consistency sampling: jump past ``t``, then add noise back to ``t``.
 
-    ``x_t = (beta_t / beta_t') x' + sqrt(alpha_t^2 - (beta_t alpha_t' / beta_t')^2) xi``, ``t' = t + share (1 - t)``: of
-    the law at ``t`` where ``x'`` is of that at ``t'``, for an independent N(0, I) source. ``share = 1`` jumps to the
-    data, the multi-step sampling of consistency models (arXiv 2303.01469, Algorithm 1), whose maps know no other end;
-    ``share = 0`` is ``flow_map``, between them lies the gamma-sampling of CTM (2310.02279). It draws: give
-    ``sample`` a key. Raises ``ValueError`` for ``share`` outside [0, 1] and a path with a latent.
+    ``x' = X_{s,t'}(x)`` with ``t' = t + fraction (1 - t)``, then the interpolant's kernel
+    ``x_t = (beta_t / beta_t') x' + sqrt(alpha_t^2 - (beta_t alpha_t' / beta_t')^2) xi``. It has the marginal at ``t``
+    where ``x'`` has the marginal at ``t'``, for an independent ``N(0, I)`` source. ``fraction = 1`` jumps to the data,
+    the multistep sampling of consistency models (arXiv 2303.01469, Algorithm 1), whose maps end in the data only;
+    between 0 and 1 lies the gamma-sampling of CTM (2310.02279).
+
+    Args:
+        flow_map: ``X(x, s, t, cond)``.
+        path: the path of the flow map.
+        fraction: fraction of the way from ``t`` to the data; 0 returns ``flow_map`` itself.
+
+    Returns:
+        A step ``(x, s, t, cond, key) -> x`` that needs a key.
+
+    Raises:
+        ValueError: for a fraction outside [0, 1], for a path with a latent, and without a key.
+
+    >>> import jax, jax.numpy as jnp
+    >>> step = renoised(lambda x, s, t, cond=None, key=None: x)
+    >>> step(jnp.ones((2, 3)), 0.0, 0.5, key=jax.random.key(0)).shape
+    (2, 3)
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share={share} of the way to the data must lie in [0, 1]")
-    path = path or paths.linear()
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction={fraction}: outside [0, 1]. Give the fraction of the way to the data.")
     paths.refuse_latent("renoising", path)
+    if fraction == 0:
+        return flow_map
 
     def step(x, s, t, cond=None, key=None):
-        if key is None:
-            raise ValueError("renoising draws noise and needs a key: sample(..., key=jax.random.key(seed))")
         s, t = over_batch(s, x), over_batch(t, x)
-        further = t + share * (1 - t)
-        return paths.renoise(path, flow_map(x, s, further, cond), normal(key, x.shape[1:], x.dtype), further, t)
+        further = t + fraction * (1 - t)
+        noise = draw_noise(key, x)
+        return paths.renoise(path, flow_map(x, s, further, cond), noise, further, t)
 
-    return step
+    return Costed(step, evaluations(flow_map))
+
+
+def _like(old: Array, new: Array) -> Array:
+    """The precision of the state does not change along the grid, whatever a network computes in."""
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+
+def _check_step(step: Any) -> None:
+    """Refuse a velocity, ``(x, t, cond)``, in the place of a step, ``(x, s, t, cond, key)``."""
+    inner = stated(step)
+    if isinstance(inner, Multistep):
+        return
+    if not callable(step):
+        raise TypeError(f"step={step!r}: not a function. Pass a step, for example sampling.rk4(velocity).")
+    try:
+        signature = inspect.signature(inner.apply)
+    except (TypeError, ValueError):  # builtins have no signature
+        return
+    try:
+        signature.bind("x", "s", "t", "cond", "key")
+    except TypeError:
+        raise TypeError(
+            f"step={getattr(step, '__name__', 'step')}{signature}: a step takes (x, s, t, cond, key). For a velocity "
+            "(x, t, cond), pass sampling.rk4(velocity)."
+        ) from None

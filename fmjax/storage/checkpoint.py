@@ -1,10 +1,11 @@
-"""Checkpoints: orbax's ``CheckpointManager``, with a digest of every array that is verified before it is used.
+"""Checkpoints: orbax's ``CheckpointManager``, with a digest of every array that is verified before the array is used.
 
-orbax writes a checkpoint under a temporary name and renames it, so a kill in the middle leaves the former one intact.
-What it does not notice are wrong bytes: flipped bits in a data file are restored without a word. Hence the digest.
+orbax writes a checkpoint under a temporary name and renames it, so that a kill in the middle leaves the former one
+intact. What orbax does not notice are wrong bytes: it restores flipped bits in a data file without a word. The digest
+finds them.
 
 A state is a dict or NamedTuple of *parts* (``step``, ``params``, ``ema``, ``opt_state`` ...). Any part can be restored
-alone, so that a flow's checkpoint gives its ``ema`` to another run that knows nothing of its optimiser.
+alone, so that a flow's checkpoint gives its ``ema`` to another run that has another optimiser.
 """
 
 from __future__ import annotations
@@ -25,17 +26,27 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fmjax.keys import is_key
+from fmjax.storage import files
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, torn or holds wrong bytes."""
+    """A checkpoint is missing, torn or holds wrong bytes, or cannot be written."""
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 over the arrays of a tree: sorted key paths, dtypes, shapes and bytes.
+    """Return the SHA-256 of the arrays of a tree: sorted key paths, dtypes, shapes and bytes.
 
-    The same for numpy and JAX arrays, dicts and NamedTuples, and every sharding; on several processes all must call it.
-    Raises ``TypeError`` for a typed PRNG key.
+    It is the same for numpy and JAX arrays, for dicts and NamedTuples, and for every sharding. Where an array lies on
+    several processes, all of them must call it.
+
+    Args:
+        tree: arrays or numbers in dicts, tuples and NamedTuples.
+
+    Returns:
+        64 hexadecimal characters.
+
+    Raises:
+        TypeError: the tree holds a typed PRNG key.
 
     >>> import jax.numpy as jnp, numpy as np
     >>> digest({"w": jnp.ones(3)}) == digest({"w": np.ones(3, np.float32)}) != digest({"w": jnp.zeros(3)})
@@ -50,7 +61,17 @@ def digest(tree: Any) -> str:
 
 
 def digest_rows(x: Any) -> str:
-    """``digest`` of an array that may lie on disk: ``x[i:j]`` reads its rows, a part at a time."""
+    """Return the ``digest`` of an array that may lie on disk, reading a part at a time.
+
+    Args:
+        x: an array ``[n, ...]``, or an object with ``shape``, ``dtype`` and ``x[i:j]``.
+
+    Returns:
+        64 hexadecimal characters, equal to ``digest(np.asarray(x))``.
+
+    >>> digest_rows(np.arange(3.0)) == digest(np.arange(3.0))
+    True
+    """
     sha = hashlib.sha256(json.dumps([[], np.dtype(x.dtype).name, x.shape]).encode())
     part = max(1, 2**24 // max(1, math.prod(x.shape[1:]) * np.dtype(x.dtype).itemsize))
     for start in range(0, len(x), part):
@@ -59,7 +80,14 @@ def digest_rows(x: Any) -> str:
 
 
 def all_steps(directory: str | Path) -> list[int]:
-    """The steps that have a finished checkpoint, rising; ``[]`` where there is no directory."""
+    """Return the steps that have a finished checkpoint.
+
+    Args:
+        directory: the folder of the checkpoints; it need not exist.
+
+    Returns:
+        The steps, rising.
+    """
     directory = Path(directory)
     if not directory.is_dir():
         return []
@@ -67,23 +95,62 @@ def all_steps(directory: str | Path) -> list[int]:
 
 
 def latest_step(directory: str | Path) -> int | None:
-    """The newest step that has a finished checkpoint, or ``None``. It may be damaged: ``restore`` finds out."""
+    """Return the newest step that has a finished checkpoint; only ``restore`` finds out whether it is damaged.
+
+    Args:
+        directory: the folder of the checkpoints; it need not exist.
+
+    Returns:
+        The step, or ``None`` where there is no checkpoint.
+    """
     return next(reversed(all_steps(directory)), None)
+
+
+def check_space(directory: str | Path, state: Any, *, keep: int = 2) -> None:
+    """Check that the disk has space for the checkpoints of a run.
+
+    Args:
+        directory: the folder of the checkpoints; it need not exist.
+        state: the arrays of one checkpoint, or their ``jax.ShapeDtypeStruct``.
+        keep: the number of checkpoints that ``writer`` keeps.
+
+    Raises:
+        CheckpointError: less is free than ``keep + 1`` checkpoints need, those that exist already counted.
+    """
+    directory = Path(directory).absolute()
+    place = next(folder for folder in (directory, *directory.parents) if folder.is_dir())
+    bytes_each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    need, free = max(1, keep + 1 - len(all_steps(directory))) * bytes_each, shutil.disk_usage(place).free
+    if need > free:
+        raise CheckpointError(
+            f"{directory}: checkpoints need {need / 1e9:.3g} GB and {free / 1e9:.3g} GB are free. Free space, choose "
+            "another folder, or lower keep."
+        )
 
 
 @contextlib.contextmanager
 def writer(directory: str | Path, *, keep: int = 2, after: int | None = None) -> Iterator[Any]:
-    """Opens a directory for ``save`` and waits at the end for what is still being written; keeps the last ``keep``.
+    """Open a folder for ``save``, and wait at the end of the block for what is still being written.
 
-    ``after`` is the step the run was restored from. Later checkpoints, damaged ones that a fallback skipped, are
-    renamed to ``STEP.set-aside``, so that the run can write those steps again. What a killed save left is swept.
-    Raises ``CheckpointError`` for a directory that cannot be made, or that holds checkpoints where ``after`` is not
-    given; ``ValueError`` for ``keep < 1``.
+    What a killed save left is deleted. Checkpoints later than ``after``, damaged ones that a fallback skipped, are
+    renamed to ``STEP.set-aside``, so that the run can write those steps again.
+
+    Args:
+        directory: the folder of the checkpoints, made where it is missing.
+        keep: the number of newest checkpoints that are kept.
+        after: the step that the run was restored from; ``None`` for a new run.
+
+    Yields:
+        The manager that ``save`` takes.
+
+    Raises:
+        CheckpointError: the folder cannot be made, or holds checkpoints although ``after`` is ``None``.
+        ValueError: ``keep`` is less than 1.
     """
     import orbax.checkpoint as ocp
 
     if keep < 1:
-        raise ValueError(f"keep is the number of checkpoints kept and must be at least 1, got {keep}")
+        raise ValueError(f"keep={keep}: it is the number of checkpoints kept. Give at least 1.")
     directory = Path(directory).absolute()
     later = [step for step in all_steps(directory) if after is None or step > after]
     if later and after is None:
@@ -110,37 +177,55 @@ def writer(directory: str | Path, *, keep: int = 2, after: int | None = None) ->
         manager.close()
 
 
-def save(manager: Any, step: int, state: Any, *, metadata: dict[str, Any] | None = None) -> bool:
-    """Saves a state with JSON metadata; writes in the background, the arrays may be donated as soon as it returns.
+def save(manager: Any, step: int | np.integer, state: Any, *, metadata: dict[str, Any] | None = None) -> bool:
+    """Save a state with JSON metadata, in the background: its arrays may be donated as soon as this returns.
 
-    Returns whether it wrote: a step that is already the newest is left alone. ``metadata`` gets the digest of every
-    part beside it. Raises ``ValueError`` for a step older than the newest, reserved metadata names or a state without
-    named parts, ``TypeError`` for a typed PRNG key in the state.
+    Args:
+        manager: what ``writer`` yields.
+        step: the number of steps taken; a step that is already the newest is left alone.
+        state: a dict or NamedTuple of parts.
+        metadata: plain values to store beside it; the digest of every part is added.
+
+    Returns:
+        Whether a checkpoint is written.
+
+    Raises:
+        ValueError: the step is older than the newest, a metadata name is reserved, or the state has no named parts.
+        TypeError: the state holds a typed PRNG key.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> with writer(folder) as manager:
+    ...     save(manager, 3, {"params": {"w": np.ones(2)}})
+    True
+    >>> step, state, metadata = restore(folder)
+    >>> step, state
+    (3, {'params': {'w': array([1., 1.])}})
     """
     import orbax.checkpoint as ocp
 
-    newest = manager.latest_step()
+    step, newest = int(step), manager.latest_step()
     if newest == step:
         return False
     if newest is not None and step < newest:
-        raise ValueError(f"checkpoints are saved in rising order: step {step} comes after step {newest}")
+        raise ValueError(f"step={step}: checkpoints are saved in rising order and the newest is step {newest}")
     if not isinstance(state, dict) and not hasattr(state, "_asdict"):
-        raise ValueError(f"a state is a dict or NamedTuple of parts, got {type(state).__name__}")
+        raise ValueError(f"state={type(state).__name__}: a state is a dict or NamedTuple of parts")
     parts = dict(state) if isinstance(state, dict) else state._asdict()
     parts = {name: part for name, part in parts.items() if jax.tree.leaves(part)}
     record = dict(metadata or {})
     if reserved := sorted({"step", "digest", "leaves"} & set(record)):
-        raise ValueError(f"metadata may not use the name {reserved[0]!r}: save writes it")
+        raise ValueError(f"metadata={reserved[0]!r}: save writes this name itself. Choose another one.")
     flat = _flatten(parts)
     record |= {"step": step, "digest": {name: digest(part) for name, part in parts.items()}}
     record["leaves"] = [[path, _spec(leaf)] for path, leaf in flat.items()]
-    record = json.loads(json.dumps(record))
+    record = json.loads(json.dumps(record, default=files.as_json))
     arrays = {path: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for path, leaf in flat.items()}
     args = ocp.args.Composite(
         state=ocp.args.PyTreeSave(_nest(arrays)),
         metadata=ocp.args.JsonSave({"record": record, "sha256": _sha(record)}),
     )
-    return manager.save(int(step), args=args, force=True)
+    return manager.save(step, args=args, force=True)
 
 
 def restore(
@@ -151,15 +236,23 @@ def restore(
     step: int | None = None,
     fallback: bool = False,
 ) -> tuple[int, Any, dict[str, Any]]:
-    """Restores the newest checkpoint, or that of ``step``: ``(step, state, metadata)``, every digest verified.
+    """Restore a checkpoint, every digest verified.
 
-    ``template`` is a tree of arrays or ``jax.ShapeDtypeStruct`` that gives structure, shapes, dtypes and shardings
-    (whatever they were when saved); without one, nested dicts of numpy arrays come back. ``part="ema"`` reads that part
-    alone, with ``template`` its own. ``metadata["digest"]`` maps parts to digests.
+    Args:
+        directory: the folder of the checkpoints.
+        template: a tree of arrays or ``jax.ShapeDtypeStruct`` with the structure, shapes, dtypes and shardings to
+            restore (the shardings may differ from the saved ones); ``None`` gives nested dicts of numpy arrays.
+        part: restore this part alone, such as ``"ema"``; ``template`` is then a template of the part.
+        step: the step to restore; ``None`` for the newest.
+        fallback: where that checkpoint is damaged, restore the newest good one before it, with a warning.
 
-    Raises ``CheckpointError`` where nothing is there or what is there is damaged, naming the last good step; with
-    ``fallback=True`` that one is restored, with a warning. Raises ``ValueError`` naming the first leaves that differ
-    where the template is not what was saved: another network is no damage, and never falls back.
+    Returns:
+        The step, the state, and the metadata, whose ``"digest"`` maps parts to digests.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged; the message names the last good step.
+        ValueError: the template differs from what was saved; the message names the first leaves that differ. Another
+            network is no damage, and never falls back.
     """
     directory = Path(directory).absolute()
     steps = all_steps(directory)
@@ -174,7 +267,7 @@ def restore(
         damage = error
     for good in older:
         try:
-            found = _read(directory / str(good), template if fallback else None, part)
+            state, metadata = _read(directory / str(good), template if fallback else None, part)
         except CheckpointError as error:
             damage = CheckpointError(f"{damage}; {error}")
             continue
@@ -183,7 +276,7 @@ def restore(
                 f"{damage}; the last good step is {good}: restore it with step={good} or fallback=True"
             ) from damage.__cause__
         warnings.warn(f"{damage}; falling back to step {good}", stacklevel=2)
-        return good, *found
+        return good, state, metadata
     raise CheckpointError(f"{damage}; no good checkpoint is left in {directory}") from damage.__cause__
 
 
@@ -198,7 +291,7 @@ def _read(path: Path, template: Any, part: str | None) -> tuple[Any, dict[str, A
     tree = _nest(_arrays(path / "state", stored))
     for name in parts if part is None else [part]:
         if digest(tree[name]) != parts[name]:
-            raise CheckpointError(f"{path} is damaged: the bytes of {name!r} are not those that were saved")
+            raise CheckpointError(f"{path} is damaged: the bytes of {name!r} were changed")
     tree = tree if part is None else tree[part]
     if template is not None:
         flat = _flatten(tree)
@@ -210,19 +303,20 @@ def _read(path: Path, template: Any, part: str | None) -> tuple[Any, dict[str, A
 def _record(path: Path) -> dict[str, Any]:
     try:
         written = json.loads((path / "metadata" / "metadata").read_text())
-        if _sha(written["record"]) == written["sha256"]:
-            return written["record"]
-        why = "its bytes are not those that were saved"
+        record, sha = written["record"], written["sha256"]
+        if _sha(record) == sha and record["step"] == int(path.name):
+            return record
+        why = f"it is of step {record['step']}" if _sha(record) == sha else "its bytes were changed"
         cause = None
     except FileNotFoundError as error:
         why, cause = "it is missing", error
-    except (OSError, ValueError, KeyError, TypeError) as error:  # whatever a torn file makes of JSON
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # whatever a torn file makes of JSON
         why, cause = _first_line(error), error
     raise CheckpointError(f"{path} is damaged: metadata: {why}") from cause
 
 
 def _arrays(path: Path, stored: dict) -> dict[tuple[str, ...], np.ndarray]:
-    """The stored leaves, whole, on the host: a digest needs all their bytes, and any sharding is cut from them."""
+    """Read the stored leaves whole on the host: a digest needs all their bytes, and any sharding is cut from them."""
     import orbax.checkpoint as ocp
 
     item = _nest(dict.fromkeys(stored, 0))
@@ -236,18 +330,18 @@ def _arrays(path: Path, stored: dict) -> dict[tuple[str, ...], np.ndarray]:
 
 
 def _check_template(path: Path, stored: dict, template: Any) -> None:
-    asked = {p: _spec(leaf) for p, leaf in _flatten(template).items()}
-    differ = [p for p in {**stored, **asked} if stored.get(p) != asked.get(p)]
+    requested = {p: _spec(leaf) for p, leaf in _flatten(template).items()}
+    differ = [p for p in {**stored, **requested} if stored.get(p) != requested.get(p)]
     if differ:
-        told = [f"{'/'.join(p)}: stored {stored.get(p, 'none')}, asked {asked.get(p, 'none')}" for p in differ[:3]]
+        leaves = [
+            f"{'/'.join(p)}: stored {stored.get(p, 'none')}, requested {requested.get(p, 'none')}" for p in differ
+        ]
         more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise ValueError(
-            f"{path} is not what was asked for: {'; '.join(told)}{more}; build the network it was saved with"
-        )
+        raise ValueError(f"{path} holds another network: {'; '.join(leaves[:3])}{more}; build the one that was saved")
 
 
 def _place(host: np.ndarray, like: Any) -> Any:
-    """The host array as the template has it: sharded, on the default device, or numpy."""
+    """Place a host array as the template is: sharded, on the default device, or numpy."""
     if not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
         return host
     if like.sharding is None or not getattr(like, "committed", True):

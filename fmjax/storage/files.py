@@ -7,12 +7,14 @@ leaves the old file or the new one. A file that is missing or damaged raises ``D
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 CHUNK = 2**24  # bytes written at a time
+ABANDONED = 24 * 3600  # seconds: no write takes longer
 NUMBERS = "biufc"  # kinds of dtypes: booleans, integers, floats, complex numbers
 _MARK = b"\nsha256:"  # between the data of an array and its digest
 
@@ -239,6 +242,34 @@ def sync(path: str | Path) -> None:
         os.close(handle)
 
 
+def commit(unfinished: str | Path, path: str | Path) -> None:
+    """Rename a finished file to its final name: the content is flushed to disk first, then the name.
+
+    Args:
+        unfinished: the file under its temporary name, closed.
+        path: the final name in the same folder; an older file of this name is replaced.
+    """
+    sync(unfinished)
+    os.replace(unfinished, path)
+    sync(Path(path).parent)
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes.
+
+    Args:
+        path: the file.
+
+    Returns:
+        64 hexadecimal characters.
+
+    Raises:
+        DamagedFile: the file is missing.
+    """
+    with _open(Path(path)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def as_json(value: Any) -> Any:
     """Return a value as plain JSON has it: the ``default`` of ``json.dumps`` for records and configs.
 
@@ -264,19 +295,19 @@ def as_json(value: Any) -> Any:
 
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a temporary neighbour, flush it, rename it over the file, and flush the folder."""
+    """Write a temporary neighbour, then give it the file's name; delete neighbours that killed processes left."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if time.time() - old.stat().st_mtime > ABANDONED:
+            old.unlink(missing_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        commit(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync(path.parent)
 
 
 def _open(path: Path) -> BinaryIO:

@@ -12,17 +12,27 @@ import numpy as np
 from fmjax.storage.files import write_bytes
 
 TILE = 40  # pixels: the least side of an image in a grid
+GAP = 2  # grey pixels around each image
 
 
-GAP = 2
+def image_grid(images, *, columns: int | None = None) -> np.ndarray:
+    """Draw images side by side, row by row, as one image.
 
+    A value ``x`` becomes ``floor(127.5 x + 128)``, clipped to 0..255. Each pixel becomes a square of
+    ``k = ceil(40 / min(H, W))`` pixels.
 
-def grid(images, *, columns: int | None = None) -> np.ndarray:
-    """Images ``[n, H, W, C]`` in [-1, 1] as one contact sheet, uint8 ``[H', W', 3]``, row by row.
+    Args:
+        images: floats in [-1, 1], ``[n, H, W, C]`` with ``C`` 1 or 3.
+        columns: images in a row; ``None`` takes a divisor of ``n`` near its root, so that rows are full.
 
-    ``floor(127.5 x + 128)`` clipped to 0..255; each pixel becomes a square of ``k = ceil(40 / min(H, W))`` pixels, with
-    2 grey pixels around each image. ``columns`` defaults to a divisor of ``n`` near its root, so that rows are full.
-    Raises ``ValueError`` for another shape, values that are not finite, and ``columns < 1``.
+    Returns:
+        The image, uint8 ``[H', W', 3]``.
+
+    Raises:
+        ValueError: another shape, values that are not finite, or ``columns < 1``.
+
+    >>> image_grid(np.zeros((4, 8, 8, 1))).shape
+    (86, 86, 3)
     """
     x = np.asarray(images)
     check_images("images", x, ndim=4)
@@ -42,37 +52,74 @@ def grid(images, *, columns: int | None = None) -> np.ndarray:
 
 
 def save_png(path: str | os.PathLike, images, *, columns: int | None = None) -> Path:
-    """Writes ``grid(images, columns=columns)`` as a PNG file, whole or not at all, and returns its path."""
+    """Write ``image_grid(images)`` as a PNG file, whole or not at all.
+
+    Args:
+        path: the file, in a folder that exists.
+        images: floats in [-1, 1], ``[n, H, W, C]`` with ``C`` 1 or 3.
+        columns: images in a row.
+
+    Returns:
+        The path.
+    """
     path = Path(path)
-    write_bytes(path, _png(grid(images, columns=columns)))
+    write_bytes(path, png_bytes(image_grid(images, columns=columns)))
     return path
 
 
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """Encode an image as PNG.
+
+    Args:
+        pixels: uint8 ``[H, W, 3]``.
+
+    Returns:
+        The bytes of the file.
+    """
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
+
+
 def check_images(name: str, x: np.ndarray, *, ndim: int) -> None:
-    """Raises ``ValueError`` unless ``x`` is finite floats ``[.., H, W, C]`` of ``ndim`` axes, ``C`` 1 or 3."""
+    """Check that an array holds images that can be drawn.
+
+    Args:
+        name: the array's name in messages.
+        x: floats ``[n, H, W, C]`` or ``[T, n, H, W, C]`` with ``C`` 1 or 3.
+        ndim: the number of axes, 4 or 5.
+
+    Raises:
+        ValueError: another shape or dtype, or values that are not finite.
+    """
     if x.ndim != ndim or x.shape[-1] not in (1, 3) or 0 in x.shape or not np.issubdtype(x.dtype, np.floating):
         shape = "[n, H, W, C]" if ndim == 4 else "[T, n, H, W, C]"
         raise ValueError(
             f"{name} is {x.dtype} {list(x.shape)}; give images {shape}, floats in [-1, 1] with C = 1 or 3, or points "
             "of two coordinates"
         )
-    _check_finite(name, x)
+    check_finite_values(name, x)
 
 
-def _check_finite(name: str, x: np.ndarray) -> None:
+def check_finite_values(name: str, x: np.ndarray) -> None:
+    """Check that an array that is to be drawn has finite values only.
+
+    Args:
+        name: the array's name in messages.
+        x: numbers ``[...]``.
+
+    Raises:
+        ValueError: some values are not finite.
+    """
     bad = int(x.size - np.isfinite(x).sum())
     if bad:
-        raise ValueError(f"{name} has {bad} of {x.size} values that are not finite; leave out what diverged")
+        raise ValueError(
+            f"{name} has {bad} of {x.size} values that are not finite; leave out the samples that diverged"
+        )
 
 
 def _columns(n: int) -> int:
     root = math.ceil(math.sqrt(n))
     return next((c for c in range(root, int(2 * math.sqrt(n)) + 1) if n % c == 0), root)
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png", optimize=True)
-    return buffer.getvalue()

@@ -1,39 +1,43 @@
-"""Arrays on disk that survive a kill at any moment: ArrayRecord shards and manifests of what they were made from.
+"""Large arrays on disk that survive a kill at any moment: ArrayRecord shards, and manifests that describe them.
 
-A shard is written under a temporary name, synced, renamed and only then entered in a manifest with its SHA-256, so that
-a name means a whole file. Record ``i`` is example ``i``.
+A shard is written under a temporary name, flushed, renamed and only then entered in a manifest with its SHA-256: a
+shard with its final name is complete. Record ``i`` is example ``i``.
 
-Shard ``i`` belongs to process ``i mod P``. Each of ``P`` processes enters its shards in a manifest of its own, so that
-no file has two writers and nobody waits; one process writes ``manifest.json``. What is there is what any manifest of
-the directory names with the SHA-256 that the file has, whatever ``P`` was.
+Shard ``i`` belongs to process ``i mod P``. Each of ``P`` processes enters its shards in its own manifest, so that no
+file has two writers and no process waits; a single process writes ``manifest.json``. A shard is complete where any
+manifest of the directory names it with the SHA-256 that the file has, whatever ``P`` was.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import hashlib
-import json
 import logging
 import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmjax.storage import columns
+from fmjax import checks
+from fmjax.storage import columns, files
 
 VERSION = 1
 MANIFEST = "manifest.json"
-BLOCK = 2**16  # bytes: what ArrayRecord's files are made of
+BLOCK = 2**16  # bytes: the unit of ArrayRecord's files
 OPTIONS = "group_size:1,uncompressed"  # noise does not compress, and the bytes depend on no compressor's version
 log = logging.getLogger(__name__)
 
 
 class Shard(NamedTuple):
-    """A complete shard: its file, the number of its records and the SHA-256 of its bytes."""
+    """A complete shard.
+
+    Attributes:
+        file: its name in the directory.
+        count: the number of its records.
+        sha256: the digest of its bytes.
+    """
 
     file: str
     count: int
@@ -41,14 +45,26 @@ class Shard(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What a directory of marginals is: all that its numbers depend on, and the shards that are complete.
+    """A description of a directory of marginals: everything that its numbers depend on, and its complete shards.
 
-    ``flow`` names the parameters (a digest), ``ts`` is the whole rising grid and ``steps`` the indices stored; ``seed``
-    is that of the noise (forward), ``data`` the SHA-256 of the data and ``backward_map`` how they were carried
-    (backward); ``shape`` is that of one example at one time. ``cond`` describes the conditions of an example
-    (``columns.describe``) and ``cond_digest`` is the SHA-256 of all of them; ``start`` names the function that drew
-    the starts. The last three are ``None`` for a set without conditions and for starts from N(0, I), and are then left
-    out of the file.
+    Attributes:
+        version: the version of this format.
+        direction: ``"forward"`` (from noise) or ``"backward"`` (from data).
+        flow: digest of the flow's parameters.
+        solver: name of the solver.
+        backward_map: how data are carried backward; ``None`` for the forward direction.
+        ts: the whole rising time grid.
+        steps: the indices of ``ts`` whose states are stored.
+        dtype: dtype of the records.
+        shape: shape of one example at one time.
+        count: the number of examples, ``M``.
+        seed: seed of the noise; ``None`` for the backward direction.
+        data: SHA-256 of the data; ``None`` for the forward direction.
+        shard_size: examples in a shard; the last one may hold fewer.
+        cond: description of an example's conditions (``columns.describe``); ``None`` for a set without conditions.
+        cond_digest: SHA-256 of all conditions; ``None`` for a set without conditions.
+        start: name of the function that drew the starts; ``None`` for starts from N(0, I).
+        shards: the complete shards.
     """
 
     version: int
@@ -71,82 +87,119 @@ class Manifest(NamedTuple):
 
 
 IDENTITY = Manifest._fields[:-1]
-OPTIONAL = ("cond", "cond_digest", "start")
+OPTIONAL = ("cond", "cond_digest", "start")  # left out of the file where they are None
 
 
 def ranges(m: Manifest) -> dict[str, tuple[int, int]]:
-    """Every shard's file name, and the examples ``start .. stop - 1`` it holds."""
+    """Return the file name of every shard with the examples that it holds.
+
+    Args:
+        m: the manifest, complete or not.
+
+    Returns:
+        File names with ``(start, stop)``: examples ``start .. stop - 1``, in order.
+    """
     n = -(-m.count // m.shard_size)
     bounds = [(i * m.shard_size, min((i + 1) * m.shard_size, m.count)) for i in range(n)]
     return {f"shard-{i:05d}-of-{n:05d}.array_record": b for i, b in enumerate(bounds)}
 
 
 def size(m: Manifest, names: Iterable[str]) -> int:
-    """Bytes of these shards on disk, from above, within two blocks of 64 KiB a shard."""
-    record = len(m.steps) * math.prod(m.shape) * np.dtype(m.dtype).itemsize + 64  # and its header and index
+    """Return an upper bound of the bytes that some shards take on disk.
+
+    Args:
+        m: the manifest.
+        names: file names of shards.
+
+    Returns:
+        Bytes, at most two blocks of 64 KiB a shard too many.
+    """
+    record = len(m.steps) * math.prod(m.shape) * np.dtype(m.dtype).itemsize + 64  # with its header and index
     record += 0 if m.cond is None else columns.row_bytes(m.cond) + 64
     counts = (stop - start for start, stop in (ranges(m)[name] for name in names))
     return sum(BLOCK * (2 + math.ceil(count * record * (1 + 32 / BLOCK) / BLOCK)) for count in counts)
 
 
 def own(m: Manifest, process_index: int, process_count: int) -> dict[str, tuple[int, int]]:
-    """The ``ranges`` that a process builds."""
+    """Return the shards that a process builds.
+
+    Args:
+        m: the manifest.
+        process_index: the number of the process.
+        process_count: how many processes build.
+
+    Returns:
+        A part of ``ranges(m)``; the parts of all processes are disjoint and cover it.
+    """
     return dict(list(ranges(m).items())[process_index::process_count])
 
 
 def resume(directory: str | os.PathLike, m: Manifest, names: Iterable[str]) -> dict[str, Shard]:
-    """Those of the shards ``names`` that earlier builds of ``m`` completed; a missing or torn one is named in the log.
+    """Make the directory, and return the shards that earlier builds of the same manifest completed.
 
-    Makes the directory. Raises ``OSError`` where it cannot be written, ``ValueError`` (naming each field that differs)
-    where it holds something else.
+    Args:
+        directory: the folder of the shards.
+        m: the manifest of the build.
+        names: file names of shards to look for.
+
+    Returns:
+        The complete ones by name. The log names each shard that is missing or torn.
+
+    Raises:
+        OSError: the directory cannot be written.
+        ValueError: the directory holds something else; the message names each field that differs.
     """
-    directory = Path(directory)
-    advice = "choose a directory that can be written"
+    directory, advice = Path(directory), "choose a directory that can be written"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise OSError(f"cannot write to {directory}: {e}; {advice}") from e
     if not os.access(directory, os.W_OK):
         raise OSError(f"cannot write to {directory}: no permission; {advice}")
-    stray = sorted(directory.glob("shard-*.array_record"))  # before the manifests: other processes write theirs first
-    old = load(directory)
+    unlisted = sorted(directory.glob("shard-*.array_record"))  # before the manifests: other processes write those first
+    old = read_manifest(directory)
     if old is None:
-        if stray:
-            raise ValueError(f"{directory} holds {stray[0].name} but no {MANIFEST}; build in an empty directory")
+        if unlisted:
+            raise ValueError(f"{directory} holds {unlisted[0].name} but no {MANIFEST}; build in an empty directory")
         return {}
-    check(directory, old, {name: getattr(m, name) for name in IDENTITY})
-    good, told = {}, _told(old)
-    for name in names:
-        if name in told:
-            found = _whole(directory, name, told[name])
-            if isinstance(found, Shard):
-                good[name] = found
-            else:
-                log.warning("%s %s; building it again", directory / name, found)
+    check_manifest(directory, old, {name: getattr(m, name) for name in IDENTITY})
+    good = {}
+    for name in {shard.file for shard in old.shards}.intersection(names):
+        shard = _verify(directory, name, old)
+        if isinstance(shard, Shard):
+            good[name] = shard
+        else:
+            log.warning("%s %s; building it again", directory / name, shard)
     return good
 
 
-def write(directory: str | os.PathLike, name: str, records: Iterable[bytes], cond: Iterable[bytes] = ()) -> Shard:
-    """Writes one shard and gives it its name; what it returns is yet to be entered in the manifest (``save``).
+def write_shard(directory: str | os.PathLike, name: str, records: Iterable[bytes], cond: Iterable[bytes] = ()) -> Shard:
+    """Write one shard; ``write_manifest`` then enters it in the manifest.
 
-    The conditions ``cond``, one ``bytes`` per example, follow the examples in the same file.
+    Args:
+        directory: the folder of the shards.
+        name: the shard's file name.
+        records: the bytes of its examples.
+        cond: the bytes of their conditions, which follow the examples in the same file.
+
+    Returns:
+        The shard's entry.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    path, count = Path(directory) / name, 0
-    unfinished = path.with_name(f"{name}.tmp")
+    path, unfinished, count = Path(directory) / name, Path(directory) / f"{name}.tmp", 0
     with contextlib.closing(ArrayRecordWriter(str(unfinished), OPTIONS)) as writer:
         for record in records:
             writer.write(record)
             count += 1
         for row in cond:
             writer.write(row)
-    shard = Shard(name, count, _sha256(unfinished))
-    _commit(unfinished, path)
+    shard = Shard(name, count, files.file_digest(unfinished))
+    files.commit(unfinished, path)
     return shard
 
 
-def save(
+def write_manifest(
     directory: str | os.PathLike,
     m: Manifest,
     shards: dict[str, Shard],
@@ -154,64 +207,90 @@ def save(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Manifest:
-    """Writes a process's manifest of ``m`` with the complete ``shards``, atomically, and returns it."""
+    """Write the manifest of one process, whole or not at all.
+
+    Args:
+        directory: the folder of the shards.
+        m: the manifest of the build.
+        shards: the complete shards by name.
+        process_index: the number of the process.
+        process_count: how many processes build.
+
+    Returns:
+        The manifest with these shards.
+    """
     m = m._replace(shards=tuple(shards[name] for name in sorted(shards)))
     name = MANIFEST if process_count == 1 else f"manifest-{process_index:05d}-of-{process_count:05d}.json"
-    path = Path(directory) / name
-    unfinished = path.with_name(f"{name}.tmp")
-    fields = m._asdict() | {"shards": [shard._asdict() for shard in m.shards]}
-    fields = {key: value for key, value in fields.items() if key not in OPTIONAL or value is not None}
-    unfinished.write_text(json.dumps(fields, indent=1) + "\n")
-    _commit(unfinished, path)
+    fields = {key: value for key, value in m._asdict().items() if key not in OPTIONAL or value is not None}
+    files.write_json(Path(directory) / name, fields | {"shards": [shard._asdict() for shard in m.shards]})
     return m
 
 
-def load(directory: str | os.PathLike) -> Manifest | None:
-    """What a directory's manifests say together, ``None`` without one; ``ValueError`` for what cannot be used.
+def read_manifest(directory: str | os.PathLike) -> Manifest | None:
+    """Read all manifests of a directory as one.
 
-    A shard that was built again, by another process, may be named twice.
+    Args:
+        directory: the folder of the shards.
+
+    Returns:
+        The manifest, or ``None`` where the directory holds none. It may name a shard twice, where another process
+        built it again.
+
+    Raises:
+        ValueError: a manifest cannot be used, or the manifests contradict each other.
     """
     directory = Path(directory)
-    found = {path.name: _load(path) for path in sorted(directory.glob("manifest*.json"))}
-    if not found:
+    manifests = [_read_manifest(path) for path in sorted(directory.glob("manifest*.json"))]
+    if not manifests:
         return None
-    first, *others = found.values()
-    for m in others:
-        check(directory, m, {name: getattr(first, name) for name in IDENTITY})
-    return first._replace(shards=tuple(sorted({shard for m in found.values() for shard in m.shards})))
+    first = manifests[0]
+    for m in manifests:
+        check_manifest(directory, m, {name: getattr(first, name) for name in IDENTITY})
+    return first._replace(shards=tuple(sorted({shard for m in manifests for shard in m.shards})))
 
 
-def _load(path: Path) -> Manifest:
+def _read_manifest(path: Path) -> Manifest:
     try:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in files.read_json(path).items()}
         if fields["version"] != VERSION:
             raise ValueError(f"format version {fields['version']}; this library reads {VERSION}")
         return Manifest(**fields)._replace(shards=tuple(Shard(**shard) for shard in fields["shards"]))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise ValueError(f"{path} cannot be used ({e}); remove {path.parent} and build the marginals again") from e
-
-
-def check(directory: str | os.PathLike, m: Manifest, expect: dict) -> None:
-    """Raises ``ValueError`` where the manifest ``m`` differs from ``expect``, naming every field with both values."""
-    wrong = []
-    for name, want in expect.items():
-        if name not in IDENTITY:
-            near = difflib.get_close_matches(name, IDENTITY, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"a manifest has no field {name!r}{hint} (there are {', '.join(IDENTITY)})")
-        if isinstance(want, (list, tuple, range, np.ndarray)):
-            want = tuple(np.asarray(want, np.float32 if name == "ts" else None).tolist())
-        if getattr(m, name) != want:
-            wrong.append(f"{name}: {_short(getattr(m, name))} there, {_short(want)} asked for")
-    if wrong:
+        problem = getattr(e, "problem", e)
         raise ValueError(
-            f"the marginals in {directory} are others ({'; '.join(wrong)}); build these in another directory, or ask "
-            "for what is there"
+            f"{path} cannot be used ({problem}); remove {path.parent} and build the marginals again"
+        ) from e
+
+
+def check_manifest(directory: str | os.PathLike, m: Manifest, expect: dict[str, Any]) -> None:
+    """Check that a manifest has the expected fields.
+
+    Args:
+        directory: the folder of the shards, for the message.
+        m: the manifest.
+        expect: expected values by field name; sequences compare as tuples, ``ts`` in float32.
+
+    Raises:
+        ValueError: fields differ (the message names each with both values), or a manifest has no such field.
+    """
+    different = []
+    for name, value in expect.items():
+        if name not in IDENTITY:
+            hint = checks.nearest(name, IDENTITY)
+            raise ValueError(f"a manifest has no field {name!r}{hint} (its fields: {', '.join(IDENTITY)})")
+        if isinstance(value, (list, tuple, range, np.ndarray)):
+            value = tuple(np.asarray(value, np.float32 if name == "ts" else None).tolist())
+        if getattr(m, name) != value:
+            different.append(f"{name}: {_short(getattr(m, name))} stored, {_short(value)} requested")
+    if different:
+        raise ValueError(
+            f"{directory} holds marginals built with different settings ({'; '.join(different)}); use another "
+            "directory, or request the stored settings"
         )
 
 
 class _Rows:
-    """One part of every record of a set, as if it were an array ``[M, ...]``: ``x[rows]`` reads it."""
+    """One part of every record of a set as an array ``[M, ...]`` on disk: ``x[rows]`` reads it."""
 
     def __init__(self, source, m: Manifest, second: bool, start: int, stop: int | None, shape, dtype):
         self.source, self.shape, self.dtype, self.ndim = source, (m.count, *shape), np.dtype(dtype), 1 + len(shape)
@@ -221,7 +300,7 @@ class _Rows:
         return self.shape[0]
 
     def _numbers(self, rows: np.ndarray) -> np.ndarray:
-        """The record of each example: in a shard all examples come first, then all their conditions."""
+        """Return the record of each example: in a shard all examples come first, then all their conditions."""
         if self._size is None:
             return rows
         start = rows // self._size * self._size
@@ -238,29 +317,38 @@ class _Rows:
         raise ValueError(f"{len(self)} examples on disk are read by rows, x[rows]; for an array set stream=False")
 
 
-class Records(_Rows):
-    """A set on disk as if it were an array ``[M, steps, ...]``: ``x[rows]`` reads examples, ``x[rows, n]`` one step.
+class StoredArray(_Rows):
+    """A complete set of shards as an array ``[M, steps, ...]`` that stays on disk.
 
-    ``rows`` is a slice, indices ``[k]`` or one index, so that it is a source for grain too. ``cond`` holds the
-    conditions, each array read by ``[rows]`` alike, ``None`` in a set without. Every shard is checked when the set is
-    opened: ``RuntimeError`` naming one that is missing or torn.
+    ``x[rows]`` reads examples, ``x[rows, n]`` one step of each; ``rows`` is a slice, indices ``[k]`` or one index, so
+    that the object is a source for grain too. Every shard is verified when the set is opened.
+
+    Args:
+        directory: the folder of the shards.
+        m: its manifest.
+
+    Attributes:
+        cond: the conditions, a pytree whose leaves are read by ``[rows]`` too; ``None`` in a set without conditions.
+
+    Raises:
+        RuntimeError: a shard is missing or torn; the message names it.
     """
 
     def __init__(self, directory: str | os.PathLike, m: Manifest):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        directory, told, again = Path(directory), _told(m), "run the same build again"
-        if missing := [name for name in ranges(m) if name not in told]:
+        directory, again, entered = Path(directory), "run the same build again", {shard.file for shard in m.shards}
+        if missing := [name for name in ranges(m) if name not in entered]:
             raise RuntimeError(
-                f"the marginals in {directory} are unfinished: {len(missing)} of {len(ranges(m))} shards are to be "
-                f"built, first {missing[0]}; {again}, it goes on from there"
+                f"the marginals in {directory} are unfinished: {len(missing)} of {len(ranges(m))} shards are missing, "
+                f"first {missing[0]}; {again} to continue it"
             )
         for name in ranges(m):
-            if isinstance(fault := _whole(directory, name, told[name]), str):
+            if isinstance(fault := _verify(directory, name, m), str):
                 raise RuntimeError(f"{directory / name} {fault}; {again}, it rebuilds this shard alone")
         source = ArrayRecordDataSource([str(directory / name) for name in ranges(m)])
         super().__init__(source, m, False, 0, None, (len(m.steps), *m.shape), m.dtype)
-        self.cond = None
+        self.cond, self._shard_size = None, m.shard_size
         if m.cond is not None:
             parts = columns.layout(m.cond)
             self.cond = columns.rebuild(m.cond, [_Rows(source, m, True, *c[:2], c.shape, c.dtype) for c in parts])
@@ -272,18 +360,28 @@ class Records(_Rows):
             return x
         return x[n] if x.ndim < self.ndim else x[np.arange(len(x)), n]
 
+    def load(self) -> np.ndarray:
+        """Return all examples ``[M, steps, ...]`` in memory, read a shard at a time."""
+        x = np.empty(self.shape, self.dtype)
+        for start in range(0, len(x), self._shard_size):
+            x[start : start + self._shard_size] = self[start : start + self._shard_size]
+        return x
 
-def read(directory: str | os.PathLike, m: Manifest) -> np.ndarray:
-    """All records ``[M, steps, ...]``, every shard checked as ``Records`` does."""
-    return in_memory(Records(directory, m), m)
 
+def read_shards(directory: str | os.PathLike, m: Manifest) -> np.ndarray:
+    """Read all examples of a complete set into memory.
 
-def in_memory(records: Records, m: Manifest) -> np.ndarray:
-    """All of an open set as an array, read a shard at a time."""
-    x = np.empty(records.shape, records.dtype)
-    for start, stop in ranges(m).values():
-        x[start:stop] = records[start:stop]
-    return x
+    Args:
+        directory: the folder of the shards.
+        m: its manifest.
+
+    Returns:
+        The array ``[M, steps, ...]``.
+
+    Raises:
+        RuntimeError: a shard is missing or torn; the message names it.
+    """
+    return StoredArray(directory, m).load()
 
 
 def _short(value) -> str:
@@ -291,40 +389,12 @@ def _short(value) -> str:
     return text if len(text) <= 120 else f"{text[:80]} ... {text[-30:]}"
 
 
-def _told(m: Manifest) -> dict[str, list[Shard]]:
-    """The entries of each shard."""
-    told: dict[str, list[Shard]] = {}
-    for shard in m.shards:
-        told.setdefault(shard.file, []).append(shard)
-    return told
-
-
-def _whole(directory: Path, name: str, told: list[Shard]) -> Shard | str:
-    """The entry that a shard's bytes agree with, or what is wrong with them."""
-    path = directory / name
+def _verify(directory: Path, name: str, m: Manifest) -> Shard | str:
+    """Return the manifest's entry that agrees with the shard's bytes, or the fault of the file."""
+    path, entries = directory / name, [shard for shard in m.shards if shard.file == name]
     if not path.exists():
         return "is missing"
-    found = _sha256(path)
-    expected = ", ".join(shard.sha256[:12] for shard in told)
-    torn = f"is torn or was changed (sha256 {found[:12]}, not {expected})"
-    return next((shard for shard in told if shard.sha256 == found), torn)
-
-
-def _commit(unfinished: Path, path: Path) -> None:
-    """Gives a written file its name: content first, then the name, each synced."""
-    _sync(unfinished)
-    os.replace(unfinished, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    actual = files.file_digest(path)
+    expected = ", ".join(shard.sha256[:12] for shard in entries)
+    torn = f"is torn or was changed (sha256 {actual[:12]}, not {expected})"
+    return next((shard for shard in entries if shard.sha256 == actual), torn)

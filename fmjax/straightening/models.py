@@ -20,18 +20,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fmjax import paths
+from fmjax import paths, sampling
 from fmjax.checks import check_bounds
 from fmjax.keys import as_keys
-from fmjax.sampling import solvers
 from fmjax.straightening import segments
 from fmjax.types import Cond, FlowMapFn, Method, Params, VelocityFn, over_batch
 
 SHARING = ("gated", "shared", "retained", "conditioned")
 TEACHER, FULL = "teacher", "full reflow"
-CONDITIONED = {
-    "to_bound": True
-}  # the option of ``methods.straighten`` for a network that is conditioned on its segment
+CONDITIONED = {"to_bound": True}  # of ``methods.straighten``: the network takes its segment
 
 
 class SegmentedModel(NamedTuple):
@@ -127,7 +124,7 @@ def segment_velocities(
     return [by_name[name] for name in model.networks]
 
 
-def segmented_step(each: Sequence[VelocityFn], bounds: Sequence[float], solver: Callable = solvers.euler) -> FlowMapFn:
+def segmented_step(each: Sequence[VelocityFn], bounds: Sequence[float], solver: Callable = sampling.euler) -> FlowMapFn:
     """Return a solver step with the velocity of the segment in which the step starts.
 
     Args:

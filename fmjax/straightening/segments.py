@@ -316,7 +316,7 @@ def from_data(
         k = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(times)))(k_segment)
         ts = jnp.asarray(times)[k].T
         start, _ = paths.with_velocity(path, normal(k_noise, x.shape[1:], x.dtype), x, ts[0])
-        init, move = sampling.with_memory(step(params))[:2]
+        init, move, *_ = sampling.with_memory(step(params))
 
         def body(carry, now):
             (x, memory), (i, s, t) = carry, now

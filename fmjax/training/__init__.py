@@ -1,10 +1,23 @@
 """The training step, the loop, and what they record."""
 
-from fmjax.training import hooks, logs, sharding
-from fmjax.training.loop import Plan, given, grafted, initial, train
+from fmjax.training import hooks, logs, pictures, sharding
+from fmjax.training.hooks import average_samples, draw_samples, keep_best
+from fmjax.training.logs import Diverged
+from fmjax.training.loop import (
+    Optimiser,
+    Plan,
+    Schedule,
+    TrainingData,
+    check_plan,
+    initial_parameters,
+    load_average,
+    merge_parameters,
+    train,
+)
 from fmjax.training.step import TARGETS, State, init, make_step
 
 __all__ = [
-    "Plan", "State", "TARGETS", "given", "grafted", "hooks", "init", "initial", "logs", "make_step", "sharding",
-    "train",
+    "Diverged", "Optimiser", "Plan", "Schedule", "State", "TARGETS", "TrainingData", "average_samples", "check_plan",
+    "draw_samples", "hooks", "init", "initial_parameters", "keep_best", "load_average", "logs", "make_step",
+    "merge_parameters", "pictures", "sharding", "train",
 ]  # fmt: skip

@@ -1,18 +1,21 @@
-"""What a training run records: means over a window of steps, in ``metrics.jsonl`` and TensorBoard."""
+"""What a training run records: means over a window of steps, in ``metrics.jsonl`` and TensorBoard; its progress."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from fmjax.storage import checkpoint, files
+from fmjax.training.progress import Progress
 from fmjax.training.step import GAPS
+from fmjax.types import Batch
 
 BLOWN_UP = 1e3  # a term this many times the first step's loss is no training any more
 
@@ -22,13 +25,20 @@ class Diverged(RuntimeError):
 
 
 class Window:
-    """The running means since the last record, how fast the steps went, and the first step's loss."""
+    """Running means since the last record, the speed of the steps, and the first step's loss.
+
+    Args:
+        sums: the sum of each metric, from a checkpoint.
+        count: the number of steps in the sums.
+        first: the loss of the first step of the run.
+    """
 
     def __init__(self, sums: dict | None = None, count: int = 0, first: float | None = None):
         self.sums, self.count, self.first = dict(sums or {}), count, first
         self.since, self.timed = None, 0
 
     def add(self, steps: list[dict]) -> None:
+        """Add the metrics of some steps, on the host."""
         if self.first is None and steps:
             self.first = abs(float(steps[0]["loss"]))
         for metrics in steps:
@@ -40,81 +50,149 @@ class Window:
         else:
             self.timed += len(steps)
 
-    def close(self) -> tuple[dict[str, float], float]:
-        """The means and the steps a second; the window starts anew. Residuals by gap are means over their examples."""
-        now = time.perf_counter()
-        speed = self.timed / (now - self.since) if self.timed else 0.0
+    def means(self) -> dict[str, float]:
+        """Return the mean of each metric; residuals by gap are means over their examples."""
         means = {}
         for name, total in self.sums.items():
             if name == "by_gap":
                 means |= {gap: a / n for gap, a, n in zip(GAPS, *total, strict=True) if n}
             else:
                 means[name] = total / self.count
+        return means
+
+    def close(self) -> tuple[dict[str, float], float]:
+        """Return the means and the steps a second, and start a new window."""
+        now, means = time.perf_counter(), self.means()
+        speed = self.timed / (now - self.since) if self.timed else 0.0
         self.sums, self.count, self.since, self.timed = {}, 0, now, 0
         return means, speed
 
     def saved(self) -> dict:
+        """Return what a checkpoint keeps of the window: the arguments that build it again."""
         return {"sums": self.sums, "count": self.count, "first": self.first}
 
-    def blown_up(self, means: dict[str, float]) -> list[str]:
-        """The terms of a loss that are more than ``BLOWN_UP`` times the loss of the first step, or than one.
 
-        An annealed or a distilled loss may well begin at nothing.
+class Explosions(NamedTuple):
+    """Checks that end a run whose numbers are no longer finite or have blown up.
+
+    Attributes:
+        name: the stage.
+        manager: the writer of its checkpoints.
+        checkpoints: their folder.
+        batch: the batch of step ``n = 1 ..``, examined before the optimiser is blamed.
+    """
+
+    name: str
+    manager: Any
+    checkpoints: Path
+    batch: Callable[[int], Batch]
+
+    def finite(self, steps: list[tuple[int, dict]]) -> None:
+        """Raise ``Diverged`` for the first step whose metrics are not all finite, naming them."""
+        for n, metrics in steps:
+            bad = {term: float(np.sum(value)) for term, value in metrics.items() if not np.isfinite(value).all()}
+            if bad:
+                self._fail(n, bad)
+
+    def grown(self, n: int, window: Window) -> None:
+        """Raise ``Diverged`` where a mean is more than ``BLOWN_UP`` times the first step's loss, or than one.
+
+        The first loss of an annealed or distilled method may be nearly zero: hence the one.
         """
-        limit = BLOWN_UP * max(self.first, 1.0)
-        return [name for name, value in means.items() if name != "grad_norm" and abs(value) > limit]
+        limit = BLOWN_UP * max(window.first, 1.0)
+        bad = {name: value for name, value in window.means().items() if name != "grad_norm" and abs(value) > limit}
+        if bad:
+            self._fail(n, bad)
+
+    def _fail(self, n: int, bad: dict[str, float]) -> None:
+        self.manager.wait_until_finished()
+        good = checkpoint.latest_step(self.checkpoints)
+        last = (
+            f"the last good checkpoint is step {good} in {self.checkpoints}" if good else "there is no checkpoint yet"
+        )
+        values = ", ".join(f"{term} is {value:.4g}" for term, value in bad.items())
+        leaves = jax.tree_util.tree_leaves_with_path(self.batch(n)._asdict())
+        faults = [jax.tree_util.keystr(path, simple=True) for path, a in leaves if not np.isfinite(a).all()]
+        advice = f"the batch of this step has {faults[0]} that is not finite: repair the data" if faults else ""
+        raise Diverged(
+            f"{self.name} diverged at step {n}: {values}; {last}; {advice or 'lower learning_rate or set clip'}"
+        )
+
+
+class Recorder(NamedTuple):
+    """Where records go.
+
+    Attributes:
+        write: append a record, a dict with its ``step``.
+        seal: flush the records to disk and return what a checkpoint keeps of them: their number and digest.
+    """
+
+    write: Callable[[dict], None]
+    seal: Callable[[], dict[str, Any] | None]
 
 
 @contextlib.contextmanager
-def recorder(directory: Path, start: int) -> Iterator[Callable[[dict], None]]:
-    """Appends records to ``metrics.jsonl`` and TensorBoard, both cut back to ``start`` first; on one process only."""
+def recorder(directory: Path, start: int, sealed: dict[str, Any] | None = None) -> Iterator[Recorder]:
+    """Append records to ``metrics.jsonl`` and TensorBoard, both cut back to a step first; on the first process only.
+
+    Args:
+        directory: the folder of the run.
+        start: the step that the run resumes from, or 0.
+        sealed: what ``seal`` returned at that step; a warning names records that were lost since.
+
+    Yields:
+        The recorder.
+    """
     if jax.process_index() != 0:
-        yield lambda record: None
+        yield Recorder(lambda record: None, lambda: None)
         return
     from tensorboardX import SummaryWriter
 
-    files.truncate_jsonl(directory / "metrics.jsonl", start)
+    path = directory / "metrics.jsonl"
+    files.truncate_jsonl(path, start)
+
+    def seal() -> dict[str, Any] | None:
+        files.sync(path)
+        return {"count": len(files.read_jsonl(path)), "sha256": files.file_digest(path)} if path.exists() else None
+
+    if sealed and seal() != sealed:
+        warnings.warn(f"{path} is not as it was left at step {start}: records were lost or changed", stacklevel=3)
     with SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None) as board:
 
         def write(record: dict) -> None:
-            files.append_jsonl(directory / "metrics.jsonl", record)
+            files.append_jsonl(path, record)
             for name, value in record.items():
                 if name != "step":
                     board.add_scalar(name, value, record["step"])
 
-        yield write
-
-
-def check_finite(n: int, metrics: dict, name: str, manager, checkpoints: Path) -> None:
-    """Raises ``Diverged`` for metrics of step ``n`` that are not finite, by name."""
-    bad = {term: float(np.sum(value)) for term, value in metrics.items() if not np.isfinite(value).all()}
-    if bad:
-        diverged(n, bad, name, manager, checkpoints)
-
-
-def diverged(n: int, bad: dict[str, float], name: str, manager, checkpoints: Path) -> None:
-    """Raises ``Diverged``, saying what is ``bad`` and which checkpoint is good."""
-    manager.wait_until_finished()
-    good = checkpoint.latest_step(checkpoints)
-    kept = f"the last good checkpoint is step {good} in {checkpoints}" if good else "there is no checkpoint yet"
-    values = ", ".join(f"{term} is {value:.4g}" for term, value in bad.items())
-    raise Diverged(f"{name} diverged at step {n}: {values}; {kept}; lower learning_rate or set clip")
+        yield Recorder(write, seal)
 
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[Callable[[str], None]]:
-    """Prints a line at the end of a stage: its name, what ``tell(words)`` was told, and the seconds it took."""
-    told, start = [], time.perf_counter()
-    yield told.append
-    print(f"{name}: {told[0]} ({time.perf_counter() - start:.1f} s)", flush=True)
+    """Print a line at the end of a stage: its name, a summary, and the seconds it took.
+
+    Args:
+        name: the stage.
+
+    Yields:
+        ``tell(summary)``, to be called once in the block.
+    """
+    summaries, start = [], time.perf_counter()
+    yield summaries.append
+    print(f"{name}: {summaries[0]} ({time.perf_counter() - start:.1f} s)", flush=True)
 
 
-def bar(name: str, total: int, start: int = 0, unit: str = "step"):
-    """A progress bar on stderr; on one process only, and with few lines where stderr is a file."""
-    from tqdm import tqdm
+def bar(name: str, total: int, start: int = 0, unit: str = "step") -> Progress:
+    """Show the progress of a loop on stderr; see ``Progress``.
 
-    calm = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(
-        total=total, initial=start, desc=name, unit=unit, dynamic_ncols=True, mininterval=calm,
-        disable=jax.process_index() != 0,
-    )  # fmt: skip
+    Args:
+        name: what makes progress.
+        total: the number of units at the end; it may be set later (``bar.total``).
+        start: the number of units that are done already.
+        unit: the name of one unit.
+
+    Returns:
+        A context manager with ``update(count=1)`` and ``set_postfix(loss="0.5")``.
+    """
+    return Progress(name, total, start, unit)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,12 +23,15 @@ SMALLEST_SPLIT = 2**14  # entries; gathering smaller arrays costs more than keep
 
 
 def start() -> None:
-    """Prepares a launched process, before its first computation: compilation cache, and the other processes.
+    """Prepare a launched process before its first computation: the compilation cache, and the other processes.
 
-    With ``FMJAX_DISTRIBUTED=1`` it joins them through ``jax.distributed``, which finds them on Cloud TPU, GKE, Slurm
-    and Open MPI; elsewhere ``FMJAX_COORDINATOR`` (``host:port``), ``FMJAX_PROCESSES`` and ``FMJAX_PROCESS`` say who is
-    who.
-    Compiled programs are kept in ``JAX_COMPILATION_CACHE_DIR``, by default ``~/.cache/fmjax/xla``.
+    With ``FMJAX_DISTRIBUTED=1`` it joins the other processes through ``jax.distributed``, which finds them on Cloud
+    TPU, GKE, Slurm and Open MPI; elsewhere ``FMJAX_COORDINATOR`` (``host:port``), ``FMJAX_PROCESSES`` and
+    ``FMJAX_PROCESS`` (this one's number) describe them. Compiled programs are kept in ``JAX_COMPILATION_CACHE_DIR``, by
+    default ``~/.cache/fmjax/xla``.
+
+    Raises:
+        ValueError: one of these variables has a value that cannot work.
     """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
@@ -47,14 +51,42 @@ def start() -> None:
     )
 
 
+def barrier(name: str) -> None:
+    """Wait until all processes have come here; one process alone does not wait.
+
+    Args:
+        name: the place in the code, the same on all processes.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of one axis ``"data"`` over the given devices, by default all of all processes."""
+    """Return a mesh with one axis, ``"data"``.
+
+    Args:
+        devices: the devices; by default all devices of all processes.
+
+    Returns:
+        The mesh.
+
+    >>> dict(make_mesh(jax.devices()[:1]).shape)
+    {'data': 1}
+    """
     devices = jax.devices() if devices is None else devices
     return Mesh(np.array(devices), (AXIS,))  # Mesh gives Auto axes, as Linen needs
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raises ``ValueError``, with the nearest sizes that work, where the devices do not divide a global batch."""
+    """Check that the devices divide a batch.
+
+    Args:
+        batch_size: examples in a global batch.
+        mesh: the devices.
+
+    Raises:
+        ValueError: they do not; the message names the nearest sizes that work.
+    """
     n = mesh.size
     if batch_size < 1 or batch_size % n:
         down = batch_size // n * n
@@ -63,12 +95,30 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Return the sharding of an array that every device holds whole.
+
+    Args:
+        mesh: the devices.
+
+    Returns:
+        The sharding.
+    """
     return NamedSharding(mesh, P())
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """A host batch (this process's rows of it) as global arrays split over the mesh."""
+    """Place a host batch as global arrays whose rows are split over the mesh.
+
+    Args:
+        batch: arrays ``[b, ...]``, this process's rows of the global batch.
+        mesh: the devices.
+
+    Returns:
+        The same tree of global arrays ``[B, ...]``.
+
+    Raises:
+        ValueError: the devices do not divide the batch.
+    """
     rows = NamedSharding(mesh, P(AXIS))
     local = len({d for d in mesh.devices.flat if d.process_index == jax.process_index()})
     leaves = jax.tree.leaves(batch)
@@ -78,9 +128,15 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def specs(tree: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
-    """A ``PartitionSpec`` per array: ``P()``, or with ``fsdp`` the largest axis that the mesh divides.
+    """Return how each array lies on the mesh: whole, or with ``fsdp`` split along the largest axis that fits.
 
-    Arrays of fewer than ``SMALLEST_SPLIT`` entries stay whole.
+    Args:
+        tree: arrays, or their ``jax.ShapeDtypeStruct``.
+        mesh: the devices.
+        fsdp: split arrays of at least ``SMALLEST_SPLIT`` entries along an axis that the mesh divides.
+
+    Returns:
+        A ``PartitionSpec`` for each array.
     """
 
     def spec(a):
@@ -94,9 +150,17 @@ def specs(tree: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
 
 
 def gather(tree: Any, spec: Any) -> Any:
-    """Inside ``shard_map``: whole arrays on every device, varying over it, so that gradients with respect to them are
+    """Return whole arrays on every device, inside ``shard_map``.
 
-    local: not yet summed over devices (which ``shard_map`` does by itself for arrays that do not vary).
+    They vary over the mesh, so that gradients with respect to them are local: not yet summed over the devices, which
+    ``shard_map`` does by itself for arrays that do not vary.
+
+    Args:
+        tree: the parts of the arrays that lie on this device.
+        spec: how each array lies, of ``specs``.
+
+    Returns:
+        The whole arrays.
     """
     whole = lambda a, s: (
         jax.lax.all_gather(a, AXIS, axis=s.index(AXIS), tiled=True)
@@ -107,7 +171,15 @@ def gather(tree: Any, spec: Any) -> Any:
 
 
 def scatter_mean(tree: Any, spec: Any) -> Any:
-    """Inside ``shard_map``: the mean over devices of local arrays, laid out as ``gather`` found them."""
+    """Return the mean over devices of local arrays, inside ``shard_map``, split as ``gather`` takes them.
+
+    Args:
+        tree: whole arrays, different on every device.
+        spec: how each mean is to lie, of ``specs``.
+
+    Returns:
+        The parts of the means that lie on this device.
+    """
     mean = lambda a, s: (
         jax.lax.psum_scatter(a, AXIS, scatter_dimension=s.index(AXIS), tiled=True) / jax.lax.axis_size(AXIS)
         if AXIS in s

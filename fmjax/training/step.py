@@ -1,7 +1,7 @@
-"""One training step for all methods: loss on the local shard, one mean over devices, optimiser, EMA.
+"""One training step for all methods: loss on the local rows, one mean over devices, optimiser, averaged parameters.
 
-state = train.init(params, tx, mesh=mesh)
-step = train.make_step(method.loss, tx, mesh=mesh, ema=0.999)
+state = training.init(params, tx, mesh=mesh)
+step = training.make_step(method.loss, tx, mesh=mesh, ema=0.999)
 state, metrics = step(state, batch, key)
 """
 
@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fmjax import checks
 from fmjax.keys import example_keys, is_key
 from fmjax.training import sharding
 from fmjax.training.sharding import AXIS
@@ -26,22 +27,47 @@ GAPS = ("residual_gap_0", *(f"residual_gap_{a:g}_{a + 0.25:g}" for a in (0, 0.25
 
 
 class State(NamedTuple):
-    """All that training changes: the number of steps taken, parameters, optimiser state, and averaged parameters."""
+    """Everything that training changes.
+
+    Attributes:
+        step: the number of steps taken, int32.
+        params: the parameters.
+        opt_state: the state of the optimiser.
+        ema: the averaged parameters, in float32 or wider.
+    """
 
     step: jax.Array
     params: Params
     opt_state: Any
     ema: Params
 
+    def __repr__(self) -> str:
+        step = self.step if isinstance(self.step, jax.core.Tracer) else jax.device_get(self.step)
+        leaves = jax.tree.leaves(self.params)
+        numbers = sum(getattr(leaf, "size", 1) for leaf in leaves)
+        return f"State(step={step}, params={numbers:,} numbers in {len(leaves)} arrays)"
+
 
 def init(params: Params, tx: optax.GradientTransformation, *, mesh: Mesh | None = None, fsdp: bool = False) -> State:
-    """The state before the first step, placed on the mesh (default all devices): step 0, ``ema = params``.
+    """Return the state before the first step, placed on the mesh.
 
-    With ``fsdp`` large arrays of parameters, optimiser and EMA are split over the devices. ``params`` are copied.
+    Args:
+        params: the parameters, which are copied.
+        tx: the optimiser; ``optax.masked``, ``optax.partition`` and the like are fine.
+        mesh: the devices; by default all of them.
+        fsdp: split large arrays of parameters, optimiser and average over the devices (ZeRO-3).
+
+    Returns:
+        Step 0, the optimiser's first state, and an average that equals the parameters, in float32 or wider.
+
+    >>> import optax
+    >>> init({"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}, optax.adam(1e-3))
+    State(step=0, params=9 numbers in 2 arrays)
     """
     mesh = mesh or sharding.make_mesh()
-    make = lambda params: State(jnp.zeros((), jnp.int32), params, tx.init(params), jax.tree.map(jnp.copy, params))
-    layout = _layout(jax.eval_shape(make, params), tx, mesh, fsdp)
+    average = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True)
+    make = lambda params: State(jnp.zeros((), jnp.int32), params, tx.init(params), jax.tree.map(average, params))
+    layout = _layout(jax.eval_shape(make, params), mesh, fsdp)
     return jax.jit(make, out_shardings=layout)(params)
 
 
@@ -54,35 +80,56 @@ def make_step(
     target: str = "self",
     fsdp: bool = False,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """``step(state, batch, key, teacher=None) -> (state, metrics)``, jitted, one ``jax.shard_map`` over the mesh.
+    """Return the jitted training step, one ``jax.shard_map`` over the mesh.
 
-    Each device takes the loss of its rows and its gradient; one mean over devices follows, then ``tx`` and
+    Each device takes the loss of its rows and the gradient; one mean over devices follows, then ``tx`` and
     ``ema <- d ema + (1 - d) params`` with ``d = min(ema, (1 + n) / (10 + n))`` at step ``n = 0 ..``. Example keys are
     folded from ``key``, ``state.step`` and the row of the global batch, so that the numbers do not depend on the mesh.
-    ``target`` says whose parameters the loss gets as its teacher: ``"self"``, ``"ema"`` or ``"frozen"`` (the argument
-    ``teacher``). ``state`` is donated: use the returned one.
 
-    ``batch`` is of global arrays (``sharding.place_batch``) or of host arrays. ``metrics``: scalars ``loss``,
-    ``grad_norm`` and the mean of every term that the loss's ``aux`` names (``is_NAME`` masks and float values), without
-    the weights of a weighted loss; and where it tells ``s`` and ``t`` ``by_gap: [2, 5]``, the sums of the residual and
-    the counts of examples on the diagonal and with ``|t - s|`` in four quarters of (0, 1] (names: ``GAPS``).
-    Raises ``ValueError`` for an unknown target, a teacher that is missing or not asked for, a batch that the mesh does
-    not divide; ``TypeError`` for anything but one typed key.
+    Args:
+        loss: the loss of a method.
+        tx: the optimiser that ``init`` got.
+        mesh: the devices; by default all of them.
+        ema: decay of the average, in [0, 1); 0 keeps no average.
+        target: whose parameters are the teacher's: ``"self"``, ``"ema"`` or ``"frozen"`` (the argument ``teacher``).
+        fsdp: split large arrays over the devices, as ``init`` did.
+
+    Returns:
+        ``step(state, batch, key, teacher=None) -> (state, metrics)``. ``state`` is donated: use the returned one.
+        ``batch`` holds global arrays (``sharding.place_batch``) or host arrays, ``key`` is one typed key. ``metrics``
+        are scalars: ``loss``, ``grad_norm``, and the mean of every term that the loss's ``aux`` names (``is_NAME``
+        masks and float values), without the weights of a weighted loss. Where ``aux`` holds the times ``s`` and ``t``
+        there is ``by_gap: [2, 5]``: sums of the residual and counts of examples on the diagonal and with ``|t - s|``
+        in four quarters of (0, 1] (their names: ``GAPS``). The step raises ``ValueError`` for a teacher that is missing
+        or not used and for a batch that the mesh does not divide, ``TypeError`` for another key.
+
+    Raises:
+        ValueError: an unknown target, or a decay outside [0, 1).
+
+    >>> import optax
+    >>> from fmjax.methods import flow_matching
+    >>> net = lambda params, x, s, t, cond=None, key=None: params["w"] * x
+    >>> step = make_step(flow_matching(net).loss, optax.sgd(0.1))
+    >>> state = init({"w": jnp.zeros(())}, optax.sgd(0.1))
+    >>> state, metrics = step(state, Batch(jnp.ones((8, 2))), jax.random.key(0))
+    >>> state, sorted(metrics)
+    (State(step=1, params=1 numbers in 1 arrays), ['grad_norm', 'loss'])
     """
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r} is not one of {', '.join(TARGETS)}")
+    checks.check_choice("target", target, TARGETS)
     if not 0 <= ema < 1:
-        raise ValueError(f"ema={ema} is the decay of the average and must lie in [0, 1); 0 keeps no average")
+        raise ValueError(f"ema={ema}: the decay of the average lies in [0, 1). Give 0 to keep no average.")
     mesh = mesh or sharding.make_mesh()
 
     def update(state, batch, key, teacher):
         layout = sharding.specs(state.params, mesh, fsdp=fsdp)
-        given = {"self": None, "ema": state.ema, "frozen": teacher}[target]
-        given_layout = layout if target == "ema" else jax.tree.map(lambda _: P(), given)
+        # the average is carried in float32: a teacher computes in the parameters' precision
+        average = lambda: jax.tree.map(lambda a, p: a.astype(p.dtype), state.ema, state.params)
+        teacher = average() if target == "ema" else teacher
+        teacher_layout = layout if target == "ema" else jax.tree.map(lambda _: P(), teacher)
 
-        def local(params, given, batch, key):
+        def local(params, teacher, batch, key):
             params = sharding.gather(params, layout)
-            teacher = params if target == "self" else sharding.gather(given, given_layout)
+            teacher = params if target == "self" else sharding.gather(teacher, teacher_layout)
             rows = jax.tree.leaves(batch)[0].shape[0]
             keys = example_keys(key, jax.lax.axis_index(AXIS) * rows + jnp.arange(rows))
             (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, teacher, batch, keys)
@@ -93,13 +140,13 @@ def make_step(
         # check_vma=False: with it a loss could not start a scan from constants or call diffrax. `gather` and
         # `scatter_mean` are right either way, and out_specs are tested by comparing meshes.
         shard = jax.shard_map(
-            local, mesh=mesh, in_specs=(layout, given_layout, P(AXIS), P()), out_specs=(layout, P()), check_vma=False
+            local, mesh=mesh, in_specs=(layout, teacher_layout, P(AXIS), P()), out_specs=(layout, P()), check_vma=False
         )
-        grads, metrics = shard(state.params, given, batch, jax.random.fold_in(key, state.step))
+        grads, metrics = shard(state.params, teacher, batch, jax.random.fold_in(key, state.step))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
-        average = jax.tree.map(lambda a, p: a + (1 - decay).astype(p.dtype) * (p - a), state.ema, params)
+        rate = 1 - jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+        average = jax.tree.map(lambda a, p: a + rate.astype(a.dtype) * (p.astype(a.dtype) - a), state.ema, params)
         metrics |= {"grad_norm": optax.tree.norm(grads)}
         return State(state.step + 1, params, opt_state, average), metrics
 
@@ -123,12 +170,12 @@ def make_step(
 
 
 def _means(value: jax.Array, aux: Aux) -> dict[str, jax.Array]:
-    """The loss and the mean of each of its terms over the global batch: two small reductions."""
+    """Return the loss and the mean of each of its terms over the global batch: two small reductions."""
     residual = aux.get("residual", aux["per_example"])
-    named = {k.removeprefix("is_"): m for k, m in aux.items() if k.startswith("is_")}
-    sums = {k: jnp.sum(jnp.where(m, residual, 0)) for k, m in named.items()}
-    counts = {k: jnp.sum(m) for k, m in named.items()}
-    if "s" in aux and "t" in aux:  # of the residual by |t - s|: a bin may be empty in a step, so sums are told
+    masks = {k.removeprefix("is_"): m for k, m in aux.items() if k.startswith("is_")}
+    sums = {k: jnp.sum(jnp.where(m, residual, 0)) for k, m in masks.items()}
+    counts = {k: jnp.sum(m) for k, m in masks.items()}
+    if "s" in aux and "t" in aux:  # of the residual by |t - s|: a bin may be empty in a step, so sums are returned
         bins = jnp.arange(len(GAPS)) == jnp.ceil(4 * jnp.abs(aux["t"] - aux["s"]))[:, None]
         sums["by_gap"] = jnp.where(bins, residual[:, None], 0).sum(0)
         counts["by_gap"] = bins.sum(0)
@@ -139,9 +186,21 @@ def _means(value: jax.Array, aux: Aux) -> dict[str, jax.Array]:
     return means | {k: sums[k] / jnp.maximum(counts[k], 1) for k in sums} | by_gap
 
 
-def _layout(state: State, tx: optax.GradientTransformation, mesh: Mesh, fsdp: bool) -> State:
-    """A ``NamedSharding`` for every array of a state; optimiser moments lie as their parameters do."""
+def _layout(state: State, mesh: Mesh, fsdp: bool) -> State:
+    """Return a ``NamedSharding`` for every array of a state; optimiser moments lie as their parameters do.
+
+    A moment is an array of the optimiser's state whose path ends with the path of a parameter of the same shape. So it
+    is found in every optimiser, whatever wraps it (``optax.masked``, ``optax.partition``).
+    """
     params = jax.tree.map(lambda s: NamedSharding(mesh, s), sharding.specs(state.params, mesh, fsdp=fsdp))
     whole = sharding.replicated(mesh)
-    moments = optax.tree_map_params(tx, lambda _, s: s, state.opt_state, params, transform_non_params=lambda _: whole)
-    return State(whole, params, moments, params)
+    shapes = dict(jax.tree_util.tree_leaves_with_path(state.params))
+    layouts = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def moment(path, leaf):
+        for start in range(len(path) + 1):  # the longest end first
+            if path[start:] in shapes and shapes[path[start:]].shape == leaf.shape:
+                return layouts[path[start:]]
+        return whole
+
+    return State(whole, params, jax.tree_util.tree_map_with_path(moment, state.opt_state), params)

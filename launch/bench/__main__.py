@@ -1,8 +1,9 @@
 """Measurements: ``python -m launch.bench --suite=sampler [--repeats=15] [--into=README.md]``.
 
-A suite is a function ``name(repeats) -> list[dict]``, one row each; the repeats of what is compared are interleaved, so
-that a busy moment of the machine falls on all alike, and medians are reported. ``--into`` puts the table between the
-lines ``<!-- SUITE -->`` and ``<!-- end -->`` of a file. The suites are those of ``launch/bench/``.
+A suite is a function ``name(repeats) -> list[dict]`` that returns the rows of a table; the modules of ``launch/bench/``
+list their suites in ``SUITES``. Repeats of the compared programs are interleaved, so that a busy moment of the machine
+affects all of them, and medians are reported. ``--into`` puts the table between the lines ``<!-- SUITE -->`` and
+``<!-- end -->`` of a file.
 """
 
 import importlib
@@ -15,8 +16,8 @@ from absl import app, flags
 
 from launch.bench.measure import markdown
 
-ROOMS = ("corrected", "costs", "learned", "maps", "mismatch", "nets", "runs", "straightened")
-MODULES = [importlib.import_module(f"launch.bench.{name}") for name in ROOMS]
+NAMES = ("corrected", "costs", "learned", "maps", "mismatch", "nets", "runs", "straightened")
+MODULES = [importlib.import_module(f"launch.bench.{name}") for name in NAMES]
 SUITES = {suite.__name__: suite for module in MODULES for suite in module.SUITES}
 
 FLAGS = flags.FLAGS
@@ -26,18 +27,18 @@ flags.DEFINE_string("into", None, "Also put the table into this file, between it
 
 
 def main(_):
-    """Runs the suite and prints its table."""
+    """Run the suite and print its table."""
     name, before, after = FLAGS.suite, f"<!-- {FLAGS.suite} -->\n", "<!-- end -->"
     text = Path(FLAGS.into).read_text() if FLAGS.into else before + after
     if before not in text:
         raise SystemExit(f"error: {FLAGS.into} has no line {before.strip()}")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}, load {os.getloadavg()[0]:.1f}"
     table = markdown(SUITES[name](FLAGS.repeats))
-    how = f"`python -m launch.bench --suite={name} --repeats={FLAGS.repeats}`; {machine}; jax {jax.__version__}"
-    print(f"{how}\n\n{table}")
+    command = f"`python -m launch.bench --suite={name} --repeats={FLAGS.repeats}`; {machine}; jax {jax.__version__}"
+    print(f"{command}\n\n{table}")
     if FLAGS.into:
         head, rest = text.split(before, 1)
-        Path(FLAGS.into).write_text(f"{head}{before}\n{how}\n\n{table}\n\n{after}{rest.split(after, 1)[1]}")
+        Path(FLAGS.into).write_text(f"{head}{before}\n{command}\n\n{table}\n\n{after}{rest.split(after, 1)[1]}")
 
 
 if __name__ == "__main__":

@@ -42,10 +42,11 @@ TUNING, SEED = 11, 12
 
 
 class Problem(NamedTuple):
-    """Data, networks and sizes. ``examples`` are those of each set of marginals, for the grids of 10 and 50 steps.
+    """Data, networks and sizes. ``examples``: number per set of marginals, for the grids of 10 and 50 steps.
 
-    ``at`` are the corrected steps of the grid of 10, ``at_long`` those at the same times of the grid of 50; ``shares``
-    of alpha are tried where correctors of one grid serve another, ``tuning`` is the number of seeds that choose.
+    ``at`` are the corrected steps of the grid of 10, ``at_long`` the steps at the same times of the grid of 50. The
+    fractions ``shares`` of alpha are tried where correctors of one grid serve another. ``tuning`` is the number of
+    tuning seeds.
     """
 
     config: str
@@ -117,7 +118,7 @@ class Bed(NamedTuple):
 
 
 def bed(name: str, folder: Path | None = None) -> Bed:
-    """Trains the flow in ``folder / "flow"``, or reads it."""
+    """Train the flow in ``folder / "flow"``, or reads it."""
     problem, folder = PROBLEMS[name], folder or FOLDER / f"{name}_corrected"
     cfg = config(problem)
     data = specs.data(cfg.data)
@@ -126,30 +127,30 @@ def bed(name: str, folder: Path | None = None) -> Bed:
     # to compare with, and to start backward from
     data = in_memory(data, train=20_000, validation=2_000, test=2_000, seed=0)
     metrics, net = evaluate.distances(data)
-    told = lambda x: net.features(features.quantise(x, data.levels))
-    real = told(data.test.x)
+    embed = lambda x: net.features(features.quantise(x, data.levels))
+    real = embed(data.test.x)
     for i, metric in enumerate(("precision", "recall")):
-        metrics[metric] = lambda x, i=i: neighbours.precision_recall(real[: len(x)], told(x)[: len(real)])[i]
+        metrics[metric] = lambda x, i=i: neighbours.precision_recall(real[: len(x)], embed(x)[: len(real)])[i]
     away = float(nearest(data.test.x, data.train.x))
     metrics["to training"] = lambda x: float(nearest(x, data.train.x)) / away  # below 1: nearer than held-out data are
     return Bed(problem, plan, data, flow, metrics, folder)
 
 
 def config(problem: Problem, **changes):
-    """The problem's config."""
+    """Return the config of a problem."""
     return runs.config(problem.config, problem.fields | changes)
 
 
 @jax.jit
 def nearest(x, others):
-    """The mean distance of examples to the nearest of others."""
+    """Return the mean distance of examples to the nearest of other examples."""
     x, others = (a.reshape(len(a), -1) for a in (x, others))
     square = (x**2).sum(1)[:, None] - 2 * x @ others.T + (others**2).sum(1)
     return jnp.sqrt(jnp.maximum(square.min(1), 0)).mean()
 
 
 def sets(b: Bed, name: str, view, params: Params, ts, count: int, **options) -> tuple[Marginals, Marginals]:
-    """Forward and backward marginals at the times of the grid of ten steps, or at all of a shorter one."""
+    """Build forward and backward marginals at the times of the grid of ten steps, or at all of a shorter one."""
     n = len(ts) - 1
     common = {"flow": checkpoint.digest(params), "steps": range(0, n + 1, max(1, n // SHORT)), **options}
     starts = {
@@ -163,9 +164,9 @@ def sets(b: Bed, name: str, view, params: Params, ts, count: int, **options) -> 
 
 
 def corrector(b: Bed, kind: str, name: str, p: Marginals, q: Marginals) -> tuple[Method, Params]:
-    """Trains a corrector on a pair of sets, or reads it."""
-    apart = lambda **how: {
-        "method": {"name": "classifier_corrector", **how}, "net": b.problem.classifier, "weight_decay": 0.05
+    """Train a corrector on a pair of sets, or read it."""
+    apart = lambda **options: {
+        "method": {"name": "classifier_corrector", **options}, "net": b.problem.classifier, "weight_decay": 0.05
     }  # fmt: skip
     spec = {
         "score": {"method": {"name": "score_corrector", "sigma": SIGMA}, "net": b.problem.score},
@@ -181,7 +182,7 @@ def corrector(b: Bed, kind: str, name: str, p: Marginals, q: Marginals) -> tuple
 
 
 def residual(b: Bed) -> tuple[Method, Params]:
-    """Trains the residual velocity over the frozen flow, or reads it."""
+    """Train the residual velocity over the frozen flow, or read it."""
     fields = {"method": "residual", "target": "frozen", "teacher": str(b.folder / "flow")}
     cfg = config(b.problem, steps=b.problem.steps["residual"], learning_rate=1e-3, **fields)
     plan = assemble.assemble(cfg, data=b.data)
@@ -189,29 +190,29 @@ def residual(b: Bed) -> tuple[Method, Params]:
 
 
 def pushed(method: Method) -> Callable:
-    """Marginal matching with a trained direction, of ``(params, alpha, beta)``."""
+    """Return marginal matching with a trained direction, a function of ``(params, alpha, beta)``."""
     return lambda params, alpha, beta: correctors.marginal_matching(
         method.direction(params["fix"]), alpha=alpha, beta=beta
     )
 
 
 def drifted(ts) -> Callable:
-    """Marginal matching with the drift between banks at the times ``ts``."""
+    """Return marginal matching with the drift between banks at the times ``ts``."""
     return lambda params, alpha, beta: correctors.marginal_matching(
         correction.kernel_drift(**params["bank"], ts=ts, bandwidth=1.0), alpha=alpha, beta=beta
     )
 
 
 def restarted(step_of: Callable, to: float, steps: int = 1) -> Callable:
-    """A restart by the sampler's own steps."""
+    """Return a restart by the steps of the sampler."""
     return lambda params, alpha, beta: correctors.restart(step_of(params), to=to, steps=steps)
 
 
 class Sampler(NamedTuple):
     """A row: ``draw(params, keys, alpha, beta)`` with arrays over the grid, its cost, and the strengths to choose of.
 
-    ``evaluations`` is the FLOPs of a sample in those of one evaluation of the flow. A change is one from the first row
-    of the same ``group``, by default of as many steps.
+    ``evaluations`` is the FLOPs of a sample divided by the FLOPs of one evaluation of the flow. A change is measured
+    from the first row of the same ``group``, by default of the rows of as many steps.
     """
 
     name: dict[str, Any]
@@ -222,7 +223,7 @@ class Sampler(NamedTuple):
     kind: str = "none"
     cost: sampling.Cost | None = None
     evaluations: float = 0.0
-    given: tuple[search.Placement, ...] = ()
+    candidates: tuple[search.Placement, ...] = ()
     group: str = ""
 
 
@@ -241,7 +242,7 @@ def sampler(b: Bed, step_of: Callable, n, at=(), fix_of: Callable | None = None)
 
 
 def distances(b: Bed, s: Sampler, setting: search.Placement, key) -> dict[str, float]:
-    """Every metric of one run of samples."""
+    """Return every metric of one run of samples."""
     keys, (alpha, beta) = as_keys(key, b.problem.samples), setting.dense(s.n)
     x = np.concatenate(
         [np.asarray(s.draw(s.params, keys[i : i + evaluate.CHUNK], alpha, beta)) for i in range(0, len(keys), 512)]
@@ -250,13 +251,13 @@ def distances(b: Bed, s: Sampler, setting: search.Placement, key) -> dict[str, f
 
 
 def chosen(b: Bed, s: Sampler) -> search.Placement:
-    """The strength that is best on the tuning seeds by the first metric; every evaluation is kept."""
+    """Return the best strength on the tuning seeds by the first metric; every evaluation is kept in a file."""
     first = next(iter(b.metrics))
     same = lambda a, c: search.Placement(s.at, (a,) * len(s.at), (c,) * len(s.at))
-    given = s.given or tuple(
+    candidates = s.candidates or tuple(
         same(a, c) for a in ALPHAS.get(s.kind, ()) for c in (b.problem.betas if s.kind == "score" else (0.0,))
     )
-    if not given:
+    if not candidates:
         return same(0.0, 0.0)
     value = search.Evaluations(
         lambda setting, key: distances(b, s, setting, key)[first],
@@ -265,18 +266,18 @@ def chosen(b: Bed, s: Sampler) -> search.Placement:
         directory=b.folder / "tuning" / "-".join(files.slug(str(v)) for v in s.name.values()),
         identity={"params": checkpoint.digest(s.params), "samples": b.problem.samples},
     )
-    return value.best(given).placement
+    return value.best(candidates).placement
 
 
 def keys(seed: int, n: int):
-    """The keys of ``n`` runs of samples."""
+    """Return the keys of ``n`` runs of samples."""
     return jax.random.split(jax.random.key(seed), n)
 
 
 def measured(b: Bed, rows: list[Sampler]) -> list[dict]:
-    """The table: distances on the reporting seeds, and the change of the first from the plain row of as many steps."""
+    """Return the table: distances on the reporting seeds, and the change of the first from the plain row."""
     first, table, plain = next(iter(b.metrics)), [], {}
-    told = lambda values: report.plus_minus(*two_sample.mean_se(values))
+    text = lambda values: report.plus_minus(*two_sample.mean_se(values))
     for s in rows:
         setting = chosen(b, s)
         each = [distances(b, s, setting, key) for key in keys(SEED, b.problem.seeds)]
@@ -284,14 +285,14 @@ def measured(b: Bed, rows: list[Sampler]) -> list[dict]:
         change = [d[first] - plain[first] for d, plain in zip(each, before, strict=True)]
         strength = f"{setting.alpha[0]:g}, {setting.beta[0]:g}" if s.kind in ALPHAS else "-"
         costs = {"NFE": s.cost.nfe, "FLOPs / flow": round(s.evaluations, 1), "alpha, beta": strength}
-        cells = {name: told([d[name] for d in each]) for name in b.metrics}
-        table.append(s.name | costs | cells | {f"{first}, change": "-" if s.kind == "none" else told(change)})
+        cells = {name: text([d[name] for d in each]) for name in b.metrics}
+        table.append(s.name | costs | cells | {f"{first}, change": "-" if s.kind == "none" else text(change)})
     floor = evaluate.training_samples(b.data, seeds=b.problem.seeds, samples=b.problem.samples, seed=0)
     blank = dict.fromkeys(table[0], "-") | {next(iter(table[0])): "training data"}
-    return [*table, blank | {name: told([metric(x) for x in floor]) for name, metric in b.metrics.items()}]
+    return [*table, blank | {name: text([metric(x) for x in floor]) for name, metric in b.metrics.items()}]
 
 
 def flops(f: Callable, params: Params, b: Bed) -> float:
-    """FLOPs of an evaluation, by XLA."""
+    """Return the FLOPs of an evaluation, counted by XLA."""
     x = jnp.zeros((8, *b.data.train.x.shape[1:]))
     return jax.jit(lambda params, x: f(params)(x, jnp.full(8, 0.5))).lower(params, x).compile().cost_analysis()["flops"]

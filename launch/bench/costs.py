@@ -23,7 +23,7 @@ from fmjax.methods.score_corrector import score_corrector
 from fmjax.nets.adapters import from_linen
 from fmjax.nets.mlp import MLP
 from fmjax.nets.unet import UNet
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.training import sharding
 from fmjax.types import Batch, Net, Params
 from launch.bench.measure import interleaved, now, since
@@ -45,8 +45,8 @@ def image_like(rng: np.random.Generator, n: int) -> np.ndarray:
 def couplings(repeats: int) -> list[dict]:
     """Minibatch OT: time from two batches to the pairing or plan, and the transport cost attained.
 
-    Sources are N(0, I); targets are the 8x8 digits (d = 64) or 1/f random fields (d = 3072). ``gain`` is the share of
-    the exact gain over random pairing that is realised, ``(random - cost) / (random - exact)``.
+    Sources are N(0, I); targets are the 8x8 digits (d = 64) or 1/f random fields (d = 3072). ``gain`` is the fraction
+    of the exact gain over random pairing that is realised, ``(random - cost) / (random - exact)``.
     """
     import ot
     from sklearn.datasets import load_digits
@@ -135,7 +135,7 @@ def bare(case: Case) -> Callable[[], None]:
 
 
 def sampler(repeats: int) -> list[dict]:
-    """Sampling against ``NFE`` calls of the bare network; the corrector has a network of its own, of the same size.
+    """Sampling against ``NFE`` calls of the bare network; the corrector has another network of the same size.
 
     Goal: a ratio of at most 1.05. ``temp_MB`` is what the compiled sampler needs beside its arguments and results.
     """
@@ -149,9 +149,9 @@ def sampler(repeats: int) -> list[dict]:
             "key": jax.random.key(0),
         }
         ways = {
-            "Euler, 8 steps": (8, 1, lambda p, q, v=velocity: (solvers.euler(v(p)), {})),
-            "RK4, 4 steps": (4, 4, lambda p, q, v=velocity: (solvers.rk4(v(p)), {})),
-            "RK4, 4 steps, 3 corrections": (4, 4, lambda p, q, v=velocity, fix=fix: (solvers.rk4(v(p)), fix(q))),
+            "Euler, 8 steps": (8, 1, lambda p, q, v=velocity: (sampling.euler(v(p)), {})),
+            "RK4, 4 steps": (4, 4, lambda p, q, v=velocity: (sampling.rk4(v(p)), {})),
+            "RK4, 4 steps, 3 corrections": (4, 4, lambda p, q, v=velocity, fix=fix: (sampling.rk4(v(p)), fix(q))),
             "flow map, 4 steps": (4, 1, lambda p, q, m=jump: (m(p), {})),
         }
         other = jax.tree.map(jnp.copy, case.params)
@@ -159,12 +159,12 @@ def sampler(repeats: int) -> list[dict]:
         for way, (n, stages, make) in ways.items():
 
             def run(p, q, x, n=n, make=make):
-                step, how = make(p, q)
-                return sampling.sample(step, x, grids.uniform_grid(n), **how)
+                step, options = make(p, q)
+                return sampling.sample(step, x, grids.uniform_grid(n), **options)
 
             compiled = jax.jit(run).lower(case.params, other, case.x).compile()
             functions[way] = lambda f=compiled, case=case, other=other: f(case.params, other, case.x)
-            cost[way] = sampling.cost(n, (0, 2, 4) if "corr" in way else (), step_nfe=stages).nfe
+            cost[way] = sampling.cost(stages, n, (0, 2, 4) if "corr" in way else ()).nfe
             memory[way] = compiled.memory_analysis().temp_size_in_bytes / 2**20
         spent = interleaved(functions, repeats)
         call = spent["network"]
@@ -177,7 +177,7 @@ def sampler(repeats: int) -> list[dict]:
 def train_step(repeats: int) -> list[dict]:
     """A training step on one device against ``value_and_grad`` of the least loss, the optimiser and donation.
 
-    The optimiser is that of the configs, Adam after clipping. The step has more to do: a key per example, the average
+    The optimiser is Adam after clipping, as in the configs. The step has more to do: a key per example, the average
     of the parameters, the norm of the gradient (shared with the clipping; with plain Adam it alone costs 5 % on the
     MLP, by reading 14 MB once more). Goal: 1.05. The Lagrangian step is compared with the flow-matching one as well.
     """
@@ -233,11 +233,11 @@ def marginal_sets(repeats: int) -> list[dict]:
         def build(direction, case=case, velocity=velocity, size=size, first=first):
             marks, start = [], now()
             count, shape = batches * size, case.x.shape[1:]
-            given = {"forward": {"count": count, "shape": shape}, "backward": {"data": np.zeros((count, *shape), "f")}}
+            starts = {"forward": {"count": count, "shape": shape}, "backward": {"data": np.zeros((count, *shape), "f")}}
             with tempfile.TemporaryDirectory() as folder:
                 marginals.build(
                     velocity, case.params, grids.uniform_grid(n), directory=folder, direction=direction, flow="bench",
-                    batch=size, shard_size=count, progress=lambda *_: marks.append(now()), **given[direction],
+                    batch=size, shard_size=count, progress=lambda *_: marks.append(now()), **starts[direction],
                 )  # fmt: skip
                 spent = since(marks[1])
             first[direction] = (marks[1].ms - start.ms) / 1e3
@@ -256,7 +256,7 @@ def marginal_sets(repeats: int) -> list[dict]:
 
 
 class Noise:
-    """``[n, 32, 32, 3]`` normal numbers that are made when they are asked for: data that fit in no memory."""
+    """``[n, 32, 32, 3]`` normal numbers that are drawn when they are read: data larger than the memory."""
 
     dtype, ndim = np.dtype(np.float32), 4
 
@@ -278,15 +278,15 @@ def use_set(what: str, count: int, folder: str) -> float:
         for step in range(count // 64):  # about twice as many examples as there are
             batch(step)
     else:
-        given = {"count": count, "shape": (32, 32, 3)} if what == "forward" else {"data": Noise(count)}
+        start = {"count": count, "shape": (32, 32, 3)} if what == "forward" else {"data": Noise(count)}
         velocity = lambda params: lambda x, t, cond=None: params * x
-        how = {"direction": what, "solver": "euler", "batch": 128, "shard_size": 512, "flow": "bench"}
-        marginals.build(velocity, jnp.float32(0.1), grids.uniform_grid(4), directory=folder, **how, **given)
+        options = {"direction": what, "solver": "euler", "batch": 128, "shard_size": 512, "flow": "bench"}
+        marginals.build(velocity, jnp.float32(0.1), grids.uniform_grid(4), directory=folder, **options, **start)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def marginal_memory(repeats: int) -> list[dict]:
-    """The peak of memory, of a process of its own, that builds a set, or reads shuffled batches from it (``stream``).
+    """The peak of memory of a separate process that builds a set, or reads shuffled batches from it (``stream``).
 
     Flat in the number of examples: goal, the larger set's peak at most 1.05 of the smaller one's. Measured once,
     whatever ``repeats``.

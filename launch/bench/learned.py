@@ -1,6 +1,6 @@
 """Suites of ``launch.bench``: flow maps trained by every method with equal networks and equal training FLOPs.
 
-A run is ``python -m launch.bench_learned PROBLEM METHOD SEED`` in a process of its own, pinned to one core on a CPU, so
+A run is ``python -m launch.bench.learned PROBLEM METHOD SEED`` in a separate process, pinned to one core on a CPU, so
 that as many go side by side as there are cores. Runs live in ``workdir/bench/PROBLEM`` and are resumed there.
 """
 
@@ -30,8 +30,9 @@ PUBLISHED, PUBLISHED_FLOOR = dict(zip(STEPS, (0.086, 0.077, 0.071, 0.070, 0.071)
 class Recipe(NamedTuple):
     """What a row of a table trains: a method for each round of its budget, the last ones from a frozen teacher.
 
-    ``taught``: half the budget is the teacher's, a flow. The rounds share what is left; each is taught by the one
-    before it. ``times``: of the problem's budget, the teacher's too. ``solver`` is that of a flow's steps.
+    ``taught``: half the budget goes to the teacher, a flow. The rounds divide the rest; the teacher of a round is the
+    network of the round before. ``times``: multiple of the budget of the problem, and of the teacher. ``solver``: the
+    solver of the steps of a flow.
     """
 
     methods: tuple[dict[str, Any], ...]
@@ -154,13 +155,12 @@ def samples(n: int) -> int:
 
 
 def oracle(name: str) -> Problem:
-    """A law whose map is known: the relative error of the jump from 0 to 1 and of jumps between uniform times."""
+    """A distribution with a known map: the relative error of the jump from 0 to 1 and of jumps at uniform times."""
     import jax
     import jax.numpy as jnp
 
-    from fmjax import oracles, paths, times
+    from fmjax import oracles, paths, sampling, times
     from fmjax.keys import as_keys, normal, split
-    from fmjax.sampling import solvers
     from fmjax.types import expand
 
     corners = 0.7 * jnp.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
@@ -173,7 +173,7 @@ def oracle(name: str) -> Problem:
     def exact(x, s, t):
         if law.flow_map is not None:
             return law.flow_map(x, s, t)
-        step, n = solvers.rk4(law.velocity), 200
+        step, n = sampling.rk4(law.velocity), 200
         body = lambda k, x: step(x, s + (t - s) * k / n, s + (t - s) * (k + 1) / n)
         return jax.lax.fori_loop(0, n, body, x)
 
@@ -182,16 +182,16 @@ def oracle(name: str) -> Problem:
         x0, x1 = normal(keys[0], (2,)), law.sample(jax.random.key(8), 1 << 12)
         s, t = times.ordered_pair(keys[1])
         x, _ = paths.with_velocity(paths.linear(), x0, x1, s)
-        zero, one = jnp.zeros_like(s), jnp.ones_like(s)
+        zero, ones = jnp.zeros_like(s), jnp.ones_like(s)
         learned = method.flow_map(params) if method.flow_map else None
         jump = learned or (lambda x, s, t: x + expand(t - s, x) * method.velocity(params)(x, s))
         relative = lambda a, b: jnp.sqrt(jnp.sum((a - b) ** 2) / jnp.sum(b**2))
         return {
-            "0 to 1": relative(jump(x0, zero, one), exact(x0, zero, one)),
+            "0 to 1": relative(jump(x0, zero, ones), exact(x0, zero, ones)),
             "s to t": relative(jump(x, s, t), exact(x, s, t)),
         }
 
-    found = lambda method, params, seed, solver: {
+    summary = lambda method, params, seed, solver: {
         k: float(v) for k, v in jax.jit(functools.partial(errors, method))(params).items()
     }
     sample = jax.jit(law.sample, static_argnums=1)
@@ -200,7 +200,7 @@ def oracle(name: str) -> Problem:
         256,
         3000,
         functools.partial(drawn, sample, 256),
-        found,
+        summary,
         ORACLES,
         history=True,
     )
@@ -239,10 +239,10 @@ def cost(problem: Problem, method: dict) -> float:
         from fmjax.training import loop
 
         args = (
-            loop.initial(plan),
-            loop.initial(plan),
-            plan.batch(0),
-            example_keys(jax.random.key(0), jnp.arange(plan.batch_size)),
+            loop.initial_parameters(plan),
+            loop.initial_parameters(plan),
+            plan.data.batch(0),
+            example_keys(jax.random.key(0), jnp.arange(plan.data.batch_size)),
         )
         compiled = jax.jit(jax.value_and_grad(plan.method.loss, has_aux=True)).lower(*args).compile()
         return compiled.cost_analysis()["flops"]
@@ -260,21 +260,21 @@ def train_one(name: str, row: str, seed: int) -> None:
     from fmjax.storage import files
     from fmjax.training import logs, loop
 
-    problem, how, path = PROBLEMS[name](), RECIPES[row], folder(name, row, seed)
+    problem, recipe, path = PROBLEMS[name](), RECIPES[row], folder(name, row, seed)
     if (path / "result.json").exists():
         return
-    teacher = folder(name, TEACHERS[how.times], seed) / "round-0" if how.taught else None
-    budget = how.times * problem.budget / (2 if how.taught or row in TEACHERS.values() else 1)
+    teacher = folder(name, TEACHERS[recipe.times], seed) / "round-0" if recipe.taught else None
+    budget = recipe.times * problem.budget / (2 if recipe.taught or row in TEACHERS.values() else 1)
     history = []
-    for i, method in enumerate(how.methods):
+    for i, method in enumerate(recipe.methods):
         place = path / f"round-{i}"
-        steps = round(budget / len(how.methods) / cost(problem, method))
+        steps = round(budget / len(recipe.methods) / cost(problem, method))
         plan = plan_of(problem, method, steps=steps, seed=seed, teacher=teacher)
         start = loop.given(plan, teacher) if teacher else None
-        last = i == len(how.methods) - 1
+        last = i == len(recipe.methods) - 1
 
         def hook(n, state, plan=plan, steps=steps):
-            history.append([n / steps, problem.evaluate(plan.method, state.ema, seed, how.solver)])
+            history.append([n / steps, problem.evaluate(plan.method, state.ema, seed, recipe.solver)])
 
         hooks = [hook] if last and problem.history else []
         if hooks:
@@ -285,7 +285,7 @@ def train_one(name: str, row: str, seed: int) -> None:
         except logs.Diverged as error:  # a result like another
             return files.write_json(path / "result.json", {"result": {"diverged": str(error)}, "history": []})
         teacher = place
-    result = {"result": problem.evaluate(plan.method, state.ema, seed, how.solver), "history": history}
+    result = {"result": problem.evaluate(plan.method, state.ema, seed, recipe.solver), "history": history}
     files.write_json(path / "result.json", result)
 
 
@@ -293,13 +293,13 @@ def results(name: str) -> dict[str, list[dict]]:
     """All runs of a problem, trained where they are not yet: as many at a time as there are cores (one on a GPU)."""
     import jax
 
-    wanted = PROBLEMS[name]().methods
+    methods = PROBLEMS[name]().methods
     cores = (
         sorted(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" and hasattr(os, "sched_getaffinity") else [0]
     )
     free = list(cores)
 
-    def one(row, seed):
+    def run_alone(row, seed):
         path = folder(name, row, seed)
         if (path / "result.json").exists():
             return
@@ -308,35 +308,35 @@ def results(name: str) -> dict[str, list[dict]]:
         try:
             with (path / "log.txt").open("a") as log:
                 pin = ["taskset", "-c", str(core)] if len(cores) > 1 else []
-                command = [*pin, sys.executable, "-m", "launch.bench_learned", name, row, str(seed)]
+                command = [*pin, sys.executable, "-m", "launch.bench.learned", name, row, str(seed)]
                 if subprocess.run(command, stdout=log, stderr=log).returncode:
                     raise RuntimeError(f"{row}, seed {seed} failed: see {path / 'log.txt'}")
         finally:
             free.append(core)
 
     with ThreadPoolExecutor(len(cores)) as pool:
-        taught = {TEACHERS[RECIPES[row].times]: None for row in wanted if RECIPES[row].taught}
-        for rows in (tuple(taught), wanted):
-            list(pool.map(lambda args: one(*args), [(row, seed) for seed in SEEDS for row in rows]))
+        taught = {TEACHERS[RECIPES[row].times]: None for row in methods if RECIPES[row].taught}
+        for rows in (tuple(taught), methods):
+            list(pool.map(lambda args: run_alone(*args), [(row, seed) for seed in SEEDS for row in rows]))
     read = lambda row: [json.loads((folder(name, row, seed) / "result.json").read_text()) for seed in SEEDS]
-    return {row: read(row) for row in wanted}
+    return {row: read(row) for row in methods}
 
 
 def checkerboard_maps(repeats: int) -> list[dict]:
-    """KL above that of as many perfect samples, and W2, by method and number of steps: mean and error over seeds."""
+    """KL above the KL of as many perfect samples, and W2, by method and number of steps: mean and error over seeds."""
     from fmjax.experiments import report
     from fmjax.metrics import histogram, two_sample
 
-    def told(runs, n, metric):
+    def text(runs, n, metric):
         if any("diverged" in r["result"] for r in runs):
             return "diverged"
         floor = histogram.checkerboard_floor(samples(n)) if metric == "KL" else 0
         return report.plus_minus(*two_sample.mean_se([r["result"][str(n)][metric] - floor for r in runs]))
 
-    found = results("checkerboard")
+    runs_of = results("checkerboard")
     rows = [
-        {"method": row} | {f"{metric}, N={n}": told(runs, n, metric) for metric in ("KL", "W2") for n in STEPS}
-        for row, runs in found.items()
+        {"method": row} | {f"{metric}, N={n}": text(runs, n, metric) for metric in ("KL", "W2") for n in STEPS}
+        for row, runs in runs_of.items()
     ]
     apart = [two_sample.w2_exact(*perfect(seed)) for seed in SEEDS]
     floor = {f"KL, N={n}": f"({histogram.checkerboard_floor(samples(n)):.4f})" for n in STEPS}
@@ -361,19 +361,19 @@ def oracle_maps(repeats: int) -> list[dict]:
     from fmjax.experiments import report
     from fmjax.metrics import two_sample
 
-    found, rows = {name: results(name) for name in ("gaussian", "mixture")}, []
+    runs_of, rows = {name: results(name) for name in ("gaussian", "mixture")}, []
     for row in ORACLES:
         cells = {"method": row}
-        for name, runs in found.items():
+        for name, runs in runs_of.items():
             if any("diverged" in r["result"] for r in runs[row]):
                 cells |= dict.fromkeys((f"{name}, 1/4 of the budget", f"{name}, s to t", f"{name}, 0 to 1"), "diverged")
                 continue
-            told = lambda values: report.plus_minus(*two_sample.mean_se(values))
-            early = told([r["history"][0][1]["s to t"] for r in runs[row]])
+            text = lambda values: report.plus_minus(*two_sample.mean_se(values))
+            early = text([r["history"][0][1]["s to t"] for r in runs[row]])
             cells[f"{name}, 1/4 of the budget"] = "-" if row in TO_DATA else early
             for where in ("s to t", "0 to 1"):
                 cells[f"{name}, {where}"] = (
-                    "-" if row in TO_DATA and where == "s to t" else told([r["result"][where] for r in runs[row]])
+                    "-" if row in TO_DATA and where == "s to t" else text([r["result"][where] for r in runs[row]])
                 )
         rows.append(cells)
     return rows

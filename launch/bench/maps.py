@@ -89,15 +89,15 @@ def gradient(module, shape: tuple[int, ...], make: Callable) -> Compiled:
 
 
 def map_costs(repeats: int) -> list[dict]:
-    """The gradient of every loss of a flow map against that of flow matching, same network, batch of 16, float32.
+    """The gradient of every loss of a flow map against flow matching, same network, batch of 16, float32.
 
     ``FLOPs`` and ``memory`` (peak of temporaries) are XLA's, ``time`` is the ratio of the medians of processor time.
-    XLA counts the body of a scan once: FLOPs are given for unrolled networks alone. ``diagonal`` is the share of the
-    batch on the flow-matching term. ``remat full`` is measured against flow matching without it.
+    XLA counts the body of a scan once: FLOPs are given for unrolled networks alone. ``diagonal`` is the fraction of
+    the batch on the flow-matching term. ``remat full`` is measured against flow matching without it.
 
-    A velocity of its own costs one evaluation more than the data's, so that "ESD, all stopped" cannot cost less than
-    5/3: teacher 1, primal 1, tangent 1, backward 2, over the 3 of flow matching. With the Jacobian stopped it is 8/3:
-    teacher 1, primal 1, a tangent for the value and one for the gradient 2, backward through the primal and the
+    The velocity of the network costs one evaluation more than the velocity of the data: "ESD, all stopped" costs at
+    least 5/3: teacher 1, primal 1, tangent 1, backward 2, over the 3 of flow matching. With the Jacobian stopped it is
+    8/3: teacher 1, primal 1, a tangent for the value and one for the gradient 2, backward through the primal and the
     tangent in time 4. LSD is 7/3, and more where attention, bilinear in the tangents, is a part of the whole.
     """
     rows = []
@@ -110,11 +110,11 @@ def map_costs(repeats: int) -> list[dict]:
                 built[way, share] = gradient(setting.module, setting.shape, make)
                 functions[way, share] = built[way, share].call
         spent = interleaved(functions, repeats)
-        for (way, share), made in built.items():
+        for (way, share), program in built.items():
             goal = METHODS[way].split if share else METHODS[way].whole
             row = {"network": name, "method": way, "diagonal": share}
-            row |= {"FLOPs": "-" if "scanned" in name else made.flops / base.flops, "goal": goal or "-"}
-            row |= {"memory": made.temp / base.temp}
+            row |= {"FLOPs": "-" if "scanned" in name else program.flops / base.flops, "goal": goal or "-"}
+            row |= {"memory": program.temp / base.temp}
             rows.append(row | {"time": spent[way, share].cpu_ms / spent["flow matching"].cpu_ms})
     return rows
 

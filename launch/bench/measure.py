@@ -1,4 +1,4 @@
-"""What the suites of ``launch.bench`` share: clocks, interleaved medians, tables."""
+"""Clocks, interleaved medians and tables, for the suites of ``launch.bench``."""
 
 import os
 import statistics
@@ -13,30 +13,30 @@ FOLDER = Path(os.environ.get("FMJAX_BENCH", "workdir/bench"))  # runs that suite
 
 
 class Spent(NamedTuple):
-    """Wall time and processor time of all threads, in ms; the latter tells what is due to others on the machine."""
+    """Wall time and processor time of all threads, in ms; other programs on the machine change only the wall time."""
 
     ms: float
     cpu_ms: float
 
     def over(self, other: "Spent", times: float = 1) -> dict[str, float]:
-        """Columns ``ratio`` and ``cpu_ratio``: this against ``times`` of the other."""
+        """Return the columns ``ratio`` and ``cpu_ratio``: this against ``times`` of the other."""
         return {"ratio": self.ms / (times * other.ms), "cpu_ratio": self.cpu_ms / (times * other.cpu_ms)}
 
 
 def now() -> Spent:
-    """Both clocks."""
+    """Read both clocks."""
     return Spent(1e3 * time.perf_counter(), 1e3 * time.process_time())
 
 
 def since(start: Spent) -> Spent:
-    """What was spent since ``start``."""
+    """Return the time spent since ``start``."""
     return Spent(*(b - a for a, b in zip(start, now(), strict=True)))
 
 
 def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, Spent]:
-    """Medians of each function over interleaved repeats, after one call to compile and warm up.
+    """Return the median times of each function over interleaved repeats, after one call to compile and warm up.
 
-    A function that returns ``Spent`` has measured itself.
+    A function that returns ``Spent`` measures its time itself.
     """
     taken = {name: [] for name in functions}
     for repeat in range(-1, repeats):
@@ -52,7 +52,7 @@ def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dic
 
 
 def markdown(rows: list[dict]) -> str:
-    """Rows as a markdown table."""
+    """Format rows as a markdown table."""
 
     def show(v):
         return f"{v:.3g}" if isinstance(v, float) and abs(v) < 1000 else f"{v:.0f}" if isinstance(v, float) else str(v)

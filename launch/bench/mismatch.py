@@ -1,7 +1,7 @@
 """Suites of ``launch.bench``: what a correction mends and what it harms, on a flow whose error is known.
 
 The data are eight modes of standard deviation 0.2 on a circle of radius 2, the flow is the exact velocity plus an error
-field of one's choice (``fmjax.mismatch``), so that its forward marginals p_n, its backward ones q_n, their score and
+chosen field (``fmjax.oracles``), so that its forward marginals p_n, its backward marginals q_n, their score and
 the logit between them are known without a network.
 """
 
@@ -24,7 +24,7 @@ from fmjax.metrics import two_sample
 from fmjax.nets.adapters import from_linen
 from fmjax.nets.plain import Plain
 from fmjax.oracles import mismatch
-from fmjax.sampling import grids, solvers
+from fmjax.sampling import grids
 from fmjax.types import Batch, Corrector, DirectionFn, Method, Net
 
 RING = oracles.ring()
@@ -70,7 +70,7 @@ LEARNED = {
 class Row(NamedTuple):
     """A corrector of the table, ``make(world, alpha)``: after the last step or at all times of ``GRID``.
 
-    ``alphas`` holds one alpha, or those of which the best on the tuning keys is taken. ``exact``: it draws no noise.
+    ``alphas`` holds one alpha, or several, of which the best on the tuning keys is taken. ``exact``: draws no noise.
     """
 
     make: Callable[[World, jax.Array], Corrector]
@@ -93,7 +93,7 @@ def exact_score(world: World) -> DirectionFn:
 
 
 def langevin(world: World, alpha) -> Corrector:
-    """Twenty steps by the score of the data, each as long as that of the preset ``langevin``."""
+    """Return twenty steps by the score of the data, each as long as the step of the preset ``langevin``."""
     return correctors.langevin(lambda x, t, cond=None: RING.score(x, 1.0), step=SIGMA**2 / 2, steps=20)
 
 
@@ -105,15 +105,15 @@ ROWS = {
     "exact score, 20 Langevin steps": Row(langevin, exact=False, euler=True),
     "exact classifier, tuned": Row(matching(lambda w: mismatch.gradient(w.flow.logit)), CLASSIFIER, euler=True),
     **{
-        f"learned {name}, tuned": Row(matching(lambda w, name=name: w.learned[name]), how.alphas)
-        for name, how in LEARNED.items()
+        f"learned {name}, tuned": Row(matching(lambda w, name=name: w.learned[name]), recipe.alphas)
+        for name, recipe in LEARNED.items()
     },
     "learned score, langevin, n=0..10": Row(
         matching(lambda w: w.learned["score"], SIGMA), (0.5,), everywhere=True, exact=False, euler=True
     ),
 }
-MODELS = {name: from_linen(Plain(width=96, depth=4, waves=1, logit=how.logit)) for name, how in LEARNED.items()}
-METHODS = {name: how.make(MODELS[name].net) for name, how in LEARNED.items()}
+MODELS = {name: from_linen(Plain(width=96, depth=4, waves=1, logit=recipe.logit)) for name, recipe in LEARNED.items()}
+METHODS = {name: recipe.make(MODELS[name].net) for name, recipe in LEARNED.items()}
 
 
 def world(coefficients, params) -> World:
@@ -129,8 +129,8 @@ def noise(key, n: int):
 
 @functools.partial(jax.jit, static_argnames=("solver", "n", "exact"))
 def uncorrected(coefficients, key, *, solver: str, n: int, exact: bool):
-    """``SAMPLES`` ends of the flow, and ``EXACT`` of them with their log-density where asked for."""
-    step = solvers.STEPS[solver](world(coefficients, dict.fromkeys(METHODS)).flow.velocity)
+    """``SAMPLES`` ends of the flow, and ``EXACT`` of them with their log-density on request."""
+    step = getattr(sampling, solver)(world(coefficients, dict.fromkeys(METHODS)).flow.velocity)
     run = lambda x: sampling.sample(step, x, grids.uniform_grid(n))
     x0 = noise(key, SAMPLES)
     log_p = -0.5 * (x0**2 + jnp.log(2 * jnp.pi)).sum(1)
@@ -152,18 +152,18 @@ def at_end(coefficients, params, key, alpha, x, known, *, row: str, exact: bool)
 @functools.partial(jax.jit, static_argnames=("row", "solver", "n"))
 def all_along(coefficients, params, key, alpha, *, row: str, solver: str, n: int):
     """Corrections at the times of ``GRID`` that are times of ``n`` steps."""
-    here = world(coefficients, params)
-    step, at = solvers.STEPS[solver](here.flow.velocity), [i for i in range(n + 1) if i * GRID % n == 0]
+    setting = world(coefficients, params)
+    step, at = getattr(sampling, solver)(setting.flow.velocity), [i for i in range(n + 1) if i * GRID % n == 0]
     keys = jax.random.fold_in(key, 1)
-    correct = ROWS[row].make(here, alpha)
+    correct = ROWS[row].make(setting, alpha)
     return sampling.sample(step, noise(key, SAMPLES), grids.uniform_grid(n), key=keys, corrector=correct, at=at)
 
 
 @functools.partial(jax.jit, static_argnames="row")
 def for_all(coefficients, params, x, alphas, *, row: str):
     """The ends ``x`` corrected with every alpha, without noise; the direction is evaluated once."""
-    here = world(coefficients, params)
-    return jax.vmap(lambda alpha: ROWS[row].make(here, alpha)(None, x, 1.0)[0])(alphas)
+    setting = world(coefficients, params)
+    return jax.vmap(lambda alpha: ROWS[row].make(setting, alpha)(None, x, 1.0)[0])(alphas)
 
 
 def reference(n: int) -> np.ndarray:
@@ -190,15 +190,15 @@ def best_alpha(coefficients, params, row: str, solver: str) -> float:
 
     keys = {str(jax.random.key_data(key)): key for key in TUNING}
     evaluate = lambda setting, key: values(str(jax.random.key_data(key)))[alphas.index(setting.alpha[0])]
-    found = search.Evaluations(evaluate, tuning=TUNING, reporting=REPORTING)
-    return search.grid_search(found, search.Space(GRID, (GRID,), alphas), (GRID,)).placement.alpha[0]
+    evaluations = search.Evaluations(evaluate, tuning=TUNING, reporting=REPORTING)
+    return search.grid_search(evaluations, search.Space(GRID, (GRID,), alphas), (GRID,)).placement.alpha[0]
 
 
 @jax.jit
 def bank(coefficients, key):
     """``p_n`` and ``q_n`` of ``GRID`` Runge-Kutta steps, ``[GRID + 1, 65536, 2]``, the latter by reversed steps."""
     velocity, ts = world(coefficients, dict.fromkeys(METHODS)).flow.velocity, grids.uniform_grid(GRID)
-    run = lambda x, ts: sampling.sample(solvers.rk4(velocity), x, ts, trajectory=True)
+    run = lambda x, ts: sampling.sample(sampling.rk4(velocity), x, ts, trajectory=True)
     k_p, k_q = jax.random.split(key)
     return run(noise(k_p, 1 << 16), ts), run(RING.sample(k_q, 1 << 16), ts[::-1])[::-1]
 
@@ -229,38 +229,38 @@ def correction_toy(repeats: int) -> list[dict]:
     Mean and standard error over three sampling seeds; alphas are tuned on two others, after ten steps, for each error
     and solver, and kept for the other numbers of steps. KL is ``E[log p(y) - log pi(y)]`` with the density of the
     sampler itself, which a corrector that draws noise does not have, nor steps of Euler's method that may fold. The
-    exact classifier knows the flow's own error, not that of the solver; the exact score knows the data. Learned
+    exact classifier knows the error of the flow, not the error of the solver; the exact score knows the data. Learned
     correctors are trained once for every error, on the marginals of ten Runge-Kutta steps. The last row is the floor.
     """
     fits, rows = {name: trained(name) for name in METHODS}, []
     for error, coefficients in ERRORS.items():
         params = {name: fit(coefficients) for name, fit in fits.items()}
         for solver in ("rk4", "euler"):
-            wanted = [name for name, row in ROWS.items() if row.euler or solver == "rk4"]
-            alphas = {name: best_alpha(coefficients, params, name, solver) for name in wanted}
-            found = {name: ({}, {}) for name in wanted}
+            names = [name for name, row in ROWS.items() if row.euler or solver == "rk4"]
+            alphas = {name: best_alpha(coefficients, params, name, solver) for name in names}
+            values = {name: ({}, {}) for name in names}
             for n in STEPS:
                 for key in REPORTING:
                     x, known = uncorrected(coefficients, key, solver=solver, n=n, exact=solver == "rk4")
-                    for name in wanted:
-                        how, kl = {"row": name}, None
+                    for name in names:
+                        options, kl = {"row": name}, None
                         if ROWS[name].everywhere:
-                            y = all_along(coefficients, params, key, alphas[name], solver=solver, n=n, **how)
+                            y = all_along(coefficients, params, key, alphas[name], solver=solver, n=n, **options)
                         else:
-                            how["exact"] = ROWS[name].exact and known is not None
-                            y, kl = at_end(coefficients, params, key, alphas[name], x, known, **how)
-                        found[name][0].setdefault(n, []).append(distance(y))
-                        found[name][1].setdefault(n, []).append(np.nan if kl is None else float(kl.mean()))
-            rows += [line(error, solver, name, alphas[name], *found[name]) for name in wanted]
+                            options["exact"] = ROWS[name].exact and known is not None
+                            y, kl = at_end(coefficients, params, key, alphas[name], x, known, **options)
+                        values[name][0].setdefault(n, []).append(distance(y))
+                        values[name][1].setdefault(n, []).append(np.nan if kl is None else float(kl.mean()))
+            rows += [line(error, solver, name, alphas[name], *values[name]) for name in names]
     floor = {n: [distance(RING.sample(key, SAMPLES)) for key in REPORTING] for n in STEPS}
     return [*rows, line("-", "-", "perfect samples", 0.0, floor, {n: [np.nan] for n in STEPS})]
 
 
 def line(error: str, solver: str, name: str, alpha: float, w2: dict, kl: dict) -> dict:
     """A row of the table."""
-    told = lambda values: "-" if np.isnan(values).any() else report.plus_minus(*two_sample.mean_se(values))
+    text = lambda values: "-" if np.isnan(values).any() else report.plus_minus(*two_sample.mean_se(values))
     row = {"error": error, "solver": solver, "corrector": name, "alpha": f"{alpha:g}" if alpha else "-"}
-    return row | {f"W2, N={n}": told(v) for n, v in w2.items()} | {f"KL, N={n}": told(v) for n, v in kl.items()}
+    return row | {f"W2, N={n}": text(v) for n, v in w2.items()} | {f"KL, N={n}": text(v) for n, v in kl.items()}
 
 
 SUITES = (correction_toy,)

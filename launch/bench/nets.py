@@ -17,7 +17,7 @@ from launch.bench.measure import interleaved
 
 
 def stepper(module, shape: tuple[int, ...]) -> tuple[Callable[[], object], dict]:
-    """One step, forward, backward and Adam on a squared error, each call the next; with what compiling it told."""
+    """One step, forward, backward and Adam on a squared error, each call the next; and facts of its compilation."""
     model, tx, mesh = from_linen(module), optax.adam(2e-4), sharding.make_mesh()
     x, t = jax.random.normal(jax.random.key(0), shape), jnp.linspace(0.0, 1.0, shape[0])
     params = model.init(jax.random.key(1), x)
@@ -34,15 +34,15 @@ def stepper(module, shape: tuple[int, ...]) -> tuple[Callable[[], object], dict]
     lowered = step.lower(*held, x, t)
     traced = time.perf_counter()
     compiled = lowered.compile()
-    told = {"trace_s": traced - began, "compile_s": time.perf_counter() - traced}
-    told |= {"temp_MB": compiled.memory_analysis().temp_size_in_bytes / 2**20}
-    told |= {"parameters": sum(a.size for a in jax.tree.leaves(params))}
+    facts = {"trace_s": traced - began, "compile_s": time.perf_counter() - traced}
+    facts |= {"temp_MB": compiled.memory_analysis().temp_size_in_bytes / 2**20}
+    facts |= {"parameters": sum(a.size for a in jax.tree.leaves(params))}
 
     def run():
         *held[:], value = compiled(*held, x, t)
         return value
 
-    return run, told
+    return run, facts
 
 
 def layers(repeats: int) -> list[dict]:
@@ -54,13 +54,13 @@ def layers(repeats: int) -> list[dict]:
         "DiT-S/2, 256 tokens": ({}, (4, 32, 32, 4)),
     }
     for name, (sizes, shape) in networks.items():
-        functions, told = {}, {}
+        functions, facts = {}, {}
         for scan in (False, True):
             for remat in ("none", "dots", "full"):
                 way = ("scanned" if scan else "unrolled", remat)
-                functions[way], told[way] = stepper(DiT(**sizes, scan=scan, remat=remat), shape)
+                functions[way], facts[way] = stepper(DiT(**sizes, scan=scan, remat=remat), shape)
         spent = interleaved(functions, repeats)
-        for way, first in told.items():
+        for way, first in facts.items():
             row = {"network": name, "layers": way[0], "remat": way[1], "trace_s": first["trace_s"]}
             row |= {"compile_s": first["compile_s"], "temp_MB": first["temp_MB"], "ms": spent[way].ms}
             rows.append(row | spent[way].over(spent["unrolled", "none"]))
@@ -68,7 +68,7 @@ def layers(repeats: int) -> list[dict]:
 
 
 def torch(repeats: int) -> list[dict]:
-    """A training step against that of torchcfm's U-Net: the same sizes, float32, forward, backward and Adam, batch 64.
+    """A training step against torchcfm's U-Net: the same sizes, float32, forward, backward and Adam, batch 64.
 
     ``ratio`` above 1 says that ours is slower. On a CPU, run it with as many virtual devices as cores
     (``NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=2``): in jaxlib 0.10.2 a convolution (YNNPACK) takes
@@ -99,9 +99,9 @@ def torch(repeats: int) -> list[dict]:
             return loss.item()
 
         sizes = {"channels": 32, "multipliers": multipliers, "attention": (height // 2,)}
-        same, told = stepper(UNet(**sizes, film=False, per_group=1, spectrum="slow"), shape)
+        same, facts = stepper(UNet(**sizes, film=False, per_group=1, spectrum="slow"), shape)
         film, _ = stepper(UNet(**sizes), shape)
-        assert told["parameters"] - 64 * 128 == sum(p.numel() for p in net.parameters())
+        assert facts["parameters"] - 64 * 128 == sum(p.numel() for p in net.parameters())
         spent = interleaved({"torchcfm": theirs, "fmjax, the same": same, "fmjax, its defaults": film}, repeats)
         for name, s in spent.items():
             row = {"images": "x".join(map(str, shape)), "network": name, "ms": s.ms, "cpu_ms": s.cpu_ms}

@@ -20,9 +20,9 @@ def imports(repeats: int) -> list[dict]:
     """Import time in fresh processes: every module of fmjax but ``report``, ``metrics`` and ``data``. Goal: 1.3."""
     import fmjax
 
-    found = (m.name for m in pkgutil.walk_packages(fmjax.__path__, "fmjax."))
-    ours = [m for m in found if not m.startswith(("fmjax.experiments", "fmjax.metrics", "fmjax.data"))]
-    wanted = {"jax, flax, optax, diffrax": ["jax", "flax", "optax", "diffrax"], "fmjax": ["fmjax", *ours]}
+    names = (m.name for m in pkgutil.walk_packages(fmjax.__path__, "fmjax."))
+    ours = [m for m in names if not m.startswith(("fmjax.experiments", "fmjax.metrics", "fmjax.data"))]
+    imports = {"jax, flax, optax, diffrax": ["jax", "flax", "optax", "diffrax"], "fmjax": ["fmjax", *ours]}
 
     def run(modules):
         clocks = "(time.perf_counter(), time.process_time())"
@@ -30,7 +30,7 @@ def imports(repeats: int) -> list[dict]:
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         return Spent(*(1e3 * float(s) for s in out.split()))
 
-    spent = interleaved({name: functools.partial(run, modules) for name, modules in wanted.items()}, repeats)
+    spent = interleaved({name: functools.partial(run, modules) for name, modules in imports.items()}, repeats)
     first = next(iter(spent.values()))
     return [{"modules": name, "ms": t.ms} | t.over(first) | {"goal": 1.3} for name, t in spent.items()]
 
@@ -83,11 +83,11 @@ def fashion_mnist(repeats: int) -> list[dict]:
     rows = []
     for name, coupling in (("I-CFM", "independent"), ("OT-CFM", "minibatch_ot")):
         folder = str(FOLDER / f"fashion_mnist_{coupling}")
-        how = ["--config=configs/fashion_mnist.py", f"--workdir={folder}", f"--config.coupling={coupling}"]
+        command = ["--config=configs/fashion_mnist.py", f"--workdir={folder}", f"--config.coupling={coupling}"]
         if "FASHION_MNIST" in os.environ:
-            how.append(f"--config.data.source_dir={os.environ['FASHION_MNIST']}")
+            command.append(f"--config.data.source_dir={os.environ['FASHION_MNIST']}")
         for launcher in ("train", "evaluate"):
-            subprocess.run([sys.executable, "-m", f"launch.{launcher}", *how], check=True)
+            subprocess.run([sys.executable, "-m", f"launch.{launcher}", *command], check=True)
         table = _table(Path(folder, "evaluation.json"))
         rows += [{"method": name} | {k: v for k, v in row.items() if k != "corrections"} for row in table]
     floor = next(row for row in rows if not row["NFE"]) | {"method": "-"}
@@ -160,10 +160,10 @@ def _maps(
 
 def _table(file: Path) -> list[dict]:
     """The rows of a run's ``metrics.json`` or ``evaluation.json`` with their distances as ``mean ± se``."""
-    found = json.loads(file.read_text())
-    told = lambda row: {metric: report.plus_minus(*d) for metric, d in row.distances.items()}
-    rows = report.in_order(report.Row(**row) for row in found["rows"])
-    return [{"sampler": r.name, "NFE": r.nfe, "corrections": r.corrections} | told(r) for r in rows]
+    table = json.loads(file.read_text())
+    cells = lambda row: {metric: report.plus_minus(*d) for metric, d in row.distances.items()}
+    rows = report.in_order(report.Row(**row) for row in table["rows"])
+    return [{"sampler": r.name, "NFE": r.nfe, "corrections": r.corrections} | cells(r) for r in rows]
 
 
 SUITES = (imports, start, digits, fashion_mnist, digits_maps, mnist_maps)

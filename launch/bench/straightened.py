@@ -1,8 +1,8 @@
 """Suites of ``launch.bench``: half-straightened flows of the digits and of MNIST.
 
-The runs are those of ``launch.reflow`` with the configs of these names, three seeds each, in ``workdir/bench`` and
-resumed there; ``MNIST`` in the environment names the folder of the original files. On MNIST the teacher of all seeds is
-one, and the noise that is compared.
+The runs come from ``launch.reflow`` with the configs of these names, three seeds each, in ``workdir/bench`` and
+resumed there; ``MNIST`` in the environment names the folder of the original files. On MNIST all seeds have
+one teacher and the same noise.
 """
 
 import json
@@ -18,7 +18,6 @@ from fmjax import correction, sampling, straightening
 from fmjax.experiments import assemble, reflow, report, specs
 from fmjax.keys import as_keys, fold_in, normal
 from fmjax.metrics import spectrum, two_sample
-from fmjax.sampling import solvers
 from fmjax.storage import checkpoint, files
 from fmjax.straightening import segments
 from fmjax.training import loop
@@ -33,10 +32,10 @@ FD, PAIRED = "FD-small", "paired error"
 
 def numbers(name: str) -> list[dict]:
     """The numbers of the runs of a data set, which are started where they are not complete."""
-    found, teacher = [], FOLDER / f"half_straightening_{name}-{SEEDS[0]}" / "flow"
+    results, teacher = [], FOLDER / f"half_straightening_{name}-{SEEDS[0]}" / "flow"
     for seed in SEEDS:
         path = FOLDER / f"half_straightening_{name}-{seed}"
-        how = [
+        command = [
             f"--config=configs/half_straightening_{name}.py",
             f"--workdir={path}",
             f"--config.straighten.seed={seed}",
@@ -46,27 +45,27 @@ def numbers(name: str) -> list[dict]:
                 path.mkdir(parents=True, exist_ok=True)
                 (path / "flow").symlink_to(teacher.absolute())
             if "MNIST" in os.environ:
-                how.append(f"--config.data.source_dir={os.environ['MNIST']}")
+                command.append(f"--config.data.source_dir={os.environ['MNIST']}")
         else:
-            how.append(f"--config.seed={seed}")
+            command.append(f"--config.seed={seed}")
         if not (path / "straightened.json").exists():
-            subprocess.run([sys.executable, "-m", "launch.reflow", *how], check=True)
-        found.append(json.loads((path / "straightened.json").read_text()))
-    return found
+            subprocess.run([sys.executable, "-m", "launch.reflow", *command], check=True)
+        results.append(json.loads((path / "straightened.json").read_text()))
+    return results
 
 
-def told(values) -> str:
+def text(values) -> str:
     """Mean and standard error over runs."""
     return report.plus_minus(*two_sample.mean_se(values))
 
 
-def rows(found: list[dict]) -> dict[tuple[str, str], dict[str, list]]:
+def rows(results: list[dict]) -> dict[tuple[str, str], dict[str, list]]:
     """``(family, name) -> metric -> its means of all runs``."""
     metrics = (FD, PAIRED, "NFE", "counts", "drift")
     key = lambda r: (r["family"], r["name"])
-    first = {key(r): {m: [] for m in metrics if m in r} for r in found[0]["rows"]}
-    for one in found:
-        for r in one["rows"]:
+    first = {key(r): {m: [] for m in metrics if m in r} for r in results[0]["rows"]}
+    for result in results:
+        for r in result["rows"]:
             for m, values in first[key(r)].items():
                 values.append(r[m][0] if m in (FD, PAIRED) else r[m])
     return first
@@ -74,25 +73,25 @@ def rows(found: list[dict]) -> dict[tuple[str, str], dict[str, list]]:
 
 def table(name: str) -> list[dict]:
     """Every model with every allocation of Euler steps: ``FD-small / paired error``."""
-    found = numbers(name)
-    each, lines = rows(found), {}
+    results = numbers(name)
+    each, lines = rows(results), {}
     for (family, allocation), r in each.items():
         if r["counts"][0]:
             part, _, sharing = family.partition(", ")
             line = lines.setdefault(family, {"straightened": part, "parameters": sharing or "-"})
-            line[allocation] = f"{told(r[FD])} / {np.mean(r[PAIRED]):.4f}"
-    floor = told([one["floor"][FD][0] for one in found])
+            line[allocation] = f"{text(r[FD])} / {np.mean(r[PAIRED]):.4f}"
+    floor = text([result["floor"][FD][0] for result in results])
     best = next(r for (family, _), r in each.items() if r["NFE"][0] > 20)
     blank = dict.fromkeys(next(iter(lines.values())), "")
     ends = [
-        blank | {"straightened": f"teacher, {best['NFE'][0]} NFE", "(9, 9)": f"{told(best[FD])} / 0"},
+        blank | {"straightened": f"teacher, {best['NFE'][0]} NFE", "(9, 9)": f"{text(best[FD])} / 0"},
         blank | {"straightened": "training data", "(9, 9)": floor},
     ]
     return [*lines.values(), *ends]
 
 
 def half_straightening_digits(repeats: int) -> list[dict]:
-    """None, one or both halves straightened, by each way to share parameters, at four allocations of Euler steps."""
+    """None, one or both halves straightened, by kind of common parameters, at four allocations of Euler steps."""
     return table("digits")
 
 
@@ -105,10 +104,10 @@ def straightened_baselines(repeats: int) -> list[dict]:
     """Other samplers of the same teachers, the full reflow, and the best models at as many evaluations."""
     lines = []
     for name in NAMES:
-        for (family, how), r in rows(numbers(name)).items():
-            if not r["counts"][0] or (family.endswith("gated") and how in ("(1, 1)", "(1, 9)", "(9, 9)")):
-                cells = {"NFE": r["NFE"][0], FD: told(r[FD]), PAIRED: told(r[PAIRED])}
-                lines.append({"data": name, "sampler": f"{family}, {how}"} | cells)
+        for (family, allocation), r in rows(numbers(name)).items():
+            if not r["counts"][0] or (family.endswith("gated") and allocation in ("(1, 1)", "(1, 9)", "(9, 9)")):
+                cells = {"NFE": r["NFE"][0], FD: text(r[FD]), PAIRED: text(r[PAIRED])}
+                lines.append({"data": name, "sampler": f"{family}, {allocation}"} | cells)
     return sorted(lines, key=lambda line: (line["data"], line["NFE"]))
 
 
@@ -116,24 +115,24 @@ def straightened_segments(repeats: int) -> list[dict]:
     """How straight each half is, the jump of the velocity between them, the drift of the state there, the departure."""
     lines = []
     for name in NAMES:
-        found = numbers(name)
-        drift = {family: r["drift"] for (family, how), r in rows(found).items() if how == "(9, 9)"}
-        for i, model in enumerate(found[0]["segments"]):
+        results = numbers(name)
+        drift = {family: r["drift"] for (family, allocation), r in rows(results).items() if allocation == "(9, 9)"}
+        for i, model in enumerate(results[0]["segments"]):
             family = (
                 model["sharing"] if model["part"] in ("none", "all as one") else f"{model['part']}, {model['sharing']}"
             )
-            at = lambda what, k, i=i: told([one["segments"][i][what][k] for one in found])  # noqa: B023
+            at = lambda what, k, i=i: text([result["segments"][i][what][k] for result in results])  # noqa: B023
             lines.append({
                 "data": name, "straightened": family,
                 "straightness, noise half": at("straightness", 0), "data half": at("straightness", 1),
-                "jump": at("jump", 0), "drift": told([d[0] for d in drift[family]]),
+                "jump": at("jump", 0), "drift": text([d[0] for d in drift[family]]),
                 "departure, noise half": at("departure", 0), "departure, data half": at("departure", 1),
             })  # fmt: skip
     return lines
 
 
 def straightened_spectra(repeats: int) -> list[dict]:
-    """The share of the end-point error's power below 1/5 cycle a pixel, by allocation; that of data less their mean."""
+    """The fraction of the power below 1/5 cycle a pixel: of the end-point error by allocation, of centred data."""
     lines, ends = {}, []
     for name in NAMES:
         data = specs.data(runs.config(f"half_straightening_{name}", {}).data).train.x[:5000]
@@ -141,20 +140,20 @@ def straightened_spectra(repeats: int) -> list[dict]:
             {"data": name, "straightened": "the data"}
             | {"(1, 1)": f"{spectrum.low_fraction(*spectrum.radial(data - data.mean(0))):.3f}"}
         )
-        for one in numbers(name):
-            for key, found in one["spectra"].items():
+        for result in numbers(name):
+            for key, power in result["spectra"].items():
                 family, _, counts = key.rpartition(", (")
                 if family.endswith(("teacher", "gated", "reflow")):
                     line = lines.setdefault((name, family), {})
-                    line.setdefault(f"({counts}", []).append(spectrum.low_fraction(found["frequency"], found["power"]))
-    rows = [{"data": d, "straightened": f} | {c: told(v) for c, v in line.items()} for (d, f), line in lines.items()]
+                    line.setdefault(f"({counts}", []).append(spectrum.low_fraction(power["frequency"], power["power"]))
+    rows = [{"data": d, "straightened": f} | {c: text(v) for c, v in line.items()} for (d, f), line in lines.items()]
     return [*rows, *(dict.fromkeys(rows[0], "-") | end for end in ends)]
 
 
 def straightened_corrected(repeats: int) -> list[dict]:
     """The first run of the digits: correctors at the bounds of half-straightened flows, and segments as flow maps.
 
-    At a bound the law of a perfect flow is known, that of noised data: correctors are trained on these against the
+    At a bound a perfect flow has the distribution of noised data: correctors are trained on noised data against the
     model's own states. A map of a segment is distilled from the network of it, by LMD with times inside.
     """
     path = FOLDER / f"half_straightening_digits-{SEEDS[0]}"
@@ -166,38 +165,40 @@ def straightened_corrected(repeats: int) -> list[dict]:
     models = {f"{m.part}, {m.sharing}": m for m in ready.models if m.sharing == "gated"}
     lines = []
 
-    def add(name, step_of, given, counts, fixes=True):
+    def add(name, step_of, parameters, counts, fixes=True):
         grid = segments.segment_grid(bounds, counts)
         n, inner = len(grid) - 1, tuple(int(i) for i in np.cumsum(counts))
         where = ", ".join(map(str, counts))
-        common = {"params": given, "n": n, "group": f"{name} {where}"}
-        label = lambda how, at: {"sampler": f"{name} ({where})", "corrector": how, "at t": at}
+        common = {"params": parameters, "n": n, "group": f"{name} {where}"}
+        label = lambda corrector, at: {"sampler": f"{name} ({where})", "corrector": corrector, "at t": at}
         plain = beds.Sampler(label("none", "-"), beds.sampler(b, step_of, grid), cost=sampling.cost(n), **common)
         lines.append(plain._replace(evaluations=n))
         if not fixes:
             return
-        p, q = _sets(b, name, step_of, given, grid, inner)
+        p, q = _sets(b, name, step_of, parameters, grid, inner)
         bank = {"p": jnp.asarray(p.x), "q": jnp.asarray(q.x)}
         score, trained = beds.corrector(b, "score", files.slug(f"{name} {where}"), p, q)
         weight = beds.flops(score.direction, trained, b) / beds.flops(methods["teacher"].velocity, params["teacher"], b)
         for at in ((n,), inner):
-            told = ", ".join(f"{grid[i]:g}" for i in at)
-            for how, kind, fix, more, worth in (
+            times = ", ".join(f"{grid[i]:g}" for i in at)
+            for corrector, kind, fix, more, worth in (
                 ("kernel drift", "drift", beds.drifted(p.ts), {"bank": bank}, 0),
                 ("score", "score", beds.pushed(score), {"fix": trained}, 1),
             ):
                 draw = beds.sampler(b, step_of, grid, at, fix)
-                row = plain._replace(name=label(how, told), draw=draw, params=given | more, at=at, kind=kind)
+                row = plain._replace(
+                    name=label(corrector, times), draw=draw, params=parameters | more, at=at, kind=kind
+                )
                 cost = sampling.cost(n, at, corrector_nfe=worth)
                 lines.append(row._replace(cost=cost, evaluations=n + worth * weight * len(at)))
         back = beds.restarted(step_of, float(bounds[-2]), counts[-1])
         row = plain._replace(name=label(f"restart to {bounds[-2]:g}", "1"), at=(n,), kind="restart")
         row = row._replace(draw=beds.sampler(b, step_of, grid, (n,), back), evaluations=n + counts[-1])
-        lines.append(row._replace(cost=sampling.cost(n, (n,), corrector_nfe=counts[-1])))
+        lines.append(row._replace(cost=sampling.cost(1, n, (n,), counts[-1])))
 
     for name, counts in (("noise half, gated", (1, 9)), ("both halves, gated", (1, 1))):
-        of = lambda given, m=models[name]: straightening.segmented_step(
-            straightening.segment_velocities(m, methods, given["students"]), bounds
+        of = lambda parameters, m=models[name]: straightening.segmented_step(
+            straightening.segment_velocities(m, methods, parameters["students"]), bounds
         )
         used = {network: params[network] for network in models[name].networks}
         add(name, of, {"students": used}, counts)
@@ -206,24 +207,32 @@ def straightened_corrected(repeats: int) -> list[dict]:
         ("maps of both halves", models["both halves, gated"].networks),
     ):
         maps = [_map(b, cfg, k, network, params[network]) for k, network in enumerate(networks)]
-        of = lambda given, maps=maps: segments.piecewise(
-            [method.flow_map(one) for (method, _), one in zip(maps, given["maps"], strict=True)], bounds
+        of = lambda parameters, maps=maps: segments.piecewise(
+            [method.flow_map(values) for (method, _), values in zip(maps, parameters["maps"], strict=True)], bounds
         )
-        given = {"maps": [one for _, one in maps]}
+        parameters = {"maps": [values for _, values in maps]}
         for counts in ((1, 1), (2, 2)):
-            add(name, of, given, counts, fixes=counts == (1, 1) and "both" in name)
-    euler = lambda given: solvers.euler(methods["teacher"].velocity(given["teacher"]))
+            add(name, of, parameters, counts, fixes=counts == (1, 1) and "both" in name)
+    euler = lambda parameters: sampling.euler(methods["teacher"].velocity(parameters["teacher"]))
     for counts in ((1, 1), (2, 2), (5, 5)):
         add("teacher, Euler", euler, {"teacher": params["teacher"]}, counts, fixes=False)
     return beds.measured(b, lines)
 
 
-def _sets(b: beds.Bed, name: str, step_of, given, grid, inner) -> tuple[correction.Marginals, correction.Marginals]:
-    """The states of a model at the bounds after the first, and what they should be in law: noised training data."""
+def _sets(
+    b: beds.Bed, name: str, step_of, parameters, grid, inner
+) -> tuple[correction.Marginals, correction.Marginals]:
+    """The states of a model at the bounds after the first, and noised training data, their exact distribution."""
     count, real = b.problem.examples[0], b.data.train.x
     folder = b.folder / "marginals" / files.slug(f"{name} {len(grid) - 1}")
-    common = {"direction": "forward", "flow": checkpoint.digest(given), "solver": "flow_map", "steps": inner, "seed": 1}
-    correction.build_marginals(step_of, given, grid, directory=folder, count=count, shape=real.shape[1:], **common)
+    common = {
+        "direction": "forward",
+        "flow": checkpoint.digest(parameters),
+        "solver": "flow_map",
+        "steps": inner,
+        "seed": 1,
+    }
+    correction.build_marginals(step_of, parameters, grid, directory=folder, count=count, shape=real.shape[1:], **common)
     p = correction.read_marginals(folder)
     keys = as_keys(jax.random.key(5), len(real))
     z = np.stack([np.asarray(normal(fold_in(keys, i), real.shape[1:])) for i in range(len(p.ts))], 1)

@@ -16,11 +16,11 @@ MIXTURE = oracles.mixture(jnp.array([[2.0, 0.5], [-1.5, 1.0], [0.3, -2.0]]), jnp
 ORDERS = {
     "ddim": (1, diffusion.ddim),
     "edm_heun": (2, diffusion.edm_heun),
-    "dpmpp_2m": (2, diffusion.dpmpp_2m),
-    **{f"ipndm-{k}": (k, lambda v, k=k: diffusion.ipndm(v, order=k, even=False)) for k in (1, 2, 3, 4)},
-    "ipndm-4 as published": (2, diffusion.ipndm),
+    "dpmpp_2m": (2, sampling.dpmpp_2m),
+    **{f"ipndm-{k}": (k, lambda v, k=k: sampling.ipndm(v, order=k, even=False)) for k in (1, 2, 3, 4)},
+    "ipndm-4 as published": (2, sampling.ipndm),
 }
-EACH = {"dpmpp_2m": diffusion.dpmpp_2m, "ipndm": diffusion.ipndm, "initial_noise": diffusion.initial_noise}
+EACH = {"dpmpp_2m": sampling.dpmpp_2m, "ipndm": sampling.ipndm, "initial_noise": sampling.initial_noise}
 each = pytest.mark.parametrize("make", EACH.values(), ids=EACH)
 
 
@@ -47,8 +47,8 @@ def levels_and_states(step, grid, x):
 def test_dpm_solver_is_its_published_recursion(x64, key):
     """Algorithm 2 of arXiv 2211.01095 in ``lambda``, for a variance exploding path: alpha 1, noise sigma."""
     grid = grids.edm_grid(7).astype(float)
-    sigma, y = levels_and_states(diffusion.dpmpp_2m(MIXTURE.velocity), grid, jax.random.normal(key, (3, 2)))
-    data = jax.jit(diffusion.denoiser(MIXTURE.velocity))
+    sigma, y = levels_and_states(sampling.dpmpp_2m(MIXTURE.velocity), grid, jax.random.normal(key, (3, 2)))
+    data = jax.jit(sampling.denoiser(MIXTURE.velocity))
     for i in range(1, 6):
         h, before = np.log(sigma[i] / sigma[i + 1]), np.log(sigma[i - 1] / sigma[i])
         r = before / h
@@ -65,15 +65,15 @@ ADAMS = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 2
 @pytest.mark.parametrize("order", ADAMS)
 def test_ipndm_has_the_weights_of_adams_and_bashforth_and_warms_up(order, x64, key):
     grid, x = grids.edm_grid(8).astype(float), jax.random.normal(key, (3, 2))
-    sigma, y = levels_and_states(diffusion.ipndm(MIXTURE.velocity, order=order), grid, x)
-    data = jax.jit(diffusion.denoiser(MIXTURE.velocity))
+    sigma, y = levels_and_states(sampling.ipndm(MIXTURE.velocity, order=order), grid, x)
+    data = jax.jit(sampling.denoiser(MIXTURE.velocity))
     slope = [(y[i] - data(y[i], sigma[i])) / sigma[i] for i in range(8)]
     for i in range(8):
         move = sum(w * slope[i - j] for j, w in enumerate(ADAMS[min(order, i + 1)]))
         np.testing.assert_allclose(y[i + 1], y[i] + (sigma[i + 1] - sigma[i]) * move, rtol=1e-8)
     even = 1 / (1 + np.linspace(8, 1, 6))  # equal steps in sigma, where both kinds of weights are one
     published, fitted = (
-        sampling.sample(diffusion.ipndm(MIXTURE.velocity, order=order, even=e), x, even) for e in (True, False)
+        sampling.sample(sampling.ipndm(MIXTURE.velocity, order=order, even=e), x, even) for e in (True, False)
     )
     np.testing.assert_allclose(fitted, published, atol=1e-6)  # even is float32's
 
@@ -87,7 +87,7 @@ def test_weights_of_uneven_steps_integrate_polynomials_exactly(x64):
         noise = cubic((1 - t) / t)[:, None]
         return (x - noise) / t[:, None]
 
-    sigma, y = levels_and_states(diffusion.ipndm(velocity, even=False), grid, jnp.ones((1, 1)))
+    sigma, y = levels_and_states(sampling.ipndm(velocity, even=False), grid, jnp.ones((1, 1)))
     whole = np.polynomial.Polynomial([1, -1, 0.3, -0.05]).integ()
     for i in range(8):
         exact = np.isclose(y[i + 1] - y[i], whole(sigma[i + 1]) - whole(sigma[i]), rtol=1e-9, atol=1e-12).all()
@@ -153,7 +153,7 @@ def test_with_the_initial_noise_a_straight_flow_is_exact_on_any_grid(path, heun,
         x0 = (x - beta * mean) / (alpha + beta * std)
         return paths.with_velocity(path, x0, mean + std * x0, t)[1]
 
-    x0, step = jax.random.normal(key, (4, 2)), diffusion.initial_noise(velocity, path=path, heun=heun)
+    x0, step = jax.random.normal(key, (4, 2)), sampling.initial_noise(velocity, path=path, heun=heun)
     for ts in (np.array([0.1, 0.95]), np.array([0.05, 0.2, 0.3, 0.7, 0.9])):
         line = [paths.with_velocity(path, x0, mean + std * x0, jnp.full(4, np.float32(t)))[0] for t in ts]
         got = sampling.sample(step, line[0], ts, trajectory=True)
@@ -163,12 +163,12 @@ def test_with_the_initial_noise_a_straight_flow_is_exact_on_any_grid(path, heun,
 
 
 @every_path
-def test_the_first_step_with_the_initial_noise_is_ddims_and_no_key_is_asked_for(path, x64, key):
+def test_the_first_step_with_the_initial_noise_is_ddims_without_a_key(path, x64, key):
     x = jax.random.normal(key, (4, 2))
     v = oracles.mixture(jnp.array([[2.0, 0.5], [-1.5, 1.0]]), jnp.array([0.3, 0.4]), path=path).velocity
     for ts in ([0.0, 0.6], [0.3, 0.6]):
         ours, theirs = (
-            sampling.sample(f(v, path=path), x, np.array(ts)) for f in (diffusion.initial_noise, diffusion.ddim)
+            sampling.sample(f(v, path=path), x, np.array(ts)) for f in (sampling.initial_noise, diffusion.ddim)
         )
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
     plain = specs.step({"name": "initial_noise", "heun": True}, path=path)(v)
@@ -194,16 +194,16 @@ def test_the_initial_noise_is_kept_as_2_rectified_flow_keeps_it(heun, x64, key):
         jax.debug.callback(lambda: seen.append(1))
         return MIXTURE.velocity(x, t)
 
-    step = diffusion.initial_noise(counted, heun=heun)
+    step = sampling.initial_noise(counted, heun=heun)
     got = jax.jit(lambda x: sampling.sample(step, x, ts))(x0)
     jax.effects_barrier()
     np.testing.assert_allclose(got, z, rtol=1e-9)
     assert len(seen) == (7 if heun else 4)
 
 
-def test_with_the_initial_noise_more_steps_do_not_lead_to_the_end_of_a_curved_flow(x64, key):
+def test_the_initial_noise_is_no_solver_of_a_curved_flow(x64, key):
     x = jax.random.normal(key, (4, 2))
     gap = lambda make, n: np.abs(
         sampling.sample(make(LAW.velocity), x, grids.uniform_grid(n)) - LAW.flow_map(x, 0.0, 1.0)
     ).max()
-    assert gap(diffusion.ddim, 400) < 0.01 and gap(diffusion.initial_noise, 400) > 0.1
+    assert gap(diffusion.ddim, 400) < 0.01 and gap(sampling.initial_noise, 400) > 0.1

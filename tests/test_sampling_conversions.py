@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import oracles, paths
+from fmjax import oracles, paths, sampling
 from fmjax.keys import as_keys
 from fmjax.methods import flow_matching, lagrangian
-from fmjax.sampling import diffusion
 from fmjax.types import Batch, Net, expand, over_batch
 
 PATHS = {
@@ -49,12 +48,12 @@ def predictor(path, predicts):
         ("trigonometric", "sub_vp", "score"), ("sub_vp", "vp", "velocity"),
     ],
 )  # fmt: skip
-def test_a_trained_prediction_is_the_velocity_on_another_path_and_turns_back(old, new, predicts, x64, key):
+def test_a_trained_prediction_is_the_velocity_on_another_path_and_back(old, new, predicts, x64, key):
     """All pairs of paths are in ``test_paths``; here each prediction, and there and back it is what it was."""
     old, new = PATHS[old], PATHS[new]
     net = predictor(old, predicts)
-    flow = diffusion.as_flow(net, predicts=predicts, path=old, onto=new)
-    back = diffusion.as_flow(flow, predicts="velocity", path=new, onto=old)
+    flow = sampling.as_flow(net, predicts=predicts, path=old, onto=new)
+    back = sampling.as_flow(flow, predicts="velocity", path=new, onto=old)
     assert isinstance(flow, Net)
     for made, path in ((flow, new), (back, old)):
         x, t = at_levels(path, key)
@@ -70,7 +69,7 @@ def test_what_starts_from_a_diffusion_model_is_it_and_trains_on(x64, key):
     noise = lambda params, x, s, t, cond=None, key=None: (
         params * paths.endpoints(path, x, law(path).velocity(x, s), s)[0]
     )
-    flow, straight = diffusion.as_flow(noise, predicts="noise", path=path), law(paths.linear())
+    flow, straight = sampling.as_flow(noise, predicts="noise", path=path), law(paths.linear())
     method, keys, batch = flow_matching(flow), as_keys(key, n), Batch(straight.sample(key, n))
     exact = flow_matching(lambda params, x, s, t, cond=None, key=None: straight.velocity(x, s))
     loss = jax.jit(jax.value_and_grad(lambda p: method.loss(p, p, batch, keys)[0]))
@@ -83,7 +82,7 @@ def test_what_starts_from_a_diffusion_model_is_it_and_trains_on(x64, key):
     np.testing.assert_allclose(jump, x + expand(t - s, x) * straight.velocity(x, s), rtol=1e-9)
 
 
-def test_off_the_diagonal_the_network_is_asked_for_the_matching_pair_of_times(x64, key):
+def test_off_the_diagonal_the_network_gets_the_matching_pair_of_times(x64, key):
     path, seen = paths.trigonometric(), []
 
     def net(params, x, s, t, cond=None, key=None):
@@ -91,7 +90,7 @@ def test_off_the_diagonal_the_network_is_asked_for_the_matching_pair_of_times(x6
         return x
 
     x, s, t = jax.random.normal(key, (2, 2)), jnp.array([0.2, 0.5]), jnp.array([0.7, 0.5])
-    diffusion.as_flow(net, predicts="velocity", path=path)(None, x, s, t, "labels", "key")
+    sampling.as_flow(net, predicts="velocity", path=path)(None, x, s, t, "labels", "key")
     match = lambda t: np.asarray(paths.match_snr(path, paths.linear(), t)[0])
     ((start, end, *rest),) = seen
     np.testing.assert_allclose((start, end), (match(s), match(t)), rtol=1e-12)
@@ -105,10 +104,10 @@ def test_a_velocity_is_edms_denoiser_and_back(name, x64, key):
     tell = lambda x, t, cond=None: mixture(path).velocity(x, t) + (0 if cond is None else expand(cond, x))
     law = mixture(paths.Path(lambda s: (s, jnp.ones_like(s))))  # times are levels
     y = jax.random.normal(key, (len(LEVELS), 2)) * expand(sigma, jnp.ones((1, 2)))
-    denoise = jax.jit(diffusion.denoiser(tell, path=path))
+    denoise = jax.jit(sampling.denoiser(tell, path=path))
     np.testing.assert_allclose(denoise(y, sigma), y + expand(sigma, y) ** 2 * law.score(y, sigma), rtol=1e-6, atol=1e-7)
     x, t = at_levels(path, key)
-    back = jax.jit(diffusion.velocity_of(denoise, path=path))
+    back = jax.jit(sampling.velocity_of(denoise, path=path))
     cond = jnp.arange(1.0, 6.0)
     for c in (None, cond):
         np.testing.assert_allclose(back(x, t, c), tell(x, t, c), rtol=1e-7, atol=1e-7)
@@ -120,7 +119,7 @@ def test_a_velocity_is_edms_denoiser_and_back(name, x64, key):
 
 
 def test_what_no_network_predicts_is_refused():
-    with pytest.raises(ValueError, match="no network predicts 'epsilon'; it is one of velocity, noise, data"):
-        diffusion.as_flow(lambda *a: a[1], predicts="epsilon")
-    with pytest.raises(ValueError, match="a diffusion model needs a path without a latent"):
-        diffusion.as_flow(lambda *a: a[1], predicts="noise", onto=paths.two_sided())
+    with pytest.raises(ValueError, match="predicts='epsilon': .*velocity, noise, data"):
+        sampling.as_flow(lambda *a: a[1], predicts="epsilon")
+    with pytest.raises(ValueError, match="a diffusion model.* latent"):
+        sampling.as_flow(lambda *a: a[1], predicts="noise", onto=paths.two_sided())

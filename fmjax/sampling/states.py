@@ -1,0 +1,44 @@
+"""The precision in which samplers carry a state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def wide_state(name: str, x: Any) -> tuple[Array, Any]:
+    """Return a state in float32, or float64 where it is float64, and the precision to return it in.
+
+    Args:
+        name: the argument's name, for the error.
+        x: states ``[B, ...]`` of a floating type.
+
+    Returns:
+        The state in the precision in which it is carried, and the type of ``x``.
+
+    Raises:
+        TypeError: for integers and other types that are not floating.
+        ValueError: for a state without a batch axis.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name}={x.dtype}{list(x.shape)}: a state is floating. Convert it: {name}.astype(jnp.float32)."
+        )
+    if x.ndim == 0:
+        raise ValueError(f"{name}={x.dtype}[]: a state has a batch axis. Give an array [B, ...].")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)), x.dtype
+
+
+def time_dtype(x: Array) -> Any:
+    """Return the precision of times for a state: float32, or float64 where the state is float64.
+
+    Args:
+        x: states ``[B, ...]``.
+
+    Returns:
+        A dtype.
+    """
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
