@@ -90,7 +90,7 @@ def test_students_at_their_start_are_the_teacher(key):
     def all_samples(x):
         sample = lambda step: sampling.sample(step, x, grid, trajectory=True)
         each = [straightening.segment_velocities(model, methods, at) for model in models]
-        teacher = sample(solvers.euler(methods[TEACHER].velocity(params)))
+        teacher = sample(sampling.euler(methods[TEACHER].velocity(params)))
         return teacher, [sample(straightening.segmented_step(velocities, BOUNDS)) for velocities in each]
 
     teacher, samples = all_samples(x)
