@@ -10,7 +10,6 @@ import pytest
 from fmjax import nets, oracles, paths, sampling, straightening
 from fmjax.keys import as_keys
 from fmjax.methods.straighten import straighten
-from fmjax.sampling import solvers
 from fmjax.straightening import segments
 from fmjax.straightening.models import FULL, SHARING, TEACHER
 from fmjax.types import expand
