@@ -13,7 +13,7 @@ BOUNDS = (0.0, 0.5, 1.0)
 LAW = oracles.gaussian(jnp.array([0.75, -0.5]), jnp.array([0.5, 1.5]))
 
 
-def test_a_grid_takes_its_steps_in_each_segment_and_holds_the_bounds_to_the_bit():
+def test_a_grid_has_its_steps_in_each_segment_and_holds_the_bounds():
     ts = segments.segment_grid((0.0, 0.3, 0.7, 1.0), (1, 9, 2))
     assert len(ts) == 13 and {np.float32(b) for b in (0, 0.3, 0.7, 1)} <= set(ts)
     assert ((ts > np.float32(0.3)) & (ts < np.float32(0.7))).sum() == 8
@@ -30,7 +30,7 @@ def test_bounds_are_points_of_the_teachers_grid(n):
     assert (np.diff(ts) > 0.05 / n).all() and len(ts) <= n + 3
 
 
-def test_a_piecewise_step_takes_the_segment_it_starts_in_example_by_example():
+def test_a_piecewise_step_takes_the_segment_where_each_example_starts():
     add = lambda a: lambda x, s, t, cond=None, key=None: x + a * (t - s)[:, None]
     step = segments.piecewise([add(1.0), add(10.0)], BOUNDS)
     s = jnp.array([0.0, 0.49, 0.5, 0.9])
@@ -81,7 +81,7 @@ def test_batches_hold_the_states_of_one_trajectory_at_the_bounds(trajectories):
     assert abs((batch.t == 0).mean() - 0.5) < 3 * 0.5 / np.sqrt(512)
 
 
-def test_kept_segments_get_noised_real_data_in_a_share_of_the_batch(trajectories):
+def test_kept_segments_get_noised_real_data_in_a_fraction_of_the_batch(trajectories):
     real = np.full((10, 2), 5, np.float32)
     make = lambda step: segments.segment_batches(
         trajectories, (0.0, 0.45, 1.0), batch_size=4096, seed=0, keep=(1,), real=real, kept_fraction=0.25

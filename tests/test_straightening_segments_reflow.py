@@ -86,7 +86,7 @@ def test_every_example_and_every_step_of_a_solve_has_a_key_of_its_own():
         np.testing.assert_allclose(a[2048:], c, rtol=1e-6, atol=1e-6)
 
 
-def test_the_teacher_is_an_argument_traced_once_and_told_the_conditions():
+def test_the_teacher_is_traced_once_as_an_argument_and_gets_conditions():
     seen = []
 
     def step(params):
@@ -103,10 +103,16 @@ def test_the_teacher_is_an_argument_traced_once_and_told_the_conditions():
 
 def train(method, params, batch, *, rate, steps, size):
     tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    opt, grad, update = tx.init(params), jax.jit(jax.grad(lambda *a: method.loss(*a)[0])), jax.jit(tx.update)
+
+    @jax.jit
+    def update(params, opt, batch, n):
+        grads, _ = jax.grad(method.loss, has_aux=True)(params, params, batch, as_keys(jax.random.key(n), size))
+        updates, opt = tx.update(grads, opt)
+        return optax.apply_updates(params, updates), opt
+
+    opt = tx.init(params)
     for n in range(steps):
-        updates, opt = update(grad(params, params, batch(n), as_keys(jax.random.key(n), size)), opt)
-        params = optax.apply_updates(params, updates)
+        params, opt = update(params, opt, batch(n), n)
     return params
 
 
@@ -241,3 +247,42 @@ def test_rounds_of_reflow_shorten_the_way_and_straighten_the_flow(tmp_path):
         assert float(two_sample.energy_distance(end[:2000], law.sample(jax.random.key(7), 2000))) < 0.02
     assert costs[1] < costs[0] / 2 and costs[2] < 1.005 * costs[1] and costs[3] < 1.005 * costs[2], costs
     assert bends[1] < bends[0] / 100 and bends[2] < bends[1], bends
+
+
+def test_batches_carry_the_conditions_of_trajectories_and_of_data(sets):
+    """Every example has the label of its trajectory or of its data; sets with and without labels are not mixed."""
+    forward, backward = (m for m, _ in sets)
+    labels = [np.arange(len(m.x), dtype=np.int32) + 1000 * i for i, m in enumerate((forward, backward))]
+    labelled = [m._replace(cond={"row": cond}) for m, cond in zip((forward, backward), labels, strict=True)]
+    real = np.arange(50, dtype=np.float32)[:, None] * np.ones(2, np.float32)
+    how = {"batch_size": 512, "seed": 0, "keep": (1,), "real": 1e4 * real}
+    batch = segments.segment_batches(labelled, BOUNDS, **how, real_cond={"row": np.arange(50) - 50})(3)
+    rows = batch.cond["row"]
+    kept = rows < 0
+    assert kept.sum() == 256 and (batch.t[kept] >= np.float32(0.45)).all()
+    late = kept & (batch.t > 0.5)  # the data are far larger than the noise
+    np.testing.assert_array_equal(np.round(batch.x1[late, 0] / batch.t[late] / 1e4), rows[late] + 50)
+    for i, m in enumerate((forward, backward)):
+        mine = ~kept & (rows // 1000 == i)
+        states = m.x[rows[mine] - 1000 * i]
+        at = [int(np.flatnonzero(m.ts == np.float32(b))[0]) for b in BOUNDS[:2]]
+        np.testing.assert_array_equal(batch.x0[mine], states[:, at[0]])
+        np.testing.assert_array_equal(batch.x1[mine], states[:, at[1]])
+        assert mine.any()
+    with pytest.raises(ValueError, match="m cond="):
+        segments.segment_batches([labelled[0], backward], BOUNDS, batch_size=8, seed=0)
+    with pytest.raises(ValueError, match="real_cond=NoneType"):
+        segments.segment_batches(labelled, BOUNDS, **how)
+
+
+def test_kept_segments_follow_the_path_of_the_flow(sets):
+    """Noise and data in the fractions of the path, at the time of the example."""
+    path, real = paths.trigonometric(), np.full((4, 2), 3, np.float32)
+    make = lambda **how: segments.segment_batches(
+        sets[0][0], BOUNDS, batch_size=8192, seed=0, keep=(1,), real=real, **how
+    )
+    batch = make(path=path)(0)
+    kept = batch.t >= np.float32(0.45)
+    alpha, beta = (np.asarray(c)[:, None] for c in path.coefficients(jnp.asarray(batch.t[kept])))
+    z = ((batch.x1[kept] - 3 * beta) / np.maximum(alpha, 1e-3))[alpha[:, 0] > 0.02]
+    assert abs(z.mean()) < 4 / np.sqrt(z.size) and abs(z.std() - 1) < 4 / np.sqrt(2 * z.size)

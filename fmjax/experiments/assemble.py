@@ -27,6 +27,7 @@ NEEDS = {"flow": "velocity", "correctors": "direction", "flow_map": "flow_map", 
 PREDICTIONS = ("denoising",)  # methods whose network predicts something else than a velocity
 FREE = ("log_every", "save_every", "sample_every", "keep")  # no number depends on these
 SAMPLING = ("guidance", "solver", "solver_steps", "backward_map", "forward_examples")  # no training of a flow does
+PICTURES = 36  # conditions kept for sample pictures
 STORED = ("data.source_dir", "data.data_dir")  # where verified files lie
 
 
@@ -98,29 +99,17 @@ def plan(
     if batch is None:
         batch = data_batches(common, part, data, f"{prefix}coupling")
     rate = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
+    decay = {"clip": part.clip, "beta2": part.beta2, "weight_decay": part.weight_decay}
     ready = loop.Plan(
         name=name,
         model=model,
         method=method,
         optimiser=loop.Optimiser(
-            tx=build.optimiser(
-                learning_rate=part.learning_rate,
-                clip=part.clip,
-                beta2=part.beta2,
-                weight_decay=part.weight_decay,
-                **rate,
-            ),
-            rate=functools.partial(build.learning_rate_at, peak=part.learning_rate, **rate),
+            build.optimiser(learning_rate=part.learning_rate, **decay, **rate),
+            functools.partial(build.learning_rate_at, peak=part.learning_rate, **rate),
         ),
-        data=loop.TrainingData(
-            batch=batch,
-            batch_size=part.batch_size,
-            shape=batch(0).x1.shape[1:],
-            cond=np.arange(classes, dtype=np.int32) if classes else None,
-        ),
-        schedule=loop.Schedule(
-            steps=part.steps, log_every=common.log_every, save_every=common.save_every, keep=common.keep
-        ),
+        data=loop.TrainingData(batch, part.batch_size, data.train.x.shape[1:], example_conditions(common, data)),
+        schedule=loop.Schedule(part.steps, common.log_every, common.save_every, common.keep),
         seed=seed,
         ema=part.ema,
         target=part.target,
@@ -224,6 +213,15 @@ def takes_scale(net: Any) -> bool:
 def conditions(common: Common, data: Dataset) -> Cond:
     """Return the conditions of the training data where the network takes them."""
     return data.train.cond if common.conditional else None
+
+
+def example_conditions(common: Common, data: Dataset) -> Cond:
+    """Return conditions for pictures: labels one after the other, other conditions those of training examples."""
+    if not common.conditional:
+        return None
+    if data.classes:
+        return np.arange(data.classes, dtype=np.int32)
+    return jax.tree.map(lambda a: np.asarray(a[:PICTURES]), data.train.cond)
 
 
 def data_batches(common: Common, part: Training, data: Dataset, field: str) -> Callable[[int], Batch]:

@@ -23,7 +23,7 @@ from fmjax import correction, paths, sampling
 from fmjax.experiments import build, specs
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler, corrector_factory, time_grid
 from fmjax.experiments.specs import refusal
-from fmjax.keys import as_keys, fold_in, normal
+from fmjax.keys import as_keys, fold_in
 from fmjax.sampling import grids
 from fmjax.storage import files
 from fmjax.types import Cond, FlowMapFn, Method, Multistep, Params
@@ -86,7 +86,7 @@ def corrector_of(sampler: Sampler, models: Models, params: dict[str, Params], op
     if not sampler.at:
         return None
     options = dict(sampler.options if options is None else options)
-    ts = time_grid(sampler.grid, sampler.steps)[list(sampler.at)]
+    ts = time_grid(sampler.grid, sampler.steps, models.path)[list(sampler.at)]
     over = lambda value: grids.per_step(ts, jnp.asarray(value)) if np.ndim(value) else value
     options = {name: over(value) for name, value in options.items()}
     if sampler.by == NOISE:
@@ -105,7 +105,7 @@ def corrector_of(sampler: Sampler, models: Models, params: dict[str, Params], op
 def cost(sampler: Sampler, models: Models) -> sampling.Cost:
     """Return the network evaluations and corrections of one sample."""
     step, corrector = step_of(sampler, models, models.params), corrector_of(sampler, models, models.params)
-    return sampling.cost(step, sampler.steps, at=sampler.at, corrector=corrector, parallel=sampler.parallel)
+    return sampling.cost(step, sampler.steps, sampler.at, corrector=corrector, parallel=sampler.parallel)
 
 
 def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Callable[..., jax.Array]:
@@ -121,7 +121,7 @@ def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Ca
         The noise depends on the keys alone, so that samplers compare example by example. ``options`` replaces the
         corrector's: one program serves a search of strengths.
     """
-    ts = time_grid(sampler.grid, sampler.steps)
+    ts = time_grid(sampler.grid, sampler.steps, models.path)
 
     @jax.jit
     def draw(params: dict[str, Params], keys, cond=None, options=None):
@@ -142,12 +142,13 @@ def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Ca
 
 def source(path: paths.Path, keys, shape: tuple[int, ...], t: float = 0.0) -> jax.Array:
     """Return states ``[B, ...]`` at the time ``t`` where sampling starts: ``alpha_t`` times standard normal noise."""
-    return source_scale(path, t) * normal(fold_in(keys, 0), shape)
+    return sampling.source_sample(path, fold_in(keys, 0), (len(keys), *shape), start=float(t))
 
 
 def source_scale(path: paths.Path, t: float = 0.0) -> float:
     """Return ``alpha_t``, the scale of the source in the interpolant at the time ``t``."""
-    return float(path.coefficients(np.float32(t))[0])
+    with jax.ensure_compile_time_eval():
+        return float(paths.one_sided(path).coefficients(np.float32(t))[0])
 
 
 def check(sampler: Sampler, models: Models, *, cond: Cond = None) -> None:

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from fmjax import correction
 from fmjax.correction import trajectories
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, drawing, samplers, workdir
+from fmjax.experiments import assemble, build, drawing, samplers, workdir
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.specs import refusal
 from fmjax.keys import normal
@@ -116,7 +116,8 @@ def recipe(settings: Settings, plan: loop.Plan, data: Dataset) -> Recipe:
         "direction": "forward", "count": how.forward_examples, "shape": x.shape[1:], "seed": common.seed,
         "cond": take(rows),
     }  # fmt: skip
-    if (alpha := drawing.source_scale(assemble.build.path(common.path))) != 1:
+    along = build.path(common.path)
+    if (alpha := drawing.source_scale(along)) != 1:
         forward["start"] = functools.partial(scaled_noise, alpha=alpha)
     both = lambda a: np.concatenate([a, a])
     backward = {
@@ -129,7 +130,7 @@ def recipe(settings: Settings, plan: loop.Plan, data: Dataset) -> Recipe:
     fields = named | {"guidance": common.guidance, "seed": common.seed, "flip": common.flip}
     return Recipe(
         getattr(plan.method, view),
-        samplers.time_grid(None, how.solver_steps),
+        samplers.time_grid(None, how.solver_steps, along),
         {"forward": forward | shared, "backward": backward | shared},
         fields,
         (x[:MEASURED], take(slice(MEASURED))),
@@ -169,7 +170,7 @@ def main(
         ValueError: a config whose marginals cannot be built.
         WorkdirError: no flow in the folder.
     """
-    data = assemble.build.data(settings.common.data)
+    data = build.data(settings.common.data)
     plan = assemble.flow_plan(settings, data)
     plans = recipe(settings, plan, data)
     plans.check()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import numpy as np
 
 from fmjax import correction
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, workdir
+from fmjax.experiments import assemble, build, drawing, workdir
 from fmjax.experiments.drawing import Models
-from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, time_grid
+from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler, time_grid
 from fmjax.experiments.settings import Settings
 from fmjax.storage import checkpoint, files
-from fmjax.training import loop
+from fmjax.training import loop, pictures
 from fmjax.types import Method, Params
 
 Plans = Mapping[str, loop.Plan]
@@ -53,7 +53,7 @@ def models(settings: Settings, plans: Plans, params: Mapping[str, Params]) -> Mo
         plans: the plans by network.
         params: their averaged parameters, and ``"drift"`` for the stored marginals ``p`` and ``q``.
     """
-    return combine(settings, {name: plan.method for name, plan in plans.items()}, dict(params), plans[FLOW].shape)
+    return combine(settings, {name: plan.method for name, plan in plans.items()}, dict(params), plans[FLOW].data.shape)
 
 
 def combine(
@@ -62,16 +62,18 @@ def combine(
     """Return what samplers draw with, of methods and parameters by network; see ``models``."""
     if FLOW_MAP not in methods and methods[FLOW].flow_map is not None:
         methods[FLOW_MAP], params[FLOW_MAP] = methods[FLOW], params[FLOW]
-    ts = time_grid(None, settings.marginals.solver_steps)
-    return Models(methods, params, shape, build.path(settings.common.path), ts)
+    path = build.path(settings.common.path)
+    return Models(methods, params, shape, path, time_grid(None, settings.marginals.solver_steps, path))
 
 
 def shapes(settings: Settings, plans: Plans) -> Models:
     """Return what samplers draw with before anything is trained: shapes in place of parameters."""
     params = {name: jax.eval_shape(lambda plan=plan: loop.initial_parameters(plan)) for name, plan in plans.items()}
-    shape = (4, settings.marginals.solver_steps + 1, *plans[FLOW].shape)
+    shape = (4, settings.marginals.solver_steps + 1, *plans[FLOW].data.shape)
     rows, labels = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((4,), np.int32)
-    banks = {"p": rows, "q": rows} | ({"p_labels": labels, "q_labels": labels} if plans[FLOW].classes else {})
+    banks = {"p": rows, "q": rows} | (
+        {"p_labels": labels, "q_labels": labels} if plans[FLOW].data.cond is not None else {}
+    )
     return models(settings, plans, params | {DRIFT: banks})
 
 
@@ -81,6 +83,28 @@ def bank(forward: correction.Marginals, backward: correction.Marginals) -> Param
     if forward.cond is None:
         return banks
     return banks | {"p_labels": jnp.asarray(forward.cond), "q_labels": jnp.asarray(backward.cond)}
+
+
+def picture(settings: Settings, plan: loop.Plan) -> Callable[[Params], Any] | None:
+    """Return what draws the samples of a picture while a flow trains: a jump of its own map, or 16 Euler steps.
+
+    Args:
+        settings: the config.
+        plan: the flow's plan.
+
+    Returns:
+        ``draw(params) -> [n, ...]``, from the noise of the run's samples; ``None`` for data that are not drawn.
+    """
+    kind = pictures.writer_for(plan.data.shape)
+    if kind is None:
+        return None
+    jumps = plan.method.flow_map is not None
+    sampler = Sampler("picture", "picture", FLOW_MAP if jumps else "euler", 1 if jumps else 16)
+    methods = {FLOW: plan.method} | ({FLOW_MAP: plan.method} if jumps else {})
+    program = drawing.program(sampler, combine(settings, methods, {FLOW: None, FLOW_MAP: None}, plan.data.shape))
+    keys = drawing.example_keys(settings.common.seed, 0, kind.count)
+    cond = jax.tree.map(lambda a: np.asarray(a)[np.arange(kind.count) % len(a)], plan.data.cond)
+    return lambda params: program({FLOW: params, FLOW_MAP: params}, keys, cond)
 
 
 def example_facts(path: Path) -> dict[str, Any]:

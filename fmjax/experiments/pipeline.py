@@ -81,7 +81,7 @@ def flow_stage(settings: Settings, data: Dataset, plan: loop.Plan | None = None)
     begin, teacher = (assemble.start_of(plan, settings, field) for field in ("init", "teacher"))
     return stages.trained(
         plan, assemble.flow_fields(settings), start=lambda results: begin, teacher=lambda results: teacher,
-        pictures=settings.common.sample_every, data=assemble.data_facts(data),
+        pictures=settings.common.sample_every, picture=networks.picture(settings, plan), data=assemble.data_facts(data),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmjax import correction
+from fmjax import correction, paths
 from fmjax.correction import correctors
 from fmjax.experiments import build, specs
 from fmjax.experiments.specs import Kind, refusal
@@ -121,11 +121,18 @@ def check_solver(spec: Any, *, field: str) -> None:
         build.step(spec, field=field)
 
 
-def time_grid(spec: Any, n: int, *, field: str = "grid") -> np.ndarray:
-    """Return the time grid ``[n + 1]`` of a spec; ``None`` is the uniform one from 0 to 1."""
+def time_grid(spec: Any, n: int, path: paths.Path = paths.linear(), *, field: str = "grid") -> np.ndarray:
+    """Return the time grid ``[n + 1]`` of a spec; ``None`` is uniform where the velocity of the path is finite.
+
+    Args:
+        spec: a grid of ``fmjax.sampling``, or ``None``.
+        n: number of steps.
+        path: the flow's interpolant.
+        field: the config field, for messages.
+    """
     if spec is None:
-        return grids.uniform_grid(n)
-    return np.asarray(specs.build(GRID, spec, n, field=field), np.float32)
+        return grids.default_grid(path, n)
+    return np.asarray(specs.build(GRID, spec, n, field=field, path=path))
 
 
 def _corrected(field: str, c: dict[str, Any], plain: Sequence[Sampler], trained: Sequence[str]) -> list[Sampler]:

@@ -158,6 +158,7 @@ def trained(
     start: Callable[[dict[str, Result]], Params | None] = lambda results: None,
     teacher: Callable[[dict[str, Result]], Params | None] = lambda results: None,
     pictures: int = 0,
+    picture: Callable[[Params], Any] | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> Stage:
     """Return the stage that trains a plan on batches that do not depend on other stages.
@@ -169,6 +170,7 @@ def trained(
         start: parameters to begin with, by default drawn.
         teacher: parameters of a frozen target.
         pictures: a picture of samples every so many steps; 0 draws none.
+        picture: draws the samples of a picture; by default from N(0, I).
         data: what samplers must know of the data.
 
     Returns:
@@ -177,7 +179,7 @@ def trained(
 
     def work(results: dict[str, Result], folder: Path) -> Result:
         given = {"params": start(results), "teacher": teacher(results)}
-        watchers = [hooks.draw_samples(plan, folder, every=pictures)] if pictures else []
+        watchers = [hooks.draw_samples(plan, folder, every=pictures, draw=picture)] if pictures else []
         return finished(loop.train(plan, folder, hooks=watchers, **given).ema, plan, folder)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
