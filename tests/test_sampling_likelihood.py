@@ -292,3 +292,18 @@ def test_bad_options_are_refused(key):
             likelihood.bits_per_dim(found, level=level)
     with pytest.raises(TypeError, match="typed PRNG key"):
         likelihood.dequantise(None, x, level=0.1)
+
+
+@pytest.mark.parametrize("name", ["vp", "sub_vp", "ve"])
+def test_the_density_knows_the_noise_and_the_span_of_its_path(name, key):
+    """Of a Gaussian: ``ve`` starts from ``N(0, 50^2)``, and the velocity of ``vp`` is infinite at the data."""
+    path = getattr(paths, name)()
+    oracle = oracles.gaussian(jnp.array([0.3, -0.2]), jnp.array([0.5, 0.8]), path=path)
+    x = oracle.sample(key, 6)
+    density = jax.jit(lambda x: likelihood.log_density(oracle.velocity, x, path=path))(x)
+    at_end = oracle.log_density(x, path.span[1])
+    np.testing.assert_allclose(
+        likelihood.checked_density(density), at_end, atol=0.05
+    )  # ve keeps the data at its start: 0.3 / 50 of it
+    wrong = likelihood.log_density(oracle.velocity, x, ts=path.span[::-1]).log_p
+    assert name != "ve" or np.abs(wrong - at_end).min() > 2
