@@ -281,7 +281,9 @@ def use_set(what: str, count: int, folder: str) -> float:
         start = {"count": count, "shape": (32, 32, 3)} if what == "forward" else {"data": Noise(count)}
         velocity = lambda params: lambda x, t, cond=None: params * x
         options = {"direction": what, "solver": "euler", "batch": 128, "shard_size": 512, "flow": "bench"}
-        correction.build_marginals(velocity, jnp.float32(0.1), grids.uniform_grid(4), directory=folder, **options, **start)
+        correction.build_marginals(
+            velocity, jnp.float32(0.1), grids.uniform_grid(4), directory=folder, **options, **start
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
