@@ -100,7 +100,7 @@ def test_scaling_error(gaussians, way):
     m, steps, d = found.x.shape
     ts, start = grids.uniform_grid(20), 0 if way == "forward" else -1
     assert steps == 21
-    np.testing.assert_array_equal(found.ts, ts)
+    np.testing.assert_array_equal(found.ts, np.float32(ts))
     exact = spread(ts) * np.exp(EPS * (ts - ts[start]))
     std = np.sqrt((found.x**2).mean((0, 2)))
     assert np.abs(np.log(std / exact)).max() < 4.5 / np.sqrt(2 * m * d)
@@ -281,8 +281,8 @@ def test_damaged_shard(built, reference, damage, caplog):
 @pytest.mark.parametrize(
     "changes, names",
     [
-        ({"flow": "b"}, ["flow: 'a' there, 'b' asked for"]),
-        ({"solver": "rk4"}, ["solver: 'flow_map' there, 'rk4' asked for"]),
+        ({"flow": "b"}, ["flow: 'a' stored, 'b' requested"]),
+        ({"solver": "rk4"}, ["solver: 'flow_map' stored, 'rk4' requested"]),
         ({"ts": grids.uniform_grid(5)}, ["ts: ", "steps: "]),
         ({"ts": np.linspace(0, 1, 5) ** 2}, ["ts: "]),
         (
@@ -320,7 +320,7 @@ def test_data_are_part_of_the_set(tmp_path):
 def test_read_expects(built):
     expect = {"flow": "a", "solver": "flow_map", "ts": grids.uniform_grid(4), "steps": [0, 1, 2, 3, 4], "shape": [3]}
     assert correction.read_marginals(built, expect=expect).x.shape == (90, 5, 3)
-    with pytest.raises(ValueError, match="flow: 'a' there, 'b' asked for; ts: .* asked for"):
+    with pytest.raises(ValueError, match="flow: 'a' stored, 'b' requested; ts: .* requested"):
         correction.read_marginals(built, expect={"flow": "b", "solver": "flow_map", "ts": grids.uniform_grid(5)})
     with pytest.raises(ValueError, match="no field 'solvr'; did you mean 'solver'"):
         correction.read_marginals(built, expect={"solvr": "euler"})

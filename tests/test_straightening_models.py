@@ -10,7 +10,6 @@ import pytest
 from fmjax import nets, oracles, paths, sampling, straightening
 from fmjax.keys import as_keys
 from fmjax.methods.straighten import straighten
-from fmjax.sampling import solvers
 from fmjax.straightening import segments
 from fmjax.straightening.models import FULL, SHARING, TEACHER
 from fmjax.types import expand
@@ -90,7 +89,7 @@ def test_students_at_their_start_are_the_teacher(key):
     def all_samples(x):
         sample = lambda step: sampling.sample(step, x, grid, trajectory=True)
         each = [straightening.segment_velocities(model, methods, at) for model in models]
-        teacher = sample(solvers.euler(methods[TEACHER].velocity(params)))
+        teacher = sample(sampling.euler(methods[TEACHER].velocity(params)))
         return teacher, [sample(straightening.segmented_step(velocities, BOUNDS)) for velocities in each]
 
     teacher, samples = all_samples(x)
