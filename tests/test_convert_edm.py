@@ -16,7 +16,7 @@ from scipy import special
 
 from fmjax import sampling
 from fmjax.convert import edm
-from fmjax.experiments import specs
+from fmjax.experiments import build
 from fmjax.nets import preconditioning, song_unet, unet
 from fmjax.nets.adapters import from_linen
 
@@ -179,7 +179,7 @@ def test_all_of_a_state_dict_has_its_place_with_and_without_a_prefix(sizes):
     filters = sum(a.size for name, a in state.items() if "resample_filter" in name)
     count = sum(a.size for a in jax.tree.leaves(params))
     assert count - jump - (null or 0) == sum(a.size for a in state.values()) - filters
-    model = specs.net(spec)
+    model = build.net(spec)
     labels = jnp.zeros(1, int) if sizes.get("labels") else None
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), labels)
     assert jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, params)

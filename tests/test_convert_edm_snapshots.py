@@ -171,7 +171,7 @@ def test_a_snapshot_tells_its_preconditioning(kind, given, want, tmp_path):
     assert how == want
     name = how.pop("name")
     default = getattr(preconditioning, name)()
-    built = specs.call(getattr(preconditioning, name), how)
+    built = specs.call(getattr(preconditioning, name), how, field="preconditioning")
     assert (built.sigma_min, built.sigma_max) == (default.sigma_min, default.sigma_max)
 
 

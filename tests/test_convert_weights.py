@@ -137,9 +137,7 @@ class Calls:
 def test_a_file_that_asks_for_anything_else_is_refused_by_name_and_nothing_runs(call, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = archive(tmp_path / "evil.pt", pickle.dumps({"state": [call]}))
-    with pytest.raises(
-        ValueError, match=rf"evil.pt cannot be read as weights: it names {name}, which does not rebuild"
-    ):
+    with pytest.raises(ValueError, match=rf"cannot be read as weights: it names {name}, which"):
         weights.read(file)
     assert not (tmp_path / "ran").exists()
 
@@ -149,11 +147,11 @@ def test_a_file_that_asks_for_anything_else_is_refused_by_name_and_nothing_runs(
     [
         (
             b"\x80\x02ctorch\nFloatStorage\nN}X\x08\0\0\0elementsX\x03\0\0\0oops\x86b.",
-            "it changes a function that rebuilds",
+            "it changes a function",
         ),
         (
             b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\0\0\0functionNs\x86b.",
-            "it changes a function that rebuilds",
+            "it changes a function",
         ),
         (b"\x80\x02ccollections\nOrderedDict\nN}X\x01\0\0\0aNs\x86b.", "cannot be read as weights"),
         (b"\x80\x02ctorch\nFloatStorage\n.", "it holds a function that rebuilds tensors"),

@@ -1,7 +1,7 @@
 """Read weights from files of PyTorch (``.pt``, ``.pth``, ``.ckpt``, ``.pkl``) and ``.safetensors``, executing nothing.
 
-A ``.pt`` file is a zip archive of one pickle and the raw bytes of its tensors; a ``.pkl`` file is a pickle that contains
-the bytes. A pickle is a program. This reader knows the few names that rebuild tensors and dictionaries, and refuses a
+A ``.pt`` file is a zip archive of one pickle and the raw bytes of its tensors; a ``.pkl`` file is a pickle with these
+bytes in it. A pickle is a program. This reader knows the few names that rebuild tensors and dictionaries, and refuses a
 file that names another function before that function is called. A file cannot change the functions that are called,
 and they use memory of the order of the file's size. A file can therefore contain wrong numbers, but cannot run code.
 """
