@@ -177,7 +177,7 @@ def test_a_config_has_the_encoder_as_an_option_of_the_net(key):
     assert model.net.for_jvp is None
     with pytest.raises(ValueError, match="net.noise_encoder='encoder'"):
         build.net({**spec, "noise_encoder": "encoder"})
-    with pytest.raises(ValueError, match="did you mean 'mlp'"):
+    with pytest.raises(ValueError, match="net.noise_encoder=.mpl."):
         build.net({**spec, "noise_encoder": "mpl"})
     with pytest.raises(ValueError, match="outputs=2"):
         build.net({**spec, "noise_encoder": {"name": "mlp", "outputs": 2}})
