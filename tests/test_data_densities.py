@@ -97,3 +97,18 @@ def test_a_draw_is_a_pure_function_of_its_key(name, key):
     assert not (f(key, 100) == f(jax.random.key(1), 100)).any()
     np.testing.assert_allclose(jax.jit(f, static_argnums=1)(key, 100), f(key, 100), rtol=1e-6, atol=1e-6)
     assert f(key, 100).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", MEAN_AND_COVARIANCE)
+def test_one_key_a_point_makes_points_independent_of_their_number(name, key):
+    f = getattr(densities, f"draw_{name}")
+    keys = jax.random.split(key, 500)
+    x, label = f(keys, 500, labels=True)
+    few, few_labels = f(keys[3:8], 5, labels=True)
+    np.testing.assert_array_equal(x[3:8], few)
+    np.testing.assert_array_equal(label[3:8], few_labels)
+    assert len(np.unique(np.asarray(x), axis=0)) == 500
+    with pytest.raises(ValueError, match=r"^key.shape=\(500,\)"):
+        f(keys, 400)
+    with pytest.raises(TypeError, match="^key=0"):
+        f(0, 5)

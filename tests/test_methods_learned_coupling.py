@@ -80,7 +80,7 @@ def optimal(c, log):
 
 
 def test_the_gradient_reaches_the_encoder_through_the_noise_it_draws(x64, key):
-    """At the best velocity the gradient of ``int e^l S^2 / var(t) dt + weight KL``: what the flow cannot know, in closed form.
+    """At the best velocity the gradient of ``int e^l S^2 / var(t) dt + weight KL``.
 
     (``det`` of ``I_t, x1 - x0`` over ``x0, x1`` is one, so the variance of one given the other is ``e^l S^2 / var``.)
     """

@@ -2,4 +2,6 @@
 
 from fmjax.convert import edm, torchcfm, weights
 
-__all__ = ["edm", "torchcfm", "weights"]
+__all__ = [
+    "edm", "torchcfm", "weights",
+]  # fmt: skip

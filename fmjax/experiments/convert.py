@@ -80,8 +80,8 @@ def convert(
         shape: shape of one example, so that samples can be drawn from the folder alone.
 
     Returns:
-        What was found, also in ``converted.json``: ``net`` and ``classes`` (``None`` where the file has none), ``kind``,
-        ``part``, ``source``, ``shape`` and the number of ``parameters``.
+        What was found, also in ``converted.json``: ``net`` and ``classes`` (``None`` where the file has none),
+        ``kind``, ``part``, ``source``, ``shape`` and the number of ``parameters``.
 
     Raises:
         ValueError: a file that is not of its kind.

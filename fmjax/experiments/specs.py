@@ -289,7 +289,7 @@ def absolute(tree: Any) -> Any:
 
 def refusal(field: str, value: Any, wrong: str, way_out: str) -> ValueError:
     """Return the error ``<field>=<value>: <what is wrong>. <what to do>.``, cut to ``LENGTH`` characters."""
-    line = " ".join(f"{field}={_SHORT.repr(value)}: {wrong}. {way_out}.".split())
+    line = " ".join(f"{field}={_SHORT.repr(value)}: {wrong}. {way_out}.".split()).replace("?.", "?")
     return ValueError(line if len(line) <= LENGTH else line[: LENGTH - 2] + " …")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fmjax import paths
-from fmjax.types import FlowMapFn, FlowMapMethod, LossFn, Net, Params, VelocityFn, expand, network, over_batch
+from fmjax.types import Costed, FlowMapFn, FlowMapMethod, LossFn, Net, Params, VelocityFn, expand, network, over_batch
 
 
 def two_time(net: Net, loss: LossFn) -> FlowMapMethod:
@@ -57,7 +57,7 @@ def flow_map_view(net: Net) -> Callable[[Params], FlowMapFn]:
             s, t = over_batch(s, x), over_batch(t, x)
             return x + expand(t - s, x) * net(params, x, s, t, cond)
 
-        return flow_map
+        return Costed(flow_map, nfe=1)
 
     return bind
 
