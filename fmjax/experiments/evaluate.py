@@ -69,7 +69,7 @@ def write(settings: Settings, path: Path, data, drawn, names, models: Models, st
     rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
     facts = {"step of the flow": str(step), "guidance": str(settings.common.guidance)}
     facts |= comparison.facts(settings, data, metrics)
-    record = comparison.as_json(rows, verdicts) | {"step": step, "environment": workdir.environment()}
+    record = comparison.as_record(rows, verdicts) | {"step": step, "environment": workdir.environment()}
     files.write_json(path / "evaluation.json", record)
     contents = report.Contents(
         title=f"fmjax: {data.name}", summary=comparison.best_lines(rows), rows=rows, verdicts=verdicts,
