@@ -105,7 +105,7 @@ def jumps(names: Sequence[Sampler], models: Models, draws: Draws) -> dict[str, n
     if not plain:
         return {}
     longest = max(plain, key=lambda s: s.steps)
-    keys = drawing.example_keys(draws.seed, 0, min(ROWS, draws.samples))
+    keys = drawing.sample_keys(draws.seed, 0, min(ROWS, draws.samples))
     cond = drawing.first(draws.cond, len(keys))
     states = drawing.program(longest, models, trajectory=True)(models.params, keys, cond)
     return {longest.name: np.asarray(states)}
