@@ -66,7 +66,7 @@ def _write(settings: Settings, path: Path, data, drawn, names, models: Models, s
         grids=comparison.grids(data, drawn), trajectories={}, curves=stages.curves(path, [FLOW]), gaps={}, facts=facts,
         notes=comparison.notes(metrics),
     )  # fmt: skip
-    report.write(path / "evaluation.html", contents)
+    report.write_report(path / "evaluation.html", contents)
     for line in comparison.row_lines(rows):
         print(line)
     print(f"open {path / 'evaluation.html'}")

@@ -110,7 +110,7 @@ def comparing_stages(
 
     def write(results: dict[str, Result], folder: Path) -> Result:
         page = pages.pipeline(settings, data, draws, names, results, folder.parent)
-        report.write(folder.parent / "report.html", page.contents)
+        report.write_report(folder.parent / "report.html", page.contents)
         digest = stage.digest(results)
         files.write_json(folder.parent / "metrics.json", page.record | {"digest": digest, "lines": page.lines})
         return Result(page.lines, digest, f"{len(page.contents.rows)} rows in metrics.json")

@@ -178,7 +178,7 @@ def comparing_stage(
         page = straightened.compare(settings, data, draws, models, methods, params, stages.curves(path, results))
         digest = stage.digest(results)
         files.write_json(path / "straightened.json", page.record | {"digest": digest})
-        report.write(path / "report.html", page.contents)
+        report.write_report(path / "report.html", page.contents)
         return Result(None, digest, f"{len(page.record['rows'])} samplers")
 
     def read(results: dict[str, Result], folder: Path) -> Result | None:

@@ -94,7 +94,7 @@ def main(
     metrics = comparison.distances(settings, data, data.test)
     rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
     contents = page(data, choice, distance.name, plain.name, rows, verdicts, drawn, entry)
-    report.write(folder / "report.html", contents)
+    report.write_report(folder / "report.html", contents)
     for sentence in contents.summary:
         print(sentence)
     print(f"corrections.tuned = {entry}" if best.at else "corrections: none")
