@@ -39,7 +39,7 @@ def main(settings: Settings, path: Path) -> None:
     draws = comparison.draws_of(settings, data)
     _check_scores(settings)
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
-    models, identity, step = networks.load(settings, path)
+    models, identity, step = networks.load_models(settings, path)
     names = _drawable(comparison.read_samplers(settings, flow_map=True), models)
     for sampler in names:
         drawing.check_sampler(sampler, models, cond=draws.cond)

@@ -59,7 +59,7 @@ class Run:
 
     @functools.cached_property
     def _loaded(self) -> tuple[Models, str, int]:
-        return networks.load(self.settings, self.path)
+        return networks.load_models(self.settings, self.path)
 
     @property
     def models(self) -> Models:
@@ -202,7 +202,7 @@ class Run:
         if scale is None or scale == self.settings.common.guidance:
             return self.models
         common = dataclasses.replace(self.settings.common, guidance=float(scale))
-        return networks.load(self.settings._replace(common=common), self.path)[0]
+        return networks.load_models(self.settings._replace(common=common), self.path)[0]
 
     def conditions(self, n: int, label: int | None, cond: Cond, first: int = 0) -> Cond:
         """Return the conditions of ``n`` samples; see ``sample``."""

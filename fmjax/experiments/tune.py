@@ -77,7 +77,7 @@ def main(
     steps, space = solver_steps, search_space(settings, by, solver_steps, alpha or (), beta or ())
     everywhere = Sampler("tuned", "tuned", solver, steps, None, space.steps, by, {"alpha": 1.0, "beta": 0.0})
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
-    models, identity, _ = networks.load(settings, path)
+    models, identity, _ = networks.load_models(settings, path)
     if by not in models.methods:
         raise workdir.WorkdirError(f"workdir={path}: its corrector {by!r} is not trained. Complete launch.pipeline.")
     distance = chosen_metric(comparison.distances(settings, data, data.validation), metric)
