@@ -159,7 +159,7 @@ def test_everything_given_is_escaped():
 
 
 def test_equal_contents_give_equal_bytes(tmp_path):
-    first, second = report.write_report(tmp_path / "a.html", contents()), report.write_report(tmp_path / "b.html", contents())
+    first, second = (report.write_report(tmp_path / name, contents()) for name in ("a.html", "b.html"))
     assert first.read_bytes() == second.read_bytes()
     other = report.write_report(tmp_path / "c.html", contents(notes=["Another note."], **PLAIN))
     assert other.read_bytes() != first.read_bytes()

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from fmjax import sampling
+from fmjax.checks import refusal
 from fmjax.data import Dataset, batches, mean
 from fmjax.experiments import build, specs, workdir
 from fmjax.experiments.settings import SECTIONS, Common, Settings, Training
-from fmjax.experiments.specs import refusal
 from fmjax.methods import weighting
 from fmjax.nets import Model
 from fmjax.sampling import guidance

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 
 from fmjax import couplings, paths, transport
-from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, check_hints, nearest
+from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, check_hints, nearest, refusal
 from fmjax.data import Dataset, Rows
-from fmjax.experiments import specs
-from fmjax.experiments.specs import Spec, refusal
+from fmjax.experiments import places, specs
+from fmjax.experiments.specs import Spec
 from fmjax.metrics import Metric
 from fmjax.nets import adapters, preconditioning
 from fmjax.sampling import guidance
@@ -180,7 +180,7 @@ def coupling(
             return None
         if name == SEMIDISCRETE:
             return _semidiscrete(options, x, y, flip, seed, field)
-        if isinstance(name, str) and not specs.is_outside(name):
+        if isinstance(name, str) and not places.is_outside(name):
             known = [*specs.offers(specs.COUPLING), SEMIDISCRETE]
             if name not in known:
                 there = ", ".join(sorted(known))

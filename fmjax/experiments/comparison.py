@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 from fmjax import metrics
+from fmjax.checks import refusal
 from fmjax.data import Dataset, Examples
 from fmjax.experiments import build, drawing, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.report import Row, Verdict
 from fmjax.experiments.samplers import FLOW_MAP, NOISE, Sampler
 from fmjax.experiments.settings import Common, Settings
-from fmjax.experiments.specs import refusal
 from fmjax.metrics import Metric, mean_se
 from fmjax.training import logs
 from fmjax.types import Cond

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from fmjax import checks
+from fmjax.checks import refusal
 from fmjax.convert import edm, torchcfm, weights
 from fmjax.experiments import build, command_line, specs, workdir
-from fmjax.experiments.specs import refusal
 from fmjax.storage import checkpoint, files
 from fmjax.types import Params
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from fmjax.checks import refusal
 from fmjax.data import in_memory
 from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, stages, workdir
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
-from fmjax.experiments.specs import refusal
 from fmjax.storage import files
 from fmjax.training import sharding
 

@@ -14,11 +14,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fmjax import correction
+from fmjax.checks import refusal
 from fmjax.correction import trajectories
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, drawing, samplers, workdir
 from fmjax.experiments.settings import Settings
-from fmjax.experiments.specs import refusal
 from fmjax.keys import normal
 from fmjax.storage import checkpoint
 from fmjax.training import logs, loop

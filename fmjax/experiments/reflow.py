@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from fmjax import correction, straightening
+from fmjax.checks import refusal
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, comparison, report, specs, stages, straightened, workdir
 from fmjax.experiments.marginals import with_bar
 from fmjax.experiments.samplers import FLOW
 from fmjax.experiments.settings import Settings, Straighten
-from fmjax.experiments.specs import refusal
 from fmjax.experiments.stages import Result, Stage
 from fmjax.storage import checkpoint, files
 from fmjax.straightening import TEACHER, SegmentedModel

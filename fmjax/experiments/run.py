@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import sampling
+from fmjax.checks import refusal
 from fmjax.experiments import drawing, networks, samplers, settings, workdir
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
-from fmjax.experiments.specs import refusal
 from fmjax.types import Cond, Method, Params
 
 SOLVER, STEPS = "rk4", 16

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from fmjax.checks import refusal
 from fmjax.experiments.drawing import CHUNK, hash_arrays
 from fmjax.experiments.run import Run
 from fmjax.experiments.settings import Settings
-from fmjax.experiments.specs import refusal
 from fmjax.storage import files, images
 from fmjax.training import logs, pictures, sharding
 

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmjax import correction, paths
+from fmjax.checks import refusal
 from fmjax.correction import correctors
-from fmjax.experiments import build, specs
-from fmjax.experiments.specs import Kind, refusal
+from fmjax.experiments import build, places, specs
+from fmjax.experiments.specs import Kind
 from fmjax.sampling import grids
 from fmjax.types import stated
 
@@ -210,7 +211,7 @@ def corrector_factory(field: str, by: Any, trained: Sequence[str]) -> Callable:
     Raises:
         ValueError: no such corrector, with the nearest.
     """
-    if specs.is_outside(by):
+    if places.is_outside(by):
         return specs.resolve(Kind("corrector", "correction"), by, field=f"{field}.by")[0]
     offered = {
         name: getattr(correction, name)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fmjax import checks
-from fmjax.checks import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Range
-from fmjax.experiments import specs
-from fmjax.experiments.specs import refusal
+from fmjax.checks import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Range, refusal
+from fmjax.experiments import places, specs
 
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Count = Annotated[int, Range(1, 1e9)]
@@ -147,7 +146,7 @@ def read(config: Any) -> Settings:
     Raises:
         ValueError: a field that is unknown, missing, of another type or out of range; one line that names it.
     """
-    tree = specs.absolute(config)
+    tree = places.absolute(config)
     flat = {name: value for name, value in tree.items() if name not in SECTIONS}
     common, flow, marginals = (_take(kind, flat) for kind in (Common, Training, MarginalSets))
     if flat:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import checks, correction
+from fmjax.checks import refusal
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.samplers import FLOW, Sampler
 from fmjax.experiments.settings import Settings
-from fmjax.experiments.specs import refusal
 from fmjax.keys import as_keys
 from fmjax.metrics import Metric
 from fmjax.sampling import grids
