@@ -43,4 +43,4 @@ def trained_stages(settings: Settings, data: Dataset) -> list[Stage]:
     found = pipeline.training_stages(settings, data, networks.plans(settings, data))
     if settings.straighten is None:
         return found
-    return found + [s for s in reflow.training_stages(settings, data)[0] if s.name != "flow"]
+    return found + [s for s in reflow.student_stages(settings, data)[0] if s.name != "flow"]

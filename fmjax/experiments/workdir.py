@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from fmjax.experiments import specs
+from fmjax.experiments import places
 from fmjax.storage import checkpoint, files, lock
 
 PACKAGES = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
@@ -131,7 +131,7 @@ def read_config(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
 def refuse_outside(config: Mapping[str, Any], path: str | Path, *, trust: bool) -> None:
     """Refuse a run folder whose config names code outside the package, unless its owner is trusted."""
     if not trust:
-        for field, place in specs.outside_places(config):
+        for field, place in places.outside_places(config):
             raise WorkdirError(
                 f"{field}={place!r}: the config in {path} runs code outside fmjax. Read that code, then give --trust "
                 "(trust=True in Python)."
