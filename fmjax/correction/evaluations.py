@@ -141,9 +141,9 @@ class Evaluations:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / "tuning.jsonl"
         files.truncate_jsonl(self._file, 0)  # a torn last line
-        head, *known = files.read_jsonl(self._file) or [None]
+        head, *known = files.read_jsonl(self._file, sealed=True) or [None]
         if head is None:
-            files.append_jsonl(self._file, {"identity": identity})
+            files.append_jsonl(self._file, {"identity": identity}, sealed=True)
         elif head != {"identity": identity}:
             raise ValueError(f"identity={identity}: {self._file} has evaluations of {head}. Use another directory.")
         for row in known:
@@ -155,7 +155,8 @@ class Evaluations:
             value = value if math.isfinite(value) else None  # JSON has no infinity
             self._known[placement, name] = value
             if self._file is not None:
-                files.append_jsonl(self._file, {"placement": placement, "key": name, "value": value})
+                row = {"placement": placement, "key": name, "value": value}
+                files.append_jsonl(self._file, row, sealed=True)
         value = self._known[placement, name]
         return math.inf if value is None else value
 

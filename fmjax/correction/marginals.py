@@ -275,7 +275,7 @@ def read_marginals(directory: str | os.PathLike, *, expect: dict | None = None, 
     Raises:
         FileNotFoundError: a folder without a manifest.
         ValueError: manifest fields that differ from ``expect``.
-        RuntimeError: an unfinished set, or a shard that is missing or torn.
+        Unfinished: an unfinished set, or a shard that is missing or torn.
 
     >>> read_marginals("/nowhere")
     Traceback (most recent call last):

@@ -14,7 +14,7 @@ import numpy as np
 from fmjax import checks
 from fmjax.checks import refusal
 from fmjax.convert import edm, torchcfm, weights
-from fmjax.experiments import build, command_line, specs, workdir
+from fmjax.experiments import build, command_line, networks, records, specs, workdir
 from fmjax.storage import checkpoint, files
 from fmjax.types import Params
 
@@ -94,7 +94,7 @@ def convert_file(
         ValueError: a file that is not of the kind, or an option that cannot work.
         CheckpointError: ``path`` has checkpoints.
     """
-    source, path = Path(source).expanduser(), workdir.local(path)
+    source, path = workdir.local(source), workdir.local(path)
     if kind is not None and kind not in KINDS:
         raise refusal("kind", kind, f"no such kind{checks.nearest(kind, KINDS)}", f"There are {', '.join(KINDS)}")
     options, taken = dict(options or {}), None
@@ -116,9 +116,10 @@ def convert_file(
         "parameters": _count(params),
     }  # fmt: skip
     folder = workdir.stage_folder(path, "flow")
-    with checkpoint.writer(folder / "checkpoints") as manager:
-        checkpoint.save(manager, 0, {"ema": params}, metadata={"stage": "converted"})
     data = {"shape": shape, "kind": None, "classes": classes or 0, "levels": None, "name": source.name}
+    metadata = {"stage": "flow", "run": records.stage_record("flow", {}, data)}
+    with checkpoint.writer(folder / "checkpoints") as manager:
+        checkpoint.save(manager, 0, {"ema": params}, metadata=metadata)
     workdir.begin_stage(path, "flow", {}, data)
     files.write_json(path / RECORD, record)
     if net is not None:
@@ -153,7 +154,7 @@ def export(path: str | Path, file: str | Path) -> int:
         ValueError: another ending of the file.
         WorkdirError: no trained network in ``path``.
     """
-    file = Path(file).expanduser()
+    file = workdir.local(file)
     if file.suffix != ".safetensors":
         raise refusal("to", str(file), "weights are written as .safetensors", "Give FILE.safetensors")
     folder = workdir.network_folder(path)
@@ -161,7 +162,7 @@ def export(path: str | Path, file: str | Path) -> int:
     extra: dict[str, Any] = {}
     config = next((f / workdir.CONFIG for f in (folder, folder.parent) if (f / workdir.CONFIG).exists()), None)
     if config is not None:
-        classes = files.read_json(folder / workdir.STAGE)["data"]["classes"]
+        classes = networks.example_facts(folder)["classes"]
         read = files.read_json(config)
         extra = {"net": json.dumps(read["net"]), "classes": json.dumps(classes if read["conditional"] else 0)}
     weights.write(file, _flatten(params), metadata={"format": "fmjax", **extra})

@@ -21,11 +21,11 @@ from jax.experimental import multihost_utils
 
 from fmjax import correction, paths, sampling
 from fmjax.checks import refusal
-from fmjax.experiments import build, specs
+from fmjax.experiments import build, records, specs
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler, corrector_factory, time_grid
 from fmjax.keys import as_keys, fold_in
 from fmjax.sampling import grids
-from fmjax.storage import files
+from fmjax.storage import files, lock
 from fmjax.types import Cond, FlowMapFn, Method, Multistep, Params
 
 CHUNK = 512  # examples per call of a program; no sample depends on this number
@@ -217,14 +217,16 @@ def draw(sampler: Sampler, models: Models, draws: Draws, *, directory: Path, ide
     what = [sampler.fields(), draws.samples, draws.seed, identity, hash_arrays(cond)]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=files.as_json).encode()).hexdigest()[:12]
     folder = directory / f"{files.slug(sampler.name)}-{digest}"
-    run = functools.cache(lambda: program(sampler, models))
+    run, begun = functools.cache(lambda: program(sampler, models)), folder.exists()
     for i in range(jax.process_index(), draws.seeds, jax.process_count()):
-        if _read(folder, i) is None:
+        if _read(folder / f"{i}.npy", f"{digest} {i}", begun) is None:
+            lock.check_owned()
             folder.mkdir(parents=True, exist_ok=True)
-            files.write_array(folder / f"{i}.npy", _of_seed(run(), models, draws, i, cond))
+            content = f"{digest} {i}"
+            files.write_array(folder / f"{i}.npy", _of_seed(run(), models, draws, i, cond), content=content)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"samples {digest}")
-    return np.stack([files.read_array(folder / f"{i}.npy") for i in range(draws.seeds)])
+    return np.stack([files.read_array(folder / f"{i}.npy", content=f"{digest} {i}") for i in range(draws.seeds)])
 
 
 def in_chunks(function: Callable[..., Any], *rows: Any, size: int = CHUNK) -> Any:
@@ -309,15 +311,13 @@ def _of_seed(run, models: Models, draws: Draws, i: int, cond: Cond) -> np.ndarra
     return in_chunks(lambda keys, cond: run(models.params, keys, cond), keys, cond)
 
 
-def _read(folder: Path, i: int) -> np.ndarray | None:
-    """Return the samples of a seed; ``None`` where the file is missing or damaged."""
-    path = folder / f"{i}.npy"
-    if not path.exists():
-        return None
+def _read(path: Path, content: str, begun: bool) -> np.ndarray | None:
+    """Return the samples of a seed; ``None`` where the file is missing or damaged, which is said."""
     try:
-        return files.read_array(path)
+        return files.read_array(path, content=content)
     except files.DamagedFile as error:
-        print(f"{error.path} {error.problem}: drawn again")
+        if begun:
+            records.tell(error.path, error.problem, "drawn again")
         return None
 
 

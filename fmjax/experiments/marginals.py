@@ -17,10 +17,12 @@ from fmjax import correction
 from fmjax.checks import refusal
 from fmjax.correction import trajectories
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, drawing, samplers, workdir
+from fmjax.experiments import assemble, build, drawing, records, samplers, workdir
 from fmjax.experiments.settings import Settings
+from fmjax.experiments.workdir import WorkdirError
 from fmjax.keys import normal
 from fmjax.storage import checkpoint
+from fmjax.storage.shards import Unfinished
 from fmjax.training import logs, loop
 from fmjax.types import Params
 
@@ -69,11 +71,29 @@ class Recipe(NamedTuple):
         """Return ``(forward, backward)``; ``None`` where a set is incomplete or belongs to another flow."""
         if not all((folder / direction).is_dir() for direction in DIRECTIONS):
             return None
-        expect = {"flow": checkpoint.digest(flow), "ts": self.ts}
+        digest = checkpoint.digest(flow)
         try:
-            return tuple(correction.read_marginals(folder / direction, expect=expect) for direction in DIRECTIONS)
-        except FileNotFoundError:
+            return tuple(correction.read_marginals(folder / d, expect=self.manifest(digest, d)) for d in DIRECTIONS)
+        except (FileNotFoundError, Unfinished) as error:
+            records.tell(folder, str(error), "built again")
             return None
+        except ValueError as error:
+            raise WorkdirError(f"{error}. Delete {folder} to build the marginals again.") from None
+
+    def manifest(self, flow: str, direction: str) -> dict[str, Any]:
+        """Return the fields of the manifest of a set that tell it from others, but for digests of the data."""
+        options = self.options[direction]
+        named = {
+            name: options[name] for name in ("direction", "solver", "seed", "count", "backward_map") if name in options
+        }
+        if "data" in options:
+            named["count"] = len(options["data"])
+        return {**named, "flow": flow, "ts": self.ts, "steps": range(len(self.ts)), "dtype": "float32"}
+
+    def size(self) -> int:
+        """Return the bytes of all sets on disk."""
+        counts = (o["count"] if "count" in o else len(o["data"]) for o in self.options.values())
+        return 4 * sum(counts) * len(self.ts) * int(np.prod(self.options["forward"]["shape"]))
 
     def digest(self, pair) -> str:
         """Return the digest of ``(forward, backward)``."""
@@ -110,13 +130,12 @@ def recipe(settings: Settings, plan: loop.Plan, data: Dataset) -> Recipe:
             "solver", sets.solver, f"the flow's method has no {view.replace('_', ' ')}", "Take another solver"
         )
     x, cond = data.train.x, assemble.conditions(common, data)
-    rows = np.arange(sets.forward_examples) % len(x)
     local = sum(d.process_index == jax.process_index() for d in plan.mesh.devices.flat)
     shared = {"solver": sets.solver, "mesh": plan.mesh, "batch": max(1, BATCH // local) * local}
     take = lambda index: jax.tree.map(lambda a: np.asarray(a)[index], cond)
     forward = {
         "direction": "forward", "count": sets.forward_examples, "shape": x.shape[1:], "seed": common.seed,
-        "cond": take(rows),
+        "cond": cond if cond is None else take(np.arange(sets.forward_examples) % len(x)),
     }  # fmt: skip
     along = build.path(common.path)
     if (alpha := drawing.source_scale(along)) != 1:
@@ -181,7 +200,7 @@ def main(
     flow = loop.merge_parameters(plan, flow)
     directions = DIRECTIONS if direction == "both" else (direction,)
     stored = {"steps": None if keep is None else tuple(keep), "dtype": dtype}
-    out = workdir.begin_stage(path, "marginals", plans.fields) if out is None else Path(out)
+    out = workdir.begin_stage(path, "marginals", plans.fields) if out is None else workdir.local(out)
     first = jax.process_index() == 0
     for name in directions:
         estimate = correction.estimate_cost(plans.view, flow, plans.ts, **_build_sizes(plans.options[name]), **stored)

@@ -12,11 +12,12 @@ import numpy as np
 
 from fmjax import correction
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, drawing, workdir
+from fmjax.experiments import assemble, build, drawing, records, workdir
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler, time_grid
 from fmjax.experiments.settings import Settings
-from fmjax.storage import checkpoint, files
+from fmjax.storage import checkpoint
+from fmjax.storage.shards import Unfinished
 from fmjax.training import loop, pictures
 from fmjax.types import Method, Params
 
@@ -146,7 +147,11 @@ def example_facts(path: Path) -> dict[str, Any]:
         ``shape`` of an example, ``kind``, ``classes``, ``levels`` and ``name`` of the data set.
     """
     folder = workdir.network_folder(path)
-    return files.read_json(folder / workdir.STAGE)["data"]
+    record = records.read(folder)
+    if record is None:
+        problem = "is missing or damaged, and no checkpoint has a copy. Run the command that trained the flow again"
+        raise workdir.WorkdirError(f"{folder / workdir.STAGE} {problem}.")
+    return record["data"]
 
 
 def load_models(settings: Settings, path: Path) -> tuple[Models, str, int]:
@@ -167,34 +172,37 @@ def load_models(settings: Settings, path: Path) -> tuple[Models, str, int]:
     average = lambda: np.zeros(shape, np.float32)
     parts = {FLOW: settings.flow} | settings.correctors | ({FLOW_MAP: settings.flow_map} if settings.flow_map else {})
     methods, params = {}, {}
+    steps: dict[str, int] = {}
     for name, part in parts.items():
-        if (folder := _trained_folder(path, name)) is not None:
-            _, params[name], _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
-            net = part.net or settings.flow.net
+        net = part.net or settings.flow.net
+        best = name in settings.correctors and assemble.gives_logit(net)
+        if (folder := _trained_folder(path, name, best)) is not None:
+            stage = None if folder == path else f"{stage_name(name)}.best" if best else stage_name(name)
+            options = {"part": "ema", "stage": stage, "fallback": True}
+            steps[name], params[name], _ = checkpoint.restore(folder / "checkpoints", **options)
             _, methods[name] = assemble.network(stage_name(name), settings.common, part, net, classes, average)
-    step = checkpoint.latest_step(workdir.network_folder(path) / "checkpoints")
-    identity = checkpoint.digest(params)
-    if (banks := _stored_bank(path)) is not None:
+    if (banks := _stored_bank(path, params[FLOW])) is not None:
         params[DRIFT] = banks
-    return _combine(settings, methods, params, shape), identity, step
+    identity = checkpoint.digest(params)
+    return _combine(settings, methods, params, shape), identity, steps[FLOW]
 
 
-def _trained_folder(path: Path, name: str) -> Path | None:
-    """Return the folder of a network's checkpoints; ``None`` where the network is not trained."""
+def _trained_folder(path: Path, name: str, best: bool) -> Path | None:
+    """Return the folder of a network's checkpoints, of a classifier the best; ``None`` where it is not trained."""
     if name == FLOW:
         return workdir.network_folder(path)
     folder = workdir.stage_folder(path, stage_name(name))
-    best = folder / "best"
-    folder = best if best.exists() else folder
+    folder = folder / "best" if best else folder
     return folder if checkpoint.latest_step(folder / "checkpoints") is not None else None
 
 
-def _stored_bank(path: Path) -> Params | None:
-    """Return the marginals of a run folder as arguments of the kernel drift; ``None`` where they are incomplete."""
+def _stored_bank(path: Path, flow: Params) -> Params | None:
+    """Return the marginals of a run folder as arguments of the kernel drift; ``None`` where they cannot be used."""
     folders = [workdir.stage_folder(path, "marginals") / direction for direction in ("forward", "backward")]
     if not all(folder.is_dir() for folder in folders):
         return None
     try:
-        return bank(*(correction.read_marginals(folder) for folder in folders))
-    except FileNotFoundError:
+        return bank(*(correction.read_marginals(f, expect={"flow": checkpoint.digest(flow)}) for f in folders))
+    except (FileNotFoundError, Unfinished, ValueError) as error:
+        records.tell(folders[0].parent, f"has no marginals of this flow ({error})", "not used")
         return None

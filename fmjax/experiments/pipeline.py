@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,9 @@ def main(settings: Settings, path: Path) -> None:
     names = comparison.read_samplers(settings, flow_map=FLOW_MAP in networks.shapes(settings, plans).methods)
     every = [*trained, *_comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
     stages.check(every)
-    path = workdir.open_workdir(path, settings.config, {stage.name: stage.fields for stage in trained})
+    stages.check_space(every, path)
+    fields = {stage.name: stage.fields for stage in trained}
+    path = workdir.open_workdir(path, settings.config, fields, stages.grows(every))
     began = time.perf_counter()
     results = stages.run(every, path)
     if jax.process_index() == 0:
@@ -108,17 +111,14 @@ def _comparing_stages(
         page = pages.pipeline(settings, data, draws, names, results, folder.parent)
         report.write_report(folder.parent / "report.html", page.contents)
         digest = stage.digest(results)
-        files.write_json(folder.parent / "metrics.json", page.record | {"digest": digest, "lines": page.lines})
+        kept = {"digest": digest, "page": files.file_digest(folder.parent / "report.html"), "lines": page.lines}
+        files.write_json(folder.parent / "metrics.json", page.record | kept)
         return Result(page.lines, digest, f"{len(page.contents.rows)} rows in metrics.json")
 
     def read(results: dict[str, Result], folder: Path) -> Result | None:
-        if not all((folder.parent / name).exists() for name in ("report.html", "metrics.json")):
-            return None
-        record = files.read_json(folder.parent / "metrics.json")
-        if record.get("digest") == stage.digest(results):
-            return Result(record["lines"], record["digest"], "complete")
-        print("other samplers or networks than in metrics.json: the comparison is computed again")
-        return None
+        path = folder.parent
+        record = stages.page_record(path / "metrics.json", path / "report.html", stage.digest(results))
+        return record and Result(record["lines"], record["digest"], "complete")
 
     stage = Stage("comparison", (*needs, "samples"), fields, check, write, read)
     return [samples, stage]
@@ -145,4 +145,5 @@ def _samples_stage(
         summary = f"{len(drawn)} samplers x {draws.seeds} runs x {draws.samples} samples"
         return Result((drawn, costs, models), identity, summary)
 
-    return Stage("samples", tuple(needs), fields, check, run, lambda results, folder: None)
+    size = lambda: 4 * len(names) * draws.seeds * draws.samples * math.prod(plans[FLOW].data.shape)
+    return Stage("samples", tuple(needs), fields, check, run, lambda results, folder: None, size=size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ import numpy as np
 from fmjax import correction, straightening
 from fmjax.checks import refusal
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, comparison, report, specs, stages, straightened, workdir
+from fmjax.experiments import assemble, build, comparison, records, report, specs, stages, straightened, workdir
 from fmjax.experiments.marginals import with_bar
 from fmjax.experiments.samplers import FLOW
 from fmjax.experiments.settings import Settings, Straighten
 from fmjax.experiments.stages import Result, Stage
 from fmjax.storage import checkpoint, files
+from fmjax.storage.shards import Unfinished
 from fmjax.straightening import TEACHER, SegmentedModel
 from fmjax.training import loop
 
@@ -43,7 +46,9 @@ def main(settings: Settings, path: Path) -> None:
     flow = assemble.flow_plan(settings, data)
     every = [*trained, _comparing_stage(settings, data, flow, students, models, [stage.name for stage in trained])]
     stages.check(every)
-    path = workdir.open_workdir(path, settings.config, {stage.name: stage.fields for stage in trained})
+    stages.check_space(every, path)
+    fields = {stage.name: stage.fields for stage in trained}
+    path = workdir.open_workdir(path, settings.config, fields, stages.grows(every))
     results = stages.run(every, path)
     if jax.process_index() == 0:
         print(f"{results['comparison'].summary}; open {path / 'report.html'}")
@@ -103,15 +108,17 @@ def _student_stage(settings: Settings, data: Dataset, plan: loop.Plan, options: 
         batch = straightening.segment_batches(
             ends, options["bounds"], batch_size=plan.data.batch_size, seed=s.seed, **(real if keep else {})
         )
-        state = loop.train(plan.replace(batch=batch), folder, params=flow, teacher=flow)
+        state = loop.train(plan.replace(batch=batch), folder, params=flow, teacher=flow, record=record)
         return stages.finished(state.ema, plan, folder)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
         flow = results[FLOW].value
         return stages.read_trained(plan, folder, {"params": flow, "teacher": flow})
 
-    fields = assemble.stage_fields(settings, "straighten") | {"student": plan.name}
-    return Stage(plan.name, (FLOW, "trajectories"), _training_only(fields), lambda: None, work, complete)
+    fields = _training_only(assemble.stage_fields(settings, "straighten") | {"student": plan.name})
+    record, size = records.stage_record(plan.name, workdir.plain(fields), None), lambda: loop.checkpoint_bytes(plan)
+    needs = (FLOW, "trajectories")
+    return Stage(plan.name, needs, fields, lambda: None, work, complete, plan=plan, size=size)
 
 
 def _training_only(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,16 +132,17 @@ def _trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
     _, s = settings.straighten
     ts, index = straightened.teacher_grid(s.grid, s.grid_steps, s.bounds)
     cond = assemble.conditions(settings.common, data)
-    rows = np.arange(s.examples) % data.train.count
+    repeat = lambda a: np.asarray(a)[np.arange(s.examples) % data.train.count]
     options = {
         "direction": "forward", "count": s.examples, "shape": flow.data.shape, "seed": s.seed, "solver": s.solver,
-        "steps": index, "mesh": flow.mesh, "cond": jax.tree.map(lambda a: np.asarray(a)[rows], cond),
+        "steps": index, "mesh": flow.mesh, "cond": jax.tree.map(repeat, cond),
     }  # fmt: skip
 
     def read(folder: Path, digest: str) -> Result:
-        states = correction.read_marginals(folder, expect={"flow": digest, "ts": ts})
+        named = {name: options[name] for name in ("direction", "count", "seed", "solver", "steps")}
+        states = correction.read_marginals(folder, expect={"flow": digest, "ts": ts, **named})
         words = f"{len(states.x)} of the teacher, at {', '.join(f'{t:g}' for t in states.ts)}"
-        return Result(states, str(hash(repr(states.manifest))), words)
+        return Result(states, hashlib.sha256(repr(states.manifest).encode()).hexdigest(), words)
 
     def work(results: dict[str, Result], folder: Path) -> Result:
         params = results[FLOW].value
@@ -150,6 +158,11 @@ def _trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
             return read(folder, checkpoint.digest(results[FLOW].value))
         except FileNotFoundError:
             return None
+        except Unfinished as error:
+            records.tell(folder, str(error), "built again")
+            return None
+        except ValueError as error:
+            raise workdir.WorkdirError(f"{error}. Delete {folder} to solve the trajectories again.") from None
 
     def check() -> None:
         correction.trajectories.check_options("forward", s.solver, "reverse")
@@ -158,7 +171,8 @@ def _trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
 
     names = ("seed", "bounds", "grid", "grid_steps", "solver", "examples")
     fields = {f"straighten.{name}": getattr(s, name) for name in names}
-    return Stage("trajectories", (FLOW,), fields, check, work, complete)
+    size = lambda: 4 * s.examples * len(index) * math.prod(flow.data.shape)
+    return Stage("trajectories", (FLOW,), fields, check, work, complete, size=size)
 
 
 def _comparing_stage(
@@ -181,17 +195,15 @@ def _comparing_stage(
         params |= {name: results[plan.name].value for name, (plan, _) in students.items()}
         page = straightened.compare(settings, data, draws, models, methods, params, stages.curves(path, results))
         digest = stage.digest(results)
-        files.write_json(path / "straightened.json", page.record | {"digest": digest})
         report.write_report(path / "report.html", page.contents)
+        kept = {"digest": digest, "page": files.file_digest(path / "report.html")}
+        files.write_json(path / "straightened.json", page.record | kept)
         return Result(None, digest, f"{len(page.record['rows'])} samplers")
 
     def read(results: dict[str, Result], folder: Path) -> Result | None:
         path = folder.parent
-        if not ((path / "report.html").exists() and (path / "straightened.json").exists()):
-            return None
-        record = files.read_json(path / "straightened.json")
-        complete = record.get("digest") == stage.digest(results)
-        return Result(None, record["digest"], "complete") if complete else None
+        record = stages.page_record(path / "straightened.json", path / "report.html", stage.digest(results))
+        return record and Result(None, record["digest"], "complete")
 
     stage = Stage("comparison", tuple(needs), fields, check, work, read)
     return stage

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from fmjax.checks import refusal
+from fmjax.experiments import records, workdir
 from fmjax.experiments.drawing import CHUNK, hash_arrays
 from fmjax.experiments.run import Run
 from fmjax.experiments.settings import Settings
@@ -51,7 +52,7 @@ def main(
         ValueError: an output or an option that cannot work, before anything is drawn.
         WorkdirError: no trained flow.
     """
-    run, target = Run(settings, path), Path(out).expanduser()
+    run, target = Run(settings, path), workdir.local(out)
     options: dict[str, Any] = {"guidance": guidance, "solver": _json("solver", solver), "steps": solver_steps}
     options["corrections"] = _json("corrections", corrections)
     if count < 1:
@@ -64,18 +65,19 @@ def main(
     sampler = run.sampler(options["solver"], solver_steps, None, options["corrections"])
     what = {"sampler": sampler.fields(), "seed": seed, "label": label, "guidance": guidance, "run": run.identity}
     parts = target.with_name(f".{target.name}.{hash_arrays([np.frombuffer(repr(what).encode(), np.uint8)])[:12]}")
-    starts = list(range(0, count, CHUNK))
+    starts, content = list(range(0, count, CHUNK)), repr(what)
     parts.mkdir(parents=True, exist_ok=True)
     with logs.bar("samples", count, unit="sample") as progress:
         for i in starts[jax.process_index() :: jax.process_count()]:
             n = min(CHUNK, count - i)
-            if not _complete(parts / f"{i}-{n}.npy"):
+            if not _complete(parts / f"{i}-{n}.npy", f"{content} {i}"):
                 x = run.sample(n, seed=seed, label=label, first=i, **options)
-                files.write_array(parts / f"{i}-{n}.npy", x)
+                files.write_array(parts / f"{i}-{n}.npy", x, content=f"{content} {i}")
             progress.update(n)
     sharding.barrier("samples")
     if jax.process_index() == 0:
-        x = np.concatenate([files.read_array(parts / f"{i}-{min(CHUNK, count - i)}.npy") for i in starts])
+        part = lambda i: files.read_array(parts / f"{i}-{min(CHUNK, count - i)}.npy", content=f"{content} {i}")
+        x = np.concatenate([part(i) for i in starts])
         _write(target, x, run.conditions(count, label, None))
         shutil.rmtree(parts)
         print(f"{count} samples of {sampler.name} in {target}")
@@ -109,9 +111,12 @@ def _json(field: str, text: str | None) -> Any:
         raise refusal(field, text, "is no JSON", 'Give {"at": [0], "by": "score", "alpha": 0.5}') from None
 
 
-def _complete(path: Path) -> bool:
+def _complete(path: Path, content: str) -> bool:
+    """Return whether a part is there; say so where it is damaged."""
     try:
-        return path.exists() and files.read_array(path) is not None
+        files.read_array(path, content=content)
     except files.DamagedFile as error:
-        print(f"{error.path} {error.problem}: drawn again")
+        if path.exists():
+            records.tell(error.path, error.problem, "drawn again")
         return False
+    return True

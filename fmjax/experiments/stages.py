@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +14,11 @@ import jax
 import numpy as np
 
 from fmjax import checks, correction
-from fmjax.experiments import assemble, marginals, workdir
+from fmjax.experiments import assemble, marginals, records, workdir
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.workdir import WorkdirError
 from fmjax.metrics import classifier
-from fmjax.storage import checkpoint, files
+from fmjax.storage import checkpoint, files, lock
 from fmjax.training import hooks, logs, loop
 from fmjax.types import Params
 
@@ -48,6 +50,8 @@ class Stage(NamedTuple):
         run: ``run(results, folder) -> Result``: does the work, or what is left of it.
         read: ``read(results, folder) -> Result | None``: the complete result, if there is one.
         data: what samplers must know of the data that the stage trains on.
+        plan: its training, of a stage that trains.
+        size: the bytes that its files take on disk.
     """
 
     name: str
@@ -57,6 +61,8 @@ class Stage(NamedTuple):
     run: Callable[[dict[str, Result], Path], Result]
     read: Callable[[dict[str, Result], Path], Result | None]
     data: Mapping[str, Any] | None = None
+    plan: loop.Plan | None = None
+    size: Callable[[], int] = lambda: 0
 
     def digest(self, results: Mapping[str, Result]) -> str:
         """Return the digest of what the stage depends on: its fields and the results that it needs."""
@@ -77,6 +83,34 @@ def check(stages: Sequence[Stage]) -> None:
         stage.check()
 
 
+def check_space(stages: Sequence[Stage], path: Path) -> None:
+    """Check that the disk has space for what the stages will write, before the first one works.
+
+    Args:
+        stages: the stages that will run.
+        path: the run folder; it need not exist.
+
+    Raises:
+        WorkdirError: the disk is too small; the message names the largest stage.
+    """
+    place = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    held = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir()) if path.is_dir() else 0
+    sizes = {stage.name: stage.size() for stage in stages}
+    need, free = sum(sizes.values()) - held, shutil.disk_usage(place).free
+    if need > free:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise WorkdirError(
+            f"workdir={path}: disk too small: {need / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free. The "
+            f"largest part is {largest!r} with {sizes[largest] / 1e9:.3g} GB. Ask for less, or take another disk."
+        )
+
+
+def grows(stages: Sequence[Stage]) -> Callable[[str], bool]:
+    """Return whether more steps of a stage give the numbers of a longer run: its loss does not see the progress."""
+    plans = {stage.name: stage.plan for stage in stages}
+    return lambda name: plans[name] is None or not loop.uses_progress(plans[name])
+
+
 def run(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
     """Run the stages in order; a complete one is read. Print a line a stage.
 
@@ -91,10 +125,11 @@ def run(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
     results: dict[str, Result] = {}
     for i, stage in enumerate(stages, 1):
         with logs.stage(f"[{i}/{len(stages)}] {stage.name}") as tell:
-            folder = workdir.stage_folder(path, stage.name)
+            folder = workdir.begin_stage(path, stage.name, stage.fields, stage.data)
             result = stage.read(results, folder)
             if result is None:
-                result = stage.run(results, workdir.begin_stage(path, stage.name, stage.fields, stage.data))
+                result = stage.run(results, folder)
+            lock.check_owned()
             results[stage.name] = result
             tell(result.summary)
     return results
@@ -115,12 +150,26 @@ def run_one(stages: Sequence[Stage], name: str, path: Path) -> Result:
         ValueError: no such stage.
         WorkdirError: a stage that it needs is not complete.
     """
+    stage = named(stages, name)
+    results = read(stages, stage.needs, path)
+    return stage.run(results, workdir.begin_stage(path, name, stage.fields, stage.data))
+
+
+def named(stages: Sequence[Stage], name: str) -> Stage:
+    """Return the stage of a name.
+
+    Args:
+        stages: all stages of the run.
+        name: the stage.
+
+    Raises:
+        ValueError: no such stage.
+    """
     by_name = {stage.name: stage for stage in stages}
     if name not in by_name:
         near = checks.nearest(name, by_name)
         raise ValueError(f"stage={name!r}: this config has no such stage{near}. It has {', '.join(by_name)}.")
-    results = read(stages, by_name[name].needs, path)
-    return by_name[name].run(results, workdir.begin_stage(path, name, by_name[name].fields, by_name[name].data))
+    return by_name[name]
 
 
 def read(stages: Sequence[Stage], names: Iterable[str], path: Path) -> dict[str, Result]:
@@ -188,12 +237,14 @@ def trained(
     def work(results: dict[str, Result], folder: Path) -> Result:
         given = {"params": start(results), "teacher": teacher(results)}
         watchers = [hooks.draw_samples(plan, folder, every=pictures, draw=picture)] if pictures else []
-        return finished(loop.train(plan, folder, hooks=watchers, **given).ema, plan, folder)
+        return finished(loop.train(plan, folder, hooks=watchers, record=record, **given).ema, plan, folder)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
         return read_trained(plan, folder, {"params": start(results), "teacher": teacher(results)})
 
-    return Stage(plan.name, tuple(needs), fields, lambda: None, work, complete, data)
+    record = records.stage_record(plan.name, workdir.plain(fields), data)
+    size = functools.partial(loop.checkpoint_bytes, plan)
+    return Stage(plan.name, tuple(needs), fields, lambda: None, work, complete, data, plan, size)
 
 
 def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence[str] = ("flow", "marginals")) -> Stage:
@@ -231,22 +282,49 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
 
     def work(results: dict[str, Result], folder: Path) -> Result:
         if not classifies:
-            params = loop.train(batch(results), folder, teacher=frozen(results)).ema
+            params = loop.train(batch(results), folder, teacher=frozen(results), record=record).ema
             return finished((params, None), plan, folder)
         rows = held_out(*results[needs[1]].value)
-        keep = hooks.keep_best(folder / "best", lambda ema: float(areas(results, ema).bce.mean()))
-        loop.train(batch(results, rows), folder, teacher=frozen(results), hooks=[keep])
-        params = loop.load_average(plan, folder / "best", name)
+        if (step := checkpoint.latest_step(folder / "checkpoints")) is not None and step >= plan.schedule.log_every:
+            best_average(plan, folder)  # refuses a training that has lost it
+        best = {"stage": f"{plan.name}.best", "run": record}
+        keep = hooks.keep_best(folder / "best", lambda ema: float(areas(results, ema).bce.mean()), record=best)
+        loop.train(batch(results, rows), folder, teacher=frozen(results), hooks=[keep], record=record)
+        params = best_average(plan, folder)
         return finished((params, areas(results, params).auc), plan, folder)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
-        if read_trained(plan, folder, {"teacher": frozen(results)}) is None:
-            return None
-        params = loop.load_average(plan, folder / "best" if classifies else folder, name)
-        return finished((params, areas(results, params).auc if classifies else None), plan, folder)
+        last = read_trained(plan, folder, {"teacher": frozen(results)})
+        if last is None or not classifies:
+            return last and last._replace(value=(last.value, None))
+        params = best_average(plan, folder)
+        return finished((params, areas(results, params).auc), plan, folder)
 
     fields = assemble.stage_fields(settings, f"correctors.{name}")
-    return Stage(f"correctors.{name}", tuple(needs), fields, lambda: None, work, complete)
+    record = records.stage_record(plan.name, workdir.plain(fields), None)
+    size = functools.partial(loop.checkpoint_bytes, plan)
+    return Stage(plan.name, tuple(needs), fields, lambda: None, work, complete, None, plan, size)
+
+
+def best_average(plan: loop.Plan, folder: Path) -> Params:
+    """Return the averaged parameters of a classifier at the step with the best score.
+
+    Args:
+        plan: its training.
+        folder: the folder of the stage.
+
+    Returns:
+        Parameters of the plan's model.
+
+    Raises:
+        WorkdirError: they are missing or damaged.
+    """
+    place = folder / "best" / "checkpoints"
+    try:
+        _, params, _ = checkpoint.restore(place, part="ema", stage=f"{plan.name}.best", fallback=True)
+    except checkpoint.CheckpointError as error:
+        raise WorkdirError(f"{error}. The whole stage is needed: delete {folder} to train it again.") from None
+    return loop.merge_parameters(plan, params, plan.name)
 
 
 def marginal_sets(settings: Settings, plan: loop.Plan, data, *, needs: Sequence[str] = ("flow",)) -> Stage:
@@ -276,7 +354,7 @@ def marginal_sets(settings: Settings, plan: loop.Plan, data, *, needs: Sequence[
         summary = f"{len(forward.x)} forward, {len(backward.x)} backward on {len(recipe.ts)} times"
         return Result(found, digest, summary)
 
-    return Stage("marginals", tuple(needs), recipe.fields, recipe.check, work, complete)
+    return Stage("marginals", tuple(needs), recipe.fields, recipe.check, work, complete, size=recipe.size)
 
 
 def held_out(forward, backward) -> slice:
@@ -293,8 +371,8 @@ def is_classifier(plan: loop.Plan) -> bool:
 def finished(value: Any, plan: loop.Plan, folder: Path) -> Result:
     """Return the result of a training."""
     params = value[0] if isinstance(value, tuple) and not hasattr(value, "_fields") else value
-    records = files.read_jsonl(folder / "metrics.jsonl")
-    loss = f", loss {records[-1]['loss']:.4f}" if records else ""
+    lines = files.read_jsonl(folder / logs.RECORDS)
+    loss = f", loss {lines[-1]['loss']:.4f}" if lines else ""
     return Result(value, checkpoint.digest(params), f"{plan.schedule.steps} steps of {plan.data.batch_size}{loss}")
 
 
@@ -312,10 +390,11 @@ def read_trained(plan: loop.Plan, folder: Path, given: Mapping[str, Params | Non
     Raises:
         WorkdirError: the training began with other parameters or another teacher.
     """
-    step = checkpoint.latest_step(folder / "checkpoints")
-    if step is None or step < plan.schedule.steps:
+    if (checkpoint.latest_step(folder / "checkpoints") or 0) < plan.schedule.steps:
         return None
-    _, params, metadata = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
+    step, params, metadata = checkpoint.restore(folder / "checkpoints", part="ema", stage=plan.name, fallback=True)
+    if step < plan.schedule.steps:  # the last checkpoint is damaged: the training goes on from this one
+        return None
     recorded = metadata.get("given", {})
     for what, value in given.items():
         if value is not None and recorded.get(what) not in (None, checkpoint.digest(value)):
@@ -323,17 +402,45 @@ def read_trained(plan: loop.Plan, folder: Path, given: Mapping[str, Params | Non
                 f"workdir={folder}: {plan.name!r} was trained with another flow ({what}). Delete this folder to train "
                 "it again, or take another --workdir."
             )
+    if jax.process_index() == 0:
+        logs.mend_records(folder / logs.RECORDS, step, metadata.get("records"))
     return finished(loop.merge_parameters(plan, params, plan.name), plan, folder)
+
+
+def page_record(json_file: Path, html_file: Path, digest: str) -> dict[str, Any] | None:
+    """Return the numbers of a comparison where they and its page are whole and of the results of now.
+
+    Args:
+        json_file: the numbers, with the digest of what they depend on and of the page.
+        html_file: the page.
+        digest: of the results of now.
+
+    Returns:
+        The record; ``None`` where the comparison is to be computed (again), which is said.
+    """
+    if not json_file.exists() and not html_file.exists():
+        return None
+    try:
+        record = files.read_json(json_file)
+        if record.get("digest") != digest:
+            records.tell(json_file, "is of other samplers or networks", "computed again")
+            return None
+        if files.file_digest(html_file) != record.get("page"):
+            raise files.DamagedFile(html_file, "was changed after it was written")
+    except files.DamagedFile as error:
+        records.tell(error.path, error.problem, "computed again")
+        return None
+    return record
 
 
 def curves(path: Path, names: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return the loss curves ``(step, loss)`` of the stages that have records, for the report."""
     found = {}
     for name in names:
-        records = files.read_jsonl(workdir.stage_folder(path, name) / "metrics.jsonl")
-        if records:
+        lines = files.read_jsonl(workdir.stage_folder(path, name) / logs.RECORDS)
+        if lines:
             label = name.rpartition(".")[2].replace("_", " ")
-            found[label] = tuple(np.array([r[key] for r in records]) for key in ("step", "loss"))
+            found[label] = tuple(np.array([r[key] for r in lines]) for key in ("step", "loss"))
     return found
 
 

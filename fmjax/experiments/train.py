@@ -6,10 +6,12 @@ from pathlib import Path
 
 import jax
 
+from fmjax import checks
 from fmjax.data import Dataset
-from fmjax.experiments import build, networks, pipeline, reflow, stages, workdir
+from fmjax.experiments import build, networks, pipeline, records, reflow, stages, workdir
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
+from fmjax.training import loop
 
 
 @workdir.owner
@@ -30,9 +32,14 @@ def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | Non
     data = build.data(settings.common.data)
     every = [pipeline.flow_stage(settings, data)] if stage == "flow" else trained_stages(settings, data)
     stages.check(every)
-    workdir.open_workdir(path, settings.config, {s.name: s.fields for s in every})
+    chosen = stages.named(every, stage)
+    stages.check_space([chosen], path)
+    if fork and chosen.plan is None:
+        raise checks.refusal("fork", fork, f"the stage {stage!r} is not a training", "Leave fork out")
+    workdir.open_workdir(path, settings.config, {s.name: s.fields for s in every}, stages.grows(every))
     if fork:
-        workdir.fork(fork, path, stage)
+        record = records.stage_record(stage, workdir.plain(chosen.fields), chosen.data)
+        workdir.fork(fork, path, record, loop.initial_state(chosen.plan), steps=chosen.plan.schedule.steps)
     result = stages.run_one(every, stage, path)
     if jax.process_index() == 0:
         print(f"{stage}: {result.summary}, in {workdir.stage_folder(path, stage)}")

@@ -6,7 +6,6 @@ import functools
 import importlib.metadata
 import json
 import platform
-import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,29 +13,36 @@ from typing import Any
 
 import jax
 
-from fmjax.experiments import places
+from fmjax.experiments import places, records
+from fmjax.experiments.records import STAGE
 from fmjax.storage import checkpoint, files, lock
 
 PACKAGES = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
-ABSENT = "absent"
-CONFIG, STAGE, CONVERTED = "config.json", "stage.json", "converted.json"
-GROWS = "steps"  # a training may be continued to more steps where the schedule does not depend on their number
+CONFIG, CONVERTED = "config.json", "converted.json"
 
 
 class WorkdirError(RuntimeError):
     """A folder that cannot be written, that is no run folder, or whose stages belong to another config."""
 
 
-def open_workdir(path: str | Path, config: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> Path:
+def open_workdir(
+    path: str | Path,
+    config: Mapping[str, Any],
+    stages: Mapping[str, Mapping[str, Any]],
+    grows: Callable[[str], bool] = lambda name: True,
+) -> Path:
     """Make the folder of a run, or check that what is in it belongs to this config.
 
     Writes ``config.json`` and ``environment.json`` (versions, devices; earlier ones under ``earlier``). Fields that no
-    existing stage depends on may change, and the steps of a training with a constant learning rate may grow.
+    existing stage depends on may change, and the steps of a training may grow where no number depends on them. What a
+    stage depends on is read from its ``stage.json`` and from its checkpoints.
 
     Args:
         path: the folder.
         config: the config as plain values.
         stages: stage -> the fields (dotted names) that its result depends on, with their values.
+
+        grows: whether more steps of a stage give the numbers of a longer run, where the learning rate is constant.
 
     Returns:
         The absolute path.
@@ -48,14 +54,15 @@ def open_workdir(path: str | Path, config: Mapping[str, Any], stages: Mapping[st
     path = local(path)
     config = plain(config)
     for name, fields in stages.items():
-        _check_stage(path, name, plain(fields))
+        _check_stage(path, name, plain(fields), grows)
+    begun = any(stage_folder(path, name).exists() for name in stages)
     if jax.process_index() == 0:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _write_environment(path / "environment.json")
-            files.write_json(path / CONFIG, config)
+            _write_environment(path / "environment.json", begun)
+            _write_config(path / CONFIG, config, begun)
         except OSError as error:
-            at = f" ({error.filename})" if error.filename else ""
+            at = f" ({error.filename2 or error.filename})" if error.filename else ""
             raise WorkdirError(f"workdir={path}: cannot be written: {error.strerror}{at}. Choose another.") from error
     return path
 
@@ -74,9 +81,12 @@ def owner(main: Callable[..., Any]) -> Callable[..., Any]:
             with lock.owned(path):
                 return main(settings, path, *args, **kwargs)
         except OSError as error:
-            if error.filename is None or not str(error.filename).startswith(str(path)):
+            place = str(error.filename2 or error.filename)
+            if not place.startswith(str(path)):
                 raise
-            raise WorkdirError(f"workdir={path}: cannot be written: {error.strerror} ({error.filename}).") from error
+            raise WorkdirError(
+                f"workdir={path}: cannot be written: {error.strerror} ({place}). Repair that and run the command again."
+            ) from error
 
     return owned_main
 
@@ -95,8 +105,9 @@ def begin_stage(path: Path, name: str, fields: Mapping[str, Any], data: Mapping[
     """
     folder = stage_folder(path, name)
     if jax.process_index() == 0:
+        lock.check_owned()
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / STAGE, {"stage": name, "fields": plain(fields), "data": dict(data or {})})
+        records.write(folder, records.stage_record(name, plain(fields), data))
     return folder
 
 
@@ -122,7 +133,10 @@ def read_config(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     path = local(path)
     if not (path / CONFIG).exists():
         what = "is the folder of a stage" if (path / STAGE).exists() else "is no run folder (it has no config.json)"
-        raise WorkdirError(f"workdir={path}: {what}. Give the folder that launch.train or launch.pipeline wrote.")
+        raise WorkdirError(
+            f"workdir={path}: {what}. Give the folder that launch.train or launch.pipeline wrote, or --config=FILE to "
+            "write it again."
+        )
     config = files.read_json(path / CONFIG)
     refuse_outside(config, path, trust=trust)
     return config
@@ -157,29 +171,38 @@ def network_folder(path: str | Path) -> Path:
     raise WorkdirError(f"workdir={path}: has no checkpoint of a flow. Train one with launch.train --workdir={path}.")
 
 
-def fork(source: str | Path, target: Path, stage: str = "flow") -> None:
+def fork(source: str | Path, target: Path, record: Mapping[str, Any], template: Any, *, steps: int) -> None:
     """Start a stage of a new run from the whole state (parameters, optimiser, average, step) of another run.
 
     Args:
         source: run folder to continue from.
         target: the new run folder; a stage that has checkpoints already is left as it is.
-        stage: the stage.
+        record: the stage's record, see ``records.stage_record``.
+        template: the state of the new run, arrays or shapes: the other run must have the same network and optimiser.
+        steps: the steps of the new run.
 
     Raises:
-        WorkdirError: ``source`` has no checkpoint of the stage.
+        WorkdirError: ``source`` has no checkpoint of the stage, has another network, or has taken all steps.
     """
+    stage = record["stage"]
     folder = stage_folder(target, stage)
     if checkpoint.latest_step(folder / "checkpoints") is not None or jax.process_index() != 0:
         return
     origin = stage_folder(local(source), stage)
     if checkpoint.latest_step(origin / "checkpoints") is None:
         raise WorkdirError(f"fork={source}: has no checkpoint of {stage!r}. Give the folder of a run that was trained.")
-    step, state, _ = checkpoint.restore(origin / "checkpoints", fallback=True)
+    try:
+        step, state, metadata = checkpoint.restore(origin / "checkpoints", template, stage=stage, fallback=True)
+    except ValueError as error:
+        raise WorkdirError(
+            f"fork={source}: {error}, or give init={source}, which takes the parameters alone."
+        ) from None
+    if step >= steps:
+        raise WorkdirError(f"fork={source}: its {stage!r} has taken {step} steps of {steps} here. Give more steps.")
+    kept = {name: metadata[name] for name in ("window", "records", "early") if name in metadata}
     with checkpoint.writer(folder / "checkpoints") as manager:
-        checkpoint.save(manager, step, state, metadata={"stage": stage, "forked": str(origin)})
-    records = origin / "metrics.jsonl"
-    if records.exists():
-        shutil.copy(records, folder / "metrics.jsonl")
+        metadata = {"stage": stage, "run": dict(record), "forked": str(origin), **kept}
+        checkpoint.save(manager, step, state, metadata=metadata)
 
 
 def environment() -> dict[str, Any]:
@@ -222,26 +245,20 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def _check_stage(path: Path, name: str, new: dict[str, Any]) -> None:
-    """Refuse a stage that was begun with other fields."""
-    file = stage_folder(path, name) / STAGE
-    if not file.exists():
-        return
-    a, b = flat(files.read_json(file)["fields"]), flat(new)
-    show = lambda fields, field: json.dumps(fields[field]) if field in fields else ABSENT
-    differing = [field for field in sorted(a.keys() | b.keys()) if show(a, field) != show(b, field)]
-    grown = [f for f in differing if f.rpartition(".")[2] == GROWS and f in a and f in b and b[f] > a[f]]
-    for field in grown:
-        if b.get(field.removesuffix(GROWS) + "schedule") == "constant":
-            differing.remove(field)
-    if not differing:
-        return
-    told = "; ".join(f"{f} is {show(a, f)} there, {show(b, f)} here" for f in differing[:5])
-    more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
-    raise WorkdirError(
-        f"workdir={path}: its stage {name!r} was begun with another config: {told}{more}. Set these back, or give "
-        f"another --workdir (with --fork={path} it starts from this state)."
-    )
+def _check_stage(path: Path, name: str, new: dict[str, Any], grows: Callable[[str], bool]) -> None:
+    """Refuse a stage that was begun with other fields, as its ``stage.json`` and its checkpoints say."""
+    folder = stage_folder(path, name)
+    found = [records.read(folder, name), *records.checkpoint_records(folder).values()]
+    for record in filter(None, found):
+        if record["stage"] != name:
+            continue  # a checkpoint of another stage counts as damaged where it is read
+        differing = records.differing(flat(record["fields"]), flat(new), lambda: grows(name))
+        if differing:
+            more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+            raise WorkdirError(
+                f"workdir={path}: its stage {name!r} was begun with another config: {'; '.join(differing[:5])}{more}. "
+                f"Set these back, or give another --workdir (with --fork={path} it starts from this state)."
+            )
 
 
 def _as_json(value: Any) -> Any:
@@ -259,16 +276,29 @@ def _as_json(value: Any) -> Any:
         ) from None
 
 
-def _write_environment(path: Path) -> None:
-    now = environment()
-    try:
-        before = files.read_json(path)
-    except files.DamagedFile:
-        before = now
-    earlier = before.pop("earlier", []) if before is not now else []
-    if before != now:
+def _write_config(path: Path, config: dict[str, Any], begun: bool) -> None:
+    """Write the config; say so where an earlier one is missing or damaged."""
+    _told(path, begun)
+    files.write_json(path, config)
+
+
+def _write_environment(path: Path, begun: bool) -> None:
+    """Write the environment, with earlier ones; say so where the earlier ones are missing or damaged."""
+    now, before = environment(), _told(path, begun)
+    earlier = before.pop("earlier", []) if before else []
+    if before not in (None, now):
         earlier.append(before)
     files.write_json(path, {**now, "earlier": earlier})
+
+
+def _told(path: Path, begun: bool) -> dict[str, Any] | None:
+    """Read a file of the run folder that is written again now; say what is wrong with it."""
+    try:
+        return files.read_json(path)
+    except files.DamagedFile as error:
+        if begun or path.exists():
+            records.tell(path, error.problem, "written again")
+        return None
 
 
 def _version(package: str) -> str | None:

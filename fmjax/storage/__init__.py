@@ -2,8 +2,8 @@
 
 from fmjax.storage import checkpoint, columns, files, images, lock, shards
 from fmjax.storage.files import DamagedFile
-from fmjax.storage.lock import Owned, owned
+from fmjax.storage.lock import Lost, Owned, owned
 
 __all__ = [
-    "DamagedFile", "Owned", "checkpoint", "columns", "files", "images", "lock", "owned", "shards",
+    "DamagedFile", "Lost", "Owned", "checkpoint", "columns", "files", "images", "lock", "owned", "shards",
 ]  # fmt: skip

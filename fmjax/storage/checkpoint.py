@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -25,58 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fmjax.keys import is_key
-from fmjax.storage import files
+from fmjax.storage import files, lock
+from fmjax.storage.digests import digest, digest_rows, flatten, names
+
+__all__ = [
+    "CheckpointError", "all_steps", "check_space", "digest", "digest_rows", "latest_step", "metadata", "restore",
+    "save", "writer",
+]  # fmt: skip
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, torn or holds wrong bytes, or cannot be written."""
-
-
-def digest(tree: Any) -> str:
-    """Return the SHA-256 of the arrays of a tree: sorted key paths, dtypes, shapes and bytes.
-
-    It is the same for numpy and JAX arrays, for dicts and NamedTuples, and for every sharding. Where an array lies on
-    several processes, all of them must call it.
-
-    Args:
-        tree: arrays or numbers in dicts, tuples and NamedTuples.
-
-    Returns:
-        64 hexadecimal characters.
-
-    Raises:
-        TypeError: the tree holds a typed PRNG key.
-
-    >>> import jax.numpy as jnp, numpy as np
-    >>> digest({"w": jnp.ones(3)}) == digest({"w": np.ones(3, np.float32)}) != digest({"w": jnp.zeros(3)})
-    True
-    """
-    sha = hashlib.sha256()
-    for path, leaf in sorted(_flatten(tree).items()):
-        array = _host(leaf)
-        sha.update(json.dumps([path, array.dtype.name, array.shape]).encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()
-
-
-def digest_rows(x: Any) -> str:
-    """Return the ``digest`` of an array that may lie on disk, reading a part at a time.
-
-    Args:
-        x: an array ``[n, ...]``, or an object with ``shape``, ``dtype`` and ``x[i:j]``.
-
-    Returns:
-        64 hexadecimal characters, equal to ``digest(np.asarray(x))``.
-
-    >>> digest_rows(np.arange(3.0)) == digest(np.arange(3.0))
-    True
-    """
-    sha = hashlib.sha256(json.dumps([[], np.dtype(x.dtype).name, x.shape]).encode())
-    part = max(1, 2**24 // max(1, math.prod(x.shape[1:]) * np.dtype(x.dtype).itemsize))
-    for start in range(0, len(x), part):
-        sha.update(np.asarray(x[start : start + part]).tobytes())
-    return sha.hexdigest()
 
 
 def all_steps(directory: str | Path) -> list[int]:
@@ -91,7 +49,7 @@ def all_steps(directory: str | Path) -> list[int]:
     directory = Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+    return sorted(int(p.name) for p in directory.iterdir() if p.name == str(_number(p.name)))
 
 
 def latest_step(directory: str | Path) -> int | None:
@@ -130,10 +88,10 @@ def check_space(directory: str | Path, state: Any, *, keep: int = 2) -> None:
 
 @contextlib.contextmanager
 def writer(directory: str | Path, *, keep: int = 2, after: int | None = None) -> Iterator[Any]:
-    """Open a folder for ``save``, and wait at the end of the block for what is still being written.
+    """Own a folder for ``save``, and wait at the end of the block for what is still being written.
 
-    What a killed save left is deleted. Checkpoints later than ``after``, damaged ones that a fallback skipped, are
-    renamed to ``STEP.set-aside``, so that the run can write those steps again.
+    What a killed save left is deleted, under the lock of the folder. Checkpoints later than ``after``, damaged ones
+    that a fallback skipped, are renamed to ``STEP.set-aside``, so that the run can write those steps again.
 
     Args:
         directory: the folder of the checkpoints, made where it is missing.
@@ -145,6 +103,7 @@ def writer(directory: str | Path, *, keep: int = 2, after: int | None = None) ->
 
     Raises:
         CheckpointError: the folder cannot be made, or holds checkpoints although ``after`` is ``None``.
+        Owned: another process writes there.
         ValueError: ``keep`` is less than 1.
     """
     import orbax.checkpoint as ocp
@@ -152,16 +111,27 @@ def writer(directory: str | Path, *, keep: int = 2, after: int | None = None) ->
     if keep < 1:
         raise ValueError(f"keep={keep}: it is the number of checkpoints kept. Give at least 1.")
     directory = Path(directory).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write checkpoints to {directory}: {error.strerror}") from error
+    with lock.owned(directory):
+        _sweep(directory, after)
+        manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        try:
+            yield manager
+        finally:
+            manager.close()
+
+
+def _sweep(directory: Path, after: int | None) -> None:
+    """Delete what killed saves left in a folder, and set later checkpoints aside."""
     later = [step for step in all_steps(directory) if after is None or step > after]
     if later and after is None:
         raise CheckpointError(
             f"{directory} already holds step {later[-1]}: restore it and pass after=STEP, or choose another folder"
         )
     if jax.process_index() == 0:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot write checkpoints to {directory}: {error.strerror}") from error
         for torn in directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(torn)
         for step in later:
@@ -170,11 +140,6 @@ def writer(directory: str | Path, *, keep: int = 2, after: int | None = None) ->
             (directory / str(step)).rename(aside)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"checkpoint.writer {directory}")
-    manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
-    try:
-        yield manager
-    finally:
-        manager.close()
 
 
 def save(manager: Any, step: int | np.integer, state: Any, *, metadata: dict[str, Any] | None = None) -> bool:
@@ -216,7 +181,7 @@ def save(manager: Any, step: int | np.integer, state: Any, *, metadata: dict[str
     record = dict(metadata or {})
     if reserved := sorted({"step", "digest", "leaves"} & set(record)):
         raise ValueError(f"metadata={reserved[0]!r}: save writes this name itself. Choose another one.")
-    flat = _flatten(parts)
+    flat = flatten(parts)
     record |= {"step": step, "digest": {name: digest(part) for name, part in parts.items()}}
     record["leaves"] = [[path, _spec(leaf)] for path, leaf in flat.items()]
     record = json.loads(json.dumps(record, default=files.as_json))
@@ -234,6 +199,7 @@ def restore(
     *,
     part: str | None = None,
     step: int | None = None,
+    stage: str | None = None,
     fallback: bool = False,
 ) -> tuple[int, Any, dict[str, Any]]:
     """Restore a checkpoint, every digest verified.
@@ -244,6 +210,7 @@ def restore(
             restore (the shardings may differ from the saved ones); ``None`` gives nested dicts of numpy arrays.
         part: restore this part alone, such as ``"ema"``; ``template`` is then a template of the part.
         step: the step to restore; ``None`` for the newest.
+        stage: the ``"stage"`` that the metadata must name; a checkpoint of another stage counts as damaged.
         fallback: where that checkpoint is damaged, restore the newest good one before it, with a warning.
 
     Returns:
@@ -262,12 +229,12 @@ def restore(
         raise CheckpointError(f"no checkpoint of step {step} in {directory}; there are steps {steps}")
     newest, *older = [s for s in reversed(steps) if step is None or s <= step]
     try:
-        return newest, *_read(directory / str(newest), template, part)
+        return newest, *_read(directory / str(newest), template, part, stage)
     except CheckpointError as error:
         damage = error
     for good in older:
         try:
-            state, metadata = _read(directory / str(good), template if fallback else None, part)
+            state, metadata = _read(directory / str(good), template if fallback else None, part, stage)
         except CheckpointError as error:
             damage = CheckpointError(f"{damage}; {error}")
             continue
@@ -277,11 +244,32 @@ def restore(
             ) from damage.__cause__
         warnings.warn(f"{damage}; falling back to step {good}", stacklevel=2)
         return good, state, metadata
-    raise CheckpointError(f"{damage}; no good checkpoint is left in {directory}") from damage.__cause__
+    raise CheckpointError(
+        f"{damage}; no good checkpoint is left in {directory}. Restore it from a copy, or delete that folder to begin "
+        "again"
+    ) from damage.__cause__
 
 
-def _read(path: Path, template: Any, part: str | None) -> tuple[Any, dict[str, Any]]:
+def metadata(directory: str | Path) -> dict[int, dict[str, Any]]:
+    """Read the metadata of all checkpoints of a folder whose metadata are whole, without their arrays.
+
+    Args:
+        directory: the folder of the checkpoints; it need not exist.
+
+    Returns:
+        What ``save`` was given, by step, rising.
+    """
+    records = {}
+    for step in all_steps(directory):
+        with contextlib.suppress(CheckpointError):
+            records[step] = _record(Path(directory) / str(step))
+    return records
+
+
+def _read(path: Path, template: Any, part: str | None, stage: str | None) -> tuple[Any, dict[str, Any]]:
     record = _record(path)
+    if stage is not None and record.get("stage", stage) != stage:
+        raise CheckpointError(f"{path} is damaged: it is of the stage {record['stage']!r}, not {stage!r}")
     parts = record["digest"]
     if part is not None and part not in parts:
         raise ValueError(f"{path} holds no part {part!r}; it holds {', '.join(parts)}")
@@ -294,10 +282,15 @@ def _read(path: Path, template: Any, part: str | None) -> tuple[Any, dict[str, A
             raise CheckpointError(f"{path} is damaged: the bytes of {name!r} were changed")
     tree = tree if part is None else tree[part]
     if template is not None:
-        flat = _flatten(tree)
+        flat = flatten(tree)
         places, treedef = jax.tree_util.tree_flatten_with_path(template)
-        tree = jax.tree.unflatten(treedef, [_place(flat[_names(p)], like) for p, like in places])
+        tree = jax.tree.unflatten(treedef, [_place(flat[names(p)], like) for p, like in places])
     return tree, record
+
+
+def _number(name: str) -> int | None:
+    """Return the step that a folder's name gives, or ``None``."""
+    return int(name) if name.isascii() and name.isdigit() and len(name) < 19 else None
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -324,13 +317,13 @@ def _arrays(path: Path, stored: dict) -> dict[tuple[str, ...], np.ndarray]:
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return _flatten(checkpointer.restore(path, args=args))
+            return flatten(checkpointer.restore(path, args=args))
     except Exception as error:  # orbax and tensorstore raise errors of many types for torn files
         raise CheckpointError(f"{path.parent} is damaged: {_first_line(error)}") from error
 
 
 def _check_template(path: Path, stored: dict, template: Any) -> None:
-    requested = {p: _spec(leaf) for p, leaf in _flatten(template).items()}
+    requested = {p: _spec(leaf) for p, leaf in flatten(template).items()}
     differ = [p for p in {**stored, **requested} if stored.get(p) != requested.get(p)]
     if differ:
         leaves = [
@@ -349,14 +342,6 @@ def _place(host: np.ndarray, like: Any) -> Any:
     return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
 
 
-def _names(path) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
-    return {_names(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
 def _nest(flat: dict[tuple[str, ...], Any]) -> dict:
     tree: dict = {}
     for path, leaf in flat.items():
@@ -365,14 +350,6 @@ def _nest(flat: dict[tuple[str, ...], Any]) -> dict:
             node = node.setdefault(name, {})
         node[path[-1]] = leaf
     return tree
-
-
-def _host(leaf: Any) -> np.ndarray:
-    if is_key(leaf):
-        raise TypeError("a state holds no PRNG keys: fold them from the seed and the step, or save jax.random.key_data")
-    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
 
 
 def _spec(leaf: Any) -> str:

@@ -7,12 +7,14 @@ leaves the old file or the new one. A file that is missing or damaged raises ``D
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import io
 import json
 import math
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -24,6 +26,7 @@ import numpy as np
 CHUNK = 2**24  # bytes written at a time
 ABANDONED = 24 * 3600  # seconds: no write takes longer
 NUMBERS = "biufc"  # kinds of dtypes: booleans, integers, floats, complex numbers
+SEAL = "sha256"  # the name of the digest in a JSON object
 _MARK = b"\nsha256:"  # between the data of an array and its digest
 
 
@@ -74,28 +77,27 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     _write(Path(path), [data])
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as sorted, indented JSON, whole or not at all.
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Write an object as sorted, indented JSON with its digest (the field ``sha256``), whole or not at all.
 
     Args:
         path: the file, in a folder that exists.
-        value: plain values, dicts and lists; arrays become lists, paths strings.
+        value: plain values, dicts and lists by name; arrays become lists, paths strings.
     """
-    write_bytes(path, (json.dumps(value, sort_keys=True, indent=2, default=as_json) + "\n").encode())
+    write_bytes(path, (json.dumps(seal(value), sort_keys=True, indent=2) + "\n").encode())
 
 
-def read_json(path: str | Path, *, kind: type = dict) -> Any:
-    """Read a JSON file that holds a value of one kind.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read an object that ``write_json`` wrote, and verify its digest.
 
     Args:
         path: the file.
-        kind: the type of the value, ``dict`` or ``list``.
 
     Returns:
-        The value.
+        The object, without its digest.
 
     Raises:
-        DamagedFile: the file is missing, is not JSON, or holds a value of another kind.
+        DamagedFile: the file is missing, is not JSON, holds another kind of value, or was changed.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "config.json"
@@ -109,19 +111,41 @@ def read_json(path: str | Path, *, kind: type = dict) -> Any:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DamagedFile(path, f"is not JSON ({str(error)[:80]})") from error
-    if not isinstance(value, kind):
-        raise DamagedFile(path, f"holds a {type(value).__name__} where a {kind.__name__} is expected")
-    return value
+    if not isinstance(value, dict):
+        raise DamagedFile(path, f"holds a {type(value).__name__} where a dict is expected")
+    if (problem := _broken_seal(value)) is not None:
+        raise DamagedFile(path, problem)
+    return {name: part for name, part in value.items() if name != SEAL}
 
 
-def write_array(path: str | Path, array: Any) -> str:
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an object as plain JSON with the digest of its content in the field ``sha256``.
+
+    Args:
+        value: plain values, dicts and lists by name; arrays become lists, paths strings.
+
+    Returns:
+        The sealed object.
+
+    Raises:
+        ValueError: the object has a field ``sha256`` already.
+    """
+    if SEAL in value:
+        raise ValueError(f"{SEAL}={value[SEAL]!r:.20}: the name of the digest. Choose another name.")
+    plain = json.loads(json.dumps(dict(value), default=as_json))
+    return {**plain, SEAL: _sha256([json.dumps(plain, sort_keys=True).encode()])}
+
+
+def write_array(path: str | Path, array: Any, *, content: str = "") -> str:
     """Write an array as a ``.npy`` file with its digest, whole or not at all.
 
-    ``numpy.load`` reads the file too. The digest, a SHA-256 of the header and the data, follows them.
+    ``numpy.load`` reads the file too. The digest, a SHA-256 of the content's name, the header and the data, follows
+    them.
 
     Args:
         path: the file, in a folder that exists.
         array: numbers or booleans ``[...]``, on the host or on a device.
+        content: what the array is, such as the digest of its sampler; ``read_array`` accepts no other.
 
     Returns:
         The digest, 64 hexadecimal characters: equal for equal arrays.
@@ -136,7 +160,7 @@ def write_array(path: str | Path, array: Any) -> str:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     parts = [header.getvalue(), *_chunks(array)]
-    digest = _sha256(parts)
+    digest = _sha256([content.encode(), *parts])
     _write(Path(path), [*parts, _MARK + digest.encode()])
     return digest
 
@@ -153,11 +177,12 @@ def write_npz(path: str | Path, arrays: Mapping[str, Any]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def read_array(path: str | Path, *, digest: str | None = None) -> np.ndarray:
+def read_array(path: str | Path, *, content: str = "", digest: str | None = None) -> np.ndarray:
     """Read an array that ``write_array`` wrote, and verify its digest.
 
     Args:
         path: the file.
+        content: what the array is, as it was written.
         digest: what ``write_array`` returned, where a record of the run holds it; ``None`` believes the file's own.
 
     Returns:
@@ -189,38 +214,45 @@ def read_array(path: str | Path, *, digest: str | None = None) -> np.ndarray:
         array = np.fromfile(file, dtype, count).reshape(shape)
         mark = file.read()
         file.seek(0)
-        actual = _sha256([file.read(start), *_chunks(array)])
+        actual = _sha256([content.encode(), file.read(start), *_chunks(array)])
     if mark != _MARK + actual.encode():
-        raise DamagedFile(path, "was changed after it was written")
+        raise DamagedFile(path, "was changed after it was written, or is another file's")
     if digest not in (None, actual):
         raise DamagedFile(path, f"holds another array (sha256 {actual[:12]}, not {digest[:12]})")
     return array
 
 
-def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
+def append_jsonl(path: str | Path, record: Mapping[str, Any], *, sealed: bool = False) -> None:
     """Append one record as one line of JSON; ``sync`` makes it survive a crash of the machine.
 
     Args:
         path: the file, made where it is missing.
         record: plain values; arrays become lists, paths strings.
+        sealed: whether the line has its own digest, for files that no checkpoint seals.
     """
     with open(path, "a") as file:
-        file.write(json.dumps(dict(record), default=as_json) + "\n")
+        file.write(json.dumps(seal(record) if sealed else dict(record), default=as_json) + "\n")
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path, *, sealed: bool = False) -> list[dict[str, Any]]:
     """Read all records of a file of JSON lines.
 
     Args:
         path: the file; a missing one holds no records.
+        sealed: whether each line has its own digest, which is verified.
 
     Returns:
         The records. A torn last line, which a killed run leaves, is left out.
 
     Raises:
-        DamagedFile: a line before the last is not a JSON object; the message names the line.
+        DamagedFile: a line before the last is not a JSON object, or a digest is wrong; the message names the line.
     """
-    return [json.loads(line) for line in _lines(Path(path))]
+    records = [json.loads(line) for line in _lines(Path(path))]
+    for number, record in enumerate(records if sealed else (), 1):
+        if (problem := _broken_seal(record)) is not None:
+            raise DamagedFile(path, f"line {number} {problem}")
+        del record[SEAL]
+    return records
 
 
 def truncate_jsonl(path: str | Path, step: int) -> None:
@@ -233,7 +265,7 @@ def truncate_jsonl(path: str | Path, step: int) -> None:
         step: records with a greater ``step`` are dropped; records without ``step`` stay.
     """
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         kept = [line for line in _lines(path) if json.loads(line).get("step", step) <= step]
         write_bytes(path, "".join(line + "\n" for line in kept).encode())
 
@@ -322,20 +354,36 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         raise
 
 
+def _broken_seal(value: dict[str, Any]) -> str | None:
+    """Return what is wrong with a sealed object, or ``None``."""
+    content = {name: part for name, part in value.items() if name != SEAL}
+    actual = _sha256([json.dumps(content, sort_keys=True).encode()])
+    return None if value.get(SEAL) == actual else "was changed after it was written"
+
+
 def _open(path: Path) -> BinaryIO:
+    """Open a regular file to read; a pipe or a device, which may never end, is refused."""
     try:
+        kind = path.stat().st_mode
+        if stat.S_ISDIR(kind):
+            raise DamagedFile(path, "is a folder")
+        if not stat.S_ISREG(kind):
+            raise DamagedFile(path, "is no regular file")
         return open(path, "rb")
     except FileNotFoundError as error:
         raise DamagedFile(path, "is missing") from error
-    except IsADirectoryError as error:
-        raise DamagedFile(path, "is a folder") from error
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+        raise DamagedFile(path, f"cannot be read ({error.strerror})") from error
 
 
 def _lines(path: Path) -> list[str]:
-    """The whole lines of a file of JSON objects."""
-    if not path.exists():
+    """Return the whole lines of a file of JSON objects."""
+    if not os.path.lexists(path):
         return []
-    *whole, torn = path.read_bytes().split(b"\n")
+    with _open(path) as file:
+        *whole, torn = file.read().split(b"\n")
     for number, line in enumerate(whole, 1):
         try:
             if not isinstance(json.loads(line), dict):

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import tempfile
 import threading
 import time
@@ -24,6 +25,10 @@ _held: dict[tuple[int, Path], list[int]] = {}  # (process, folder): the open loc
 
 class Owned(RuntimeError):
     """Another process owns the folder; the message names its host and process id."""
+
+
+class Lost(RuntimeError):
+    """A folder that this process owned was deleted, or another process has taken it over."""
 
 
 @contextlib.contextmanager
@@ -79,6 +84,20 @@ def owned(directory: str | Path) -> Iterator[Path]:
                     folder.rmdir()
 
 
+def check_owned() -> None:
+    """Check that all folders that this process owns are still there and still its own.
+
+    A run calls it before it makes a folder: what a person deletes while the run works must not come back.
+
+    Raises:
+        Lost: a folder is not; the message names it.
+    """
+    with _guard:
+        for (pid, directory), (handle, _) in _held.items():
+            if pid == os.getpid() and not _same(handle, directory / FILE):
+                raise Lost(f"{directory} was deleted or taken over while this run worked there. Start it again.")
+
+
 def _acquire(path: Path) -> int:
     """Create the lock file, or take it over from a dead process; return it open."""
     for _ in range(ATTEMPTS):
@@ -86,10 +105,14 @@ def _acquire(path: Path) -> int:
         if created is not None:
             return created
         try:
-            handle = os.open(path, os.O_RDONLY)
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
-            continue
+            if not path.is_symlink():
+                continue
+            raise OSError(errno.ENOENT, "a link to nothing where the lock belongs: delete it", str(path)) from None
         try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError(errno.EINVAL, "no regular file where the lock belongs: delete it", str(path))
             text = os.read(handle, 4096)
             if not _flock(handle) or _alive(text, time.time() - os.fstat(handle).st_mtime):
                 raise Owned(_message(path, text))

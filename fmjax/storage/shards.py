@@ -29,6 +29,10 @@ OPTIONS = "group_size:1,uncompressed"  # noise does not compress, and the bytes 
 log = logging.getLogger(__name__)
 
 
+class Unfinished(RuntimeError):
+    """A set of which shards are missing or torn; the same build completes it."""
+
+
 class Shard(NamedTuple):
     """A complete shard.
 
@@ -328,7 +332,7 @@ class StoredArray(_Rows):
         cond: the conditions, a pytree whose leaves are read by ``[rows]`` too; ``None`` in a set without conditions.
 
     Raises:
-        RuntimeError: a shard is missing or torn; the message names it.
+        Unfinished: a shard is missing or torn; the message names it.
     """
 
     def __init__(self, directory: str | os.PathLike, m: Manifest):
@@ -336,13 +340,13 @@ class StoredArray(_Rows):
 
         directory, again, entered = Path(directory), "run the same build again", {shard.file for shard in m.shards}
         if missing := [name for name in ranges(m) if name not in entered]:
-            raise RuntimeError(
+            raise Unfinished(
                 f"the marginals in {directory} are unfinished: {len(missing)} of {len(ranges(m))} shards are missing, "
                 f"first {missing[0]}; {again} to continue it"
             )
         for name in ranges(m):
             if isinstance(fault := _verify(directory, name, m), str):
-                raise RuntimeError(f"{directory / name} {fault}; {again}, it rebuilds this shard alone")
+                raise Unfinished(f"{directory / name} {fault}; {again}, it rebuilds this shard alone")
         source = ArrayRecordDataSource([str(directory / name) for name in ranges(m)])
         super().__init__(source, m, False, 0, None, (len(m.steps), *m.shape), m.dtype)
         self.cond, self._shard_size = None, m.shard_size
@@ -373,7 +377,7 @@ def read_shards(directory: str | os.PathLike, m: Manifest) -> np.ndarray:
         m: its manifest.
 
     Returns:
-        The array ``[M, steps, ...]``; ``RuntimeError`` names a shard that is missing or torn.
+        The array ``[M, steps, ...]``; ``Unfinished`` names a shard that is missing or torn.
     """
     return StoredArray(directory, m).load()
 

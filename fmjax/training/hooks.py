@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from fmjax.training.step import State
 from fmjax.types import Params
 
 
-def keep_best(directory: str | Path, score: Callable[[Params], float]) -> Callable[[int, Any], None]:
+def keep_best(
+    directory: str | Path, score: Callable[[Params], float], *, record: Mapping[str, Any] | None = None
+) -> Callable[[int, Any], None]:
     """Return a hook that keeps the averaged parameters with the lowest score so far.
 
     The score is computed at every record (``log_every``). Of equal scores the first is kept; a score that is not
@@ -30,6 +32,7 @@ def keep_best(directory: str | Path, score: Callable[[Params], float]) -> Callab
         directory: the folder of the best parameters.
         score: a function of the averaged parameters, of examples that the run does not train on; for a classifier
             ``lambda ema: metrics.classifier.by_step(net, ema, ...).bce.mean()``.
+        record: plain values that the metadata hold too, such as ``{"stage": "correctors.classifier.best"}``.
 
     Returns:
         The hook.
@@ -47,13 +50,13 @@ def keep_best(directory: str | Path, score: Callable[[Params], float]) -> Callab
 
     def hook(n: int, state: Any) -> None:
         if not best and checkpoint.latest_step(checkpoints) is not None:
-            step, _, metadata = checkpoint.restore(checkpoints, fallback=True)
+            step, _, metadata = checkpoint.restore(checkpoints, stage=(record or {}).get("stage"), fallback=True)
             best.append((step, metadata["score"]))
         value = float(score(state.ema))
         step, least = best[-1] if best else (None, float("inf"))
         if value < least:
             with checkpoint.writer(checkpoints, keep=1, after=step) as manager:
-                checkpoint.save(manager, n, {"ema": state.ema}, metadata={"score": value})
+                checkpoint.save(manager, n, {"ema": state.ema}, metadata={**(record or {}), "score": value})
             best[:] = [(n, value)]
 
     return hook

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from fmjax.training.progress import Progress
 from fmjax.training.step import GAPS
 from fmjax.types import Batch
 
+RECORDS = "metrics.jsonl"
 BLOWN_UP = 1e3  # a term this many times the first step's loss is no training any more
 
 
@@ -114,9 +117,8 @@ class Explosions(NamedTuple):
         leaves = jax.tree_util.tree_leaves_with_path(self.batch(n)._asdict())
         faults = [jax.tree_util.keystr(path, simple=True) for path, a in leaves if not np.isfinite(a).all()]
         advice = f"the batch of this step has {faults[0]} that is not finite: repair the data" if faults else ""
-        raise Diverged(
-            f"{self.name} diverged at step {n}: {values}; {last}; {advice or 'lower learning_rate or set clip'}"
-        )
+        advice = advice or "lower learning_rate or set clip, in another folder (launch.train --fork=THIS_RUN)"
+        raise Diverged(f"{self.name} diverged at step {n}: {values}; {last}; {advice}")
 
 
 class Recorder(NamedTuple):
@@ -124,11 +126,38 @@ class Recorder(NamedTuple):
 
     Attributes:
         write: append a record, a dict with its ``step``.
-        seal: flush the records to disk and return what a checkpoint keeps of them: their number and digest.
+        seal: flush the records to disk and return what a checkpoint keeps of them: number, digest and a copy.
     """
 
     write: Callable[[dict], None]
     seal: Callable[[], dict[str, Any] | None]
+
+
+def mend_records(path: Path, step: int, sealed: dict[str, Any] | None) -> None:
+    """Cut records back to a step; where they are not as the checkpoint of that step sealed them, write its copy.
+
+    Args:
+        path: the file of records.
+        step: the step.
+        sealed: what ``Recorder.seal`` returned at that step; ``None`` where there was no record yet.
+
+    Raises:
+        DamagedFile: records are damaged and there is no copy.
+    """
+    try:
+        files.truncate_jsonl(path, step)
+        lost = None
+    except files.DamagedFile as error:
+        if sealed is None:
+            raise
+        lost = error.problem
+    if sealed and lost is None and not path.exists():
+        lost = "is missing"
+    if sealed and lost is None and files.file_digest(path) != sealed["sha256"]:
+        lost = f"is not as it was left at step {step}"
+    if sealed and lost is not None:
+        files.write_bytes(path, zlib.decompress(base64.b64decode(sealed["copy"])))
+        warnings.warn(f"{path} {lost}: written again from the checkpoint of step {step}", stacklevel=3)
 
 
 @contextlib.contextmanager
@@ -138,7 +167,7 @@ def recorder(directory: Path, start: int, sealed: dict[str, Any] | None = None) 
     Args:
         directory: the folder of the run.
         start: the step that the run resumes from, or 0.
-        sealed: what ``seal`` returned at that step; a warning names records that were lost since.
+        sealed: what ``seal`` returned at that step; records that were lost since are written again.
 
     Yields:
         The recorder.
@@ -148,15 +177,16 @@ def recorder(directory: Path, start: int, sealed: dict[str, Any] | None = None) 
         return
     from tensorboardX import SummaryWriter
 
-    path = directory / "metrics.jsonl"
-    files.truncate_jsonl(path, start)
+    path = directory / RECORDS
+    mend_records(path, start, sealed)
 
     def seal() -> dict[str, Any] | None:
+        if not path.exists():
+            return None
         files.sync(path)
-        return {"count": len(files.read_jsonl(path)), "sha256": files.file_digest(path)} if path.exists() else None
+        copy = base64.b64encode(zlib.compress(path.read_bytes())).decode()
+        return {"count": len(files.read_jsonl(path)), "sha256": files.file_digest(path), "copy": copy}
 
-    if sealed and seal() != sealed:
-        warnings.warn(f"{path} is not as it was left at step {start}: records were lost or changed", stacklevel=3)
     with SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None) as board:
 
         def write(record: dict) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from fmjax.data import prefetch
 from fmjax.keys import example_keys
 from fmjax.nets.adapters import Model
-from fmjax.storage import checkpoint, owned
+from fmjax.storage import checkpoint, files, owned
+from fmjax.storage.lock import check_owned
 from fmjax.training import logs, sharding
 from fmjax.training.signals import stop_signals
 from fmjax.training.step import State, init, make_step
@@ -237,6 +238,52 @@ def check_plan(plan: Plan) -> None:
     jax.eval_shape(plan.method.loss, params, params, jax.tree.map(part, _batch(plan, 0)), keys)
 
 
+def initial_state(plan: Plan, params: Params | None = None) -> State:
+    """Return the state before the first step.
+
+    Args:
+        plan: the run.
+        params: the parameters to start from; by default drawn from the plan's seed.
+
+    Returns:
+        Parameters, average and optimiser, on the devices of the plan.
+    """
+    params = initial_parameters(plan) if params is None else params
+    return init(params, plan.optimiser.tx, mesh=plan.mesh, fsdp=plan.fsdp)
+
+
+def checkpoint_bytes(plan: Plan) -> int:
+    """Return the bytes that the checkpoints of a run take on disk: ``keep + 1`` states.
+
+    Args:
+        plan: the run.
+
+    Returns:
+        The number of bytes.
+    """
+    params = jax.eval_shape(lambda: initial_parameters(plan))
+    state = (params, params, jax.eval_shape(plan.optimiser.tx.init, params))
+    return (plan.schedule.keep + 1) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def uses_progress(plan: Plan) -> bool:
+    """Return whether the loss depends on the fraction of the training that is done, so that its length counts.
+
+    Args:
+        plan: the run.
+
+    Returns:
+        Whether a step of a longer training is another step.
+    """
+    batch, params = _batch(plan, 0), jax.eval_shape(lambda: initial_parameters(plan))
+    keys = example_keys(jax.random.key(0), jnp.arange(len(batch.x1)))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+    loss = lambda progress: plan.method.loss(zeros, zeros, batch._replace(progress=progress), keys)
+    traced = jax.make_jaxpr(loss)(batch.progress).jaxpr
+    (progress,) = traced.invars
+    return any(progress is variable for equation in traced.eqns for variable in equation.invars)
+
+
 def train(
     plan: Plan,
     directory: str | Path,
@@ -244,6 +291,7 @@ def train(
     params: Params | None = None,
     teacher: Params | None = None,
     hooks: Sequence[Hook] = (),
+    record: Mapping[str, Any] | None = None,
 ) -> State:
     """Train to the last step of a plan, from the newest good checkpoint in a folder or from the start.
 
@@ -259,6 +307,7 @@ def train(
         params: the parameters to start from; by default drawn from the plan's seed.
         teacher: the parameters of a frozen teacher, where ``plan.target`` is ``"frozen"``.
         hooks: functions of step and state, called at each record.
+        record: plain values that each checkpoint keeps as the ``"run"`` of its metadata, such as a config.
 
     Returns:
         The state after the last step.
@@ -269,6 +318,7 @@ def train(
         ValueError: start or teacher differ from those that the run in the folder began with.
         CheckpointError: no checkpoint can be read or written, or the disk has no space for them.
         Owned: another process trains in the folder.
+        Lost: the folder was deleted while the run worked.
 
     >>> import tempfile
     >>> from fmjax.methods import flow_matching
@@ -281,22 +331,24 @@ def train(
     """
     directory = Path(directory)
     checkpoints = directory / "checkpoints"
-    state = init(
-        initial_parameters(plan) if params is None else params, plan.optimiser.tx, mesh=plan.mesh, fsdp=plan.fsdp
-    )
+    state = initial_state(plan, params)
     steps, log_every, save_every, keep = plan.schedule
-    start, window, records = None, logs.Window(), None
+    start, window, records, log = None, logs.Window(), None, directory / logs.RECORDS
     digests = {k: checkpoint.digest(v) for k, v in (("params", params), ("teacher", teacher)) if v is not None}
     if checkpoint.latest_step(checkpoints) is not None:
-        start, state, metadata = checkpoint.restore(checkpoints, state, fallback=True)
+        start, state, metadata = checkpoint.restore(checkpoints, state, stage=plan.name, fallback=True)
         window, records = logs.Window(**metadata["window"]), metadata.get("records")
         changed = [k for k, v in digests.items() if metadata.get("given", digests).get(k) != v]
         if changed:
             raise ValueError(
                 f"{changed[0]}: differ from those that {plan.name} in {directory} began with. Take another workdir."
             )
+        if jax.process_index() == 0:
+            logs.mend_records(log, start, records)
         if start >= steps:
             return state
+        if jax.process_index() == 0 and metadata.get("early"):  # the last record of a shorter run, in mid-window
+            files.truncate_jsonl(log, start - 1)
     checkpoint.check_space(checkpoints, state, keep=keep)
     first = start or 0
     step = _make_step(plan)
@@ -306,7 +358,7 @@ def train(
     with (
         owned(directory),
         checkpoint.writer(checkpoints, keep=keep, after=start) as manager,
-        logs.recorder(directory, first, records) as recorder,
+        logs.recorder(directory, first) as recorder,
         stop_signals() as stop,
         contextlib.closing(prefetch(functools.partial(_batch, plan), first, steps)) as batches,
         logs.bar(plan.name, steps, first) as progress,
@@ -315,17 +367,19 @@ def train(
         for n, batch in enumerate(batches, first + 1):
             state, metrics = step(state, batch, key, teacher)
             pending.append((n, metrics))
-            log, last, signal = n % log_every == 0, n == steps, stop(n)
+            due, last, signal = n % log_every == 0, n == steps, stop(n)
             save = n % save_every == 0 or last or signal is not None
-            if len(pending) == FETCH or log or save:
+            if len(pending) == FETCH or due or save:
                 fetched = jax.device_get(pending)
                 check.finite(fetched)
                 window.add([metrics for _, metrics in fetched])
                 pending.clear()
-            if log or save:
+            if due or save:
                 check.grown(n, window)
+                check_owned()
             progress.update()
-            if log or last:
+            kept = window.saved()
+            if due or last:
                 means, speed = window.close()
                 manager.check_for_errors()  # of a checkpoint that is being written: a full disk is known soon
                 progress.set_postfix(loss=f"{means['loss']:.4f}")
@@ -335,7 +389,8 @@ def train(
                 for hook in hooks:
                     hook(n, state)
             if save:
-                metadata = {"stage": plan.name, "window": window.saved(), "given": digests, "records": recorder.seal()}
+                metadata = {"stage": plan.name, "given": digests, "records": recorder.seal(), "run": dict(record or {})}
+                metadata |= {"window": window.saved() if due else kept, "early": last and not due}
                 checkpoint.save(manager, n, state, metadata=metadata)
             if signal is not None and not last:
                 break

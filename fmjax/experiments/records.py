@@ -1,0 +1,125 @@
+"""What a stage of a run folder was begun with: ``stage.json``, and the copy of it in each checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fmjax.storage import checkpoint, files
+
+STAGE = "stage.json"
+ABSENT = "absent"
+GROWS = "steps"  # a training may be continued to more steps where no number depends on how many there are
+
+
+def stage_record(name: str, fields: Mapping[str, Any], data: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the record of a stage: its name, the config fields that it depends on, and facts of its data.
+
+    Args:
+        name: the stage.
+        fields: plain values by dotted name.
+        data: facts of the data set that samplers need.
+
+    Returns:
+        The content of ``stage.json``, which each checkpoint keeps too.
+
+    >>> stage_record("flow", {"seed": 0}, None)
+    {'stage': 'flow', 'fields': {'seed': 0}, 'data': {}}
+    """
+    return {"stage": name, "fields": dict(fields), "data": dict(data or {})}
+
+
+def read(folder: Path, name: str | None = None) -> dict[str, Any] | None:
+    """Read the record of a stage; where ``stage.json`` is missing or damaged, the copy in its newest checkpoint.
+
+    Args:
+        folder: the folder of the stage.
+        name: the stage that the record must be of.
+
+    Returns:
+        The record; ``None`` where nothing tells.
+    """
+    try:
+        record = files.read_json(folder / STAGE)
+        if {"stage", "fields", "data"} <= record.keys() and name in (None, record["stage"]):
+            return record
+        tell(folder / STAGE, f"is of the stage {record.get('stage')!r}", "not used")
+    except files.DamagedFile as error:
+        if os.path.lexists(folder / STAGE):
+            tell(folder / STAGE, error.problem, "not used")
+    copies = checkpoint_records(folder)
+    return copies[max(copies)] if copies else None
+
+
+def checkpoint_records(folder: Path) -> dict[int, dict[str, Any]]:
+    """Return the records that the checkpoints of a stage keep, by step.
+
+    Args:
+        folder: the folder of the stage.
+
+    Returns:
+        The records; checkpoints without one (of ``training.train`` alone) are left out.
+    """
+    runs = {step: record.get("run") for step, record in checkpoint.metadata(folder / "checkpoints").items()}
+    return {step: run for step, run in runs.items() if run}
+
+
+def write(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a stage where it is not there; say so where the stage has worked before.
+
+    Args:
+        folder: the folder of the stage, which exists.
+        record: the record.
+    """
+    if jax.process_index() != 0:
+        return
+    problem = "is missing"
+    try:
+        if files.read_json(folder / STAGE) == json.loads(json.dumps(record)):
+            return
+        problem = None
+    except files.DamagedFile as error:
+        problem = error.problem if os.path.lexists(folder / STAGE) else problem
+    if problem is not None and any(entry.name not in (STAGE, "owner.lock") for entry in folder.iterdir()):
+        tell(folder / STAGE, problem, "written again")
+    files.write_json(folder / STAGE, record)
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], grows: Callable[[], bool]) -> list[str]:
+    """Return the fields in which two records of a stage differ, as phrases.
+
+    Args:
+        old: fields of the folder.
+        new: fields of now.
+        grows: whether more steps give the numbers of a longer run; called where the steps differ.
+
+    Returns:
+        One phrase per field, ``"steps is 100 there, 200 here"``.
+
+    >>> differing({"seed": 0, "clip": 1.0}, {"seed": 1, "clip": 1.0}, lambda: True)
+    ['seed is 0 there, 1 here']
+    """
+    show = lambda fields, field: json.dumps(fields[field]) if field in fields else ABSENT
+    fields = [field for field in sorted(old.keys() | new.keys()) if show(old, field) != show(new, field)]
+    for field in [f for f in fields if f.rpartition(".")[2] == GROWS and f in old and f in new and new[f] > old[f]]:
+        if new.get(field.removesuffix(GROWS) + "schedule") == "constant" and grows():
+            fields.remove(field)
+    return [f"{field} is {show(old, field)} there, {show(new, field)} here" for field in fields]
+
+
+def tell(path: Path, problem: str | None, done: str) -> None:
+    """Print a line about a file of a run that is missing or damaged.
+
+    Args:
+        path: the file.
+        problem: what is wrong with it.
+        done: what was done about it.
+    """
+    if jax.process_index() == 0:
+        print(f"{path} {problem}: {done}", file=sys.stderr, flush=True)
