@@ -26,28 +26,28 @@ WAYS = {
 
 
 def test_two_jumps_of_an_exact_map_have_the_marginals_of_its_flow(tmp_path):
-    """Deviations as those of the velocity; backward jumps of a map that goes both ways are its inverse."""
-    ts, found = grids.uniform_grid(2), {}
-    for way, given in WAYS.items():
-        found[way] = build_read(tmp_path / way, exact, jnp.float32(EPS), ts, solver="flow_map", **given)
+    """The deviations are the same as with the velocity; backward jumps of a map that goes both ways are its inverse."""
+    ts, result = grids.uniform_grid(2), {}
+    for way, inputs in WAYS.items():
+        result[way] = build_read(tmp_path / way, exact, jnp.float32(EPS), ts, solver="flow_map", **inputs)
         start = 0 if way == "forward" else -1
         expected = spread(ts) * np.exp(EPS * (ts - ts[start]))
-        std = np.sqrt((found[way].x ** 2).mean((0, 2)))
+        std = np.sqrt((result[way].x ** 2).mean((0, 2)))
         np.testing.assert_allclose(std / std[start], expected / expected[start], rtol=2e-5)
-    np.testing.assert_allclose(found["inverse"].x, found["reverse"].x, atol=2e-6)
-    assert found["inverse"].manifest.solver == "flow_map" and found["inverse"].manifest.backward_map == "inverse"
-    constant = kl(found["forward"], found["inverse"])
+    np.testing.assert_allclose(result["inverse"].x, result["reverse"].x, atol=2e-6)
+    assert result["inverse"].manifest.solver == "flow_map" and result["inverse"].manifest.backward_map == "inverse"
+    constant = kl(result["forward"], result["inverse"])
     np.testing.assert_allclose(constant, constant[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_jumps_that_are_euler_steps_are_those_of_the_euler_solver(tmp_path, way):
     """Forward, ``X_{t,s}`` and the inverse of ``X_{s,t}``, of which the last two differ."""
-    given = {name: value[:64] if name == "data" else value for name, value in WAYS[way].items()}
-    given |= {"count": 64} if way == "forward" else {}
+    inputs = {name: value[:64] if name == "data" else value for name, value in WAYS[way].items()}
+    inputs |= {"count": 64} if way == "forward" else {}
     params, ts = {"a": MLP["a"][:4], "b": MLP["b"][:, :4]}, grids.uniform_grid(3)
-    jump = build_read(tmp_path / "map", lambda p: sampling.euler(mlp(p)), params, ts, solver="flow_map", **given)
-    step = build_read(tmp_path / "step", mlp, params, ts, solver="euler", **given)
+    jump = build_read(tmp_path / "map", lambda p: sampling.euler(mlp(p)), params, ts, solver="flow_map", **inputs)
+    step = build_read(tmp_path / "step", mlp, params, ts, solver="euler", **inputs)
     np.testing.assert_allclose(jump.x, step.x, atol=2e-6)
     if way == "inverse":
         start = jnp.asarray(step.x[:, 0])

@@ -48,7 +48,7 @@ def test_two_segments_need_these_networks():
     assert all(straighten(net, **options).velocity for options in students.values())
 
 
-def test_some_of_three_segments_share_a_network_without_a_loss_in_the_third():
+def test_two_of_three_segments_use_one_network_without_retention():
     bounds = (0.0, 0.2, 0.6, 1.0)
     models, students = straightening.comparison_models(bounds, {"ends": (0, 2)}, ("gated", "shared"), full=False)
     assert [m.networks for m in models[1:]] == [("segment 0", TEACHER, "segment 2"), ("ends, shared",) * 3]
@@ -72,7 +72,7 @@ def test_what_is_no_comparison_is_refused(change, message):
 
 
 def test_students_at_their_start_are_the_teacher(key):
-    """Conditioned on their segment or not, whatever they share: networks start from the teacher's parameters."""
+    """Conditioned on their segment or not, with shared networks or not, they start from the teacher's parameters."""
     model = nets.from_linen(nets.MLP(width=16, depth=1))
     net = nets.preconditioning.preconditioned(model.net, nets.preconditioning.edm())
     x = jax.random.normal(key, (6, 3))
@@ -99,7 +99,7 @@ def test_students_at_their_start_are_the_teacher(key):
         np.testing.assert_allclose(xs, teacher, rtol=1e-5, atol=1e-6)
 
 
-def test_each_segment_has_its_own_velocity_and_a_bound_that_of_the_later_one():
+def test_each_segment_has_its_velocity_and_a_bound_the_later_one():
     constant = lambda c: lambda x, t, cond=None: jnp.full_like(x, c)
     each = [constant(1.0), constant(10.0)]
     t = jnp.array([0.0, 0.4999, 0.5, 0.7, 1.0])

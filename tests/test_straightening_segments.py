@@ -23,7 +23,7 @@ def test_a_grid_has_its_steps_in_each_segment_and_holds_the_bounds():
 
 @pytest.mark.parametrize("n", [3, 10, 18, 40])
 def test_bounds_are_points_of_the_teachers_grid(n):
-    """The original stored the state a step late: here the index is that of the bound, to the bit."""
+    """The original stored the state a step late: here the index points to the bound, to the bit."""
     bounds = (0.0, 0.3, 0.5, 1.0)
     ts, at = segments.inserted(grids.uniform_grid(n), bounds)
     np.testing.assert_array_equal(ts[list(at)], np.float32(bounds))
@@ -67,8 +67,8 @@ def test_a_step_that_nobody_takes_is_not_computed():
 def trajectories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trajectories")
     ts, at = segments.inserted(grids.uniform_grid(20), (0.0, 0.45, 1.0))
-    how = {"flow": "gaussian", "direction": "forward", "count": 256, "shape": (2,), "steps": at}
-    correction.build_marginals(lambda params: LAW.velocity, {}, ts, directory=folder, **how)
+    settings = {"flow": "gaussian", "direction": "forward", "count": 256, "shape": (2,), "steps": at}
+    correction.build_marginals(lambda params: LAW.velocity, {}, ts, directory=folder, **settings)
     return correction.read_marginals(folder)
 
 
@@ -97,7 +97,7 @@ def test_kept_segments_get_noised_real_data_in_a_fraction_of_the_batch(trajector
     again = make(0)
     assert all(np.array_equal(a, b) for a, b in zip(batch, again, strict=True) if a is not None)
     assert not np.array_equal(batch.x1, make(1).x1)
-    assert np.bincount(np.flatnonzero(kept) * 8 // 4096).tolist() == [128] * 8  # equal shares for eight devices
+    assert np.bincount(np.flatnonzero(kept) * 8 // 4096).tolist() == [128] * 8  # equal fractions for eight devices
 
 
 def test_straightness_of_the_gaussian_flow_is_its_closed_form():

@@ -53,7 +53,7 @@ NESTING = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET", "REDUCE", "OBJ", 
 DEEPEST = 500
 
 
-def read(path: str | Path, *, extra: Mapping[str, Callable] | None = None) -> Any:
+def read_weights(path: str | Path, *, extra: Mapping[str, Callable] | None = None) -> Any:
     """Read a file written by ``torch.save``, ``pickle.dump`` or ``safetensors``.
 
     Args:

@@ -16,7 +16,7 @@ Labelled = tuple[Points, Int[Array, "{n}"]]  # noqa: F821
 
 
 def draw_eight_gaussians(
-    key: Array, n: int, *, radius: float = 2.0, std: float = 0.2, labels: bool = False
+    key, n: int, *, radius: float = 2.0, std: float = 0.2, labels: bool = False
 ) -> Points | Labelled:
     """Draw points of eight equal Gaussians on a circle: ``radius (cos, sin)(k pi / 4) + std N(0, I)``, k = 0..7.
 
@@ -45,7 +45,7 @@ def draw_eight_gaussians(
     return (x, mode) if labels else x
 
 
-def draw_checkerboard(key: Array, n: int, *, labels: bool = False) -> Points | Labelled:
+def draw_checkerboard(key, n: int, *, labels: bool = False) -> Points | Labelled:
     """Draw points that are uniform on the cells of a 4x4 board on [-1, 1)^2 whose column and row have an even sum.
 
     The density is 1/2 on these 8 cells and 0 elsewhere; the mean is 0, the variances are 1/3, the covariance is 1/16.
@@ -74,7 +74,7 @@ def draw_checkerboard(key: Array, n: int, *, labels: bool = False) -> Points | L
     return (x, 2 * column + half) if labels else x
 
 
-def draw_two_moons(key: Array, n: int, *, std: float = 0.1, labels: bool = False) -> Points | Labelled:
+def draw_two_moons(key, n: int, *, std: float = 0.1, labels: bool = False) -> Points | Labelled:
     """Draw points of two interleaved half circles with equal probability, plus noise ``std N(0, I)``.
 
     The half circles are ``(cos a, sin a)`` and ``(1 - cos a, 1/2 - sin a)`` with ``a ~ U[0, pi]``, as in scikit-learn's
@@ -105,7 +105,7 @@ def draw_two_moons(key: Array, n: int, *, std: float = 0.1, labels: bool = False
     return (x, is_upper[:, 0].astype(jnp.int32)) if labels else x
 
 
-def _by_point(draw: Callable, key: Array, n: int) -> Points | Labelled:
+def _by_point(draw: Callable, key, n: int) -> Points | Labelled:
     """Draw each point from one key; refuse what is no key."""
     drawn = jax.vmap(lambda point_key: draw(point_key, 1))(as_keys(key, n))
     return jax.tree.map(lambda leaf: leaf[:, 0], drawn)

@@ -42,6 +42,7 @@ def main(settings: Settings, path: Path) -> None:
     trained, students, models = student_stages(settings, data)
     flow = assemble.flow_plan(settings, data)
     every = [*trained, _comparing_stage(settings, data, flow, students, models, [stage.name for stage in trained])]
+    stages.check_stages(every)
     path = workdir.open_workdir(path, settings.config, {stage.name: stage.fields for stage in trained})
     results = stages.run_all(every, path)
     if jax.process_index() == 0:

@@ -291,14 +291,14 @@ def check_contents(contents: Contents) -> None:
         _check_verdict(v, rows)
     for caption, x in contents.grids.items():
         if np.ndim(x) == 4:
-            images.check_images(f"grid {caption!r}", np.asarray(x), ndim=4)
+            images.check_pictures(f"grid {caption!r}", np.asarray(x), ndim=4)
         else:
             figures.check_rows(f"grid {caption!r}", np.asarray(x))
     for caption, x in contents.trajectories.items():
         if np.ndim(x) == 3:
             figures.check_points(f"trajectory {caption!r}", np.asarray(x), "[T, n, 2]")
         else:
-            images.check_images(f"trajectory {caption!r}", np.asarray(x), ndim=5)
+            images.check_pictures(f"trajectory {caption!r}", np.asarray(x), ndim=5)
     for name, curve in contents.curves.items():
         _check_lines(f"curve {name!r}", curve, "(step, loss)")
     for name, gap in (contents.gaps | contents.influence).items():

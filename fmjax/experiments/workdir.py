@@ -205,7 +205,7 @@ def environment() -> dict[str, Any]:
     devices = jax.devices()
     return {
         "versions": {name: _version(name) for name in PACKAGES},
-        "commit": _commit(Path(__file__).parent),
+        "commit": _commit(Path(__file__).parents[1]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
@@ -326,7 +326,7 @@ def _commit(package: Path) -> str | None:
         ["git", "-C", str(package), *args], capture_output=True, text=True, check=True, timeout=10
     ).stdout.strip()
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.resolve().parents[1]:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.resolve().parent:
             return None
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
