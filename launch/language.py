@@ -121,7 +121,7 @@ def _section(doc: str, name: str) -> str:
 
 
 def _exported(file: Path) -> set[str]:
-    """The names that the ``__init__.py`` beside a file exports; of a module at the top, all of its own."""
+    """The names that the ``__init__.py`` beside a file exports; of a module at the top, all functions in it."""
     face = file.parent / "__init__.py"
     if file.resolve().parent == ROOT / "fmjax":
         return {n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef)}

@@ -71,7 +71,7 @@ def test_what_pickle_dumped_is_read_to_the_bit():
     same_kinds(got["kinds"])
 
 
-def test_what_is_written_as_safetensors_is_what_safetensors_wrote_and_is_read_back(tmp_path):
+def test_a_written_file_equals_the_file_of_safetensors_and_is_read_back(tmp_path):
     arrays = weights.read(HERE / "weights.safetensors")
     weights.write(tmp_path / "a.safetensors", arrays, metadata={"format": "pt"})
     again = weights.read(tmp_path / "a.safetensors")
@@ -134,7 +134,7 @@ class Calls:
         (Calls(np.ndarray, (3,)), "numpy.ndarray"),
     ],
 )
-def test_a_file_that_asks_for_anything_else_is_refused_by_name_and_nothing_runs(call, name, tmp_path, monkeypatch):
+def test_a_file_that_names_another_function_is_refused_unexecuted(call, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = archive(tmp_path / "evil.pt", pickle.dumps({"state": [call]}))
     with pytest.raises(ValueError, match=rf"cannot be read as weights: it names {name}, which"):
@@ -269,7 +269,7 @@ def test_every_beginning_of_a_pickle_is_refused(tmp_path):
             weights.read(tmp_path / "a.pkl")
 
 
-def test_extra_names_are_called_as_told(tmp_path):
+def test_extra_names_call_their_replacements(tmp_path):
     file = archive(tmp_path / "more.pt", pickle.dumps({"of": Calls(os.getenv, "HOME")}))
     assert weights.read(file, extra={"os.getenv": lambda *a: a}) == {"of": ("HOME",)}
 

@@ -64,6 +64,19 @@ class Stage(NamedTuple):
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
+def check(stages: Sequence[Stage]) -> None:
+    """Check all stages, before anything is written.
+
+    Args:
+        stages: all stages of the run.
+
+    Raises:
+        ValueError: one line, for anything that a stage would refuse while it works.
+    """
+    for stage in stages:
+        stage.check()
+
+
 def run(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
     """Run the stages in order; a complete one is read. Print a line a stage.
 
@@ -74,11 +87,7 @@ def run(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
     Returns:
         The results by stage.
 
-    Raises:
-        ValueError: a stage's check, before the first one works.
     """
-    for stage in stages:
-        stage.check()
     results: dict[str, Result] = {}
     for i, stage in enumerate(stages, 1):
         with logs.stage(f"[{i}/{len(stages)}] {stage.name}") as tell:
@@ -110,7 +119,6 @@ def run_one(stages: Sequence[Stage], name: str, path: Path) -> Result:
     if name not in by_name:
         near = checks.nearest(name, by_name)
         raise ValueError(f"stage={name!r}: this config has no such stage{near}. It has {', '.join(by_name)}.")
-    by_name[name].check()
     results = read(stages, by_name[name].needs, path)
     return by_name[name].run(results, workdir.begin_stage(path, name, by_name[name].fields, by_name[name].data))
 

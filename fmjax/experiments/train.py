@@ -29,6 +29,7 @@ def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | Non
     """
     data = build.data(settings.common.data)
     every = [pipeline.flow_stage(settings, data)] if stage == "flow" else trained_stages(settings, data)
+    stages.check(every)
     workdir.open_workdir(path, settings.config, {s.name: s.fields for s in every})
     if fork:
         workdir.fork(fork, path, stage)
@@ -42,4 +43,4 @@ def trained_stages(settings: Settings, data: Dataset) -> list[Stage]:
     found = pipeline.training_stages(settings, data, networks.plans(settings, data))
     if settings.straighten is None:
         return found
-    return found + [s for s in reflow.training_stages(settings, data)[0] if s.name != "flow"]
+    return found + [s for s in reflow.student_stages(settings, data)[0] if s.name != "flow"]

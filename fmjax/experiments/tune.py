@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import checks, correction
+from fmjax.checks import refusal
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.samplers import FLOW, Sampler
 from fmjax.experiments.settings import Settings
-from fmjax.experiments.specs import refusal
 from fmjax.keys import as_keys
 from fmjax.metrics import Metric
 from fmjax.sampling import grids
@@ -77,7 +77,7 @@ def main(
     steps, space = solver_steps, search_space(settings, by, solver_steps, alpha or (), beta or ())
     everywhere = Sampler("tuned", "tuned", solver, steps, None, space.steps, by, {"alpha": 1.0, "beta": 0.0})
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
-    models, identity, _ = networks.load(settings, path)
+    models, identity, _ = networks.load_models(settings, path)
     if by not in models.methods:
         raise workdir.WorkdirError(f"workdir={path}: its corrector {by!r} is not trained. Complete launch.pipeline.")
     distance = chosen_metric(comparison.distances(settings, data, data.validation), metric)
@@ -90,11 +90,11 @@ def main(
     tuned = samplers.corrected_samplers({"tuned": entry} if best.at else {}, [plain], [by])
     names = [plain, *tuned]
     drawn = comparison.draw_all(names, models, draws, directory=path / "draws", identity=identity)
-    costs = {sampler.name: drawing.cost(sampler, models) for sampler in names}
+    costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
     metrics = comparison.distances(settings, data, data.test)
     rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
     contents = page(data, choice, distance.name, plain.name, rows, verdicts, drawn, entry)
-    report.write(folder / "report.html", contents)
+    report.write_report(folder / "report.html", contents)
     for sentence in contents.summary:
         print(sentence)
     print(f"corrections.tuned = {entry}" if best.at else "corrections: none")

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from fmjax.experiments import specs
+from fmjax.experiments import places
 from fmjax.storage import checkpoint, files, lock
 
 PACKAGES = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
@@ -131,7 +131,7 @@ def read_config(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
 def refuse_outside(config: Mapping[str, Any], path: str | Path, *, trust: bool) -> None:
     """Refuse a run folder whose config names code outside the package, unless its owner is trusted."""
     if not trust:
-        for field, place in specs.outside_places(config):
+        for field, place in places.outside_places(config):
             raise WorkdirError(
                 f"{field}={place!r}: the config in {path} runs code outside fmjax. Read that code, then give --trust "
                 "(trust=True in Python)."
@@ -187,7 +187,7 @@ def environment() -> dict[str, Any]:
     devices = jax.devices()
     return {
         "versions": {name: _version(name) for name in PACKAGES},
-        "commit": _commit(Path(__file__).parent),
+        "commit": _commit(Path(__file__).parents[1]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
@@ -284,7 +284,7 @@ def _commit(package: Path) -> str | None:
         ["git", "-C", str(package), *args], capture_output=True, text=True, check=True, timeout=10
     ).stdout.strip()
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.resolve().parents[1]:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.resolve().parent:
             return None
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
