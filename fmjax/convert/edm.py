@@ -16,6 +16,7 @@ import flax.linen as nn
 import numpy as np
 
 from fmjax.convert import weights
+from fmjax.convert.pickles import Fixed
 from fmjax.convert.states import StateDict
 from fmjax.nets.song_unet import SongUNet
 from fmjax.nets.unet import UNet, groups_of
@@ -37,7 +38,7 @@ class _Modules(dict):
         self.update(state)
 
 
-class _Dtype(weights._Fixed):
+class _Dtype(Fixed):
     """The type of a numpy number, little-endian; a pickle cannot change it."""
 
     __slots__ = ("kind",)
@@ -64,7 +65,6 @@ def _number(dtype: _Dtype, data: bytes) -> int | float | bool:
 STAND_INS = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "torch.nn.modules.container.ModuleDict": _Modules,
-    "builtins.set": set,
     "numpy.dtype": _Dtype,
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,
