@@ -18,10 +18,9 @@ def get_config() -> ConfigDict:
     c.teacher = config_dict.placeholder(str)  # run folder whose averaged parameters are the target of target='frozen'
     c.fsdp = False  # split parameters, optimiser and average over the devices
 
-    # how often, in steps
-    c.log_every = 25  # a record of the losses
-    c.save_every = 500  # a checkpoint
-    c.sample_every = 1000  # a picture of samples; 0 draws none
+    c.log_every = 25  # steps between records of the losses
+    c.save_every = 500  # steps between checkpoints
+    c.sample_every = 1000  # steps between pictures of samples; 0 draws none
     c.keep = 2  # checkpoints kept
 
     # training of the flow; every other stage has the same fields
@@ -30,19 +29,19 @@ def get_config() -> ConfigDict:
     c.weighting = config_dict.placeholder(str)  # 'adaptive' or 'learned'
     c.coupling = "minibatch_ot"  # how source and data are paired, of fmjax.couplings
     c.batch_size = 128  # examples a step, over all devices
-    c.steps = 4500
+    c.steps = 4500  # of the optimiser
     c.target = "self"  # whose parameters a loss takes as its teacher: 'self', 'ema' or 'frozen'
-    c.learning_rate = 2e-3
+    c.learning_rate = 2e-3  # the peak rate
     c.warmup = 100  # steps until the rate is reached
-    c.schedule = "cosine"  # or 'constant'
+    c.schedule = "cosine"  # of the learning rate after the warm-up, or 'constant'
     c.clip = 1.0  # largest norm of the gradient
     c.beta2 = 0.99  # Adam's decay of the second moment
-    c.weight_decay = 0.0
+    c.weight_decay = 0.0  # of matrices
     c.ema = 0.995  # decay of the averaged parameters, which are the ones that are used
 
     # marginals p_n (from noise) and q_n (from data) on the grid of a solver
     c.solver = "rk4"  # a solver of fmjax.sampling, or 'flow_map'
-    c.solver_steps = 8
+    c.solver_steps = 8  # uniform steps of that solver
     c.backward_map = "reverse"  # how q_n goes back: 'reverse' solves the ODE backwards, 'inverse' inverts each step
 
     c.forward_examples = 1600  # examples of p_n; q_n has the training data

@@ -36,6 +36,7 @@ if typing.TYPE_CHECKING:
         transport,
         types,
     )
+    from fmjax.experiments.run import Run, load
     from fmjax.methods import flow_matching, lagrangian
     from fmjax.sampling import euler, heun, rk4, sample, uniform_grid
     from fmjax.types import Batch, Method
@@ -49,13 +50,14 @@ _NAMES = {
     **dict.fromkeys(("flow_matching", "lagrangian"), "methods"),
     **dict.fromkeys(("sample", "euler", "heun", "rk4", "uniform_grid"), "sampling"),
     **dict.fromkeys(("Batch", "Method"), "types"),
+    **dict.fromkeys(("Run", "load"), "experiments.run"),
 }
 
 __all__ = [
-    "Batch", "Method", "checks", "convert", "correction", "couplings", "data", "euler", "experiments", "flow_matching",
-    "fractions", "heun", "interpolants", "keys", "lagrangian", "methods", "metrics", "nets", "oracles", "paths",
-    "predictions", "rk4", "sample", "sampling", "storage", "straightening", "times", "training", "transport", "types",
-    "uniform_grid",
+    "Batch", "Method", "Run", "checks", "convert", "correction", "couplings", "data", "euler", "experiments",
+    "flow_matching", "fractions", "heun", "interpolants", "keys", "lagrangian", "load", "methods", "metrics",
+    "nets", "oracles", "paths", "predictions", "rk4", "sample", "sampling", "storage", "straightening", "times",
+    "training", "transport", "types", "uniform_grid",
 ]  # fmt: skip
 
 

@@ -15,9 +15,9 @@ def rows(step, s, t):
     z = np.asarray(normal(keys, (1,), jnp.float64))[:, 0]
     x = np.repeat([0.0, 0.0, 1.0], len(s))[:, None]
     moved = jax.jit(step)(x, np.tile(s, 3), np.tile(t, 3), None, jnp.repeat(keys[jnp.array([0, 1, 0])], len(s)))
-    first, second, one = np.asarray(moved).reshape(3, len(s))
+    first, second, unit = np.asarray(moved).reshape(3, len(s))
     c = (second - first) / (z[1] - z[0])
-    return np.stack([one - first, first - c * z[0], c], 1)
+    return np.stack([unit - first, first - c * z[0], c], 1)
 
 
 def moments(step, grids, mean, var):

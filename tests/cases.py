@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -363,18 +364,16 @@ def case_of(name: str, path=None) -> Case:
 
 def assert_same_method(method: Method, other: Method, batch: Batch, keys, params, target) -> None:
     """Equal losses, ``aux`` and gradients on one draw, and equal views; in float64, where equal means to rounding."""
-    evaluate = jax.jit(lambda m, *a: jax.value_and_grad(m.loss, has_aux=True)(*a), static_argnums=0)
     x, t = batch.x1, jnp.linspace(0.1, 0.9, len(batch.x1))
-    views = lambda m: {
-        view: make(params)(x, *((t / 2, t) if view == "flow_map" else (t,)))
-        for view, make in m._asdict().items()
-        if view != "loss" and make is not None
-    }
-    assert any(np.any(g) for g in jax.tree.leaves(evaluate(method, params, target, batch, keys)[1]))
-    for ours, theirs in (
-        (evaluate(method, params, target, batch, keys), evaluate(other, params, target, batch, keys)),
-        (views(method), views(other)),
-    ):
-        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+    def evaluate(m):
+        views = {
+            view: make(params)(x, *((t / 2, t) if view == "flow_map" else (t,)))
+            for view, make in m._asdict().items()
+            if view != "loss" and make is not None
+        }
+        return jax.value_and_grad(m.loss, has_aux=True)(params, target, batch, keys), views
+
+    ours, theirs = jax.jit(lambda: (evaluate(method), evaluate(other)))()
+    assert any(np.any(g) for g in jax.tree.leaves(ours[0][1]))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-12, atol=1e-14)

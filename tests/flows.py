@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import oracles
+from fmjax import oracles, paths
 from fmjax.types import expand, over_batch
 
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "rk38": 4}
@@ -31,7 +31,7 @@ def toy():
 NULL = 2
 
 
-def conditional(means, variances, path=None):
+def conditional(means, variances, path=paths.linear()):
     """The exact velocity given a label; the last law is the one of the null label."""
     means, variances = jnp.asarray(means), jnp.asarray(variances)
 

@@ -15,7 +15,7 @@ POINTS = np.random.default_rng(0).standard_normal((512, 2)).astype(np.float32) *
 
 
 def init(key, x, cond=None):
-    width, d = 16, x.shape[-1]
+    width, d = 16, x[0].size
     hidden = jax.random.normal(key, (d + 1, width)) / d**0.5
     return {"hidden": hidden, "output": {"kernel": jnp.zeros((width, d)), "bias": jnp.zeros(d)}}
 

@@ -99,3 +99,22 @@ def test_fields_of_a_class_are_checked_and_inherited():
     for bad in ({"steps": 0}, {"power": -1.0}):
         with pytest.raises(ValueError, match="=".join(map(str, *bad.items()))):
             Finer(**bad)
+
+
+def test_a_fraction_outside_its_range_is_refused_by_name():
+    checks.check_fraction(diagonal=0.0, warmup=1.0)
+    for value in (-0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match=f"warmup={value}"):
+            checks.check_fraction(diagonal=0.5, warmup=value)
+
+
+def test_an_unknown_choice_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="solver='rk5'.*'rk4'"):
+        checks.check_choice("solver", "rk5", ("euler", "rk4"))
+
+
+@pytest.mark.parametrize("bounds", [(0.0,), (0.0, 0.5, 0.5), (0.5, 0.0), (-0.1, 1.0), (0.0, 1.1)])
+def test_bounds_that_do_not_rise_within_the_unit_interval_are_refused(bounds):
+    with pytest.raises(ValueError, match=re.escape(f"bounds={bounds}")):
+        checks.check_bounds(bounds)
+    assert checks.check_bounds([0.0, 0.25, 1.0]).tolist() == [0.0, 0.25, 1.0]

@@ -16,7 +16,7 @@ from scipy import special
 
 from fmjax import sampling
 from fmjax.convert import edm
-from fmjax.experiments import specs
+from fmjax.experiments import build
 from fmjax.nets import preconditioning, song_unet, unet
 from fmjax.nets.adapters import from_linen
 
@@ -179,8 +179,9 @@ def test_all_of_a_state_dict_has_its_place_with_and_without_a_prefix(sizes):
     filters = sum(a.size for name, a in state.items() if "resample_filter" in name)
     count = sum(a.size for a in jax.tree.leaves(params))
     assert count - jump - (null or 0) == sum(a.size for a in state.values()) - filters
-    model = specs.net(spec)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1, int))
+    model = build.net(spec)
+    labels = jnp.zeros(1, int) if sizes.get("labels") else None
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), labels)
     assert jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, params)
 
 
@@ -223,24 +224,24 @@ def test_a_learned_variance_is_dropped_with_iddpm_and_refused_without():
     params, spec = edm.network(state, preconditioning={"name": "iddpm", "steps": 500})
     np.testing.assert_array_equal(params["output"]["bias"], state["dec.8x8_aux_conv.bias"][:3])
     assert spec["preconditioning"] == {"name": "iddpm", "steps": 500}
-    with pytest.raises(ValueError, match=r"\['output'\]\['bias'\] has shape \(6,\) here and \(3,\)"):
+    with pytest.raises(ValueError, match=r"\['output'\]\['bias'\] has shape \(6,\), and \(3,\)"):
         edm.network(state)
 
 
 @pytest.mark.parametrize(
     ("sizes", "change", "message"),
     [
-        (TINY, lambda s: s.pop("dec.8x8_up.norm0.bias"), "EDM's U-Nets: it has no 'dec.8x8_up.norm0.bias'"),
-        (TINY, lambda s: s.clear(), r"it has no 'enc.32x32_conv.weight' \(nothing left\)"),
+        (TINY, lambda s: s.pop("dec.8x8_up.norm0.bias"), "state: 'dec.8x8_up.norm0.bias' is missing"),
+        (TINY, lambda s: s.clear(), r"state: 'enc.32x32_conv.weight' is missing \(nothing left\)"),
         (TINY, lambda s: s.update({"enc.4x4_aux_skip.weight": np.zeros((8, 3, 1, 1))}),
-         r"more than EDM's U-Nets: enc.4x4_aux_skip.weight has no place in SongUNet\(channels=8, multipliers=\(1, 2\)"),
+         r"state: enc.4x4_aux_skip.weight has no place in SongUNet\(channels=8, multipliers=\(1, 2\)"),
         (ADM, lambda s: s.update({"map_augment.weight": np.zeros((32, 9))}), "map_augment.weight has no place in"),
         (TINY, lambda s: s.update({"enc.4x4_down.skip.resample_filter": np.ones((1, 1, 2, 2))}),
-         r"is not the one of whole weights \(1, 1\)"),
-        (TINY, lambda s: s.update({"map_layer0.weight": np.zeros((32, 12))}), "the noise multiplier of .* is 12/8"),
+         r"a resampling filter differs from .* \(1, 1\)"),
+        (TINY, lambda s: s.update({"map_layer0.weight": np.zeros((32, 12))}), "state: the noise multiplier is 12/8"),
         (TINY, lambda s: s.update({"map_layer1.bias": np.zeros(5)}),
-         r"\['mix'\]\['bias'\] has shape \(5,\) here and \(32"),
-        ({**ADM, "channels": 48, "mult": (1, 1)}, lambda s: None, "is no ADM with .* 48 channels in groups"),
+         r"\['mix'\]\['bias'\] has shape \(5,\), and \(32"),
+        ({**ADM, "channels": 48, "mult": (1, 1)}, lambda s: None, "state: an ADM .* 48 channels in groups"),
     ],
 )  # fmt: skip
 def test_what_is_no_such_network_is_refused_by_name(sizes, change, message):

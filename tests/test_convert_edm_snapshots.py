@@ -171,8 +171,8 @@ def test_a_snapshot_tells_its_preconditioning(kind, given, want, tmp_path):
     assert how == want
     name = how.pop("name")
     default = getattr(preconditioning, name)()
-    made = specs.call(getattr(preconditioning, name), how)
-    assert (made.sigma_min, made.sigma_max) == (default.sigma_min, default.sigma_max)
+    built = specs.call(getattr(preconditioning, name), how, field="preconditioning")
+    assert (built.sigma_min, built.sigma_max) == (default.sigma_min, default.sigma_max)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_snapshot_tells_its_preconditioning(kind, given, want, tmp_path):
 def test_a_snapshot_that_asks_for_anything_else_is_refused_by_name_and_nothing_runs(call, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.pkl").write_bytes(snapshot({"w": np.zeros(1)}, evil=call))
-    with pytest.raises(ValueError, match=f"a.pkl cannot be read as weights: it asks for {name}, which is not among"):
+    with pytest.raises(ValueError, match=f"a.pkl cannot be read as weights: it names {name}, which does not rebuild"):
         edm.read("a.pkl")
     assert os.listdir() == ["a.pkl"]
 
@@ -199,14 +199,14 @@ def test_a_snapshot_that_asks_for_anything_else_is_refused_by_name_and_nothing_r
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (pickle.dumps({"net": 1}), "it holds no ema"),
-        (pickle.dumps([1]), "it holds no ema"),
-        (pickle.dumps({"ema": {"class": "Generator"}}), "an ema of class 'Generator', and known are EDMPrecond"),
+        (pickle.dumps({"net": 1}), "not a snapshot of EDM, it holds no ema"),
+        (pickle.dumps([1]), "not a snapshot of EDM, it holds no ema"),
+        (pickle.dumps({"ema": {"class": "Generator"}}), "an ema of class 'Generator'. Known are EDMPrecond"),
         (pickle.dumps({"ema": {"class": "EDMPrecond"}}), "its network lacks '_parameters'"),
-        (pickle.dumps({"ema": {"class": "EDMPrecond", "_parameters": 3}}), "no snapshot of EDM"),
+        (pickle.dumps({"ema": {"class": "EDMPrecond", "_parameters": 3}}), "not a snapshot of EDM"),
         (b"\x80\x02ctorch_utils.persistence\n_reconstruct_persistent_obj\n}\x85R.", "cannot be read as weights"),
         (b"\x80\x02ctorch_utils.persistence\n_reconstruct_persistent_obj\nN\x85R.", "cannot be read as weights"),
-        (b"\x80\x02cnumpy\ndtype\n" + text("O8") + b"\x85R.", "a number of numpy's type 'O8'"),
+        (b"\x80\x02cnumpy\ndtype\n" + text("O8") + b"\x85R.", "a numpy number of type 'O8'"),
         (b"\x80\x02cnumpy\ndtype\n" + text("f8") + b"\x85R(K\x03" + text(">") + b"tb.", "big-endian"),
         (b"\x80\x02ctorch.nn.modules.container\nModuleDict\n)\x81}(" + text("a") + b"h\x00ub.", "cannot be read"),
         (b"\x80\x02ctorch.nn.modules.container\nModuleDict\nN}" + text("update") + b"Ns\x86b.", "cannot be read"),

@@ -176,15 +176,16 @@ def test_a_prefix_of_data_parallel_training_is_dropped(recorded):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("middle_block.0.in_layers.2.bias"), "has no 'middle_block.0.in_layers.2.bias'"),
-        (lambda s: s.clear(), r"not a state dict of torchcfm's U-Net: it has no 'time_embed.0.weight' \(nothing"),
-        (lambda s: s.update({"ema.decay": 0.9}), "more than torchcfm's U-Net: ema.decay has no place"),
+        (lambda s: s.pop("middle_block.0.in_layers.2.bias"), "state: 'middle_block.0.in_layers.2.bias' is missing"),
+        (lambda s: s.clear(), r"state: 'time_embed.0.weight' is missing \(nothing left"),
+        (lambda s: s.update({"ema.decay": 0.9}), "state: ema.decay has no place"),
         (lambda s: s.update({"out.2.bias": np.zeros(5)}),
-         r"\['output'\]\['bias'\] has shape \(5,\) here and \(3,\)"),
-        (lambda s: [s.pop(n) for n in [*s] if ".conv." in n or ".op." in n], "it has no 'input_blocks.3.0.in_layers"),
+         r"\['output'\]\['bias'\] has shape \(5,\), and \(3,\)"),
+        (lambda s: [s.pop(n) for n in [*s] if ".conv." in n or ".op." in n],
+         "state: 'input_blocks.3.0.in_layers.* is missing"),
         (lambda s: [s.pop(n) for n in [*s] if n[:15] == "output_blocks.2"],
          r"has no place in UNet\(channels=32, multipliers=\(2,\)"),
-        (lambda s: s.update({"time_embed.0.weight": np.zeros((96, 24))}), "a channel multiplier of .* is 32/24"),
+        (lambda s: s.update({"time_embed.0.weight": np.zeros((96, 24))}), "state: a channel multiplier is 32/24"),
     ],
 )  # fmt: skip
 def test_what_is_no_such_network_is_refused_by_name(change, message, recorded):

@@ -1,4 +1,4 @@
-"""Corrections against closed forms: Gaussian laws, Tweedie's formula, W2 in one dimension, the ULA's stationary law."""
+"""Corrections against closed forms: Gaussians, Tweedie's formula, W2 on the line, the ULA's stationary variance."""
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ def gaussian_direction(b, sigma, mean=0.0):
     return lambda x, t, cond=None: -(sigma**2) * (x - mean) / (b**2 + sigma**2)
 
 
-def assert_std(x, want):
+def assert_std(x, expected):
     """A z-test of the second moment of centred Gaussian samples: relative standard error sqrt(2 / n)."""
     x = np.asarray(x, np.float64).ravel()
-    assert abs((x**2).mean() / want**2 - 1) < 4.5 * (2 / x.size) ** 0.5
+    assert abs((x**2).mean() / expected**2 - 1) < 4.5 * (2 / x.size) ** 0.5
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.5])
@@ -38,8 +38,8 @@ def test_a_corrected_gaussian_has_the_closed_form_std(alpha, beta, a, b, sigma, 
     assert_std(info["noised"], np.sqrt(a**2 + beta**2))
     np.testing.assert_allclose(info["moved"], np.abs(y - info["noised"])[:, 0], atol=1e-6)
     ratio = (1 + beta**2 / a**2) * (1 - alpha * sigma**2 / (b**2 + sigma**2)) ** 2
-    told = float(correction.dispersion_ratio(x, y))
-    assert told == pytest.approx(ratio, rel=1e-4 if beta == 0 else 4.5 * (4 / N) ** 0.5)
+    measured = float(correction.dispersion_ratio(x, y))
+    assert measured == pytest.approx(ratio, rel=1e-4 if beta == 0 else 4.5 * (4 / N) ** 0.5)
 
 
 def linear_part(fix, key, x, t=0.5):
@@ -65,7 +65,7 @@ def test_the_langevin_preset_leaves_a_gaussian_fixed_to_leading_order(x64, key):
 
 
 @pytest.mark.parametrize(("name", "alpha"), [("tweedie", 1.0), ("w2", 0.5)])
-def test_presets_without_noise_contract_a_perfect_model_and_the_library_reports_it(name, alpha, x64, key):
+def test_presets_without_noise_contract_a_perfect_model(name, alpha, x64, key):
     """The summed variance over coordinates, each of which contracts by its own ``1 - alpha s^2 / (b^2 + s^2)``."""
     b, sigma = jnp.array([0.5, 2.0]), 0.6
     q = b * normal(as_keys(key, 1000), (2,), jnp.float64)
@@ -94,7 +94,7 @@ def test_presets_by_name():
         correctors.preset("langevin", 0.0)
 
 
-def test_the_langevin_preset_is_a_step_towards_q_and_other_sizes_rest_at_a_tempered_law(x64, key):
+def test_the_langevin_preset_steps_towards_q_other_sizes_temper_it(x64, key):
     """``KL(p|q)`` falls by ``a I(p|q)``, ``a = sigma^2 / 2``, as after ``langevin(step=a)``, but for ``O(a^2)``.
 
     At ``alpha`` and ``beta`` of other sizes the step rests at the variance of ``q^(2 alpha sigma^2 / beta^2)``.
@@ -161,7 +161,7 @@ def test_half_of_tweedies_step_is_the_one_that_matches_in_w2(x64, key):
     fisher = np.trapezoid(score**2 * pdf(grid), grid)
     left = {}
     for sigma in (0.1, 0.05):
-        quantile = np.interp(cdf(grid, sigma), cdf(fine), fine)  # of q, at the level of the smoothed law
+        quantile = np.interp(cdf(grid, sigma), cdf(fine), fine)  # of q, at the level of the smoothed distribution
         for alpha in (0.0, 0.5, 1.0):
             fix = correctors.marginal_matching(smoothed(sigma)[1], alpha=alpha)
             y = np.asarray(fix(None, jnp.asarray(grid[:, None]), 1.0)[0])[:, 0]
@@ -259,8 +259,8 @@ def test_alpha_and_beta_may_depend_on_the_time_of_each_example(x64, key):
     fix = correctors.marginal_matching(direction, alpha=lambda t: t**2, beta=lambda t: 1 - t)
     keys, x, t = as_keys(key, 3), jnp.arange(6.0).reshape(3, 2), jnp.array([0.0, 0.5, 1.0])
     z = normal(keys, (2,), jnp.float64)
-    want = x + jnp.array([[1.0], [0.5], [0.0]]) * z + jnp.array([[0.0], [1.25], [10.0]])
-    np.testing.assert_allclose(fix(keys, x, t)[0], want, rtol=1e-14)
+    expected = x + jnp.array([[1.0], [0.5], [0.0]]) * z + jnp.array([[0.0], [1.25], [10.0]])
+    np.testing.assert_allclose(fix(keys, x, t)[0], expected, rtol=1e-14)
 
 
 def test_without_noise_no_key_is_touched(key):
@@ -294,7 +294,7 @@ def scaled(eps, s=0.5):
 
 
 @pytest.mark.parametrize("eps", [0.2, -0.2])
-def test_a_scaling_error_shows_in_the_marginals_and_a_score_step_mends_only_dispersion(eps, x64, key):
+def test_a_score_step_mends_only_the_dispersion_of_a_scaling_error(eps, x64, key):
     """G1: std of ``p_t`` is ``sqrt(V_t) e^{eps t}``, of ``q_t`` ``sqrt(V_t) e^{-eps (1 - t)}``; one step after."""
     s, sigma = 0.5, 0.3
     ts = grids.uniform_grid(50)
@@ -303,8 +303,8 @@ def test_a_scaling_error_shows_in_the_marginals_and_a_score_step_mends_only_disp
     forward, _ = sampling.integrate(scaled(eps), x, ts)
     np.testing.assert_allclose(forward / x, (std * np.exp(eps * ts))[:, None, None] * np.ones((1, 2, 1)), rtol=2e-6)
     back, _ = sampling.integrate(scaled(eps), x, ts[::-1])
-    want = std / s * np.exp(-eps * (1 - ts))
-    np.testing.assert_allclose(back[::-1] / x, want[:, None, None] * np.ones((1, 2, 1)), rtol=2e-6)
+    expected = std / s * np.exp(-eps * (1 - ts))
+    np.testing.assert_allclose(back[::-1] / x, expected[:, None, None] * np.ones((1, 2, 1)), rtol=2e-6)
 
     @jax.jit
     def corrected(alpha):
@@ -333,5 +333,5 @@ def test_a_shift_error_moves_the_means_as_in_the_closed_form(x64):
     forward, _ = sampling.integrate(velocity, start, ts)
     np.testing.assert_allclose(forward[:, 0, 0], shift * root(ts.astype(float)) * until, atol=2e-6)
     back, _ = sampling.integrate(velocity, start, ts[::-1])
-    want = -shift * root(ts.astype(float)) * (until[-1] - until)
-    np.testing.assert_allclose(back[::-1, 0, 0], want, atol=2e-6)
+    expected = -shift * root(ts.astype(float)) * (until[-1] - until)
+    np.testing.assert_allclose(back[::-1, 0, 0], expected, atol=2e-6)

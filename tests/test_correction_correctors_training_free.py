@@ -1,4 +1,4 @@
-"""Correctors that no one trains, against closed forms: Metropolis's law, restart's contraction, kernel densities."""
+"""Training-free correctors against closed forms: Metropolis's stationarity, restart's contraction, kernel densities."""
 
 import functools
 
@@ -17,7 +17,7 @@ from fmjax.training import sharding
 from fmjax.types import Costed, stated
 
 N = 40_000
-V, H = 1.7, 1.2  # the published case of a Langevin step too long for its law: unadjusted it ends at a variance of 2.6
+V, H = 1.7, 1.2  # the published case of a Langevin step that is too long: unadjusted it ends at a variance of 2.6
 
 
 def gauss(scale=1.0, var=V):
@@ -33,7 +33,7 @@ def assert_moments(x, mean, var):
 
 
 @pytest.mark.parametrize("snr", [0.16, lambda t: 0.1 + t])
-def test_the_signal_to_noise_ratio_is_that_of_push_and_noise_example_by_example(snr, x64, key):
+def test_snr_is_the_ratio_of_push_and_noise_of_each_example(snr, x64, key):
     """From ``x' - x = h S + sqrt(2h) z``, solved for its two coefficients: ``|h S| / |sqrt(2h) z| = snr``."""
     scale = jnp.array([1.0, 1e-2, 1e4])[:, None, None]  # no example's score may set another's step
     score = lambda x, t, cond=None: -scale[: len(x)] * x
@@ -57,7 +57,7 @@ def acceptance(h, var):
     return np.exp(np.minimum(flow, flow.T)).sum() * (x[1] - x[0]) ** 2
 
 
-def test_metropolis_keeps_the_law_that_langevin_leaves(key):
+def test_metropolis_keeps_the_distribution_that_langevin_leaves(key):
     """Variance 1.7 after three long steps, accepted at the published .87; unadjusted they reach the closed form."""
     keys, x = as_keys(key, N), V**0.5 * normal(as_keys(jax.random.key(1), N), (1,))
     y, info = jax.jit(correctors.mala(*gauss(), step=H, steps=3))(keys, x, 0.5)
@@ -119,7 +119,7 @@ def variances(path, t, var):
 
 @pytest.mark.parametrize(("name", "loops"), [("linear", 1), ("linear", 3), ("trigonometric", 1), ("vp", 1), ("ve", 2)])
 def test_restart_keeps_the_law_and_contracts_as_in_the_closed_form(name, loops, x64, key):
-    """One jump of the exact map: the law at ``t`` stays, and two chains of the same noise approach by ``c sqrt(C/C)``.
+    """One jump of the exact map: the marginal at ``t`` stays; two chains of the same noise approach by ``c sqrt(C/C)``.
 
     .482 a loop for a variance of .6 from .8 back to .4 on the linear path; ``sqrt((V + low^2) / (V + high^2))`` on VE.
     """
@@ -146,9 +146,9 @@ def test_restart_by_ode_steps_goes_to_restart_by_the_exact_map(x64, key):
     oracle = oracles.gaussian(jnp.array([0.5, -1.0]), jnp.array([0.3, 1.2]))
     keys, x, t = as_keys(key, 3), jax.random.normal(key, (3, 2), jnp.float64), jnp.array([0.5, 0.9, 1.0])
     run = lambda step, n: jax.jit(correctors.restart(step, to=lambda t: t / 2, steps=n, loops=2))(keys, x, t)[0]
-    want = run(oracle.flow_map, 1)
-    np.testing.assert_allclose(run(oracle.flow_map, 7), want, rtol=1e-12)  # a map composes
-    errors = [np.abs(run(sampling.rk4(oracle.velocity), n) - want).max() for n in (20, 40, 80)]
+    expected = run(oracle.flow_map, 1)
+    np.testing.assert_allclose(run(oracle.flow_map, 7), expected, rtol=1e-12)  # a map composes
+    errors = [np.abs(run(sampling.rk4(oracle.velocity), n) - expected).max() for n in (20, 40, 80)]
     assert np.log2(np.array(errors[:-1]) / errors[1:]) == pytest.approx(4, abs=0.4)
 
 
@@ -166,7 +166,7 @@ def test_restart_keeps_a_mixture(key):
     assert np.corrcoef(x[:, 0], y[:, 0])[0, 1] < 0.5  # and it was no identity
 
 
-def test_restart_from_the_start_draws_anew_and_times_that_cannot_are_refused(key):
+def test_restart_from_the_start_draws_again_and_checks_times(key):
     oracle = oracles.gaussian(1.0, 0.5)
     x, keys, ts = jnp.full((4, 1), 7.0), as_keys(key, 4), grids.uniform_grid(4)
     fresh = correctors.restart(oracle.flow_map, to=0.0)
@@ -181,7 +181,7 @@ def test_restart_from_the_start_draws_anew_and_times_that_cannot_are_refused(key
         run(correctors.restart(oracle.flow_map, to=0.5), range(1, 5))
     with pytest.raises(ValueError, match="to=-0.1: restart at t=0.5"):
         run(correctors.restart(oracle.flow_map, to=lambda t: t - 0.6), (2,))
-    with pytest.raises(ValueError, match="t=0.75 is not among these 2 times"):
+    with pytest.raises(ValueError, match="t=0.75: not among these 2 times"):
         run(correctors.restart(oracle.flow_map, to=grids.per_step([0.5, 1.0], [0.1, 0.9])), (2, 3))
     y, _ = jax.jit(correctors.restart(oracle.flow_map, to=0.5))(keys, x, jnp.array([0.4, 0.5, 0.6, 1.0]))
     np.testing.assert_array_equal(np.isnan(y[:, 0]), [True, True, False, False])
@@ -204,19 +204,19 @@ def banks(key, shape, m=40, n=50, steps=3, dtype=jnp.float64):
 
 @pytest.mark.parametrize("shape", [(2,), (3, 2, 1)])
 @pytest.mark.parametrize("bandwidth", [0.4, lambda t: 0.3 + t])
-def test_the_kernel_drift_is_the_difference_of_the_scores_of_kernel_densities(shape, bandwidth, x64, key):
-    """``h^2 (grad log q_h - grad log p_h)`` by autodiff, every example at a time of its own, in any order."""
+def test_the_kernel_drift_is_a_difference_of_scores_of_densities(shape, bandwidth, x64, key):
+    """``h^2 (grad log q_h - grad log p_h)`` by autodiff, every example at another time, in any order."""
     (p, q), ts = banks(key, shape), [0.0, 0.5, 1.0]
     x, step = jax.random.normal(jax.random.key(1), (5, *shape), jnp.float64), [2, 0, 1, 2, 0]
     t = jnp.asarray(ts)[jnp.asarray(step)]
-    got = jax.jit(correction.kernel_drift(p, q, ts=ts, bandwidth=bandwidth))(x, t)
+    actual = jax.jit(correction.kernel_drift(p, q, ts=ts, bandwidth=bandwidth))(x, t)
     for i, n in enumerate(step):
         h = bandwidth(t[i]) if callable(bandwidth) else bandwidth
         log_kde = lambda x, bank: jax.nn.logsumexp(
             -((x - bank) ** 2).reshape(len(bank), -1).sum(1) / (2 * h**2)  # noqa: B023
         )
-        want = h**2 * (jax.grad(log_kde)(x[i], q[:, n]) - jax.grad(log_kde)(x[i], p[:, n]))
-        np.testing.assert_allclose(got[i], want, rtol=1e-9, atol=1e-12)
+        expected = h**2 * (jax.grad(log_kde)(x[i], q[:, n]) - jax.grad(log_kde)(x[i], p[:, n]))
+        np.testing.assert_allclose(actual[i], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_equal_banks_do_not_drift_and_far_points_stay_finite(key):
@@ -243,8 +243,8 @@ def test_the_mean_of_a_shifted_gaussian_moves_by_its_share_of_the_gap(key):
         x = var**0.5 * jax.random.normal(kx, (500, 1))
         moved.append(float((fixed(p, q.at[:, 1].add(gap), x, k) - x).mean()))
     moved = np.array(moved)
-    want = a * h**2 / (var + h**2) * gap
-    assert abs(moved.mean() - want) < 4.5 * moved.std(ddof=1) / 32**0.5 < 0.05 * want
+    expected = a * h**2 / (var + h**2) * gap
+    assert abs(moved.mean() - expected) < 4.5 * moved.std(ddof=1) / 32**0.5 < 0.05 * expected
 
 
 def test_banks_are_arguments_and_bad_ones_are_refused(key):
@@ -258,7 +258,7 @@ def test_banks_are_arguments_and_bad_ones_are_refused(key):
 
     assert max((np.size(c) for c in jax.make_jaxpr(run)(p, q, x).consts), default=0) < 20
     assert np.isfinite(jax.jit(run)(p, q, x)).all()
-    with pytest.raises(ValueError, match="t=0.25 is not among these 3 times, whose nearest is"):
+    with pytest.raises(ValueError, match="t=0.25: not among these 3 times"):
         jax.jit(functools.partial(run, at=(0, 1)))(p, q, x)
     assert np.isnan(jax.jit(direction(p, q))(x, 0.25)).all()
     for bad in ((p[:, :2], q), (p, q[:, :2]), (p[..., :1], q)):
@@ -297,7 +297,7 @@ def test_a_correction_is_the_examples_own(name, key):
     fix, *_ = everything()[name]
     keys, x = as_keys(key, 16), jax.random.normal(jax.random.key(1), (16, 2))
     whole, info = jax.jit(fix)(keys, x, 0.75)
-    close = lambda got, want: np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+    close = lambda actual, expected: np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
     close(jax.jit(fix)(keys[3:5], x[3:5], 0.75)[0], whole[3:5])
     mesh = sharding.make_mesh()
     assert mesh.size == 8
@@ -363,7 +363,9 @@ def test_a_corrector_checks_the_times_of_all_its_parts():
     half = grids.per_step([0.5], [0.1])
     score, density = gauss()
     late = correction.score_of(lambda x, t, cond=None: x)
-    drift = correction.kernel_drift(*banks(jax.random.key(0), (2,), steps=1), ts=[0.5], bandwidth=1.0)
+    drift = correction.kernel_drift(
+        *banks(jax.random.key(0), (2,), steps=1, dtype=jnp.float32), ts=[0.5], bandwidth=1.0
+    )
     for fix in (
         correctors.marginal_matching(late, alpha=0.1), correctors.langevin(late, step=0.1),
         correctors.mala(late, density, step=0.1), correctors.marginal_matching(score, alpha=half),

@@ -22,7 +22,7 @@ def whole(tmp_path_factory):
     return build(tmp_path_factory.mktemp("whole"))
 
 
-def test_ends_are_exact_and_the_distance_between_is_the_straightness_defect(whole, tmp_path):
+def test_ends_are_exact_and_the_defect_is_the_distance_between(whole, tmp_path):
     """From both ends stored, and from the start beside the data; on disk and in memory."""
     build(tmp_path / "ends", steps=(0, 4))
     build(tmp_path / "start", steps=(0,))

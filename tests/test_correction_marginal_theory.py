@@ -1,7 +1,7 @@
 """What the theory of marginal matching says, checked on flows whose error is known exactly.
 
 The toy is eight modes (radius 2, std 0.2) and ``e = eps [0.6 x + 0.5 (-x2, x1) + 0.5 (sin 2 x2, cos 2 x1)]``. Integrals
-over the plane are sums over a grid: exact to about 1e-6 at ``t = 1``, where every law is smooth on the scale of the
+over the plane are sums over a grid: exact to about 1e-6 at ``t = 1``, where every density is smooth on the scale of the
 grid's spacing. Published figures are Monte Carlo of one random state; they are compared within four standard errors of
 20,000 samples, whose variance is integrated too.
 """
@@ -76,8 +76,8 @@ def corrected(coefficients, alphas, corrector):
 CLASSIFIER = (0.0, -1e-3, 1e-3, 0.03, 0.1)
 
 
-def close(found, published, variance):
-    return abs(found - published) < 4 * (variance / MONTE_CARLO) ** 0.5
+def close(result, published, variance):
+    return abs(result - published) < 4 * (variance / MONTE_CARLO) ** 0.5
 
 
 @pytest.mark.slow
@@ -88,15 +88,15 @@ def test_every_f_divergence_is_the_same_at_all_times():
     """
     x, cell = plane(200)
     densities = jax.jit(lambda x, t: (flow(MIXED).log_p(x, t), flow(MIXED).log_q(x, t)))
-    found = []
+    result = []
     for t in (0.0, 0.5, 1.0):
         log_p, log_q = (np.asarray(v, np.float64) for v in densities(x, t))
         p, q, logit = np.exp(log_p), np.exp(log_q), log_q - log_p
         np.testing.assert_allclose([total(p, cell), total(q, cell)], 1, atol=1e-3)
         cross_entropy = q * np.logaddexp(0, -logit) + p * np.logaddexp(0, logit)
-        found.append([total(v, cell) for v in (-p * logit, q * logit, cross_entropy / 2)])
-    np.testing.assert_allclose(found, [found[-1]] * 3, atol=1e-3)
-    assert corrected(MIXED, CLASSIFIER, "classifier")[0][0.0] == pytest.approx(found[-1][0], abs=1e-5)
+        result.append([total(v, cell) for v in (-p * logit, q * logit, cross_entropy / 2)])
+    np.testing.assert_allclose(result, [result[-1]] * 3, atol=1e-3)
+    assert corrected(MIXED, CLASSIFIER, "classifier")[0][0.0] == pytest.approx(result[-1][0], abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,8 @@ def built(tmp_path_factory):
     The inverse converges where ``Lip(Phi_n - id) < 1``: between two modes the flow grows at a rate of 100.
     """
     ts, m, steps = grids.uniform_grid(120), flow(MIXED), (0, 30, 60, 90, 120)
-    how = {"flow": "toy", "batch": 2048, "shard_size": 2048, "steps": steps}
-    make = functools.partial(correction.build_marginals, lambda params: m.velocity, {}, ts, **how)
+    settings = {"flow": "toy", "batch": 2048, "shard_size": 2048, "steps": steps}
+    make = functools.partial(correction.build_marginals, lambda params: m.velocity, {}, ts, **settings)
     forward, backward = (tmp_path_factory.mktemp(name) for name in "pq")
     make(directory=forward, direction="forward", count=2048, shape=(2,))
     data = np.asarray(RING.sample(jax.random.key(1), 2048))
@@ -115,7 +115,7 @@ def built(tmp_path_factory):
     return correction.read_marginals(forward), correction.read_marginals(backward)
 
 
-def test_the_best_classifier_has_the_same_loss_at_every_step_of_built_marginals(built):
+def test_the_best_classifier_has_one_loss_at_all_built_steps(built):
     """The logit is constant along trajectories, so that even these finite samples have one loss and one AUC."""
     p, q = built
     logit = jax.jit(flow(MIXED).logit)
@@ -141,11 +141,11 @@ def test_the_gradient_of_the_logit_is_pulled_back_by_the_flow(x64, key):
         end, pull = jax.vjp(carry, x)
         return push(x, t), pull(push(end, 1.0))[0]
 
-    here, pulled = both(x)
-    assert jnp.abs(here - pulled).max() < 1e-6 * jnp.abs(here).max()
+    local_gradient, pulled = both(x)
+    assert jnp.abs(local_gradient - pulled).max() < 1e-6 * jnp.abs(local_gradient).max()
 
 
-def test_the_classifier_step_descends_the_kl_with_the_relative_fisher_information():
+def test_the_classifier_step_descends_the_kl_at_the_fisher_rate():
     """``d KL / d alpha = -I(p|q)`` at 0; the published slope is -5.16 (0.02)."""
     kl, variance, fisher = corrected(MIXED, CLASSIFIER, "classifier")
     assert close(kl[0.0], 0.0872, variance[0.0])
@@ -165,10 +165,10 @@ def test_the_classifier_step_descends_the_kl_with_the_relative_fisher_informatio
     ],
 )
 def test_the_deterministic_score_step_helps_an_over_dispersed_flow_only(eps, published):
-    found, variance, _ = corrected((eps, 0.0, 0.0), tuple(published), "score")
-    for alpha, kl in found.items():
+    result, variance, _ = corrected((eps, 0.0, 0.0), tuple(published), "score")
+    for alpha, kl in result.items():
         assert close(kl, published[alpha], variance[alpha]) or kl == pytest.approx(published[alpha], abs=1e-6)
-    rises = np.diff(list(found.values())) > 0
+    rises = np.diff(list(result.values())) > 0
     assert list(rises) == ([False, True, True] if eps > 0 else [True] * len(rises))
 
 
@@ -244,7 +244,7 @@ def growth(t):
 
 
 def test_the_recursion_and_the_transported_coupling_bound_the_distance(key):
-    """On empirical laws both hold without slack; the first is vacuous over the whole flow, the second is not.
+    """On empirical distributions both hold without slack; the first is vacuous over the whole flow, the second is not.
 
     ``D+ <= Lip(T) D- + chi`` for the score step at the end, ``D_{n+1} <= Lambda_n D_n``, and for a classifier step at
     t = 0.75, the last, ``D_N^2 <= E |F(x) - F(y)|^2`` over the optimal coupling there.

@@ -203,7 +203,7 @@ def test_a_labelled_build_resumes_and_processes_write_the_same_files(reference, 
 
     with pytest.raises(KeyboardInterrupt):
         labelled(tmp_path / "killed", progress=kill)
-    assert len(shards.load(tmp_path / "killed").shards) == 1
+    assert len(shards.read_manifest(tmp_path / "killed").shards) == 1
     labelled(tmp_path / "killed")
     assert {k: v for k, v in contents(tmp_path / "killed").items() if not k.endswith("tmp")} == contents(reference)
     torn = tmp_path / "killed" / "shard-00001-of-00003.array_record"
@@ -237,10 +237,10 @@ def test_a_set_without_conditions_is_stored_as_before(tmp_path):
     """The manifest has the fields of format 1 and no others; a shard has one record per example."""
     small(tmp_path)
     fields = json.loads((tmp_path / "manifest.json").read_text())
-    assert list(fields) == [
+    assert set(fields) == {
         "version", "direction", "flow", "solver", "backward_map", "ts", "steps", "dtype", "shape", "count", "seed",
         "data", "shard_size", "shards",
-    ]  # fmt: skip
+    }  # fmt: skip
     m = correction.read_marginals(tmp_path)
     assert m.cond is None and correction.marginal_batches(m, batch_size=4, seed=0)(0).cond is None
     assert shards.size(m.manifest, shards.ranges(m.manifest)) < shards.size(

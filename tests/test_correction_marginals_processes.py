@@ -49,9 +49,9 @@ def test_processes_in_any_order_make_the_files_of_one(alone, tmp_path, order):
         seen.append(i)
     assert contents(tmp_path) == contents(alone)
     assert sum(total for _, total in sizes.values()) == 90 and all(done == total for done, total in sizes.values())
-    found = correction.read_marginals(tmp_path)
-    np.testing.assert_array_equal(found.x, correction.read_marginals(alone).x)
-    assert m == found.manifest
+    result = correction.read_marginals(tmp_path)
+    np.testing.assert_array_equal(result.x, correction.read_marginals(alone).x)
+    assert m == result.manifest
 
 
 def test_a_complete_share_solves_nothing_and_others_are_left_alone(tmp_path):
@@ -83,12 +83,12 @@ def write_part(folder, i, count, x=X):
     shards.write_manifest(folder, M, good, process_index=i, process_count=count)
     for name, (start, stop) in names.items():
         if name not in good:
-            good[name] = shards.write_shard(folder, name, (one.tobytes() for one in x[start:stop]))
+            good[name] = shards.write_shard(folder, name, (example.tobytes() for example in x[start:stop]))
             shards.write_manifest(folder, M, good, process_index=i, process_count=count)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_kill_at_every_file_operation_of_a_process_loses_its_unfinished_shard_only(tmp_path, monkeypatch, when):
+def test_a_kill_at_any_file_operation_loses_one_unfinished_shard(tmp_path, monkeypatch, when):
     """The other process ends unharmed; the same or another number of processes goes on to the same set."""
     for at in range(1, 100):
         folder = tmp_path / str(at)
@@ -111,7 +111,7 @@ def test_a_kill_at_every_file_operation_of_a_process_loses_its_unfinished_shard_
     assert at > 20
 
 
-def test_a_shard_that_another_process_built_again_is_the_one_whose_bytes_are_there(tmp_path):
+def test_a_shard_that_was_built_twice_is_the_one_on_disk(tmp_path):
     """Other numbers for it, as of another machine: two manifests name it, and either file is whole."""
     for i in range(2):
         write_part(tmp_path, i, 2)
@@ -145,11 +145,11 @@ def test_a_process_that_looks_while_another_starts_is_not_misled(tmp_path, monke
     real, calls = shards.read_manifest, []
 
     def load(folder):
-        found = real(folder)
-        calls.append(found)
+        result = real(folder)
+        calls.append(result)
         if len(calls) == 1:
             write_part(folder, 1, 2)
-        return found
+        return result
 
     monkeypatch.setattr(shards, "read_manifest", load)
     write_part(tmp_path, 0, 2)
@@ -174,7 +174,7 @@ t.correction.build_marginals(
     direction="forward", flow="a", count=90, shape=(3,), solver="flow_map", batch=16, shard_size=16, mesh=mesh,
     progress=kill,
 )
-sys.stdin.read()  # the first one is what the other is connected to: it stays until it is told
+sys.stdin.read()  # the first one is what the other is connected to: it stays until its input is closed
 os._exit(0)  # without waiting for the other, which may be dead
 """
 
@@ -205,8 +205,8 @@ def test_two_real_processes_killed_in_turn_end_with_the_files_of_one(alone, tmp_
 
     status, ends = pair(None, 32)
     assert status == [0, -signal.SIGKILL], ends
-    found = {shard.file for shard in shards.read_manifest(tmp_path).shards}
-    assert found == {*SHARDS[::2], SHARDS[1]}
+    result = {shard.file for shard in shards.read_manifest(tmp_path).shards}
+    assert result == {*SHARDS[::2], SHARDS[1]}
     status, ends = pair(None, 42)
     assert status == [0, -signal.SIGKILL], ends
     (tmp_path / SHARDS[2]).unlink()

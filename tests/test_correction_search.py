@@ -80,7 +80,7 @@ def test_a_single_step_that_beats_the_greedy_search_is_chosen():
 
 
 def test_greedy_search_refits_earlier_steps():
-    """Steps that compound, ``(1 - sum alpha)^2 + 0.1 sum alpha^2``: one wants 0.9, two share it."""
+    """Steps that compound, ``(1 - sum alpha)^2 + 0.1 sum alpha^2``: one step wants 0.9, two steps split it."""
     compound = lambda placement, key: (1 - sum(placement.alpha)) ** 2 + 0.1 * sum(a**2 for a in placement.alpha)
     space = Space(n=1, steps=(0, 1), alpha=search.value_grid(0, 1, 0.1))
     path = search.greedy(opened(compound), space)
@@ -91,9 +91,9 @@ def test_greedy_search_refits_earlier_steps():
 def test_sensitivity_and_transfer_scale_every_alpha():
     value = opened()
     placement = Placement((3, 5), (0.6, 0.1), (0.05, 0.0))
-    found = search.sensitivity(value, placement)
-    assert found["1"] == pytest.approx(9.24)
-    assert found["0.9"] == pytest.approx(9.24 + 2 * 0.06**2 + 4 * 0.01**2) == found["1.1"]
+    result = search.sensitivity(value, placement)
+    assert result["1"] == pytest.approx(9.24)
+    assert result["0.9"] == pytest.approx(9.24 + 2 * 0.06**2 + 4 * 0.01**2) == result["1.1"]
     assert placement.moved(5, 20).at == (12, 20) and Placement((0, 2), (1.0, 1.0), (0.0, 0.0)).moved(4, 2).at == (0, 1)
     scaled = lambda placement, key: sum((a - b) ** 2 for a, b in zip(placement.alpha, (0.24, 0.04), strict=True))
     assert search.transfer(opened(scaled), placement, 5, 20).placement.alpha == pytest.approx((0.24, 0.04))
@@ -150,17 +150,17 @@ def test_a_killed_search_goes_on_where_it_was_and_ends_the_same(tmp_path):
         return evaluate
 
     whole, first, second = [], [], []
-    want = search.choose(opened(killed_after(None, whole)), SPACE)
+    expected = search.choose(opened(killed_after(None, whole)), SPACE)
     identity = {"flow": "abc", "ts": (0.0, 1.0)}
     with pytest.raises(KeyboardInterrupt):
         search.choose(opened(killed_after(50, first), directory=tmp_path, identity=identity), SPACE)
     with (tmp_path / "tuning.jsonl").open("a") as file:
         file.write('{"placement": [[0], [0.')
-    found = search.choose(opened(killed_after(None, second), directory=tmp_path, identity=identity), SPACE)
-    assert found == want and len(first) + len(second) == len(whole) == 2 * len(set(whole)) + 2 * 3
+    result = search.choose(opened(killed_after(None, second), directory=tmp_path, identity=identity), SPACE)
+    assert result == expected and len(first) + len(second) == len(whole) == 2 * len(set(whole)) + 2 * 3
     again = []
     assert (
-        search.choose(opened(killed_after(0, again), directory=tmp_path, identity=identity), SPACE) == want
+        search.choose(opened(killed_after(0, again), directory=tmp_path, identity=identity), SPACE) == expected
         and not again
     )
     with pytest.raises(ValueError, match="identity=.*abd.* has evaluations of .*abc"):
@@ -191,8 +191,8 @@ def test_one_compilation_serves_all_strengths():
     for at in ((), (0,), (1, 4)):
         placement = Placement(at, (0.3,) * len(at), (0.2,) * len(at))
         fix = correctors.marginal_matching(push, alpha=0.3, beta=0.2)
-        want = sampling.sample(sampling.rk4(m.velocity), x, ts, key=key, corrector=fix, at=at)
-        np.testing.assert_allclose(draw(*placement.dense(4)), want, atol=2e-6)
+        expected = sampling.sample(sampling.rk4(m.velocity), x, ts, key=key, corrector=fix, at=at)
+        np.testing.assert_allclose(draw(*placement.dense(4)), expected, atol=2e-6)
     assert len(traces) == 1
 
 

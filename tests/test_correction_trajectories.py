@@ -26,28 +26,28 @@ WAYS = {
 
 
 def test_two_jumps_of_an_exact_map_have_the_marginals_of_its_flow(tmp_path):
-    """Deviations as those of the velocity; backward jumps of a map that goes both ways are its inverse."""
-    ts, found = grids.uniform_grid(2), {}
-    for way, given in WAYS.items():
-        found[way] = build_read(tmp_path / way, exact, jnp.float32(EPS), ts, solver="flow_map", **given)
+    """The deviations are the same as with the velocity; backward jumps of a map that goes both ways are its inverse."""
+    ts, result = grids.uniform_grid(2), {}
+    for way, inputs in WAYS.items():
+        result[way] = build_read(tmp_path / way, exact, jnp.float32(EPS), ts, solver="flow_map", **inputs)
         start = 0 if way == "forward" else -1
         expected = spread(ts) * np.exp(EPS * (ts - ts[start]))
-        std = np.sqrt((found[way].x ** 2).mean((0, 2)))
+        std = np.sqrt((result[way].x ** 2).mean((0, 2)))
         np.testing.assert_allclose(std / std[start], expected / expected[start], rtol=2e-5)
-    np.testing.assert_allclose(found["inverse"].x, found["reverse"].x, atol=2e-6)
-    assert found["inverse"].manifest.solver == "flow_map" and found["inverse"].manifest.backward_map == "inverse"
-    constant = kl(found["forward"], found["inverse"])
+    np.testing.assert_allclose(result["inverse"].x, result["reverse"].x, atol=2e-6)
+    assert result["inverse"].manifest.solver == "flow_map" and result["inverse"].manifest.backward_map == "inverse"
+    constant = kl(result["forward"], result["inverse"])
     np.testing.assert_allclose(constant, constant[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_jumps_that_are_euler_steps_are_those_of_the_euler_solver(tmp_path, way):
     """Forward, ``X_{t,s}`` and the inverse of ``X_{s,t}``, of which the last two differ."""
-    given = {name: value[:64] if name == "data" else value for name, value in WAYS[way].items()}
-    given |= {"count": 64} if way == "forward" else {}
+    inputs = {name: value[:64] if name == "data" else value for name, value in WAYS[way].items()}
+    inputs |= {"count": 64} if way == "forward" else {}
     params, ts = {"a": MLP["a"][:4], "b": MLP["b"][:, :4]}, grids.uniform_grid(3)
-    jump = build_read(tmp_path / "map", lambda p: sampling.euler(mlp(p)), params, ts, solver="flow_map", **given)
-    step = build_read(tmp_path / "step", mlp, params, ts, solver="euler", **given)
+    jump = build_read(tmp_path / "map", lambda p: sampling.euler(mlp(p)), params, ts, solver="flow_map", **inputs)
+    step = build_read(tmp_path / "step", mlp, params, ts, solver="euler", **inputs)
     np.testing.assert_allclose(jump.x, step.x, atol=2e-6)
     if way == "inverse":
         start = jnp.asarray(step.x[:, 0])
@@ -56,7 +56,7 @@ def test_jumps_that_are_euler_steps_are_those_of_the_euler_solver(tmp_path, way)
         np.testing.assert_allclose(start, step.x[:, -1], atol=2e-6)
 
 
-def test_a_jump_that_is_no_contraction_is_inverted_and_one_without_an_inverse_is_refused(tmp_path):
+def test_a_jump_with_an_inverse_is_inverted_and_another_is_refused(tmp_path):
     """One jump that stretches by 4 and by 0.1, where the plain fixed point diverges and creeps; one that saturates."""
     scale = jnp.array([4.0, 0.1, 1.0])
     stretch = lambda params: lambda x, s, t, cond=None, key=None: x * scale ** (t - s)[:, None]
@@ -99,7 +99,7 @@ def counted(view, calls):
         ("flow_map", "backward", "inverse"),
     ],
 )
-def test_the_evaluations_told_are_those_made(solver, direction, backward_map):
+def test_the_counted_evaluations_are_those_that_are_made(solver, direction, backward_map):
     calls, ts = [], grids.uniform_grid(3)
     view = counted(exact if solver == "flow_map" else SCALED, calls)
     options = {"direction": direction, "solver": solver, "backward_map": backward_map}
@@ -109,30 +109,32 @@ def test_the_evaluations_told_are_those_made(solver, direction, backward_map):
     assert len(calls) == trajectories.solve_nfe(3, **options)
 
 
-def test_what_a_set_costs_is_told_before_it_is_built(tmp_path):
-    """Bytes from above, within two blocks a shard, for records small and large; evaluations; no number without one."""
-    for shape, count, shard_size, steps in (
-        ((2,), 90, 32, None),
-        ((16, 16, 3), 300, 128, (0, 3)),
-        ((3000,), 40, 7, None),
+def test_the_cost_of_a_set_is_estimated_before_it_is_built(tmp_path):
+    """Bytes from above, within two blocks a shard, for records small and large; evaluations; none if unknown."""
+    zero, still = lambda params: lambda x, t, cond=None: 0 * x, lambda params: lambda x, s, t, cond=None, key=None: x
+    for view, solver, nfe, shape, count, shard_size, steps in (
+        (zero, "rk4", 12, (2,), 90, 32, None),
+        (still, "flow_map", 3, (16, 16, 3), 300, 128, (0, 3)),
+        (still, "flow_map", 3, (3000,), 40, 7, None),
     ):
-        how = {"direction": "forward", "count": count, "shape": shape, "shard_size": shard_size, "steps": steps}
-        zero = lambda params: lambda x, t, cond=None: 0 * x
-        told = correction.estimate_cost(zero, 0.0, grids.uniform_grid(3), **how)
+        options = {"direction": "forward", "count": count, "shape": shape, "shard_size": shard_size, "steps": steps}
+        options |= {"solver": solver}
+        estimate = correction.estimate_cost(view, 0.0, grids.uniform_grid(3), **options)
         folder = tmp_path / str(count)
-        m = correction.build_marginals(zero, 0.0, grids.uniform_grid(3), directory=folder, flow="a", **how)
-        found = sum((folder / shard.file).stat().st_size for shard in m.shards)
-        assert found <= told.bytes <= found + 2 * shards.BLOCK * len(m.shards)
-        assert (told.count, told.nfe, told.evaluations) == (count, 12, 12 * count) and told.seconds > 0
-    how |= {"direction": "backward", "solver": "Kvaerno3"}
-    assert correction.estimate_cost(zero, 0.0, grids.uniform_grid(3), **how)[2:] == (None, None, None)
+        m = correction.build_marginals(view, 0.0, grids.uniform_grid(3), directory=folder, flow="a", **options)
+        size = sum((folder / shard.file).stat().st_size for shard in m.shards)
+        assert size <= estimate.bytes <= size + 2 * shards.BLOCK * len(m.shards)
+        assert (estimate.count, estimate.nfe, estimate.evaluations) == (count, nfe, nfe * count)
+        assert estimate.seconds > 0
+    options |= {"direction": "backward", "solver": "Kvaerno3"}
+    assert correction.estimate_cost(zero, 0.0, grids.uniform_grid(3), **options)[2:] == (None, None, None)
 
 
-def test_a_disk_without_room_for_what_is_left_is_refused_before_any_work(tmp_path, monkeypatch):
-    told = correction.estimate_cost(
+def test_a_disk_without_space_for_missing_shards_is_refused(tmp_path, monkeypatch):
+    estimate = correction.estimate_cost(
         SCALED, 0.1, grids.uniform_grid(4), direction="forward", count=90, shape=(3,), shard_size=32
     )
-    room = {"free": told.bytes - 1}
+    room = {"free": estimate.bytes - 1}
     monkeypatch.setattr(marginals.shutil, "disk_usage", lambda path: type("Usage", (), room))
     never = lambda params: pytest.fail("solved")
     with pytest.raises(OSError, match=r"directory=.* need 0.000\d+ GB, 0.000\d+ GB are free"):
@@ -141,6 +143,6 @@ def test_a_disk_without_room_for_what_is_left_is_refused_before_any_work(tmp_pat
     room["free"] += 1
     small(tmp_path)
     (tmp_path / "shard-00001-of-00003.array_record").unlink()
-    room["free"] = told.bytes // 2  # enough for one shard of three
+    room["free"] = estimate.bytes // 2  # enough for one shard of three
     small(tmp_path)
     assert correction.read_marginals(tmp_path).x.shape == (90, 5, 3)

@@ -68,7 +68,7 @@ def test_a_truncated_archive_is_named_and_leaves_nothing(write, archive, name, t
 
 
 def test_the_wrong_archive_under_the_right_name_is_refused(tmp_path):
-    """Images of 32x32 in archives named as those of 64x64."""
+    """Images of 32x32 in archives whose names say 64x64."""
     originals.imagenet_npz(tmp_path, 32)
     for part, source in [("train_part1", "train"), ("train_part2", "train"), ("val", "val")]:
         data = (tmp_path / f"Imagenet32_{source}_npz.zip").read_bytes()

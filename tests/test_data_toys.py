@@ -1,4 +1,4 @@
-"""Toy data sets: the splits have the density's distribution and share no point, and labels name the parts."""
+"""Toy data sets: the splits have the density's distribution and no common point, and labels name the parts."""
 
 import numpy as np
 import pytest
@@ -56,6 +56,13 @@ def test_a_seed_fixes_the_points_and_labels_change_none(toy):
 def test_options_that_cannot_work_are_refused(toy, field, value):
     with pytest.raises(ValueError, match=f"^{field}={value}: "):
         toy(**{"train": 4, "validation": 4, "test": 4, field: value})
+
+
+@pytest.mark.parametrize(("toy", "field"), [(eight_gaussians, "radius"), (eight_gaussians, "std"), (two_moons, "std")])
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_a_size_that_is_negative_or_nan_is_refused(toy, field, value):
+    with pytest.raises(ValueError, match=f"^{field}={value}: "):
+        toy(train=4, validation=4, test=4, **{field: value})
 
 
 def test_the_face_has_the_data_sets_under_their_names():

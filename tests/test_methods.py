@@ -6,6 +6,7 @@ A new method is covered by its file and one entry of ``cases.CASES``: its closed
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -236,47 +237,60 @@ def test_the_teacher_is_an_argument_and_gets_no_gradient(name):
 
 
 @every_method
-def test_the_step_traces_once_whatever_the_batch_the_key_and_the_teacher(name):
-    method, _, batch, _ = setting(name)
-    traces = []
+def test_a_loss_accepts_one_key_or_one_key_per_example(name):
+    method, _, batch, keys = setting(name)
+    shapes = lambda key: jax.eval_shape(method.loss, mlp_params(), mlp_params(1), batch, key)
+    assert shapes(KEYS) == shapes(keys)
+    with pytest.raises(ValueError, match=r"key.*\(31,\).*\(32,\)"):
+        shapes(keys[:31])
 
-    def loss(*args):
-        traces.append(1)
-        return method.loss(*args)
 
-    mesh, tx = sharding.make_mesh(jax.devices()[:2]), optax.adam(1e-2)
-    step = training.make_step(loss, tx, mesh=mesh, target="frozen")
-    state = training.init(mlp_params(), tx, mesh=mesh)
-    losses = []
-    for i in range(3):
-        moved, teacher = batch._replace(x1=batch.x1 + i), jax.tree.map(lambda a, i=i: a + i, mlp_params(1))
-        state, metrics = step(state, moved, jax.random.key(i), teacher)
-        losses.append(float(metrics["loss"]))
-    assert len(traces) == 1 and len(set(losses)) == 3
+def test_one_key_stands_for_the_keys_of_the_examples():
+    _, loss, batch, keys = setting("flow_matching")
+    values = (loss(mlp_params(), mlp_params(1), batch, key)[1]["per_example"] for key in (KEYS, keys))
+    np.testing.assert_array_equal(*values)
 
 
 @every_method
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(name, tmp_path):
+    """Four steps of other batches and keys, two of them again from a checkpoint; all of them by one trace."""
     case, mesh, tx = case_of(name), sharding.make_mesh(jax.devices()[:2]), optax.adam(1e-2)
     fresh = lambda seed: training.init(mlp_params(seed), tx, mesh=mesh)
+    chex.clear_trace_counter()
+    loss = chex.assert_max_traces(case.make(mlp).loss, n=1)
+    step = training.make_step(loss, tx, mesh=mesh, target="ema")
 
-    def run(step, state, first, last):
+    def run(state, first, last):
         history = []
         for i in range(first, last):
-            state, metrics = step(state, case.batch(jax.random.fold_in(jax.random.key(8), i), 16), KEYS)
+            key = jax.random.fold_in(KEYS, i)
+            state, metrics = step(state, case.batch(jax.random.fold_in(jax.random.key(8), i), 16), key)
             history.append(jax.tree.map(np.asarray, metrics))
         return state, history
 
-    make = lambda: training.make_step(case.make(mlp).loss, tx, mesh=mesh, target="ema")
-    whole, history = run(step := make(), fresh(0), 0, 4)
-    halfway, _ = run(step, fresh(0), 0, 2)
+    whole, history = run(fresh(0), 0, 4)
+    halfway, _ = run(fresh(0), 0, 2)
     with checkpoint.writer(tmp_path) as manager:
         checkpoint.save(manager, 2, halfway)
     _, restored, _ = checkpoint.restore(tmp_path, fresh(1))
-    resumed, history_later = run(make(), restored, 2, 4)
-    assert jax.tree.structure(whole) == jax.tree.structure(resumed) and int(resumed.step) == 4
+    resumed, history_later = run(restored, 2, 4)
+    assert len({float(metrics["loss"]) for metrics in history}) == 4 and int(resumed.step) == 4
+    assert jax.tree.structure(whole) == jax.tree.structure(resumed)
     for a, b in zip(jax.tree.leaves((whole, history[2:])), jax.tree.leaves((resumed, history_later)), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_another_frozen_teacher_needs_no_new_trace():
+    method, _, batch, _ = setting("lagrangian")
+    chex.clear_trace_counter()
+    mesh, tx = sharding.make_mesh(jax.devices()[:2]), optax.adam(1e-2)
+    step = training.make_step(chex.assert_max_traces(method.loss, n=1), tx, mesh=mesh, target="frozen")
+    state, losses = training.init(mlp_params(), tx, mesh=mesh), set()
+    for i in range(3):
+        teacher = jax.tree.map(lambda a, i=i: a + i, mlp_params(1))
+        state, metrics = step(state, batch._replace(x1=batch.x1 + i), jax.random.key(i), teacher)
+        losses.add(float(metrics["loss"]))
+    assert len(losses) == 3
 
 
 @over_methods(set(discover()) - OVER_DEVICES)
@@ -290,17 +304,17 @@ def test_loss_gradient_and_parameters_do_not_depend_on_the_devices(name, monkeyp
         (value, _), grads = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(expected, teacher, batch, keys)
         expected = jax.tree.map(lambda p, g: p - rate * g, expected, grads)
         history.append((value, optax.tree.norm(grads)))
-    for fsdp, counts in ((False, (1, 2, 4, 8)), (True, (2, 8))):
-        for count in counts:
-            mesh, tx = sharding.make_mesh(jax.devices()[:count]), optax.sgd(rate)
-            state = training.init(mlp_params(), tx, mesh=mesh, fsdp=fsdp)
-            step = training.make_step(method.loss, tx, mesh=mesh, target="frozen", fsdp=fsdp)
-            for value in history:
-                state, metrics = step(state, batch, KEYS, teacher)
-                np.testing.assert_allclose([metrics["loss"], metrics["grad_norm"]], value, rtol=1e-5)
-            assert fsdp == any(sharding.AXIS in a.sharding.spec for a in state.params.values())
-            for leaf, exact in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected), strict=True):
-                np.testing.assert_allclose(leaf, exact, rtol=1e-5, atol=1e-6)
+    # every count for the loss whose batch is split by terms, the extremes for the others
+    many = [(1, False), (2, False), (4, False), (8, False), (2, True), (8, True)]
+    for count, fsdp in many if name == "lagrangian" else [(8, False), (2, True)]:
+        mesh, tx = sharding.make_mesh(jax.devices()[:count]), optax.sgd(rate)
+        state = training.init(mlp_params(), tx, mesh=mesh, fsdp=fsdp)
+        step = training.make_step(method.loss, tx, mesh=mesh, target="frozen", fsdp=fsdp)
+        for value in history:
+            state, metrics = step(state, batch, KEYS, teacher)
+            np.testing.assert_allclose([metrics["loss"], metrics["grad_norm"]], value, rtol=1e-5)
+        assert fsdp == any(sharding.AXIS in a.sharding.spec for a in state.params.values())
+        chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ALIASES)

@@ -19,7 +19,7 @@ from fmjax.methods.continuous_consistency import angular, continuous_consistency
 from fmjax.methods.eulerian import eulerian
 from fmjax.methods.lagrangian import lagrangian
 from fmjax.nets.adapters import trigonometric
-from fmjax.sampling import solvers
+from fmjax.sampling import heun
 from fmjax.types import Batch
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -82,7 +82,7 @@ def test_consistency_distillation_takes_a_heun_step_of_the_teacher(draw):
     s = aux["s"]
     m = s + times.level_fraction(s, aux["t"], batch.progress) * (1 - s)
     x = at(1 - s) * batch.x0 + at(s) * batch.x1
-    step, jump = solvers.heun(method.velocity(target)), method.flow_map(params)
+    step, jump = heun(method.velocity(target)), method.flow_map(params)
     apart = jump(x, s, 1.0) - jump(step(x, s, m), m, 1.0)
     np.testing.assert_allclose(aux["per_example"], square(apart), rtol=1e-9)
 
@@ -129,7 +129,7 @@ def test_the_continuous_gradient_is_eulerian_times_a_positive_factor(velocity, d
 
 
 def test_the_warm_up_begins_at_the_velocity_and_the_tangent_is_normalised(draw):
-    """``r = 0``: ``g = -cos^2(a) (sigma F - x')``; the gradient is ``-2 g / (|g| + c) / d`` times the gradient of ``F``."""
+    """``r = 0``: ``g = -cos^2(a) (sigma F - x')``; its gradient is ``-2 g / (|g| + c) / d``, times ``grad F``."""
     batch, keys, params, _ = draw
     batch, path = batch._replace(progress=jnp.zeros(16)), paths.trigonometric()
     method = continuous_consistency(trigonometric(mlp), warmup=0.5, normalise=0.1)
@@ -198,7 +198,7 @@ def test_only_the_input_of_the_comparing_map_has_a_gradient(draw):
     s, t = aux["s"], aux["t"]
     m = s + (t - s) / 4
     x = at(1 - s) * batch.x0 + at(s) * batch.x1
-    still, step = method.flow_map(params), solvers.heun(method.velocity(target))
+    still, step = method.flow_map(params), heun(method.velocity(target))
     aim = still(still(step(x, s, m), m, t), t, 1.0)
     loss = lambda p: jnp.mean((still(method.flow_map(p)(x, s, t), t, 1.0) - aim) ** 2)
     expected = jax.grad(loss)(params)

@@ -1,6 +1,7 @@
 """Guided flow maps on Gaussian classes of one variance, whose guided flow has a closed form for every scale.
 
-The velocity is affine in the mean, so ``v_null + w (v_c - v_null)`` is the velocity of the mean ``m_null + w (m_c - m_null)``.
+The velocity is affine in the mean, so ``v_null + w (v_c - v_null)`` is the velocity of the mean
+``m_null + w (m_c - m_null)``.
 """
 
 import functools
@@ -120,7 +121,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_only_the_guided_flow_map_of_this_scale_is_stationary(name):
-    """At another scale the classes move and the null one does not; away from both each class is held to its distribution."""
+    """At another scale the classes move and the null one does not; else each class is held to its own mean."""
     z, off, away = np.abs(scores(*CASES[name]))
     assert z.max() < Z, z
     assert off[:2].max() > 2 * Z and off[NULL].max() < Z, off

@@ -101,7 +101,7 @@ def test_velocity_and_flow_map_are_those_of_the_first_head():
     ("options", "params", "cond", "message"),
     [
         ({"head": True}, ONE, None, r"head=True.*\(.*, 2\) into \(.*, 2\).*outputs=2"),
-        ({"null": NULL}, ONE, jnp.arange(N) % 3, "null=.*guidance.random_scale"),
+        ({"null": NULL}, ONE, jnp.arange(N) % 3, "null=.*sampling.random_scale"),
         ({}, ONE, (jnp.arange(N) % 3, jnp.ones(N)), "null=None.*scale"),
         ({"null": NULL}, ONE, None, "batch.cond=None"),
     ],

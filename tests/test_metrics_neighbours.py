@@ -25,10 +25,10 @@ def test_the_count_is_that_of_all_pairs(k):
 def test_a_missing_mode_costs_recall_an_invented_one_precision():
     rng = np.random.default_rng(1)
     both = np.concatenate([rng.standard_normal((300, 2)), 50 + rng.standard_normal((300, 2))])
-    one = rng.standard_normal((600, 2))
-    precision, recall = precision_recall(both, one)
+    single = rng.standard_normal((600, 2))
+    precision, recall = precision_recall(both, single)
     assert precision > 0.9 and abs(recall - 0.5) < 0.05
-    assert precision_recall(one, both) == (recall, precision)  # the roles swapped
+    assert precision_recall(single, both) == (recall, precision)  # the roles swapped
 
 
 def test_the_same_points_have_both_whole():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fmjax import oracles, paths, sampling
-from fmjax.experiments import specs
+from fmjax.experiments import build
 from fmjax.nets import preconditioning as pc
 from fmjax.types import Network
 
@@ -144,21 +144,23 @@ def test_a_kernel_without_a_jvp_has_its_other_self_preconditioned_too():
     assert pc.preconditioned(inputs, pc.edm()).for_jvp is None
 
 
-def test_in_a_config_it_is_an_option_of_any_network(key):
+def test_a_config_selects_a_preconditioner_for_any_network(key):
     x, t, y = jnp.ones((2, 3)), jnp.array([0.2, 0.7]), jnp.zeros(2, "int32")
-    how = {"name": "edm", "sigma_data": 1}
     spec = {"name": "mlp", "width": 8, "depth": 1}
-    model, plain = specs.net({**spec, "preconditioning": how}, classes=2), specs.net(spec, classes=2)
-    params = jax.tree.map(jnp.ones_like, model.init(key, x, y))
-    want = pc.preconditioned(plain.net, pc.edm(sigma_data=1.0))(params, x, t, t, y)
-    np.testing.assert_array_equal(model.net(params, x, t, t, y), want)
-    for bad, message in (
-        ("edn", "has no 'edn'; did you mean 'edm'.*there are edm, iddpm, ve, vp"),
-        ({"name": "edm", "sigma": 1.0}, "nets.preconditioning.edm has no option 'sigma'; did you mean 'sigma_m"),
-        ("denoiser", "has no 'denoiser'"),
+    options = {"name": "edm", "sigma_data": 1}
+    model = build.net({**spec, "preconditioning": options}, classes=2)
+    params = jax.tree.map(lambda a: jnp.ones(a.shape), jax.eval_shape(model.init, key, x, y))
+    want = pc.preconditioned(build.net(spec, classes=2).net, pc.edm(sigma_data=1.0))
+    both = jax.jit(lambda *args: (model.net(*args), want(*args)))(params, x, t, t, y)
+    np.testing.assert_array_equal(*both)
+    for bad, match in (
+        ("edn", "preconditioning='edn': .*did you mean 'edm'"),
+        ({"name": "edm", "sigma": 1.0}, "preconditioning.sigma=1.0: .*did you mean 'sigma_m"),
+        ({"name": "edm", "sigma_min": 0.0}, "preconditioning.sigma_min=0.0"),
+        ("preconditioned", "preconditioning='preconditioned'"),
     ):
-        with pytest.raises(ValueError, match=message):
-            specs.net({**spec, "preconditioning": bad})
+        with pytest.raises(ValueError, match=match):
+            build.net({**spec, "preconditioning": bad})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The README's examples run as they stand; the first samples the law it was trained on."""
+"""The README's examples run as they stand; the first samples the distribution it was trained on."""
 
 import re
 from pathlib import Path
@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import correction, oracles, sampling, times
-from fmjax.sampling import grids, guidance
+from fmjax import correction, oracles, sampling
 
 README = Path(__file__).parents[1] / "README.md"
-if not README.exists():
-    pytest.skip("needs the repository's README", allow_module_level=True)
-LEARNED, CORRECTED, DIFFUSION = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+GUIDE = README.parent / "docs" / "guide.md"
+if not (README.exists() and GUIDE.exists()):
+    pytest.skip("needs the repository's README and docs", allow_module_level=True)
+blocks = lambda page: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+(LEARNED,), (CORRECTED, DIFFUSION) = blocks(README), blocks(GUIDE)
 
 
 def run(code, **names):
@@ -29,9 +30,9 @@ def test_the_example_learns_the_eight_gaussians():
     modes = 2.0 * np.stack([np.cos(angle), np.sin(angle)], 1)
     distance = np.linalg.norm(x[:, None] - modes, axis=-1)
     assert x.shape == (4096, 2)
-    assert (distance.min(1) < 3 * 0.2).mean() > 0.9  # of the exact law: 1 - exp(-9/2) = 0.989
-    shares = np.bincount(distance.argmin(1), minlength=8) / len(x)
-    assert np.abs(shares - 1 / 8).max() < 0.03
+    assert (distance.min(1) < 3 * 0.2).mean() > 0.9  # exact: 1 - exp(-9/2) = 0.989
+    fractions = np.bincount(distance.argmin(1), minlength=8) / len(x)
+    assert np.abs(fractions - 1 / 8).max() < 0.03
 
 
 @pytest.fixture
@@ -40,8 +41,8 @@ def ring():
 
 
 def test_the_example_of_corrections_corrects(ring, tmp_path):
-    """An exact flow, the score of its noised marginals: fifty steps with these corrections keep the law, nearly."""
-    ten, sigma = grids.uniform_grid(10), 0.2
+    """An exact flow, the score of its noised marginals: fifty corrected steps keep the distribution, nearly."""
+    ten, sigma = sampling.uniform_grid(10), 0.2
     sets = {
         "forward": {"count": 512, "shape": (2,)},
         "backward": {"data": np.asarray(ring.sample(jax.random.key(0), 512))},
@@ -55,7 +56,7 @@ def test_the_example_of_corrections_corrects(ring, tmp_path):
         -(sigma**2) * x / (((1 - t) ** 2)[:, None] + t[:, None] ** 2 * jnp.array([0.25, 2.25]) + sigma**2)
     )
     names = run(
-        CORRECTED, correction=correction, samplers=sampling, times=times, guidance=guidance, direction=noised,
+        CORRECTED, correction=correction, sampling=sampling, direction=noised,
         sigma=sigma, flow_map=ring.flow_map, forward=forward, backward=backward, step=sampling.rk4(ring.velocity),
         x0=jax.random.normal(jax.random.key(1), (4096, 2)), key=jax.random.key(2), alphas=np.full(11, 0.1),
     )  # fmt: skip

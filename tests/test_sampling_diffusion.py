@@ -1,5 +1,6 @@
 """Steps of diffusion models against posteriors, published algorithms and the moments of Gaussians."""
 
+import functools
 import itertools
 import math
 
@@ -13,7 +14,7 @@ from fmjax import correction, oracles, paths, sampling
 from fmjax.correction import correctors
 from fmjax.experiments import specs
 from fmjax.keys import as_keys, fold_in, normal
-from fmjax.sampling import diffusion, grids
+from fmjax.sampling import grids
 from fmjax.types import Multistep, expand
 
 PATHS = {
@@ -28,12 +29,15 @@ MEANS, STDS, WEIGHTS = [[2.0, 0.5], [-1.5, 1.0], [0.3, -2.0]], [0.3, 0.4, 0.6], 
 LEVELS = np.array([40.0, 9.0, 2.5, 0.8, 0.2, 0.05])  # that all five paths have
 
 
-def mixture(path=None):
+def mixture(path=paths.linear()):
     return oracles.mixture(jnp.array(MEANS), jnp.array(STDS), jnp.array(WEIGHTS), path=path)
 
 
 def times_of(path, sigma=LEVELS):
     return np.asarray(paths.match_snr(path, paths.linear(), jnp.asarray(1 / (1 + sigma)))[0])
+
+
+step_of = functools.partial(specs.build, specs.SOLVER, field="solver")
 
 
 def walk(step, x, ts, keys=None):
@@ -56,7 +60,7 @@ def test_ddim_is_eulers_step_in_each_of_the_three_rows(path, x64, key):
     (a_s, b_s), (a, b) = path.coefficients(s), path.coefficients(t)
     x = jax.random.normal(key, (5, 2)) * a_s + b_s * law.sample(key, 5)
     noise, data = paths.endpoints(path, x, law.velocity(x, s), s)
-    got = diffusion.ddim(law.velocity, path=path)(x, s, t)
+    got = sampling.ddim(law.velocity, path=path)(x, s, t)
     np.testing.assert_allclose(got / a, x / a_s + data * (b / a - b_s / a_s), rtol=1e-10)
     np.testing.assert_allclose(got / b, x / b_s + noise * (a / b - a_s / b_s), rtol=1e-10)
     straight = x / (a_s + b_s) + (data - noise) * (b / (a + b) - b_s / (a_s + b_s))
@@ -66,8 +70,8 @@ def test_ddim_is_eulers_step_in_each_of_the_three_rows(path, x64, key):
 
 
 STEPS = {
-    "churn": lambda v, path: diffusion.edm_heun(v, path=path, steps=5, s_churn=1.5, s_max=10.0, s_noise=1.1),
-    "ancestral": lambda v, path: diffusion.ddim(v, path=path, eta=1.0),
+    "churn": lambda v, path: sampling.edm_heun(v, path=path, steps=5, s_churn=1.5, s_max=10.0, s_noise=1.1),
+    "ancestral": lambda v, path: sampling.ddim(v, path=path, eta=1.0),
     "dpmpp_2m": sampling.dpmpp_2m,
     "ipndm": lambda v, path: sampling.ipndm(v, path=path, even=False),
     "initial_noise": sampling.initial_noise,
@@ -99,7 +103,7 @@ def test_the_ancestral_step_is_the_posterior_of_a_gaussian(path, x64, key):
     s, t = times_of(path)[[1, 3]]
     (a_s, b_s), (a, b) = path.coefficients(s), path.coefficients(t)
     x, keys = 3 * jax.random.normal(key, (4, 1)), as_keys(key, 4)
-    step = diffusion.ddim(oracles.gaussian(MEAN, 0.0, path=path).velocity, path=path, eta=1.0)
+    step = sampling.ddim(oracles.gaussian(MEAN, 0.0, path=path).velocity, path=path, eta=1.0)
     both = a**2 * b_s / b  # covariance of x_s and x_t given x1: x_s = (b_s / b) x_t + noise
     mean, var = b * MEAN + both / a_s**2 * (x - b_s * MEAN), a**2 - both**2 / a_s**2
     np.testing.assert_allclose(step(x, s, t, None, keys), mean + np.sqrt(var) * normal(keys, (1,), x.dtype), rtol=1e-9)
@@ -111,7 +115,7 @@ def test_on_ve_it_is_the_ancestral_step_of_song_et_al(x64, key):
     high, low = (float(path.coefficients(jnp.asarray(u))[0]) for u in (s, t))
     noise = np.sqrt(low**2 * (high**2 - low**2) / high**2) * normal(keys, (2,), x.dtype)
     want = x + (high**2 - low**2) * law.score(x, s) + noise
-    np.testing.assert_allclose(diffusion.ddim(law.velocity, path=path, eta=1.0)(x, s, t, None, keys), want, rtol=1e-9)
+    np.testing.assert_allclose(sampling.ddim(law.velocity, path=path, eta=1.0)(x, s, t, None, keys), want, rtol=1e-9)
 
 
 def algorithm_2(denoise, x, sigma, draws, churn=0.0, low=0.0, high=np.inf, inflate=1.0):
@@ -135,14 +139,14 @@ def algorithm_2(denoise, x, sigma, draws, churn=0.0, low=0.0, high=np.inf, infla
 )
 def test_edms_sampler_is_its_algorithm_2(name, options, x64, key):
     path, keys, z = PATHS[name], as_keys(key, 3), jax.random.normal(key, (3, 2))
-    grid = grids.edm_grid(18, path=None if name == "linear" else path).astype(float)
+    grid = grids.edm_grid(18, path=path)
     alpha, beta = (np.asarray(a) for a in path.coefficients(jnp.asarray(grid)))
     law = mixture(paths.Path(lambda s: (s, jnp.ones_like(s))))  # x1 + s x0: times are levels
     denoise = jax.jit(lambda x, sigma: x + sigma**2 * law.score(x, sigma))
     draws = lambda i: normal(fold_in(keys, 2 * i + 1), (2,), jnp.float64)
     numbers = dict(zip(("churn", "low", "high", "inflate"), options.values(), strict=False))
     want = algorithm_2(denoise, z * alpha[0] / beta[0], alpha / beta, draws, **numbers)
-    step = diffusion.edm_heun(mixture(path).velocity, path=path, steps=18, **options)
+    step = sampling.edm_heun(mixture(path).velocity, path=path, steps=18, **options)
     got = jax.jit(lambda x: sampling.sample(step, x, grid, key=keys))(alpha[0] * z)
     np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-8)
 
@@ -171,7 +175,7 @@ NFE = {
 def test_what_is_evaluated_is_what_is_stated(name, key):
     """Counted on the host; on EDM's grid, whose last step ends in the data."""
     velocity, seen = counted(mixture().velocity)
-    made = getattr(diffusion, name)(velocity)
+    made = getattr(sampling, name)(velocity)
     for n in (1, 18):
         seen.clear()
         run = lambda x, n=n: sampling.sample(made, x, grids.edm_grid(n), key=key)
@@ -187,10 +191,10 @@ def test_stochastic_steps_have_the_marginals_in_the_limit(name, x64):
     path = PATHS["vp"]
     velocity = oracles.gaussian(MEAN, STD, path=path).velocity
     made = lambda n: {
-        "ancestral": diffusion.ddim(velocity, path=path, eta=1.0),
-        "half": diffusion.ddim(velocity, path=path, eta=0.5),
-        "churn": diffusion.edm_heun(velocity, path=path, steps=n, s_churn=2.0),
-        "reverse_diffusion": diffusion.reverse_diffusion(velocity, path=path),
+        "ancestral": sampling.ddim(velocity, path=path, eta=1.0),
+        "half": sampling.ddim(velocity, path=path, eta=0.5),
+        "churn": sampling.edm_heun(velocity, path=path, steps=n, s_churn=2.0),
+        "reverse_diffusion": sampling.reverse_diffusion(velocity, path=path),
     }[name]
     grid = lambda n: [np.linspace(0.2, 0.9, n + 1)]
     at = lambda n: np.abs(moments(made(n), grid(n), *marginal(path, 0.2))[0, :2] - marginal(path, 0.9))
@@ -213,7 +217,7 @@ def test_an_ancestral_chain_has_the_bias_that_its_formula_says(x64):
         (a_s, b_s), (a, b) = (alpha[i], beta[i]), (alpha[i + 1], beta[i + 1])
         w = a**2 - (a**2 * b_s / (a_s * b)) ** 2
         var = (b * b_s + np.sqrt(a**2 - w) * a_s) ** 2 * var + w  # D = b_s x and E = a_s x
-    step = diffusion.ddim(oracles.gaussian(0.0, 1.0, path=path).velocity, path=path, eta=1.0)
+    step = sampling.ddim(oracles.gaussian(0.0, 1.0, path=path).velocity, path=path, eta=1.0)
     got = moments(step, [ts], 0.0, 1.0)[0, 1]
     assert got == pytest.approx(var, rel=1e-12) and var < 0.99
     n, x0 = 20_000, jax.random.normal(jax.random.key(1), (20_000, 1))
@@ -232,9 +236,9 @@ def test_the_reverse_diffusion_predictor_is_the_published_one(name, x64, key):
         rate = 1 - (b_s / b) ** 2  # DDPM's: x_s = sqrt(1 - rate) x_t + sqrt(rate) z
         drift, square = np.sqrt(1 - rate) * x - x, rate
     mean = x - drift + square * law.score(x, s)
-    got = diffusion.reverse_diffusion(law.velocity, path=path)(x, s, t, None, keys)
+    got = sampling.reverse_diffusion(law.velocity, path=path)(x, s, t, None, keys)
     np.testing.assert_allclose(got, mean + np.sqrt(square) * normal(keys, (2,), x.dtype), rtol=1e-9)
-    last = diffusion.reverse_diffusion(law.velocity, path=path, end=t)(x, s, jnp.float32(t), None, keys)
+    last = sampling.reverse_diffusion(law.velocity, path=path, end=t)(x, s, jnp.float32(t), None, keys)
     np.testing.assert_allclose(last, mean, rtol=1e-4)  # float32's end is 1e-8 further
 
 
@@ -245,7 +249,7 @@ def test_predictor_corrector_has_the_moments_of_its_recursion_and_its_cost(x64):
     law = oracles.gaussian(MEAN, STD, path=path)
     size = lambda t: 0.05 * (1.1 - t)
     velocity, seen = counted(law.velocity)
-    predict = diffusion.reverse_diffusion(velocity, path=path, end=ts[-1])
+    predict = sampling.reverse_diffusion(velocity, path=path, end=ts[-1])
     fix = correctors.langevin(correction.score_of(velocity, path=path), step=size, steps=steps)
     x0 = jax.random.normal(jax.random.key(0), (examples, 1))
     run = lambda x: sampling.sample(predict, x, ts, key=jax.random.key(1), corrector=fix, at=range(n))
@@ -254,7 +258,7 @@ def test_predictor_corrector_has_the_moments_of_its_recursion_and_its_cost(x64):
     cost = sampling.cost(1, n, range(n), steps)
     assert len(seen) == cost.nfe == n * (steps + 1)
     mean, var = 0.0, 1.0
-    plain = diffusion.reverse_diffusion(law.velocity, path=path, end=ts[-1])
+    plain = sampling.reverse_diffusion(law.velocity, path=path, end=ts[-1])
     for s, (a, b, c) in zip(ts, rows(plain, ts[:-1], ts[1:]), strict=False):
         (m, v), h = marginal(path, s), size(s)
         for _ in range(steps):
@@ -270,8 +274,8 @@ def test_every_stochastic_step_ends_in_the_mixture(name, key):
     n, law = 10_000, mixture()
     grid = grids.edm_grid(120)
     step = {
-        "ancestral": diffusion.ddim(law.velocity, eta=1.0),
-        "churn": diffusion.edm_heun(law.velocity, steps=120, s_churn=40.0, s_min=0.01, s_max=10.0),
+        "ancestral": sampling.ddim(law.velocity, eta=1.0),
+        "churn": sampling.edm_heun(law.velocity, steps=120, s_churn=40.0, s_min=0.01, s_max=10.0),
     }[name]
     x0 = (1 - grid[0]) * jax.random.normal(key, (n, 2))
     got = np.asarray(jax.jit(lambda x: sampling.sample(step, x, grid, key=jax.random.key(1)))(x0), np.float64)
@@ -287,14 +291,14 @@ def test_every_stochastic_step_ends_in_the_mixture(name, key):
 
 def test_draws_belong_to_their_example_and_falling_steps_go_back(x64, key):
     law, keys, x = oracles.gaussian(MEAN, STD), as_keys(key, 6), jax.random.normal(key, (6, 2))
-    for made in (diffusion.ddim(law.velocity, eta=0.7), diffusion.reverse_diffusion(law.velocity)):
+    for made in (sampling.ddim(law.velocity, eta=0.7), sampling.reverse_diffusion(law.velocity)):
         step = jax.jit(made)
         whole = step(x, 0.3, 0.5, None, keys)
         np.testing.assert_allclose(step(x[2:4], 0.3, 0.5, None, keys[2:4]), whole[2:4], rtol=1e-12)
         with pytest.raises(ValueError, match="key=None: "):
             made(x, 0.3, 0.5)
     exact = law.flow_map(x, 1.0, 0.0)
-    for make, order in ((diffusion.ddim, 1), (diffusion.edm_heun, 2)):
+    for make, order in ((sampling.ddim, 1), (sampling.edm_heun, 2)):
         step = make(law.velocity)
         coarse, fine = (np.abs(walk(step, x, np.linspace(1, 0, n + 1)) - exact).max() for n in (80, 160))
         assert abs(np.log2(coarse / fine) - order) < 0.2
@@ -304,7 +308,7 @@ def test_a_condition_reaches_the_velocity_of_every_step(x64, key):
     cond = jnp.array([1.0, -3.0])
     tell = lambda x, t, cond: expand(cond, x) + 0 * x  # on the linear path data less noise
     x, grid = jnp.zeros((2, 1)), grids.edm_grid(5)
-    for made in (diffusion.ddim(tell), diffusion.edm_heun(tell), sampling.dpmpp_2m(tell), sampling.ipndm(tell)):
+    for made in (sampling.ddim(tell), sampling.edm_heun(tell), sampling.dpmpp_2m(tell), sampling.ipndm(tell)):
         end = jax.jit(lambda x, made=made: sampling.sample(made, x, grid, cond=cond))(x)
         assert np.sign(end[:, 0]).tolist() == [1, -1] and end[1, 0] / end[0, 0] == pytest.approx(-3)
 
@@ -312,25 +316,25 @@ def test_a_condition_reaches_the_velocity_of_every_step(x64, key):
 def test_steps_are_named_in_a_config_and_take_the_path_of_the_run(x64, key):
     path = PATHS["vp"]
     law, x, keys = oracles.gaussian(MEAN, STD, path=path), jax.random.normal(key, (3, 2)), as_keys(key, 3)
-    step = specs.step({"name": "ddim", "eta": 1.0}, path=path)(law.velocity)
-    want = diffusion.ddim(law.velocity, path=path, eta=1.0)(x, 0.3, 0.5, None, keys)
+    step = step_of({"name": "ddim", "eta": 1.0}, law.velocity, path=path)
+    want = sampling.ddim(law.velocity, path=path, eta=1.0)(x, 0.3, 0.5, None, keys)
     np.testing.assert_array_equal(step(x, 0.3, 0.5, None, keys), want)
-    assert isinstance(specs.step("ipndm", path=path)(law.velocity), Multistep)
+    assert isinstance(step_of("ipndm", law.velocity, path=path), Multistep)
     with pytest.raises(ValueError, match="'ddmi'.*did you mean 'ddim'.*dpmpp_2m, edm_heun, euler"):
-        specs.step("ddmi")
+        step_of("ddmi", law.velocity)
     with pytest.raises(ValueError, match="ddim.* latent"):
-        specs.step("ddim", path=paths.two_sided(), score=law.score)(law.velocity)
+        step_of("ddim", law.velocity, path=paths.two_sided(), score=law.score)
 
 
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (diffusion.ddim, {"eta": 1.5}, "eta=1.5: "),
-        (diffusion.edm_heun, {"s_churn": 40.0}, "steps=None: s_churn=40.0"),
-        (diffusion.edm_heun, {"s_churn": -1.0, "steps": 4}, "s_churn=-1.0, "),
-        (diffusion.edm_heun, {"s_min": 2.0, "s_max": 1.0}, "s_min=2.0, s_max=1.0"),
+        (sampling.ddim, {"eta": 1.5}, "eta=1.5: "),
+        (sampling.edm_heun, {"s_churn": 40.0}, "steps=None: s_churn=40.0"),
+        (sampling.edm_heun, {"s_churn": -1.0, "steps": 4}, "s_churn=-1.0, "),
+        (sampling.edm_heun, {"s_min": 2.0, "s_max": 1.0}, "s_min=2.0, s_max=1.0"),
         (sampling.ipndm, {"order": 5}, "order=5: "),
-        (diffusion.reverse_diffusion, {"path": paths.two_sided()}, "latent"),
+        (sampling.reverse_diffusion, {"path": paths.two_sided()}, "latent"),
         (sampling.denoiser, {"path": paths.two_sided()}, "latent"),
         (sampling.velocity_of, {"path": paths.two_sided()}, "latent"),
     ],
@@ -347,6 +351,6 @@ def test_a_uniform_grid_from_noise_to_data_is_finite_at_its_ends(key):
         law = oracles.gaussian(MEAN, STD, path=path)
         exact = law.flow_map(x, 0.0, 1.0)
         for name in ("ddim", "edm_heun", "dpmpp_2m", "ipndm"):
-            step = getattr(diffusion, name)(law.velocity, path=path)
+            step = getattr(sampling, name)(law.velocity, path=path)
             end = jax.jit(lambda x, step=step: sampling.sample(step, x, grids.uniform_grid(100)))(x)
             assert np.abs(end - exact).max() < 0.03, (name, path)

@@ -28,11 +28,11 @@ MIXTURE = {
 }
 
 
-def mixture(path=None):
+def mixture(path=paths.linear()):
     return oracles.mixture(*map(jnp.asarray, MIXTURE.values()), path=path)
 
 
-def gaussian(shape, path=None):
+def gaussian(shape, path=paths.linear()):
     """Means and deviations of their own for each coordinate."""
     n = np.arange(math.prod(shape)).reshape(shape)
     return oracles.gaussian(jnp.asarray(np.sin(n)), jnp.asarray(0.6 + 0.1 * n), path=path)
@@ -117,7 +117,7 @@ def test_hutchinsons_estimate_has_its_mean_and_variance(law, key):
     """Mean ``tr A``; variance ``2 (|S|_F^2 - [Rademacher] |diag S|^2)``, ``S`` the symmetric part, over ``k``."""
     n, k = 20_000, 2
     x = jnp.ones((n, 3))
-    probes = likelihood.draw_probes(as_keys(key, n), k, (3,), law=law)
+    probes = likelihood.draw_probes(as_keys(key, n), k, (3,), distribution=law)
     _, div = likelihood.hutchinson(linear(MATRIX), x, 0.0, probes)
     div = np.asarray(div, np.float64)
     sym = (MATRIX + MATRIX.T) / 2
@@ -292,3 +292,18 @@ def test_bad_options_are_refused(key):
             likelihood.bits_per_dim(found, level=level)
     with pytest.raises(TypeError, match="typed PRNG key"):
         likelihood.dequantise(None, x, level=0.1)
+
+
+@pytest.mark.parametrize("name", ["vp", "sub_vp", "ve"])
+def test_the_density_knows_the_noise_and_the_span_of_its_path(name, key):
+    """Of a Gaussian: ``ve`` starts from ``N(0, 50^2)``, and the velocity of ``vp`` is infinite at the data."""
+    path = getattr(paths, name)()
+    oracle = oracles.gaussian(jnp.array([0.3, -0.2]), jnp.array([0.5, 0.8]), path=path)
+    x = oracle.sample(key, 6)
+    density = jax.jit(lambda x: likelihood.log_density(oracle.velocity, x, path=path))(x)
+    at_end = oracle.log_density(x, path.span[1])
+    np.testing.assert_allclose(
+        likelihood.checked_density(density), at_end, atol=0.05
+    )  # ve keeps the data at its start: 0.3 / 50 of it
+    wrong = likelihood.log_density(oracle.velocity, x, ts=path.span[::-1]).log_p
+    assert name != "ve" or np.abs(wrong - at_end).min() > 2

@@ -8,14 +8,14 @@ from jax.sharding import PartitionSpec as P
 
 from fmjax import oracles, paths, sampling
 from fmjax.experiments import specs
-from fmjax.sampling import diffusion, grids
+from fmjax.sampling import grids
 from fmjax.training import sharding
 
 LAW = oracles.gaussian(jnp.array([0.3, -0.2]), jnp.array([0.5, 0.3]))
 MIXTURE = oracles.mixture(jnp.array([[2.0, 0.5], [-1.5, 1.0], [0.3, -2.0]]), jnp.array([0.3, 0.4, 0.6]))
 ORDERS = {
-    "ddim": (1, diffusion.ddim),
-    "edm_heun": (2, diffusion.edm_heun),
+    "ddim": (1, sampling.ddim),
+    "edm_heun": (2, sampling.edm_heun),
     "dpmpp_2m": (2, sampling.dpmpp_2m),
     **{f"ipndm-{k}": (k, lambda v, k=k: sampling.ipndm(v, order=k, even=False)) for k in (1, 2, 3, 4)},
     "ipndm-4 as published": (2, sampling.ipndm),
@@ -158,7 +158,7 @@ def test_with_the_initial_noise_a_straight_flow_is_exact_on_any_grid(path, heun,
         line = [paths.with_velocity(path, x0, mean + std * x0, jnp.full(4, np.float32(t)))[0] for t in ts]
         got = sampling.sample(step, line[0], ts, trajectory=True)
         np.testing.assert_allclose(got, np.stack(line), rtol=1e-6, atol=1e-6)
-        same = sampling.sample(diffusion.ddim(velocity, path=path), line[0], ts)
+        same = sampling.sample(sampling.ddim(velocity, path=path), line[0], ts)
         np.testing.assert_allclose(got[-1], same, rtol=1e-6, atol=1e-6)
 
 
@@ -168,10 +168,10 @@ def test_the_first_step_with_the_initial_noise_is_ddims_without_a_key(path, x64,
     v = oracles.mixture(jnp.array([[2.0, 0.5], [-1.5, 1.0]]), jnp.array([0.3, 0.4]), path=path).velocity
     for ts in ([0.0, 0.6], [0.3, 0.6]):
         ours, theirs = (
-            sampling.sample(f(v, path=path), x, np.array(ts)) for f in (sampling.initial_noise, diffusion.ddim)
+            sampling.sample(f(v, path=path), x, np.array(ts)) for f in (sampling.initial_noise, sampling.ddim)
         )
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
-    plain = specs.step({"name": "initial_noise", "heun": True}, path=path)(v)
+    plain = specs.build(specs.SOLVER, {"name": "initial_noise", "heun": True}, v, field="solver", path=path)
     keyed = [sampling.sample(plain, x, [0.1, 0.4, 0.9], key=k) for k in (None, jax.random.key(1))]
     np.testing.assert_array_equal(*keyed)
 
@@ -206,4 +206,4 @@ def test_the_initial_noise_is_no_solver_of_a_curved_flow(x64, key):
     gap = lambda make, n: np.abs(
         sampling.sample(make(LAW.velocity), x, grids.uniform_grid(n)) - LAW.flow_map(x, 0.0, 1.0)
     ).max()
-    assert gap(diffusion.ddim, 400) < 0.01 and gap(sampling.initial_noise, 400) > 0.1
+    assert gap(sampling.ddim, 400) < 0.01 and gap(sampling.initial_noise, 400) > 0.1

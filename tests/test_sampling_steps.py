@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +102,7 @@ def test_the_gradient_of_a_sample_is_its_derivative(name, direction, x64, key):
         return
     both = lambda x: (jax.grad(total)(x).sum(), jax.jvp(total, (x,), (tangent,))[1])
     reverse, forward = jax.jit(both)(x)
+    chex.assert_tree_all_finite((reverse, forward))
     np.testing.assert_allclose(reverse, forward, rtol=1e-9, atol=1e-12)
 
 
@@ -116,6 +118,7 @@ def test_a_short_state_is_carried_in_float32_and_cast_back(name, key):
     x = SHORT
     short = jax.jit(lambda x: sampling.sample(made(name), x, 4, key=key))(x)
     assert short.dtype == jnp.bfloat16
+    chex.assert_tree_all_finite(plain(name))
     np.testing.assert_array_equal(short, plain(name).astype(jnp.bfloat16))
     half = made(name, lambda x, t, cond=None: ORACLE.velocity(x, t).astype(jnp.float16))
     for kind in (jnp.float16, jnp.float32):

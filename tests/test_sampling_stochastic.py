@@ -196,7 +196,8 @@ def test_steps_are_named_in_a_config_with_their_strength(key):
     oracle = oracles.mixture(MEANS, STDS)
     x, keys = jax.random.normal(key, (3, 2)), as_keys(key, 3)
     for name, strength in (("euler_maruyama", 2.0), ("stochastic_heun", "memoryless"), ("stochastic_heun", 0.5)):
-        step = jax.jit(specs.step({"name": name, "strength": strength})(oracle.velocity))
+        spec = {"name": name, "strength": strength}
+        step = jax.jit(specs.build(specs.SOLVER, spec, oracle.velocity, field="solver"))
         want = jax.jit(STEPS[name](oracle.velocity, strength=strength))(x, 0.2, 0.4, None, keys)
         np.testing.assert_array_equal(step(x, 0.2, 0.4, None, keys), want)
         seen = []

@@ -92,7 +92,7 @@ def test_a_process_with_the_number_of_a_dead_one_is_not_its_owner(tmp_path):
         pass
 
 
-def test_a_running_owner_without_flock_and_one_of_another_host_are_believed(tmp_path):
+def test_a_running_owner_and_one_of_another_host_are_believed(tmp_path):
     write_lock(tmp_path, pid=os.getppid(), started=lock._started(os.getppid()))
     with pytest.raises(Owned, match=f"process {os.getppid()} on"), owned(tmp_path):
         pass

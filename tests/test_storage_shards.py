@@ -93,3 +93,13 @@ def test_version_and_rubbish_are_refused(tmp_path):
         (tmp_path / shards.MANIFEST).write_text(text)
         with pytest.raises(ValueError, match="manifest.json cannot be used .*remove .* build the marginals again"):
             shards.read_manifest(tmp_path)
+
+
+def test_grids_agree_in_float32_whatever_precision_they_come_in(tmp_path):
+    grid = np.linspace(0, 1, 11)
+    m = M._replace(ts=tuple(grid.tolist()), steps=tuple(range(11)))
+    for ts in (grid, grid.astype(np.float32), list(grid)):
+        shards.check_manifest(tmp_path, m, {"ts": ts, "steps": range(11)})
+        shards.check_manifest(tmp_path, m._replace(ts=tuple(grid.astype(np.float32).tolist())), {"ts": ts})
+    with pytest.raises(ValueError, match=r"ts: \(0.0, .* stored, .* requested"):
+        shards.check_manifest(tmp_path, m, {"ts": np.linspace(0, 0.9, 11)})

@@ -13,7 +13,7 @@ BOUNDS = (0.0, 0.5, 1.0)
 LAW = oracles.gaussian(jnp.array([0.75, -0.5]), jnp.array([0.5, 1.5]))
 
 
-def test_a_grid_takes_its_steps_in_each_segment_and_holds_the_bounds_to_the_bit():
+def test_a_grid_has_its_steps_in_each_segment_and_holds_the_bounds():
     ts = segments.segment_grid((0.0, 0.3, 0.7, 1.0), (1, 9, 2))
     assert len(ts) == 13 and {np.float32(b) for b in (0, 0.3, 0.7, 1)} <= set(ts)
     assert ((ts > np.float32(0.3)) & (ts < np.float32(0.7))).sum() == 8
@@ -23,14 +23,14 @@ def test_a_grid_takes_its_steps_in_each_segment_and_holds_the_bounds_to_the_bit(
 
 @pytest.mark.parametrize("n", [3, 10, 18, 40])
 def test_bounds_are_points_of_the_teachers_grid(n):
-    """The original stored the state a step late: here the index is that of the bound, to the bit."""
+    """The original stored the state a step late: here the index points to the bound, to the bit."""
     bounds = (0.0, 0.3, 0.5, 1.0)
     ts, at = segments.inserted(grids.uniform_grid(n), bounds)
     np.testing.assert_array_equal(ts[list(at)], np.float32(bounds))
     assert (np.diff(ts) > 0.05 / n).all() and len(ts) <= n + 3
 
 
-def test_a_piecewise_step_takes_the_segment_it_starts_in_example_by_example():
+def test_a_piecewise_step_takes_the_segment_where_each_example_starts():
     add = lambda a: lambda x, s, t, cond=None, key=None: x + a * (t - s)[:, None]
     step = segments.piecewise([add(1.0), add(10.0)], BOUNDS)
     s = jnp.array([0.0, 0.49, 0.5, 0.9])
@@ -67,8 +67,8 @@ def test_a_step_that_nobody_takes_is_not_computed():
 def trajectories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trajectories")
     ts, at = segments.inserted(grids.uniform_grid(20), (0.0, 0.45, 1.0))
-    how = {"flow": "gaussian", "direction": "forward", "count": 256, "shape": (2,), "steps": at}
-    correction.build_marginals(lambda params: LAW.velocity, {}, ts, directory=folder, **how)
+    settings = {"flow": "gaussian", "direction": "forward", "count": 256, "shape": (2,), "steps": at}
+    correction.build_marginals(lambda params: LAW.velocity, {}, ts, directory=folder, **settings)
     return correction.read_marginals(folder)
 
 
@@ -81,7 +81,7 @@ def test_batches_hold_the_states_of_one_trajectory_at_the_bounds(trajectories):
     assert abs((batch.t == 0).mean() - 0.5) < 3 * 0.5 / np.sqrt(512)
 
 
-def test_kept_segments_get_noised_real_data_in_a_share_of_the_batch(trajectories):
+def test_kept_segments_get_noised_real_data_in_a_fraction_of_the_batch(trajectories):
     real = np.full((10, 2), 5, np.float32)
     make = lambda step: segments.segment_batches(
         trajectories, (0.0, 0.45, 1.0), batch_size=4096, seed=0, keep=(1,), real=real, kept_fraction=0.25
@@ -97,7 +97,7 @@ def test_kept_segments_get_noised_real_data_in_a_share_of_the_batch(trajectories
     again = make(0)
     assert all(np.array_equal(a, b) for a, b in zip(batch, again, strict=True) if a is not None)
     assert not np.array_equal(batch.x1, make(1).x1)
-    assert np.bincount(np.flatnonzero(kept) * 8 // 4096).tolist() == [128] * 8  # equal shares for eight devices
+    assert np.bincount(np.flatnonzero(kept) * 8 // 4096).tolist() == [128] * 8  # equal fractions for eight devices
 
 
 def test_straightness_of_the_gaussian_flow_is_its_closed_form():

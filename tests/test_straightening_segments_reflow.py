@@ -71,7 +71,7 @@ def test_a_segment_from_data_starts_in_the_law_of_its_bound(path):
 def test_every_example_and_every_step_of_a_solve_has_a_key_of_its_own():
     """The end is the start and ``n`` independent normals; whatever the devices, the processes and the batch before."""
     walk = lambda params: lambda x, s, t, cond=None, key=None: x + normal(key, x.shape[1:])
-    make = lambda real, **how: segments.from_data(real, walk, None, (0.0, 1.0), steps=4, seed=5, **how)
+    make = lambda real, **settings: segments.from_data(real, walk, None, (0.0, 1.0), steps=4, seed=5, **settings)
     whole = make(data(4096))
     batch = whole(2)
     moved = batch.x1 - batch.x0
@@ -86,7 +86,7 @@ def test_every_example_and_every_step_of_a_solve_has_a_key_of_its_own():
         np.testing.assert_allclose(a[2048:], c, rtol=1e-6, atol=1e-6)
 
 
-def test_the_teacher_is_an_argument_traced_once_and_told_the_conditions():
+def test_the_teacher_is_traced_once_as_an_argument_and_gets_conditions():
     seen = []
 
     def step(params):
@@ -95,26 +95,32 @@ def test_the_teacher_is_an_argument_traced_once_and_told_the_conditions():
 
     batch = segments.from_data(data(64), step, np.float32(3), BOUNDS, steps=2, seed=0)
     for n in range(3):
-        got = batch(n)
-        moved = 3 * got.cond * (ends(got.t) - got.t)
-        np.testing.assert_allclose(got.x1 - got.x0, np.stack([moved, moved], 1), rtol=1e-3)
+        actual = batch(n)
+        moved = 3 * actual.cond * (ends(actual.t) - actual.t)
+        np.testing.assert_allclose(actual.x1 - actual.x0, np.stack([moved, moved], 1), rtol=1e-3)
     assert len(seen) == 1 and isinstance(seen[0], jax.core.Tracer)
 
 
 def train(method, params, batch, *, rate, steps, size):
     tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    opt, grad, update = tx.init(params), jax.jit(jax.grad(lambda *a: method.loss(*a)[0])), jax.jit(tx.update)
+
+    @jax.jit
+    def update(params, opt, batch, n):
+        grads, _ = jax.grad(method.loss, has_aux=True)(params, params, batch, as_keys(jax.random.key(n), size))
+        updates, opt = tx.update(grads, opt)
+        return optax.apply_updates(params, updates), opt
+
+    opt = tx.init(params)
     for n in range(steps):
-        updates, opt = update(grad(params, params, batch(n), as_keys(jax.random.key(n), size)), opt)
-        params = optax.apply_updates(params, updates)
+        params, opt = update(params, opt, batch(n), n)
     return params
 
 
 def test_straightening_segments_from_data_learns_the_exact_chords():
     """Of a Gaussian ``x_t = a x_s + b``: both of each segment, from a net that knows no more than that."""
     edges = jnp.asarray(BOUNDS)
-    one = lambda x: np.stack([LAW.flow_map(jnp.full((1, 2), x), s, t)[0] for s, t in itertools.pairwise(BOUNDS)])
-    exact = (one(1.0) - one(0.0), one(0.0))
+    end_of = lambda x: np.stack([LAW.flow_map(jnp.full((1, 2), x), s, t)[0] for s, t in itertools.pairwise(BOUNDS)])
+    exact = (end_of(1.0) - end_of(0.0), end_of(0.0))
 
     def net(params, x, s, t, cond=None, key=None):
         k = jnp.clip(jnp.searchsorted(edges, s, side="right") - 1, 0, 1)
@@ -127,8 +133,8 @@ def test_straightening_segments_from_data_learns_the_exact_chords():
     method = straighten(net, bounds=BOUNDS)
     batch = segments.from_data(data(256), scaled(sampling.rk4), 1.0, BOUNDS, steps=8, seed=0)
     params = train(method, (jnp.ones((2, 2)), jnp.zeros((2, 2))), batch, rate=0.05, steps=200, size=256)
-    for got, want in zip(params, exact, strict=True):
-        np.testing.assert_allclose(got, want, atol=2e-3)
+    for actual, expected in zip(params, exact, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-3)
 
 
 OTHER = oracles.gaussian(jnp.array([-3.0, 2.0]), jnp.array([0.7, 0.4]))
@@ -138,20 +144,20 @@ OTHER = oracles.gaussian(jnp.array([-3.0, 2.0]), jnp.array([0.7, 0.4]))
 def sets(tmp_path_factory):
     """Forward trajectories of one Gaussian's flow, at the bounds, whole backward ones of another's data."""
     ts, at = segments.inserted(grids.uniform_grid(20), BOUNDS)
-    made = []
-    for direction, law, given in (
+    built_sets = []
+    for direction, law, inputs in (
         ("forward", LAW, {"count": 256, "shape": (2,), "steps": at}),
         ("backward", OTHER, {"data": np.asarray(OTHER.sample(jax.random.key(4), 128))}),
     ):
         folder = tmp_path_factory.mktemp(direction)
         velocity = lambda params, law=law: law.velocity
-        correction.build_marginals(velocity, {}, ts, directory=folder, direction=direction, flow="gaussian", **given)
-        made.append((correction.read_marginals(folder), correction.read_marginals(folder, stream=True)))
-    return made
+        correction.build_marginals(velocity, {}, ts, directory=folder, direction=direction, flow="gaussian", **inputs)
+        built_sets.append((correction.read_marginals(folder), correction.read_marginals(folder, stream=True)))
+    return built_sets
 
 
 def is_of(law, batch):
-    """Which pairs lie on the flow of a law."""
+    """Which pairs lie on the flow of a distribution."""
     end = law.flow_map(jnp.asarray(batch.x0), batch.t, ends(batch.t))
     return np.abs(end - batch.x1).max(1) < 1e-3
 
@@ -173,11 +179,11 @@ def test_sets_are_mixed_by_their_shares_and_no_pair_is_of_two(sets, fractions):
     assert abs(first.mean() - chance) <= 4.5 * np.sqrt(chance * (1 - chance) / 32_768)
     for mine, (m, _) in zip((first, second), sets, strict=True):
         early = mine & (batch.t == 0)
-        found, counts = np.unique(batch.x0[early], axis=0, return_counts=True)
+        result, counts = np.unique(batch.x0[early], axis=0, return_counts=True)
         if early.any():  # all of a set's examples, equally often
-            assert len(found) == len(m.x) and abs(mine[batch.t == 0].mean() - mine.mean()) < 0.01
+            assert len(result) == len(m.x) and abs(mine[batch.t == 0].mean() - mine.mean()) < 0.01
             chi2 = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
-            assert abs(chi2 - len(found)) < 4.5 * np.sqrt(2 * len(found))
+            assert abs(chi2 - len(result)) < 4.5 * np.sqrt(2 * len(result))
 
 
 def test_sets_on_disk_give_the_same_batches(sets):
@@ -193,8 +199,8 @@ def test_the_longest_trajectories_are_left_out_of_each_set(sets):
     for m, _ in sets:
         length = np.linalg.norm(m.x[:, -1] - m.x[:, 0], axis=1)
         short = m.x[length <= np.quantile(length, 0.75), 0]
-        given = {x.tobytes() for x in batch.x0[batch.t == 0]} & {x.tobytes() for x in m.x[:, 0]}
-        assert given == {x.tobytes() for x in short} and len(short) == 0.75 * len(m.x)
+        inputs = {x.tobytes() for x in batch.x0[batch.t == 0]} & {x.tobytes() for x in m.x[:, 0]}
+        assert inputs == {x.tobytes() for x in short} and len(short) == 0.75 * len(m.x)
 
 
 def test_what_cannot_be_mixed_or_solved_is_refused(sets):
@@ -210,8 +216,8 @@ def test_what_cannot_be_mixed_or_solved_is_refused(sets):
     for longest in (-0.1, 1.0):
         with pytest.raises(ValueError, match=f"longest={longest}"):
             make(forward, longest=longest)
-    solved = lambda **how: segments.from_data(
-        data(6), scaled(sampling.rk4), 1.0, BOUNDS, **{"steps": 1, "seed": 0} | how
+    solved = lambda **settings: segments.from_data(
+        data(6), scaled(sampling.rk4), 1.0, BOUNDS, **{"steps": 1, "seed": 0} | settings
     )
     with pytest.raises(ValueError, match="steps=0"):
         solved(steps=0)
@@ -222,17 +228,17 @@ def test_what_cannot_be_mixed_or_solved_is_refused(sets):
 
 
 def test_rounds_of_reflow_shorten_the_way_and_straighten_the_flow(tmp_path):
-    """``E |x1 - x0|^2`` never rises from round to round, the flow straightens, the law stays (arXiv 2209.03003)."""
+    """``E |x1 - x0|^2`` never rises, the flow straightens, the distribution stays, by rounds (arXiv 2209.03003)."""
     law = oracles.mixture(jnp.array([[2.0, 0.5], [-1.5, 1.0], [0.3, -2.0]]), jnp.array([0.3, 0.4, 0.6]))
-    model, ts, (count, size) = adapters.from_linen(MLP(64, 2)), grids.uniform_grid(16), (8192, 256)
+    model, ts, (count, size) = adapters.from_linen(MLP(64, 2)), grids.uniform_grid(16), (4096, 256)
     method, first = straighten(model.net), model.init(jax.random.key(0), jnp.zeros((1, 2)))
     view, params, batch = (lambda params: law.velocity), {}, None
     costs, bends = [float(jnp.mean(jnp.sum(law.sample(jax.random.key(9), 4096) ** 2, 1))) + 2], []
     for n in range(3):
         if n:
-            params, view = train(method, first, batch, rate=3e-3, steps=800, size=size), method.velocity
-        how = {"directory": tmp_path / str(n), "direction": "forward", "flow": str(n)}
-        correction.build_marginals(view, params, ts, **how, count=count, shape=(2,), steps=(0, 16))
+            params, view = train(method, first, batch, rate=3e-3, steps=500, size=size), method.velocity
+        settings = {"directory": tmp_path / str(n), "direction": "forward", "flow": str(n)}
+        correction.build_marginals(view, params, ts, **settings, count=count, shape=(2,), steps=(0, 16))
         pairs = correction.read_marginals(tmp_path / str(n))
         batch = segments.segment_batches(pairs, (0.0, 1.0), batch_size=size, seed=n)
         start, end = jnp.asarray(pairs.x[:, 0]), jnp.asarray(pairs.x[:, 1])
@@ -241,3 +247,42 @@ def test_rounds_of_reflow_shorten_the_way_and_straighten_the_flow(tmp_path):
         assert float(two_sample.energy_distance(end[:2000], law.sample(jax.random.key(7), 2000))) < 0.02
     assert costs[1] < costs[0] / 2 and costs[2] < 1.005 * costs[1] and costs[3] < 1.005 * costs[2], costs
     assert bends[1] < bends[0] / 100 and bends[2] < bends[1], bends
+
+
+def test_batches_carry_the_conditions_of_trajectories_and_of_data(sets):
+    """Every example has the label of its trajectory or of its data; sets with and without labels are not mixed."""
+    forward, backward = (m for m, _ in sets)
+    labels = [np.arange(len(m.x), dtype=np.int32) + 1000 * i for i, m in enumerate((forward, backward))]
+    labelled = [m._replace(cond={"row": cond}) for m, cond in zip((forward, backward), labels, strict=True)]
+    real = np.arange(50, dtype=np.float32)[:, None] * np.ones(2, np.float32)
+    settings = {"batch_size": 512, "seed": 0, "keep": (1,), "real": 1e4 * real}
+    batch = segments.segment_batches(labelled, BOUNDS, **settings, real_cond={"row": np.arange(50) - 50})(3)
+    rows = batch.cond["row"]
+    kept = rows < 0
+    assert kept.sum() == 256 and (batch.t[kept] >= np.float32(0.45)).all()
+    late = kept & (batch.t > 0.5)  # the data are far larger than the noise
+    np.testing.assert_array_equal(np.round(batch.x1[late, 0] / batch.t[late] / 1e4), rows[late] + 50)
+    for i, m in enumerate((forward, backward)):
+        mine = ~kept & (rows // 1000 == i)
+        states = m.x[rows[mine] - 1000 * i]
+        at = [int(np.flatnonzero(m.ts == np.float32(b))[0]) for b in BOUNDS[:2]]
+        np.testing.assert_array_equal(batch.x0[mine], states[:, at[0]])
+        np.testing.assert_array_equal(batch.x1[mine], states[:, at[1]])
+        assert mine.any()
+    with pytest.raises(ValueError, match="m cond="):
+        segments.segment_batches([labelled[0], backward], BOUNDS, batch_size=8, seed=0)
+    with pytest.raises(ValueError, match="real_cond=NoneType"):
+        segments.segment_batches(labelled, BOUNDS, **settings)
+
+
+def test_kept_segments_follow_the_path_of_the_flow(sets):
+    """Noise and data in the fractions of the path, at the time of the example."""
+    path, real = paths.trigonometric(), np.full((4, 2), 3, np.float32)
+    make = lambda **settings: segments.segment_batches(
+        sets[0][0], BOUNDS, batch_size=8192, seed=0, keep=(1,), real=real, **settings
+    )
+    batch = make(path=path)(0)
+    kept = batch.t >= np.float32(0.45)
+    alpha, beta = (np.asarray(c)[:, None] for c in path.coefficients(jnp.asarray(batch.t[kept])))
+    z = ((batch.x1[kept] - 3 * beta) / np.maximum(alpha, 1e-3))[alpha[:, 0] > 0.02]
+    assert abs(z.mean()) < 4 / np.sqrt(z.size) and abs(z.std() - 1) < 4 / np.sqrt(2 * z.size)

@@ -1,8 +1,8 @@
 """The step against a plain one written out here: ``jax.grad``, optax, and the averages by their formulas."""
 
 import functools
-import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 
 from fmjax import training
 from fmjax.keys import example_keys, normal
+from fmjax.storage import checkpoint
 from fmjax.training import sharding
 from fmjax.types import Batch
 
@@ -64,8 +65,8 @@ def reference(tx, steps, ema=0.999, target="self", teacher=None):
     opt_state = tx.init(params)
     for n in range(steps):
         keys = example_keys(jax.random.fold_in(KEY, n), jnp.arange(ROWS))
-        given = {"self": params, "ema": average, "frozen": teacher}[target]
-        aux, norm, params, opt_state = differentiate(tx, params, given, batch_of(n), keys, opt_state)
+        pull = {"self": params, "ema": average, "frozen": teacher}[target]
+        aux, norm, params, opt_state = differentiate(tx, params, pull, batch_of(n), keys, opt_state)
         d = min(ema, (1 + n) / (10 + n))
         average = {k: d * average[k] + (1 - d) * params[k] for k in params}
         each, rare = np.asarray(aux["per_example"]), np.asarray(aux["is_rare"])
@@ -89,10 +90,10 @@ def test_every_step_is_the_plain_one(target, fsdp, monkeypatch):
     state = training.init(start(), TX, mesh=mesh, fsdp=fsdp)
     assert (state.params["w"].addressable_shards[0].data.size == 16) == fsdp
     step = training.make_step(loss, TX, mesh=mesh, ema=0.2, target=target, fsdp=fsdp)
-    for n, (expected, told) in enumerate(reference(TX, 4, 0.2, target, teacher)):
+    for n, (expected, means) in enumerate(reference(TX, 4, 0.2, target, teacher)):
         state, metrics = step(state, batch_of(n), KEY, teacher)
         close(state, expected)
-        close(metrics, told)
+        close(metrics, means)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.05, 0.15, 0.999])
@@ -109,19 +110,19 @@ def test_the_average_warms_up_and_is_of_the_new_parameters(ema):
         np.testing.assert_allclose(state.ema["w"], average, rtol=1e-6)
 
 
-def test_every_step_and_every_example_has_its_own_noise_and_no_mesh_changes_it():
+def test_every_step_and_example_has_its_own_noise_on_any_mesh():
     """At a learning rate of zero only the keys differ between steps; their mean tells a repeated or a lost one."""
-    told = {}
+    noise = {}
     for count in (1, 2, 4, 8):
         tx = optax.sgd(0.0)
         state, step = training.init(start(), tx, mesh=mesh_of(count)), training.make_step(loss, tx, mesh=mesh_of(count))
-        told[count] = []
+        noise[count] = []
         for _ in range(2):
             state, metrics = step(state, batch_of(0), KEY)
-            told[count].append(float(metrics["noise"]))
+            noise[count].append(float(metrics["noise"]))
     expected = [normal(example_keys(jax.random.fold_in(KEY, n), jnp.arange(ROWS)), (8,))[:, 0].mean() for n in (0, 1)]
     assert abs(expected[0] - expected[1]) > 0.01
-    for values in told.values():
+    for values in noise.values():
         np.testing.assert_allclose(values, expected, atol=1e-6)
 
 
@@ -176,20 +177,16 @@ def test_without_a_mesh_all_devices_are_used():
     state = training.init(start(), optax.sgd(0.1))
     assert state.params["w"].sharding.device_set == set(jax.devices())
     state, metrics = training.make_step(loss, optax.sgd(0.1))(state, batch_of(0), KEY)
-    expected, told = next(reference(optax.sgd(0.1), 1))
-    close((state, metrics), (expected, told))
+    expected, means = next(reference(optax.sgd(0.1), 1))
+    close((state, metrics), (expected, means))
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"target": "slef"}, "target='slef' is not one of self, ema, frozen"),
-        ({"ema": 1.0}, "ema=1.0 is the decay of the average and must lie in [0, 1)"),
-        ({"ema": -0.1}, "ema=-0.1 is the decay"),
-    ],
+    ("options", "words"),
+    [({"target": "slef"}, "target='slef' .* 'self'"), ({"ema": 1.0}, "ema=1.0"), ({"ema": -0.1}, "ema=-0.1")],
 )
-def test_wrong_options_are_refused_when_the_step_is_made(options, sentence):
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+def test_wrong_options_are_refused_when_the_step_is_made(options, words):
+    with pytest.raises(ValueError, match=words):
         training.make_step(loss, optax.sgd(0.1), mesh=mesh_of(1), **options)
 
 
@@ -213,3 +210,87 @@ def test_wrong_arguments_are_refused_before_anything_is_traced():
         with pytest.raises(ValueError, match=f"batch_size={rows} is not divisible by 4 devices; {near}"):
             step(state, batch_of(0, rows), KEY)
     assert not any(a.is_deleted() for a in jax.tree.leaves(state))
+
+
+def some_frozen():
+    """Adam for the matrix; the bias is frozen."""
+    return optax.partition({"train": optax.adam(1e-2), "freeze": optax.set_to_zero()}, {"w": "train", "b": "freeze"})
+
+
+OPTIMISERS = {
+    "partition": some_frozen,
+    "masked": lambda: optax.masked(optax.adam(1e-2), {"w": True, "b": False}),
+    "muon": lambda: optax.contrib.muon(1e-2),
+    "adafactor": lambda: optax.adafactor(1e-2),
+    "schedule free": lambda: optax.contrib.schedule_free_adamw(1e-2),
+    "apply if finite": lambda: optax.apply_if_finite(optax.MultiSteps(optax.adam(1e-2), 2), 3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_every_optimiser_of_optax_is_placed_and_steps(name, monkeypatch):
+    """Four devices that split parameters and moments, whatever wraps them, give the numbers of one device."""
+    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 64)
+    ends = []
+    for count in (1, 4):
+        mesh, tx, fsdp = mesh_of(count), OPTIMISERS[name](), count > 1
+        step = training.make_step(loss, tx, mesh=mesh, fsdp=fsdp)
+        state = training.init(start(), tx, mesh=mesh, fsdp=fsdp)
+        moments = [a for a in jax.tree.leaves(state.opt_state) if a.shape == (8, 8)]
+        assert moments and all(a.addressable_shards[0].data.size == 64 // count for a in moments)
+        for n in range(2):
+            state, _ = step(state, batch_of(n), KEY)
+        ends.append(jax.device_get(state.params))
+    close(*ends, rtol=1e-4, atol=1e-5)
+    if name == "partition":
+        np.testing.assert_array_equal(ends[1]["b"], start()["b"])
+        assert np.abs(ends[1]["w"] - start()["w"]).min() > 0
+
+
+def test_a_run_with_frozen_parameters_resumes_to_the_same_bits(tmp_path):
+    mesh, tx = mesh_of(2), some_frozen()
+    step = training.make_step(loss, tx, mesh=mesh)
+    state = training.init(start(), tx, mesh=mesh)
+    with checkpoint.writer(tmp_path) as manager:
+        for n in range(4):
+            state, _ = step(state, batch_of(n), KEY)
+            if n == 1:
+                checkpoint.save(manager, 2, state)
+    _, resumed, _ = checkpoint.restore(tmp_path, training.init(start(), tx, mesh=mesh))
+    for n in (2, 3):
+        resumed, _ = step(resumed, batch_of(n), KEY)
+    chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(state))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_average_is_carried_in_float32_whatever_the_parameters(dtype):
+    """Parameters 1, an average that begins at 0, decay 0.999: 1 - 0.999^n; in bfloat16 it would stop at 0.25."""
+    zero = lambda params, target, batch, key: (0 * params["w"].sum(), {"per_example": 0 * batch.x1[:, 0]})
+    tx, mesh, steps = optax.sgd(0.0), mesh_of(1), 1500
+    state = training.init({"w": jnp.ones(2, dtype)}, tx, mesh=mesh)
+    late = jax.device_put((jnp.int32(10**6), jnp.zeros(2)), sharding.replicated(mesh))
+    state = state._replace(step=late[0], ema={"w": late[1]})
+    step, batch = training.make_step(zero, tx, mesh=mesh), sharding.place_batch(Batch(np.zeros((1, 1))), mesh)
+    for _ in range(steps):
+        state, _ = step(state, batch, KEY)
+    assert state.params["w"].dtype == dtype and state.ema["w"].dtype == jnp.float32
+    np.testing.assert_allclose(state.ema["w"], 1 - 0.999**steps, rtol=1e-4)
+
+
+def test_a_teacher_of_averages_computes_in_the_precision_of_the_parameters():
+    dtypes = []
+
+    def loss(params, target, batch, key):
+        dtypes.append((params["w"].dtype, target["w"].dtype))
+        return params["w"].sum().astype(jnp.float32), {"per_example": batch.x1[:, 0]}
+
+    tx, mesh = optax.sgd(0.0), mesh_of(1)
+    step = training.make_step(loss, tx, mesh=mesh, target="ema")
+    step(training.init({"w": jnp.ones(2, jnp.bfloat16)}, tx, mesh=mesh), Batch(np.zeros((1, 1), np.float32)), KEY)
+    assert {str(d) for pair in dtypes for d in pair} == {"bfloat16"}
+
+
+def test_a_state_is_short_in_print():
+    state = training.init({"w": jnp.zeros((1000, 50)), "b": jnp.zeros(7)}, optax.adam(1e-3), mesh=mesh_of(1))
+    assert repr(state) == str(state) == "State(step=0, params=50,007 numbers in 2 arrays)"
+    assert "State(step=" in repr(jax.eval_shape(lambda: state)) and len(repr(jax.eval_shape(lambda: state))) < 150

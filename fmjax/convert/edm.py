@@ -1,7 +1,8 @@
-"""EDM's networks, SongUNet and DhariwalUNet: pickles are read without executing them, and become parameters.
+"""Convert EDM's networks, SongUNet and DhariwalUNet, from pickles that are read without executing them.
 
-EDM (NVlabs/edm) pickles its networks with their source code, which unpickling executes. Here what stands for that is a
-function that keeps an object's class name and state. The weights are CC BY-NC-SA 4.0: converted ones are, too.
+EDM (NVlabs/edm) pickles its networks with their source code, which unpickling executes. Here a function that only keeps
+the class name and the state of an object replaces that code. The weights have the licence CC BY-NC-SA 4.0; converted
+weights have it, too.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from fmjax.nets.song_unet import SongUNet
 from fmjax.nets.unet import UNet, groups_of
 from fmjax.types import Params
 
-# preconditioners: names of their attributes, as options of nets.preconditioning
-KNOWN = {
+# EDM's preconditioners: name and options in nets.preconditioning
+PRECONDITIONERS = {
     "EDMPrecond": ("edm", {"sigma_data": "sigma_data"}),
     "VPPrecond": ("vp", {"beta_min": "beta_min", "beta_d": "beta_d", "M": "steps", "epsilon_t": "epsilon"}),
     "VEPrecond": ("ve", {"sigma_min": "sigma_min", "sigma_max": "sigma_max"}),
@@ -30,29 +31,29 @@ KNOWN = {
 
 
 class _Modules(dict):
-    """A ``torch.nn.ModuleDict``, of which only the state is kept."""
+    """The state of a ``torch.nn.ModuleDict``."""
 
     def __setstate__(self, state):
         self.update(state)
 
 
 class _Dtype(weights._Fixed):
-    """The type of a number of numpy, little-endian, whatever state the pickle sets."""
+    """The type of a numpy number, little-endian; a pickle cannot change it."""
 
     __slots__ = ("kind",)
 
     def __init__(self, kind: str, *_):
         if kind not in ("f8", "f4", "i8", "i4", "b1"):
-            raise ValueError(f"it holds a number of numpy's type {kind!r}")
+            raise ValueError(f"it holds a numpy number of type {kind!r}, which is not read here")
         self.kind = np.dtype(kind).newbyteorder("<")
 
     def __setstate__(self, state):
         if state[1] not in ("<", "|"):
-            raise ValueError("it was written on a big-endian machine, whose byte order is not read here")
+            raise ValueError("it was written on a big-endian machine, and this reader is for little-endian files")
 
 
 def _persistent(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """An object of ``torch_utils.persistence``: its source code, ``meta["module_src"]``, is dropped."""
+    """The class name and state of an object of ``torch_utils.persistence``, without its source code."""
     return {"class": meta["class_name"], **meta["state"]}
 
 
@@ -71,45 +72,63 @@ STAND_INS = {
 
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """``(state, how)`` of the averaged network in a snapshot of EDM: what ``network(state, **how)`` converts.
+    """Read the averaged network of a snapshot of EDM.
 
-    ``state`` maps the names of the ``ema`` module's state dict to arrays; ``how`` holds its preconditioning and
-    dropout. Raises ``ValueError`` as ``weights.read``, and for a pickle that holds something else.
+    Args:
+        path: the pickle.
+
+    Returns:
+        ``(state, options)``: the state dict of the ``ema`` module, and its preconditioning and dropout, so that
+        ``network(state, **options)`` converts it.
+
+    Raises:
+        ValueError: the file cannot be read (``weights.read``), or holds something else.
     """
-    found = weights.read(path, extra=STAND_INS)
-    module = found.get("ema") if isinstance(found, dict) else None
-    if not isinstance(module, dict) or module.get("class") not in KNOWN:
-        what = f"an ema of class {module['class']!r}" if isinstance(module, dict) and "class" in module else "no ema"
-        raise ValueError(f"{path} is no snapshot of EDM: it holds {what}, and known are {', '.join(KNOWN)}")
+    content = weights.read(path, extra=STAND_INS)
+    module = content.get("ema") if isinstance(content, dict) else None
+    if not isinstance(module, dict) or module.get("class") not in PRECONDITIONERS:
+        ema = f"an ema of class {module['class']!r}" if isinstance(module, dict) and "class" in module else "no ema"
+        raise ValueError(f"{path}: not a snapshot of EDM, it holds {ema}. Known are {', '.join(PRECONDITIONERS)}.")
     try:
         state, inner = _state_dict(module), module["_modules"]["model"]
-        name, attributes = KNOWN[module["class"]]
+        name, attributes = PRECONDITIONERS[module["class"]]
         options = {ours: module[theirs] for theirs, ours in attributes.items()}
         dropout = inner["_init_kwargs"].get("dropout", 0.1)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no snapshot of EDM: its network lacks {error}") from error
+        raise ValueError(f"{path}: not a snapshot of EDM, its network lacks {error}.") from error
     return state, {"preconditioning": {"name": name, **options}, "dropout": dropout}
 
 
 def _state_dict(module: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    here = {**module["_parameters"], **module["_buffers"]}
-    found = {f"{prefix}{name}": a for name, a in here.items() if a is not None}
+    arrays = {**module["_parameters"], **module["_buffers"]}
+    state = {f"{prefix}{name}": a for name, a in arrays.items() if a is not None}
     for name, inner in module["_modules"].items():
         if inner is not None:
-            found |= _state_dict(inner, f"{prefix}{name}.")
-    return found
+            state |= _state_dict(inner, f"{prefix}{name}.")
+    return state
 
 
 def network(
     state: Mapping[str, Any], *, preconditioning: Any = "edm", dropout: float = 0.0
 ) -> tuple[Params, dict[str, Any]]:
-    """``(params, spec)`` such that ``build.net(spec)`` with ``params`` is EDM's denoiser, a velocity on its diagonal.
+    """Convert a state dict of EDM's network.
 
-    ``state`` is a state dict of EDM's network, with or without the prefix ``model.``; it tells the sizes, and
-    ``preconditioning``, a spec of ``nets.preconditioning`` (or ``None``: the network alone), what it was trained as.
-    ``spec`` has all of it, ``classes`` too. The jump starts at zero. EDM's zero label is the null label: for an ADM a
-    row of zeros is added. A learned variance (``"iddpm"``) is dropped. Raises ``ValueError`` for a name that is
-    missing, left over (a decoder or an encoder of skips, an ADM of augmentations) or of another shape.
+    The jump starts at zero. EDM's zero label becomes the null label; for an ADM a row of zeros is added. A learned
+    variance (``"iddpm"``) is dropped.
+
+    Args:
+        state: arrays by the names of the state dict, with or without the prefix ``model.``; they determine the sizes.
+        preconditioning: a spec of ``nets.preconditioning``, as which the network was trained; ``None``: the network
+            without a preconditioner.
+        dropout: dropout of the network, in training.
+
+    Returns:
+        ``(params, spec)``: the network of the config ``net = spec`` (``classes`` included) with ``params`` is EDM's
+        denoiser, as a velocity on its diagonal.
+
+    Raises:
+        ValueError: a tensor is missing, left over (a decoder or an encoder of skips, an ADM of augmentations), or of
+            another shape.
     """
     state = _State(state, "EDM's U-Nets", prefix="model.")
     state.left.pop("u", None)  # the levels of iDDPM, which follow from its options
@@ -117,16 +136,17 @@ def network(
     size, fields = _fields(state, adm)
     module: nn.Module = UNet(**fields, dropout=dropout) if adm else SongUNet(**fields, dropout=dropout)
     params = {**_mapping(state, module), **_blocks(state, module, size)}
-    how = preconditioning if isinstance(preconditioning, str | None) else dict(preconditioning)
-    if (how if isinstance(how, str) else (how or {}).get("name")) == "iddpm":
+    if not isinstance(preconditioning, str | None):
+        preconditioning = dict(preconditioning)
+    if (preconditioning.get("name") if isinstance(preconditioning, dict) else preconditioning) == "iddpm":
         params["output"] = {name: a[..., : a.shape[-1] // 2] for name, a in params["output"].items()}
     params = state.checked(module, params, size)
     spec = {"name": "unet" if adm else "song_unet", **fields, "dropout": dropout}
-    return params, spec if how is None else {**spec, "preconditioning": how}
+    return params, spec if preconditioning is None else {**spec, "preconditioning": preconditioning}
 
 
 class _State(State):
-    """Its blocks, as parameters of ``unet.Block`` (where ``film``) and ``song_unet.Block``."""
+    """A state dict whose blocks become parameters of ``unet.Block`` (``film``) or ``song_unet.Block``."""
 
     def block(self, name: str, film: bool) -> Params:
         p = {"GroupNorm_0": self.norm(f"{name}.norm0"), "first": self.conv(f"{name}.conv0")}
@@ -135,7 +155,7 @@ class _State(State):
         return p | ({"skip": self.dense(f"{name}.skip")} if f"{name}.skip.weight" in self else {})
 
     def attention(self, name: str, heads: int) -> Params:
-        """What comes out of ``qkv`` goes from (head, channel, 3) to (3, head, channel)."""
+        """Return an attention, its ``qkv`` reordered from (head, channel, 3) to (3, head, channel)."""
         qkv = self.dense(f"{name}.qkv")
         for key, a in qkv.items():
             parts = a.reshape(*a.shape[:-1], heads, -1, 3)
@@ -144,10 +164,10 @@ class _State(State):
 
 
 def _fields(state: _State, adm: bool) -> tuple[int, dict[str, Any]]:
-    """The height of the images, and what a state dict tells of its network: all but the dropout."""
-    first = [found for name in state.left if (found := re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name))]
+    """The height of the images, and the fields that a state dict determines: all but the dropout."""
+    first = [match for name in state.left if (match := re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name))]
     if len(first) != 1:
-        state.shape("enc.32x32_conv.weight")  # raises where there is none
+        state.shape("enc.32x32_conv.weight")  # raises
     size = int(first[0][1])
     channels = state.shape("map_layer0.weight")[1] if adm else state.shape(first[0][0])[0]
     levels = 1
@@ -161,7 +181,7 @@ def _fields(state: _State, adm: bool) -> tuple[int, dict[str, Any]]:
     noise = state.shape("map_layer0.weight")[1]
     for name, value in [("a channel multiplier", w) for w in widths] + [("the noise multiplier", noise)]:
         if value % channels:
-            raise ValueError(f"{name} of this network is {value}/{channels}, and fmjax's networks have whole ones only")
+            raise ValueError(f"state: {name} is {value}/{channels}, not a whole number. fmjax cannot represent it.")
     fields: dict[str, Any] = {
         "channels": channels,
         "multipliers": tuple(w // channels for w in widths),
@@ -175,8 +195,8 @@ def _fields(state: _State, adm: bool) -> tuple[int, dict[str, Any]]:
         odd = [c for c in norms if groups_of(c, 4) != min(32, c // 4)]
         if odd or taps != (1, 1):
             raise ValueError(
-                f"fmjax's U-Net is no ADM with a filter {taps} and {odd[0] if odd else 0} channels in groups: it has a "
-                "mean of pixels, and groups that are powers of two"
+                f"state: an ADM with the filter {taps} and {odd[0] if odd else 0} channels in groups. "
+                "fmjax's U-Net has the filter (1, 1) and a power of two as the number of groups."
             )
         return size, {**fields, "head_channels": 64, "spectrum": "slow", "resample": "block"}
     return size, fields | {
@@ -189,20 +209,20 @@ def _fields(state: _State, adm: bool) -> tuple[int, dict[str, Any]]:
 
 
 def _taps(state: _State) -> tuple[int, ...]:
-    """The weights of the resampling filter, ``outer(taps, taps) / sum(taps)^2`` everywhere in the state dict."""
+    """The weights of the resampling filters, all of which are ``outer(taps, taps) / sum(taps)^2``."""
     filters = [state.take(name) for name in [*state.left] if name.endswith("resample_filter")]
     if not filters:
         return (1, 1)
     line = filters[0].sum((0, 1, 2)) / filters[0].sum((0, 1, 2)).min()
     taps = tuple(int(k) for k in np.rint(line))
-    want = np.outer(taps, taps) / sum(taps) ** 2
-    if any(f.shape[2:] != want.shape or np.abs(f - want).max() > 1e-6 for f in filters):
-        raise ValueError(f"a resampling filter of this network is not the one of whole weights {taps}")
+    whole = np.outer(taps, taps) / sum(taps) ** 2
+    if any(f.shape[2:] != whole.shape or np.abs(f - whole).max() > 1e-6 for f in filters):
+        raise ValueError(f"state: a resampling filter differs from the filter of whole weights {taps}.")
     return taps
 
 
 def _mapping(state: _State, module: nn.Module) -> Params:
-    """The embeddings of time and label; that of the jump is zero."""
+    """The embeddings of time and label; the embedding of the jump is zero."""
     p = {"source": state.dense("map_layer0"), "mix": state.dense("map_layer1")}
     p["jump"] = {"kernel": np.zeros((64, 4 * module.channels), np.float32)}
     p, song = {"TwoTimes_0": p}, isinstance(module, SongUNet)
@@ -225,7 +245,7 @@ def _blocks(state: _State, module: nn.Module, size: int) -> Params:
     at = lambda level: f"{size >> level}x{size >> level}"
 
     def put(name: str, theirs: str) -> None:
-        """A block and, where there is one, its attention: within the block of a SongUNet, after that of a U-Net."""
+        """Convert a block and its attention, if it has one: inside a SongUNet's block, after a U-Net's."""
         params[name] = state.block(theirs, not song)
         if f"{theirs}.qkv.weight" in state:
             heads = 1 if song else state.shape(f"{theirs}.proj.weight")[0] // 64

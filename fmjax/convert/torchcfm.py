@@ -1,4 +1,4 @@
-"""torchcfm's U-Net, and guided-diffusion's, whose copy it is: a state dict becomes parameters of ``UNet``."""
+"""Convert a state dict of torchcfm's U-Net, or of guided-diffusion's original, to parameters of ``UNet``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fmjax.types import Params
 
 
 class _State(State):
-    """Its blocks, as parameters."""
+    """A state dict whose blocks become parameters of ``unet.Block``."""
 
     def block(self, name: str, film: bool) -> Params:
         p = {"GroupNorm_0": self.norm(f"{name}.in_layers.0"), "first": self.conv(f"{name}.in_layers.2")}
@@ -22,7 +22,7 @@ class _State(State):
         return p | ({"skip": self.dense(f"{name}.skip_connection")} if f"{name}.skip_connection.weight" in self else {})
 
     def attention(self, name: str, heads: int, by_head: bool) -> Params:
-        """What comes out of ``qkv`` goes from (head, 3, channel) to (3, head, channel) where it is ``by_head``."""
+        """Return an attention; ``by_head``: its ``qkv`` is ordered (head, 3, channel) and not (3, head, channel)."""
         qkv = self.dense(f"{name}.qkv")
         if by_head:
             for key, a in qkv.items():
@@ -39,14 +39,24 @@ def unet(
     new_attention_order: bool = False,
     null_class: bool = False,
 ) -> tuple[Params, dict[str, Any]]:
-    """``(params, fields)`` such that ``UNet(**fields)`` with ``params`` on the diagonal is torchcfm's network.
+    """Convert a state dict of torchcfm's ``UNetModel``.
 
-    ``state`` maps the names of a ``UNetModel``'s state dict to arrays (a prefix ``module.`` is dropped). What a state
-    dict does not tell must be given: ``size``, the height of the images, and torchcfm's ``num_heads`` (or
-    ``num_head_channels``) and ``use_new_attention_order``. The second time starts at zero. A table of labels has no
-    null class in torchcfm: it is added as a row of zeros, unless the last row was trained as one (``null_class``).
+    The second time starts at zero. A table of labels has no null label in torchcfm: the result gets one as a row of
+    zeros, unless ``null_class`` is set.
 
-    Raises ``ValueError`` for a name that is missing, left over or of a shape that the U-Net does not have.
+    Args:
+        state: arrays by the names of the state dict; a prefix ``module.`` is dropped.
+        size: height of the images, in pixels.
+        heads: torchcfm's ``num_heads``.
+        head_channels: torchcfm's ``num_head_channels``; if positive, it replaces ``heads``.
+        new_attention_order: torchcfm's ``use_new_attention_order``.
+        null_class: whether the last row of the table was trained as the null label.
+
+    Returns:
+        ``(params, fields)``: ``UNet(**fields)`` with ``params`` is torchcfm's network on the diagonal.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of a shape that ``UNet`` does not have.
     """
     state = _State(state, "torchcfm's U-Net")
     fields = _fields(state, size, heads, head_channels, null_class)
@@ -59,7 +69,7 @@ def unet(
         params["Embed_0"] = {"embedding": np.concatenate([table, null])}
 
     def put(name: str, theirs: str, width: int = 0) -> None:
-        """Block ``theirs.0`` and, where there is one, the attention after it."""
+        """Convert block ``theirs.0`` and the attention after it, if there is one."""
         params[name] = state.block(f"{theirs}.0", net.film)
         if f"{theirs}.1.qkv.weight" in state:
             attend(name, f"{theirs}.1", width * channels)
@@ -69,8 +79,8 @@ def unet(
         params[f"{name}_attention"] = state.attention(theirs, n, not new_attention_order)
 
     def join(name: str, theirs: str, conv: str) -> None:
-        made = state.block(theirs, net.film) if net.resample == "block" else state.conv(f"{theirs}.{conv}")
-        params[name] = made
+        block = net.resample == "block"
+        params[name] = state.block(theirs, net.film) if block else state.conv(f"{theirs}.{conv}")
 
     channels, levels, at = net.channels, list(enumerate(net.multipliers)), 1
     params["input"] = state.conv("input_blocks.0.0")
@@ -97,7 +107,7 @@ def unet(
 
 
 def _fields(state: _State, size: int, heads: int, head_channels: int, null_class: bool) -> dict[str, Any]:
-    """What a state dict tells of its network: all but the heads and the height of the images."""
+    """The fields of ``UNet`` that a state dict determines: all but the heads and the height of the images."""
     channels = state.shape("time_embed.0.weight")[1]
     colours = state.shape("input_blocks.0.0.weight")[1]
     outputs = state.shape("out.2.weight")[0]
@@ -109,15 +119,19 @@ def _fields(state: _State, size: int, heads: int, head_channels: int, null_class
     levels = 1 + convs + blocks
     if out == 0 or out % levels or out == levels or convs and blocks:
         raise ValueError(
-            f"not torchcfm's U-Net with learned resampling: {convs + blocks} of its {out} output blocks double the size"
+            f"state: {convs + blocks} of its {out} output blocks double the size, which is no torchcfm U-Net. "
+            "Give a network with learned resampling (conv_resample=True)."
         )
     each = out // levels
     width = lambda level: state.shape(f"output_blocks.{each * (levels - 1 - level)}.0.out_layers.3.weight")[0]
     attends = [level for level in range(levels) if has(each * (levels - 1 - level), "qkv")[0]]
     film, features = (state.shape(f"middle_block.0.{n}")[0] for n in ("emb_layers.1.bias", "out_layers.3.bias"))
-    for name, value, unit in (("a channel multiplier", width(0), channels), ("outputs", outputs, colours)):
+    for name, value, unit in (
+        ("a channel multiplier", width(0), channels),
+        ("the number of outputs", outputs, colours),
+    ):
         if value % unit:
-            raise ValueError(f"{name} of this network is {value}/{unit}, and fmjax's U-Net has whole ones only")
+            raise ValueError(f"state: {name} is {value}/{unit}, not a whole number. fmjax's U-Net cannot represent it.")
     classes = state.shape("label_emb.weight")[0] - null_class if "label_emb.weight" in state else 0
     return {
         "channels": channels,

@@ -1,9 +1,9 @@
-"""Weights from files of PyTorch (``.pt``, ``.pth``, ``.ckpt``, ``.pkl``) and ``.safetensors``, nothing executed.
+"""Read weights from files of PyTorch (``.pt``, ``.pth``, ``.ckpt``, ``.pkl``) and ``.safetensors``, executing nothing.
 
-A ``.pt`` file is a zip archive of one pickle and the raw bytes of its tensors, a ``.pkl`` file a pickle with the bytes
-in it. A pickle is a program; this reader knows the handful of names that rebuild tensors and dictionaries and refuses a
-file that asks for any other, before it is called. What it does call cannot be changed by the file, and takes memory of
-the order of the file's size: so a file can give wrong numbers, but run no code.
+A ``.pt`` file is a zip archive of one pickle and the raw bytes of its tensors; a ``.pkl`` file is a pickle with these
+bytes in it. A pickle is a program. This reader knows the few names that rebuild tensors and dictionaries, and refuses a
+file that names another function before that function is called. A file cannot change the functions that are called,
+and they use memory of the order of the file's size. A file can therefore contain wrong numbers, but cannot run code.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import math
 import pickle
 import pickletools
+import reprlib
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-SAFETENSORS = {  # in the order in which a file has its tensors
+SAFETENSORS = {  # in the order of the tensors in a file
     "I64": np.int64,
     "F64": np.float64,
     "F32": np.float32,
@@ -53,12 +54,19 @@ DEEPEST = 500
 
 
 def read(path: str | Path, *, extra: Mapping[str, Callable] | None = None) -> Any:
-    """What ``torch.save``, ``pickle.dump`` or ``safetensors`` wrote: dictionaries, lists, tuples, numbers, arrays.
+    """Read a file written by ``torch.save``, ``pickle.dump`` or ``safetensors``.
 
-    ``extra`` maps further names a pickle may call (``"module.name"``) to what stands for them here: a function given
-    the pickled arguments, best one that only keeps them.
+    Args:
+        path: the file; its ending determines the format.
+        extra: further functions that a pickle may call: from the pickled name (``"module.name"``) to a replacement,
+            which gets the pickled arguments. A replacement should only store them.
 
-    Raises ``ValueError`` for a file that is damaged, of another format, or asks for a name that is not known.
+    Returns:
+        Dictionaries, lists, tuples, numbers, strings and numpy arrays.
+
+    Raises:
+        ValueError: the file is damaged, has another format, or names a function that is not known.
+        OSError: the file cannot be opened.
     """
     path = Path(path)
     try:
@@ -68,28 +76,30 @@ def read(path: str | Path, *, extra: Mapping[str, Callable] | None = None) -> An
             if path.suffix == ".pkl":
                 return _pickled(file.read(), {**KNOWN, "torch.storage._load_from_bytes": _storage, **(extra or {})})
             if not zipfile.is_zipfile(file):
-                raise ValueError(
-                    "it is no zip archive; save it by torch.save of PyTorch 1.6 or newer, or as .safetensors"
-                )
+                raise ValueError("not a zip archive. Save it by torch.save of PyTorch 1.6 or newer, or as .safetensors")
             with zipfile.ZipFile(file) as archive:
                 return _archive(archive, path.stat().st_size, {**KNOWN, **(extra or {})})
     except OSError:
         raise
     except Exception as error:  # a damaged file can fail anywhere
-        raise ValueError(f"{path} cannot be read as weights: {error or type(error).__name__}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path | str, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read as weights: {str(error)[:200] or type(error).__name__}")
 
 
 class _Fixed:
-    """What a pickle gets hold of here, and may not set the state of: the default would write to its attributes."""
+    """An object that a pickle may use and whose state it may not set; the default would write to its attributes."""
 
     __slots__ = ()
 
     def __setstate__(self, state):
-        raise ValueError("it changes what rebuilds its tensors")
+        raise ValueError("it changes a function that rebuilds its tensors")
 
 
 class _Tensor(_Fixed):
-    """A rebuilt tensor, until the pickle has ended: an object without methods that a pickle could call."""
+    """A rebuilt tensor, while the pickle is loaded: an object without methods that a pickle could call."""
 
     __slots__ = ("array",)
 
@@ -119,7 +129,7 @@ class _Call(_Fixed):
 
 
 def _rebuild(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> _Tensor:
-    """A view into the storage, only if all of it lies inside and it has no more elements than the storage."""
+    """A view into the storage; refused unless it lies inside and has at most as many elements as the storage."""
     elements, size, stride = storage.elements, tuple(size), tuple(stride)
     whole = all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) and len(size) == len(stride)
     if not isinstance(elements, np.ndarray) or not whole:
@@ -151,16 +161,16 @@ class _Unpickler(pickle.Unpickler):
         whole = f"{module}.{name}"
         if whole not in self.known:
             raise ValueError(
-                f"it asks for {whole}, which is not among the names that rebuild tensors and dictionaries; "
-                "save its state dict alone, or say in extra what stands for it"
+                f"it names {whole:.80}, which does not rebuild tensors or dictionaries. "
+                "Save the state dict alone, or give a replacement in extra"
             )
-        found = self.known[whole]
-        return found if isinstance(found, (type, _Fixed)) else _Call(found)
+        known = self.known[whole]
+        return known if isinstance(known, (type, _Fixed)) else _Call(known)
 
     def persistent_load(self, reference: Any) -> _Storage:
         kinds = [type(r) for r in reference[1:5]] if type(reference) is tuple else None
         if self.fetch is None or kinds != [_Storage, str, str, int] or any(r is not None for r in reference[5:]):
-            raise ValueError(f"it refers to {reference!r}, which is no storage")
+            raise ValueError(f"it refers to {reprlib.repr(reference)}, which is not a storage")
         _, storage, key, _, count = reference[:5]
         if key not in self.fetched:
             self.fetched[key] = _Storage(self.fetch(storage.elements, key, count))
@@ -168,10 +178,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check(data: bytes, start: int = 0) -> None:
-    """Refuses a pickle that would take memory or stack out of proportion, before any of it is loaded.
+    """Refuse a pickle that would use memory or stack out of proportion, before any of it is loaded.
 
-    Which is one that numbers a place of the memo beyond its opcodes (Python makes a table of that length), or nests
-    tuples deeper than ``DEEPEST``, whose hash overflows the stack. Depths are followed opcode by opcode.
+    Refused are a memo place beyond the number of opcodes (Python allocates a table of that length) and tuples nested
+    deeper than ``DEEPEST``, whose hash overflows the stack. The depths are followed opcode by opcode.
     """
     file, depths, memo = io.BytesIO(data), [], {}  # depths of what is on the stack, None for a mark
     file.seek(start)
@@ -204,9 +214,9 @@ def _pickled(data: bytes, known: Mapping[str, Any]) -> Any:
 
 
 def _storage(data: bytes) -> _Storage:
-    """What a pickled tensor has of its storage: five pickles (magic number, version, machine, type, key), then bytes.
+    """Read the storage of a pickled tensor: five pickles (magic number, version, machine, type, key), then bytes.
 
-    The format of ``torch.save`` before 1.6, which ``pickle.dump`` still writes for a storage.
+    This is the format of ``torch.save`` before 1.6, which ``pickle.dump`` still writes for a storage.
     """
     if type(data) is not bytes:
         raise ValueError(f"a storage is bytes, got {type(data).__name__}")
@@ -219,12 +229,12 @@ def _storage(data: bytes) -> _Storage:
     if load() != 0x1950A86A20F9469CFC6C or load() != 1001:
         raise ValueError("a storage begins with another magic number or version than PyTorch's")
     if load().get("little_endian") is not True:
-        raise ValueError("it was written on a big-endian machine, whose byte order is not read here")
-    told = []
-    storage = load(lambda dtype, key, count: told.append((np.dtype(dtype), key, count)))
-    if len(told) != 1 or type(storage) is not _Storage or load() != [told[0][1]]:
-        raise ValueError("what stands for a storage holds something else")
-    dtype, _, count = told[0]
+        raise ValueError("it was written on a big-endian machine, and this reader is for little-endian files")
+    references = []
+    storage = load(lambda dtype, key, count: references.append((np.dtype(dtype), key, count)))
+    if len(references) != 1 or type(storage) is not _Storage or load() != [references[0][1]]:
+        raise ValueError("a storage holds something else")
+    dtype, _, count = references[0]
     length, raw = file.read(8), file.read()
     if length != count.to_bytes(8, "little", signed=True) or len(raw) != count * dtype.itemsize:
         raise ValueError(f"a storage of {count} elements has {len(raw)} bytes")
@@ -240,7 +250,7 @@ def _archive(archive: zipfile.ZipFile, size: int, known: Mapping[str, Any]) -> A
         raise ValueError(f"it holds {len(pickles)} files data.pkl, and a checkpoint of PyTorch has one")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-        raise ValueError("it was written on a big-endian machine, whose byte order is not read here")
+        raise ValueError("it was written on a big-endian machine, and this reader is for little-endian files")
 
     def fetch(dtype, key: str, count: int) -> np.ndarray:
         raw = archive.read(f"{root}data/{key}")
@@ -254,10 +264,10 @@ def _archive(archive: zipfile.ZipFile, size: int, known: Mapping[str, Any]) -> A
 
 
 def _plain(value: Any, done: dict[int, Any] | None = None) -> Any:
-    """Tensors as arrays, in dictionaries, lists and tuples; each once, however often the pickle refers to it."""
+    """Replace tensors by arrays in dictionaries, lists and tuples; each once, however often the pickle refers to it."""
     done = {} if done is None else done
     if isinstance(value, _Fixed) and not isinstance(value, _Tensor):
-        raise ValueError("it holds what rebuilds tensors, and no tensor of it")
+        raise ValueError("it holds a function that rebuilds tensors, not called")
     if isinstance(value, _Tensor):
         return value.array
     if not isinstance(value, dict) and type(value) not in (list, tuple):
@@ -272,15 +282,15 @@ def _plain(value: Any, done: dict[int, Any] | None = None) -> Any:
     return done[id(value)]
 
 
-_OPEN = object()  # of a container that is being made plain
+_OPEN = object()  # marks a container whose parts are being converted
 
 
 def _safetensors(data: bytes) -> dict[str, np.ndarray]:
-    """Eight bytes of length, a JSON table of types, shapes and offsets, then the bytes of the tensors."""
+    """Read eight bytes of length, a JSON table of types, shapes and offsets, then the bytes of the tensors."""
     start = 8 + int.from_bytes(data[:8], "little")
     if len(data) < start:
         raise ValueError(f"it has {len(data)} bytes, and its table alone needs {start}")
-    table, found = json.loads(data[8:start]), {}
+    table, arrays = json.loads(data[8:start]), {}
     for name, entry in table.items():
         if name == "__metadata__":
             continue
@@ -290,30 +300,46 @@ def _safetensors(data: bytes) -> dict[str, np.ndarray]:
         raw = data[start + begin : start + end]
         if not 0 <= begin <= end or len(raw) != dtype.itemsize * math.prod(entry["shape"]):
             raise ValueError(f"{name} of shape {entry['shape']} and type {entry['dtype']} has {len(raw)} bytes")
-        found[name] = np.frombuffer(raw, dtype).reshape(entry["shape"])
-    return found
+        arrays[name] = np.frombuffer(raw, dtype).reshape(entry["shape"])
+    return arrays
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """The strings beside the tensors of a ``.safetensors`` file; raises ``ValueError`` as ``read``."""
+    """Read the strings beside the tensors of a ``.safetensors`` file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The strings by name; empty where there are none.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
     with Path(path).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             return json.loads(file.read(length)).get("__metadata__", {})
         except (ValueError, AttributeError, MemoryError, OverflowError) as error:
-            raise ValueError(f"{path} cannot be read as weights: {error}") from error
+            raise _unreadable(path, error) from error
 
 
 def write(path: str | Path, arrays: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes arrays as ``.safetensors``, with strings beside them: byte for byte what package safetensors writes.
+    """Write arrays as ``.safetensors``, byte for byte as the package safetensors does.
 
-    Raises ``ValueError`` for a type that the format has not.
+    Args:
+        path: the file.
+        arrays: arrays by name.
+        metadata: strings to store beside them, by name.
+
+    Raises:
+        ValueError: the format does not have the type of an array.
     """
     names = {np.dtype(kind): name for name, kind in SAFETENSORS.items()}
     arrays = {name: np.asarray(a) for name, a in arrays.items()}
     for name, a in arrays.items():
         if a.dtype not in names:
-            raise ValueError(f"{name} has type {a.dtype}; a safetensors file holds {', '.join(map(str, names))}")
+            raise ValueError(f"{name} has type {a.dtype}. A safetensors file holds {', '.join(map(str, names))}.")
     order = sorted(arrays, key=lambda name: ([*names].index(arrays[name].dtype), name))
     table, at = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for name in order:

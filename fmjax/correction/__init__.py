@@ -31,8 +31,8 @@ from fmjax.correction.search import (
 
 __all__ = [
     "Between", "Choice", "Estimate", "Evaluations", "Marginals", "Placement", "Reported", "Space", "Trial",
-    "build_marginals", "choose", "classifier_space", "dispersion_ratio", "draw_conditions", "estimate_cost", "greedy",
-    "grid_search", "influence", "interpolate_marginals", "kernel_drift", "langevin", "mala", "marginal_batches",
-    "marginal_matching", "marginal_pairs", "preset", "read_marginals", "restart", "round_trip", "score_of",
-    "score_space", "sensitivity", "straightness_defect", "to_json", "transfer", "value_grid",
+    "build_marginals", "choose", "classifier_space", "dispersion_ratio", "draw_conditions", "estimate_cost",
+    "greedy", "grid_search", "influence", "interpolate_marginals", "kernel_drift", "langevin", "mala",
+    "marginal_batches", "marginal_matching", "marginal_pairs", "preset", "read_marginals", "restart", "round_trip",
+    "score_of", "score_space", "sensitivity", "straightness_defect", "to_json", "transfer", "value_grid",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from fmjax import checks, paths
 from fmjax.keys import as_keys, normal, split
+from fmjax.sampling import evaluations
 from fmjax.types import Corrector, Costed, DirectionFn, FlowMapFn, accept, expand, over_batch, stated
 
 Schedule = float | Callable[[Array], Array]
@@ -68,7 +69,7 @@ def marginal_matching(direction: DirectionFn, *, alpha: Schedule, beta: Schedule
         push = at_time(alpha, t, x) * direction(noised, t, cond)
         return noised + push, {"noised": noised, "moved": _rms(push)}
 
-    return Costed(correct, nfe_of(direction), check_all(direction, alpha, beta))
+    return Costed(correct, evaluations(direction), check_all(direction, alpha, beta))
 
 
 def preset(
@@ -168,7 +169,7 @@ def langevin(
         y, _ = jax.lax.scan(move, x, jnp.stack(split(as_keys(key, len(x)), steps)))
         return y, {"moved": _rms(y - x)}
 
-    return Costed(correct, steps * nfe_of(score), check_all(score, step, snr))
+    return Costed(correct, evaluations(score, calls=steps), check_all(score, step, snr))
 
 
 def mala(
@@ -224,7 +225,7 @@ def mala(
         (y, *_), accepted = jax.lax.scan(move, state(x), jnp.stack(split(as_keys(key, len(x)), steps)))
         return y, {"moved": _rms(y - x), "accepted": accepted.mean(0)}
 
-    nfe = (steps + 1) * (nfe_of(score) + nfe_of(log_density))
+    nfe = evaluations(score, log_density, calls=steps + 1)
     return Costed(correct, nfe, check_all(score, log_density, step))
 
 
@@ -286,7 +287,7 @@ def restart(
         y, _ = jax.lax.scan(loop, x, jnp.stack(split(as_keys(key, len(x)), loops)))
         return y, {"moved": _rms(y - x)}
 
-    return Costed(correct, steps * loops * nfe_of(step), check_all(step, to, also=check))
+    return Costed(correct, evaluations(step, calls=steps * loops), check_all(step, to, also=check))
 
 
 def _uniform_steps(step, keys, x, s, t, cond, steps: int) -> Array:
@@ -312,19 +313,6 @@ def at_time(value: Schedule, t: Array, x: Array) -> Array | float:
         The number, or an array that broadcasts against ``x``, of its dtype.
     """
     return expand(value(t), x).astype(x.dtype) if callable(value) else value
-
-
-def nfe_of(function: Callable) -> int:
-    """Return the network evaluations of one call: what the function states, or 1.
-
-    Args:
-        function: a direction, score, density, velocity or step.
-
-    Returns:
-        The number per example.
-    """
-    nfe = stated(function).nfe
-    return 1 if nfe is None else nfe
 
 
 def check_all(*functions, also: Callable[[Array], None] = accept) -> Callable[[Array], None]:

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fmjax import paths
-from fmjax.correction.correctors import Schedule, at_time, check_all, check_positive, nfe_of
-from fmjax.sampling import grids
+from fmjax.correction.correctors import Schedule, at_time, check_all, check_positive
+from fmjax.sampling import evaluations, grids
 from fmjax.types import Cond, Costed, DirectionFn, VelocityFn, expand, over_batch
 
 
@@ -167,4 +167,4 @@ def score_of(velocity: VelocityFn, *, path: paths.Path = paths.linear()) -> Dire
                 raise ValueError(f"t={t:g}: without noise the velocity does not determine the score. Correct earlier.")
 
     score = lambda x, t, cond=None: paths.score(path, x, velocity(x, t, cond), t)
-    return Costed(score, nfe_of(velocity), check_all(velocity, also=check))
+    return Costed(score, evaluations(velocity), check_all(velocity, also=check))

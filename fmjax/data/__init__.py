@@ -14,6 +14,5 @@ from fmjax.data.toys import checkerboard, eight_gaussians, two_moons
 __all__ = [
     "Dataset", "Examples", "Rows", "arrays", "batches", "checkerboard", "cifar10", "dataset", "densities", "digits",
     "draw_checkerboard", "draw_eight_gaussians", "draw_two_moons", "eight_gaussians", "fashion_mnist", "imagenet32",
-    "imagenet64", "images", "in_memory", "is_labels", "kind_of", "mean", "mnist", "prefetch",
-    "two_moons",
+    "imagenet64", "images", "in_memory", "is_labels", "kind_of", "mean", "mnist", "prefetch", "two_moons",
 ]  # fmt: skip

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from fmjax.data.dataset import Dataset, Examples, Rows, dataset, first_not_finite
+from fmjax.checks import NonNegative, Positive, Range, check_hints
+from fmjax.data.dataset import Dataset, Examples, Part, Rows, dataset, first_not_finite
 from fmjax.data.images import scaled
 
 SPLITS = ("train", "validation", "test")
@@ -16,11 +18,11 @@ SPLITS = ("train", "validation", "test")
 def arrays(
     *,
     path: str,
-    validation: float = 0.1,
-    test: float = 0.1,
-    seed: int = 0,
-    levels: int | None = None,
-    classes: int | None = None,
+    validation: Part = 0.1,
+    test: Part = 0.1,
+    seed: NonNegative = 0,
+    levels: Annotated[int, Range(low=2)] | None = None,
+    classes: Positive | None = None,
     stream: bool = False,
 ) -> Dataset:
     """Load a data set from a ``.npz`` or ``.npy`` file.
@@ -54,6 +56,7 @@ def arrays(
     >>> data.kind, data.classes, data.train.count, data.validation.count
     ('points', 4, 32, 4)
     """
+    check_hints(arrays, {"validation": validation, "test": test, "seed": seed, "levels": levels, "classes": classes})
     content = _read(Path(path).expanduser(), stream)
     x = {name: _converted(array, stream, f"path={path}: {name}") for name, array in content.items() if name[0] == "x"}
     splits = [f"x_{split}" for split in SPLITS]
@@ -128,9 +131,6 @@ def _mapped(path: Path, name: str) -> np.ndarray:
 
 def _divide(x: Rows, y: np.ndarray | None, validation: float, test: float, seed: int) -> list[Examples]:
     """Split the examples at random."""
-    for field, fraction in {"validation": validation, "test": test}.items():
-        if not 0 < fraction < 1:
-            raise ValueError(f"{field}={fraction}: it is a fraction of the examples. Give a number in (0, 1).")
     counts = round(validation * len(x)), round(test * len(x))
     if min(*counts, len(x) - sum(counts)) < 2:
         raise ValueError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fmjax.data import images
-from fmjax.data.dataset import Dataset
+from fmjax.data.dataset import Count, Dataset
 
 SHAPE = (32, 32, 3)
 FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
@@ -17,7 +17,7 @@ FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_b
 
 def cifar10(
     *,
-    validation: int = 5000,
+    validation: Count = 5000,
     source_dir: str | None = None,
     data_dir: str | None = None,
     verify: bool = True,
@@ -40,7 +40,7 @@ def cifar10(
 
     >>> cifar10(validation=1)
     Traceback (most recent call last):
-    ValueError: validation=1: a split needs at least 2 images. Give a larger number.
+    ValueError: validation=1: outside the allowed range. Give a finite number of at least 2.
     """
     return images.load(
         CIFAR10, validation=validation, source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream

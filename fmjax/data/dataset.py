@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from fmjax.checks import Range
 from fmjax.types import Cond
 
 KINDS = ("image", "points", "vector", "series")
+Count = Annotated[int, Range(low=2)]  # the number of examples in one split
+Part = Annotated[float, Range(0, 1, open_low=True, open_high=True)]  # the fraction of the examples in one split
 
 _ROWS = 4096  # examples read at a time
 

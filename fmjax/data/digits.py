@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fmjax.data.dataset import Dataset, Examples, dataset
+from fmjax.checks import NonNegative, check_hints
+from fmjax.data.dataset import Dataset, Examples, Part, dataset
 
 
-def digits(*, validation: float = 0.1, test: float = 0.2, seed: int = 0) -> Dataset:
+def digits(*, validation: Part = 0.1, test: Part = 0.2, seed: NonNegative = 0) -> Dataset:
     """Split the 1,797 handwritten digits at random, with the same fraction of every class in each split.
 
     An image is ``x = pixel / 8 - 1`` of the 17 grey levels 0..16; no noise is added. The file is ordered by writer, so
@@ -29,9 +30,7 @@ def digits(*, validation: float = 0.1, test: float = 0.2, seed: int = 0) -> Data
     >>> data.train.x.shape, data.validation.count, data.test.count, data.classes
     ((1257, 8, 8, 1), 180, 360, 10)
     """
-    for field, fraction in {"validation": validation, "test": test}.items():
-        if not 0 < fraction < 1:
-            raise ValueError(f"{field}={fraction}: it is a fraction of the digits. Give a number in (0, 1).")
+    check_hints(digits, {"validation": validation, "test": test, "seed": seed})
     if min(validation, test, 1 - validation - test) * 1797 < 10:
         raise ValueError(
             f"validation={validation}, test={test}: ten classes need ten digits in every split. Use 0.1 and 0.2."

@@ -20,14 +20,14 @@ import numpy as np
 
 from fmjax.checks import nearest
 from fmjax.data import images
-from fmjax.data.dataset import Dataset
+from fmjax.data.dataset import Count, Dataset
 
 ARCHIVES = ("resized", "downsampled")
 
 
 def imagenet32(
     *,
-    validation: int = 50_000,
+    validation: Count = 50_000,
     source_dir: str | None = None,
     data_dir: str | None = None,
     archive: str = "resized",
@@ -70,7 +70,7 @@ def imagenet32(
 
 def imagenet64(
     *,
-    validation: int = 50_000,
+    validation: Count = 50_000,
     source_dir: str | None = None,
     data_dir: str | None = None,
     archive: str = "resized",

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fmjax.checks import check_hints
 from fmjax.data import preparation
-from fmjax.data.dataset import Dataset, Examples, dataset
+from fmjax.data.dataset import Count, Dataset, Examples, dataset
 
 
 class Original(NamedTuple):
@@ -98,7 +99,7 @@ class _Part:
 def load(
     original: Original,
     *,
-    validation: int = 5000,
+    validation: Count = 5000,
     source_dir: str | None = None,
     data_dir: str | None = None,
     verify: bool = True,
@@ -130,8 +131,7 @@ def load(
         OSError: if a file cannot be downloaded (TFDS tries for minutes) or written.
         RuntimeError: for records that cannot be read.
     """
-    if validation < 2:
-        raise ValueError(f"validation={validation}: a split needs at least 2 images. Give a larger number.")
+    check_hints(load, {"validation": validation})
     if "://" in str(data_dir or ""):
         raise ValueError(f"data_dir={data_dir}: it is a URL. Give a folder of a local or mounted file system.")
     if not verify and source_dir is None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from fmjax.data import images
-from fmjax.data.dataset import Dataset
+from fmjax.data.dataset import Count, Dataset
 
 
 def mnist(
     *,
-    validation: int = 5000,
+    validation: Count = 5000,
     source_dir: str | None = None,
     data_dir: str | None = None,
     verify: bool = True,
@@ -44,7 +44,7 @@ def mnist(
 
 def fashion_mnist(
     *,
-    validation: int = 5000,
+    validation: Count = 5000,
     source_dir: str | None = None,
     data_dir: str | None = None,
     verify: bool = True,

@@ -7,12 +7,18 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from fmjax.checks import NonNegative, NonNegativeFloat, check_hints
 from fmjax.data import densities
-from fmjax.data.dataset import Dataset, Examples, dataset
+from fmjax.data.dataset import Count, Dataset, Examples, dataset
 
 
 def checkerboard(
-    *, train: int = 100_000, validation: int = 10_000, test: int = 10_000, seed: int = 0, labels: bool = False
+    *,
+    train: Count = 100_000,
+    validation: Count = 10_000,
+    test: Count = 10_000,
+    seed: NonNegative = 0,
+    labels: bool = False,
 ) -> Dataset:
     """Draw points that are uniform on 8 of the 16 cells of [-1, 1)^2, see ``densities.draw_checkerboard``.
 
@@ -27,7 +33,7 @@ def checkerboard(
         Points ``[n, 2]`` float32 in [-1, 1)^2.
 
     Raises:
-        ValueError: for fewer than 2 points a split or a negative seed.
+        ValueError: for fewer than 2 points a split, or a negative number.
 
     >>> checkerboard(train=8, validation=4, test=4).train.x.shape
     (8, 2)
@@ -38,13 +44,13 @@ def checkerboard(
 
 def eight_gaussians(
     *,
-    train: int = 100_000,
-    validation: int = 10_000,
-    test: int = 10_000,
-    seed: int = 0,
+    train: Count = 100_000,
+    validation: Count = 10_000,
+    test: Count = 10_000,
+    seed: NonNegative = 0,
     labels: bool = False,
-    radius: float = 2.0,
-    std: float = 0.2,
+    radius: NonNegativeFloat = 2.0,
+    std: NonNegativeFloat = 0.2,
 ) -> Dataset:
     """Draw points of eight equal Gaussians on a circle, see ``densities.draw_eight_gaussians``.
 
@@ -61,24 +67,25 @@ def eight_gaussians(
         Points ``[n, 2]`` float32.
 
     Raises:
-        ValueError: for fewer than 2 points a split or a negative seed.
+        ValueError: for fewer than 2 points a split, or a negative number.
 
     >>> data = eight_gaussians(train=8, validation=4, test=4, labels=True)
     >>> data.train.x.shape, data.classes
     ((8, 2), 8)
     """
+    check_hints(eight_gaussians, {"radius": radius, "std": std})
     draw = lambda key, n, labels: densities.draw_eight_gaussians(key, n, radius=radius, std=std, labels=labels)
     return _points("eight_gaussians", draw, 8, labels, train=train, validation=validation, test=test, seed=seed)
 
 
 def two_moons(
     *,
-    train: int = 100_000,
-    validation: int = 10_000,
-    test: int = 10_000,
-    seed: int = 0,
+    train: Count = 100_000,
+    validation: Count = 10_000,
+    test: Count = 10_000,
+    seed: NonNegative = 0,
     labels: bool = False,
-    std: float = 0.1,
+    std: NonNegativeFloat = 0.1,
 ) -> Dataset:
     """Draw points of two interleaved half circles, see ``densities.draw_two_moons``.
 
@@ -94,24 +101,29 @@ def two_moons(
         Points ``[n, 2]`` float32.
 
     Raises:
-        ValueError: for fewer than 2 points a split or a negative seed.
+        ValueError: for fewer than 2 points a split, or a negative number.
 
     >>> two_moons(train=8, validation=4, test=4).kind
     'points'
     """
+    check_hints(two_moons, {"std": std})
     draw = lambda key, n, labels: densities.draw_two_moons(key, n, std=std, labels=labels)
     return _points("two_moons", draw, 2, labels, train=train, validation=validation, test=test, seed=seed)
 
 
 def _points(
-    name: str, draw: Callable, classes: int, labels: bool, *, train: int, validation: int, test: int, seed: int
+    name: str,
+    draw: Callable,
+    classes: int,
+    labels: bool,
+    *,
+    train: Count,
+    validation: Count,
+    test: Count,
+    seed: NonNegative,
 ) -> Dataset:
     """Draw the training and test points from the seed's key, and the validation points from another key."""
-    for field, count in {"train": train, "validation": validation, "test": test}.items():
-        if count < 2:
-            raise ValueError(f"{field}={count}: a split needs at least 2 points. Give a larger number.")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: a seed is not negative. Give 0 or more.")
+    check_hints(_points, {"train": train, "validation": validation, "test": test, "seed": seed})
     key = jax.random.key(seed)
     x, y = map(np.asarray, draw(key, train + test, labels=True))
     held_out_x, held_out_y = map(np.asarray, draw(jax.random.fold_in(key, 1), validation, labels=True))

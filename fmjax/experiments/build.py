@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmjax import couplings, paths
+from fmjax import couplings, paths, transport
 from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, check_hints, nearest
 from fmjax.data import Dataset, Rows
 from fmjax.experiments import specs
@@ -126,7 +126,7 @@ def coupling(
 
     Args:
         spec: a coupling of ``fmjax.couplings``, a place outside the package, or the object; ``"semidiscrete"`` is
-            fitted here and takes the options of ``couplings.fit_semidiscrete``.
+            fitted here and takes the options of ``transport.fit_semidiscrete``.
         x: the training examples ``[n, ...]``.
         y: their conditions.
         flip: whether training mirrors the images.
@@ -235,6 +235,6 @@ def _semidiscrete(options, x, y, flip: bool, seed: int, field: str) -> couplings
         )
     if flip:
         x, y = np.concatenate([x, x[:, :, ::-1]]), jax.tree.map(lambda a: np.concatenate([a, a]), y)
-    options = specs.checked(couplings.fit_semidiscrete, options, field=field)
-    potentials = couplings.fit_semidiscrete(jax.random.key(seed), x, y, **options)
+    options = specs.checked(transport.fit_semidiscrete, options, field=field)
+    potentials = transport.fit_semidiscrete(jax.random.key(seed), x, y, **options)
     return couplings.semidiscrete(x, potentials, y, by_class=options.get("by_class"))

@@ -131,20 +131,21 @@ def read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) ->
     from ml_collections import config_flags
 
     find_configs()
-    holder = flags.FlagValues()
-    if any(re.match(r"--config(=|$)", a) for a in arguments):
-        config_flags.DEFINE_config_file("config", None, "", flag_values=holder, lock_config=True)
-    else:
+    holder, stored = flags.FlagValues(), None
+    if not any(re.match(r"--config(=|$)", a) for a in arguments):
         stored = as_config(workdir.read_config(path, trust=trust))
-        config_flags.DEFINE_config_dict("config", stored, "", flag_values=holder, lock_config=True)
     former, sys.argv = sys.argv, ["fmjax", *arguments]  # ml_collections reads the overrides from there
     try:
+        if stored is None:
+            config_flags.DEFINE_config_file("config", None, "", flag_values=holder, lock_config=True)
+        else:
+            config_flags.DEFINE_config_dict("config", stored, "", flag_values=holder, lock_config=True)
         holder(["fmjax", *arguments])
         config = holder["config"].value
         getattr(config, "items", None)  # ml_collections keeps a file's failure until the config is used
         return config
     except (flags.Error, OSError, AttributeError, KeyError, TypeError) as error:
-        line = explain(error, holder["config"].value)
+        line = explain(error, stored if stored is not None else holder["config"].value)
         if isinstance(error, (flags.Error, OSError)) or line.startswith(NO_FIELD):
             raise ValueError(line) from error
         raise  # the config file itself failed: its traceback says where
@@ -187,7 +188,8 @@ def explain(error: Exception, config: Any = None) -> str:
     quoted = re.fullmatch(r"[\"'\\]*(\w+)[\"'\\]*(?:(?:\\n|\s)*Did you mean \"(\w+)\".*)?", text, re.DOTALL)
     if quoted and isinstance(error, (AttributeError, KeyError)):
         return f"{NO_FIELD} {quoted[1]!r}" + (f"; did you mean {quoted[2]!r}?" if quoted[2] else "")
-    return one_line(text)
+    lost = re.search(r"No such file or directory: '(.*?)'", text)
+    return f"config={lost[1]!r}: no such file. Give a file of configs/." if lost else one_line(text)
 
 
 def one_line(error: Any) -> str:

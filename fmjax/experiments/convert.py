@@ -1,9 +1,10 @@
-"""A file of weights becomes the workdir of a run, to start from (``init``) or to learn from (``teacher``), and back."""
+"""Files of others' weights become run folders, to start from, to learn from or to sample; and back."""
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,51 @@ import numpy as np
 
 from fmjax import checks
 from fmjax.convert import edm, torchcfm, weights
-from fmjax.experiments import specs
+from fmjax.experiments import build, command_line, specs, workdir
+from fmjax.experiments.specs import refusal
 from fmjax.storage import checkpoint, files
 from fmjax.types import Params
 
-TOLD = "converted.json"
 PARTS = ("ema_model", "ema", "net_model", "net", "model", "state_dict")  # where checkpoints have theirs, best first
 KINDS = ("torchcfm", "edm", "safetensors")
+RECORD = "converted.json"
+
+
+def main(
+    *,
+    workdir: str | None,
+    source: str | None = None,
+    to: str | None = None,
+    kind: str | None = None,
+    part: str | None = None,
+    shape: str | None = None,
+    options: str = "{}",
+) -> None:
+    """Convert a file into a run folder, or write the network of a run folder to a file, and print what was done.
+
+    Args:
+        workdir: the run folder.
+        source: the file to convert.
+        to: the file to write.
+        kind: what the file must be.
+        part: the entry of a checkpoint that is the state dict.
+        shape: shape of one example, ``"32,32,3"``, for samples from the folder alone.
+        options: options of the converter, as JSON.
+    """
+    if workdir is None or (source is None) == (to is None):
+        raise ValueError("source, to: give --workdir, and --source=FILE to convert, or --to=FILE to write.")
+    if to is not None:
+        return print(f"{export(workdir, to):,} parameters in {to}")
+    try:
+        chosen = json.loads(options)
+        sizes = None if shape is None else [int(n) for n in shape.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"options={options!r}, shape={shape!r}: cannot be read ({error}). Give JSON and 32,32,3."
+        ) from error
+    record = convert(source, workdir, kind=kind, part=part, options=chosen, shape=sizes)
+    print(f"{record['parameters']:,} parameters of kind {record['kind']} (part {record['part']}) in {workdir}")
+    print(f"its config has net={record['net']}, conditional={bool(record['classes'])}, path='linear'")
 
 
 def convert(
@@ -28,72 +67,112 @@ def convert(
     kind: str | None = None,
     part: str | None = None,
     options: Mapping[str, Any] | None = None,
+    shape: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The network in the file ``source`` as the averaged parameters of a workdir ``path``, at step 0.
+    """Convert the network in a file to the averaged parameters of a run folder, at step 0.
 
-    ``kind`` is ``"torchcfm"`` or ``"edm"`` (of PyTorch's files, see ``weights.read``) or ``"safetensors"`` (of
-    ``export``), by default what the names of the arrays tell; ``part`` names the entry of a checkpoint that is the
-    state dict, by default the first there is of ``PARTS``; ``options`` are those of ``torchcfm.unet`` or
-    ``edm.network``. Returns, and writes to ``converted.json``, ``net`` and ``classes`` (fields of a config; ``None``
-    where a file does not tell), kind, source and number of parameters.
+    Args:
+        source: file of PyTorch weights or an EDM snapshot (see ``fmjax.convert``), or ``.safetensors`` of ``export``.
+        path: the run folder; it must have no checkpoints.
+        kind: ``"torchcfm"``, ``"edm"`` or ``"safetensors"``; by default found from the names of the arrays.
+        part: the entry of a checkpoint that is the state dict; by default the first of ``PARTS`` that the file has.
+        options: options of ``torchcfm.unet`` or ``edm.network``.
+        shape: shape of one example, so that samples can be drawn from the folder alone.
 
-    Raises ``ValueError`` for a file that is not of its kind, and ``CheckpointError`` where ``path`` has checkpoints.
+    Returns:
+        What was found, also in ``converted.json``: ``net`` and ``classes`` (``None`` where the file has none),
+        ``kind``, ``part``, ``source``, ``shape`` and the number of ``parameters``.
+
+    Raises:
+        ValueError: a file that is not of its kind.
+        CheckpointError: ``path`` has checkpoints.
     """
-    source = Path(source)
+    source, path = Path(source).expanduser(), workdir.local(path)
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}{checks.nearest(kind, KINDS)}")
-    options = dict(options or {})
+        raise refusal("kind", kind, f"no such kind{checks.nearest(kind, KINDS)}", f"There are {', '.join(KINDS)}")
+    options, taken = dict(options or {}), None
     if source.suffix == ".pkl":
-        state, how = edm.read(source)
-        found, options = "edm", {**how, **options}
+        state, origin = edm.read(source)
+        found, options = "edm", {**origin, **options}
     else:
-        state = _state(weights.read(source), source, part)
+        state, taken = _state(weights.read(source), source, part)
         found = _kind(state)
     if kind not in (None, found):
-        raise ValueError(f"{source} is no file of kind {kind!r}: its names are those of {found!r}")
+        raise refusal("kind", kind, f"the names in {source} are those of {found!r}", "Leave kind out")
     params, net = _BY_KIND[found](state, source, options)
     classes = None if net is None else net.pop("classes", 0)
     if net is not None:
-        specs.net(net, classes=classes)  # refuses what cannot be built
-    told = {"kind": found, "source": source.name, "net": net, "classes": classes, "parameters": _count(params)}
-    directory = Path(path)
-    with checkpoint.writer(directory / "checkpoints") as manager:
+        build.net(net, classes=classes)  # refuses what cannot be built
+    shape = None if shape is None else [int(n) for n in shape]
+    record = {
+        "kind": found, "source": source.name, "part": taken, "net": net, "classes": classes, "shape": shape,
+        "parameters": _count(params),
+    }  # fmt: skip
+    folder = workdir.stage_folder(path, "flow")
+    with checkpoint.writer(folder / "checkpoints") as manager:
         checkpoint.save(manager, 0, {"ema": params}, metadata={"stage": "converted"})
-    files.write_json(directory / TOLD, told)
-    return told
+    data = {"shape": shape, "kind": None, "classes": classes or 0, "levels": None, "name": source.name}
+    workdir.begin_stage(path, "flow", {}, data)
+    files.write_json(path / RECORD, record)
+    if net is not None:
+        files.write_json(path / workdir.CONFIG, workdir.plain(run_config(net, bool(classes))))
+    return record
+
+
+def run_config(net: Mapping[str, Any], labelled: bool) -> Mapping[str, Any]:
+    """Return the config of a converted network: the base config with that network; its data are to be set."""
+    command_line.find_configs()
+    c = importlib.import_module("configs.base").get_config()
+    with c.unlocked(), c.ignore_type():
+        c.net, c.conditional, c.coupling = dict(net), labelled, "independent"
+        c.data = {"name": "arrays", "path": "set data.path to the data that samples are compared with"}
+    return c.to_dict()
 
 
 def export(path: str | Path, file: str | Path) -> int:
-    """Writes the averaged parameters of the run in ``path`` as ``.safetensors``; returns how many numbers these are.
+    """Write the averaged parameters of a run as ``.safetensors``.
 
-    Names are those of the tree, joined by ``/``; the network's options and its classes are told beside them, so that
-    ``convert`` reads all of it. Raises ``ValueError`` for another ending, ``CheckpointError`` where no run is.
+    Names are those of the tree, joined by ``/``; the network's options and classes are stored beside them, so that
+    ``convert`` reads all of it.
+
+    Args:
+        path: run folder, or the folder of a stage.
+        file: the file to write.
+
+    Returns:
+        How many numbers were written.
+
+    Raises:
+        ValueError: another ending of the file.
+        WorkdirError: no trained network in ``path``.
     """
-    path, file = Path(path), Path(file)
+    file = Path(file).expanduser()
     if file.suffix != ".safetensors":
-        raise ValueError(f"weights are written as .safetensors, not {file.suffix or 'without an ending'}: {file}")
-    _, params, _ = checkpoint.restore(path / "checkpoints", part="ema", fallback=True)
-    told: dict[str, Any] = {}
-    for name in (TOLD, "config.json"):  # of a converted run, or one that was trained there
-        if (path / name).exists():
-            config = json.loads((path / name).read_text())
-            told = {key: json.dumps(config[key]) for key in ("net", "classes")} if config["net"] else {}
-    weights.write(file, _flatten(params), metadata={"format": "fmjax", **told})
+        raise refusal("to", str(file), "weights are written as .safetensors", "Give FILE.safetensors")
+    folder = workdir.network_folder(path)
+    _, params, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
+    extra: dict[str, Any] = {}
+    config = next((f / workdir.CONFIG for f in (folder, folder.parent) if (f / workdir.CONFIG).exists()), None)
+    if config is not None:
+        classes = files.read_json(folder / workdir.STAGE)["data"]["classes"]
+        read = files.read_json(config)
+        extra = {"net": json.dumps(read["net"]), "classes": json.dumps(classes if read["conditional"] else 0)}
+    weights.write(file, _flatten(params), metadata={"format": "fmjax", **extra})
     return _count(params)
 
 
-def _state(found: Any, source: Path, part: str | None) -> dict[str, np.ndarray]:
-    """The state dict of a checkpoint: all of it, or an entry."""
+def _state(found: Any, source: Path, part: str | None) -> tuple[dict[str, np.ndarray], str | None]:
+    """The state dict of a checkpoint, all of it or an entry, and the name of the entry."""
     arrays = lambda value: isinstance(value, dict) and any(isinstance(a, np.ndarray) for a in value.values())
     if part is None and arrays(found):
-        return found
+        return found, None
     entries = found if isinstance(found, dict) else {}
     offered = [name for name in entries if arrays(entries[name])]
     chosen = [name for name in ((part,) if part else PARTS) if name in offered]
     if not chosen:
-        asked, there = part or f"one of {', '.join(PARTS)}", ", ".join(map(str, offered)) or "none"
-        raise ValueError(f"{source} has no state dict as its part {asked}; parts that are one: {there}")
-    return entries[chosen[0]]
+        wrong = f"no such state dict in {source.name}; it has {', '.join(map(str, offered)) or 'none'}"
+        raise refusal("part", part or "/".join(PARTS), wrong, "Give --part=NAME")
+    return entries[chosen[0]], chosen[0]
 
 
 def _kind(state: Mapping[str, Any]) -> str:
@@ -102,27 +181,28 @@ def _kind(state: Mapping[str, Any]) -> str:
 
 
 def _torchcfm(state, source: Path, options) -> tuple[Params, dict[str, Any]]:
-    params, fields = specs.call(torchcfm.unet, options, state)
+    params, fields = specs.call(torchcfm.unet, options, state, field="options")
     return params, {"name": "unet", **fields}
 
 
 def _edm(state, source: Path, options) -> tuple[Params, dict[str, Any]]:
-    return specs.call(edm.network, options, state)
+    return specs.call(edm.network, options, state, field="options")
 
 
 def _own(state, source: Path, options) -> tuple[Params, dict[str, Any] | None]:
-    """What ``export`` wrote."""
-    told = weights.metadata(source) if source.suffix == ".safetensors" else {}
-    if told.get("format") != "fmjax":
-        raise ValueError(
-            f"{source} is none of torchcfm, EDM and fmjax's own: {', '.join(sorted(state)[:3])} are not their names"
+    """Parameters and network of a file that ``export`` wrote."""
+    extra = weights.metadata(source) if source.suffix == ".safetensors" else {}
+    if extra.get("format") != "fmjax":
+        names = ", ".join(sorted(state)[:3])
+        raise refusal(
+            "source", source.name, f"{names} are names of neither torchcfm, EDM nor fmjax", "Give another file"
         )
     if options:
-        raise ValueError(f"a file of fmjax's own takes no options, got {', '.join(options)}")
-    if "net" not in told:
+        raise refusal("options", sorted(options), "a file that fmjax wrote takes none", "Leave them out")
+    if "net" not in extra:
         return _nest(state), None
-    net = json.loads(told["net"])
-    return _nest(state), {**({"name": net} if isinstance(net, str) else net), "classes": json.loads(told["classes"])}
+    net = json.loads(extra["net"])
+    return _nest(state), {**({"name": net} if isinstance(net, str) else net), "classes": json.loads(extra["classes"])}
 
 
 _BY_KIND: dict[str, Callable[..., Any]] = {"torchcfm": _torchcfm, "edm": _edm, "safetensors": _own}

@@ -87,7 +87,7 @@ def render(contents: Contents) -> str:
     charts = [figures.distances(m, rows, _chart_words(m, row)) for m, row in best.items() if row]
     clouds = [x for x in contents.grids.values() if np.ndim(x) == 2 and np.shape(x)[1] == 2]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = (importlib.resources.files("fmjax") / "report.html.jinja").read_text("utf-8")
+    template = (importlib.resources.files("fmjax.experiments") / "report.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(
         title=contents.title,
         schemes=(figures.LIGHT, figures.DARK),

@@ -10,13 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax.experiments import figures
 from fmjax.experiments.drawing import CHUNK, hash_arrays
 from fmjax.experiments.run import Run
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.specs import refusal
 from fmjax.storage import files, images
-from fmjax.training import logs, sharding
+from fmjax.training import logs, pictures, sharding
 
 
 def main(
@@ -93,12 +92,15 @@ def write(target: Path, x: np.ndarray, cond: Any) -> None:
     if target.suffix == ".npz":
         files.write_npz(target, {"x": x} | ({} if cond is None else {"cond": cond}))
     elif target.suffix == ".png":
-        files.write_bytes(target, figures.png_of(x))
+        picture = pictures.writer_for(x.shape[1:])
+        if picture is None:
+            raise refusal("out", str(target), f"vectors {list(x.shape[1:])} are not drawn", "Give samples.npz")
+        picture.write(target, x)
     else:
         target.mkdir(parents=True, exist_ok=True)
         digits = max(6, len(str(len(x) - 1)))
         for i, image in enumerate(x):
-            images.save_png(target / f"{i:0{digits}d}.png", image[None], scale=1, gap=0)
+            images.save_image(target / f"{i:0{digits}d}.png", image)
 
 
 def _json(field: str, text: str | None) -> Any:

@@ -38,6 +38,8 @@ from fmjax import checks, paths
 Spec = Any  # a ConfigDict is no Mapping, and an object may be anything
 OUTSIDE = re.compile(r"(.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 LENGTH = 300  # characters of a refusal at most
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 class Kind(NamedTuple):
@@ -287,8 +289,7 @@ def absolute(tree: Any) -> Any:
 
 def refusal(field: str, value: Any, wrong: str, way_out: str) -> ValueError:
     """Return the error ``<field>=<value>: <what is wrong>. <what to do>.``, cut to ``LENGTH`` characters."""
-    short = reprlib.Repr(maxstring=80, maxother=80).repr(value)
-    line = " ".join(f"{field}={short}: {wrong}. {way_out}.".split())
+    line = " ".join(f"{field}={_SHORT.repr(value)}: {wrong}. {way_out}.".split()).replace("?.", "?")
     return ValueError(line if len(line) <= LENGTH else line[: LENGTH - 2] + " …")
 
 

@@ -40,7 +40,7 @@ def align_your_flow(
         pair: distribution of ``(s, t)`` off the diagonal.
         diagonal: fraction of the batch with the flow-matching loss.
         teacher: network of ``v``, evaluated as ``teacher(target, x, s, s, cond)``; ``net`` by default. With
-            autoguidance: ``guidance.autoguided_teacher``.
+            autoguidance: ``sampling.autoguided_teacher``.
         form: ``"eulerian"``, or ``"lagrangian"`` for ``lagrangian`` with ``stop="tangent"``, which blurs according to
             the paper and ignores ``normalise``, ``warmup`` and ``limit``.
         normalise: ``c``.

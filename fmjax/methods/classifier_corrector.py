@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fmjax import checks
 from fmjax.methods import attacks
 from fmjax.methods import common as c
-from fmjax.types import CorrectorMethod, LogitNet, expand, over_batch
+from fmjax.types import CorrectorMethod, Costed, LogitNet, expand, over_batch
 
 DIRECTIONS = ("logit", "logprob", "normalised")
 
@@ -113,6 +113,6 @@ def classifier_corrector(
                 h = h / (attacks.length(h) + 1e-10)
             return h if clip is None else h * (clip / jnp.maximum(attacks.length(h), clip))
 
-        return push
+        return Costed(push, nfe=2)
 
     return CorrectorMethod(loss, direction=bind)

@@ -105,7 +105,7 @@ def check_times(path: paths.Path, time: Callable) -> None:
         )
 
 
-def two_heads(what: str, out: Array, x: Array) -> list[Float[Array, "b ..."]]:
+def two_heads(what: str, out: Array, x: Array) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
     """Split the output of a network with two heads into its two fields, the halves of its channels.
 
     Args:
@@ -123,7 +123,8 @@ def two_heads(what: str, out: Array, x: Array) -> list[Float[Array, "b ..."]]:
         raise ValueError(
             f"{what}: needs a network of two heads, and this one turns {x.shape} into {out.shape}. Give it outputs=2."
         )
-    return jnp.split(out, 2, axis=-1)
+    first, second = jnp.split(out, 2, axis=-1)
+    return first, second
 
 
 def mse(a: Array, b: Array) -> Float[Array, " b"]:

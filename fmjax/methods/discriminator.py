@@ -25,7 +25,7 @@ def discriminator(
         time: distribution of ``t``, ``key: [B] -> [B]``.
 
     Returns:
-        A method with ``direction``, ``grad f``, which ``guidance.density_ratio`` adds to the velocity. Batches have
+        A method with ``direction``, ``grad f``, which ``sampling.density_ratio`` adds to the velocity. Batches have
         real examples in ``x1`` and generated examples in ``x0``. ``aux`` as in ``classifier_corrector``.
 
     Raises:

@@ -41,13 +41,13 @@ def improved_mean_flow(
     weighted error plus the weighted ``|v(I_s, s, t) - v_g|^2``, from one evaluation.
 
     ``v_g = dI_s``. Where ``null`` is given, it is a guided velocity of the scale ``w`` in the condition ``(labels, w)``
-    (of ``guidance.random_scale``, over a network that takes the scale as an input, ``guided=True``):
+    (of ``sampling.random_scale``, over a network that takes the scale as an input, ``guided=True``):
 
     ``v_g = dI_s + (1 - 1/w) (v(I_s, s; labels, w) - v(I_s, s; null, 1))`` where ``low <= s <= high``,
 
-    whose fixed point is ``v_null + w (v_labels - v_null)``. Rows whose label is ``null`` (``guidance.label_dropout``)
+    whose fixed point is ``v_null + w (v_labels - v_null)``. Rows whose label is ``null`` (``sampling.label_dropout``)
     have ``v_g = dI_s``. All examples have one interval; the published network takes the ends of the interval as inputs,
-    drawn at random. Sample with ``guidance.at_scale``.
+    drawn at random. Sample with ``sampling.at_scale``.
 
     Args:
         net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x`` (two heads with ``head``).
@@ -84,12 +84,12 @@ def improved_mean_flow(
     def heads(params, x, s, t, cond=None, key=None, net=net):
         return c.two_heads("head=True", net(params, x, s, t, cond, key), x)
 
-    first = (lambda *args: heads(*args)[0]) if head else net
-    own = (lambda *args: heads(*args)[1]) if head else net
+    def own(*args):
+        return heads(*args)[1] if head else net(*args)
 
     def towards(target, batch, x, s, v):
         if not isinstance(batch.cond, tuple):
-            raise ValueError(f"null={null}: the condition has no scale. Wrap the method in guidance.random_scale.")
+            raise ValueError(f"null={null}: the condition has no scale. Wrap the method in sampling.random_scale.")
         goal, base = (own(target, x, s, s, cond) for cond in (batch.cond, c.unconditional(batch.cond, null)))
         return v + expand(1 - 1 / batch.cond[1], x) * (goal - base)
 
@@ -128,5 +128,8 @@ def improved_mean_flow(
         u_at = lambda x, s: heads(params, x, s, t, batch.cond, net=views.for_jvp(net))
         u, du, v = jax.jvp(u_at, (x, s), (w, jnp.ones_like(s)), has_aux=True)
         return errors(s, t, u - expand(t - s, x) * jax.lax.stop_gradient(du), v, goal)
+
+    def first(params, x, s, t, cond=None, key=None):
+        return heads(params, x, s, t, cond, key)[0]
 
     return views.two_time(first, c.two_terms(on, off, diagonal))

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 
 from fmjax import paths, times
 from fmjax.methods import common as c
-from fmjax.methods import views
 from fmjax.methods.flow_matching import flow_matching
-from fmjax.types import FlowMethod, Net, over_batch
+from fmjax.types import FlowMethod, Net, network, over_batch
 
 
 def learned_coupling(
@@ -43,14 +42,14 @@ def learned_coupling(
 
     >>> import jax.numpy as jnp
     >>> from fmjax import methods
-    >>> def net(params, x, s, t, cond=None, key=None):
-    ...     return params * x
-    >>> net.encoder = lambda params, x, s, t, cond=None, key=None: jnp.zeros((*x.shape[:-1], 2 * x.shape[-1]))
+    >>> from fmjax.types import Network
+    >>> encoder = lambda params, x, s, t, cond=None, key=None: jnp.zeros((*x.shape[:-1], 2 * x.shape[-1]))
+    >>> net = Network(lambda params, x, s, t, cond=None, key=None: params * x, encoder=encoder)
     >>> methods.learned_coupling(net).velocity(2.0)(jnp.ones((1, 2)), 0.5)
     Array([[2., 2.]], dtype=float32)
     """
     flow = flow_matching(net, path=path, time=time)
-    if (encoder := views.encoder_of(net)) is None:
+    if (encoder := network(net).encoder) is None:
         raise ValueError(
             "net: has no encoder. Use nets.adapters.with_encoder(model, encoder), in a config "
             "net = {'name': ..., 'noise_encoder': 'mlp'}."

@@ -45,7 +45,7 @@ def mean_flow(
 
     with ``v(x, s, c) = u(x, s, s, c)`` at the parameters ``target``: classifier-free guidance of the scale
     ``guidance / (1 - mix)`` with one evaluation per step. Rows whose label is ``null``, and times outside the interval,
-    have ``v_g = dI_s``; ``guidance.label_dropout`` makes such rows, on and off the diagonal (the published code makes
+    have ``v_g = dI_s``; ``sampling.label_dropout`` makes such rows, on and off the diagonal (the published code makes
     them on the diagonal only). Do not guide the result again. Published values of ``guidance`` and ``mix`` are (1,
     0.5), (0.2, 0.92) and (0.2, 0.92), with ``low`` 0, 0.2 and 0.25.
 

@@ -28,7 +28,7 @@ def residual(
         base: network whose diagonal at the parameters ``target`` is ``v``; ``net`` by default.
 
     Returns:
-        A method whose ``velocity`` is ``r`` alone: ``guidance.added`` makes the sum, at the cost of one evaluation of
+        A method whose ``velocity`` is ``r`` alone: ``sampling.added`` makes the sum, at the cost of one evaluation of
         each network. ``aux`` has ``t``.
 
     Raises:

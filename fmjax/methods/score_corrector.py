@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fmjax.methods import common as c
-from fmjax.types import Net, ScoreCorrectorMethod, expand, over_batch
+from fmjax.types import Costed, Net, ScoreCorrectorMethod, expand, over_batch
 
 
 def score_corrector(net: Net, *, sigma: float | Sequence[float]) -> ScoreCorrectorMethod:
@@ -55,7 +55,7 @@ def score_corrector(net: Net, *, sigma: float | Sequence[float]) -> ScoreCorrect
                 t = over_batch(t, x)
                 return -(expand(noise_level_at(sigma, t), x) ** power) * net(params, x, t, t, cond)
 
-            return field
+            return Costed(field, nfe=1)
 
         return bind
 
@@ -79,6 +79,6 @@ def noise_level_at(sigma: float | Sequence[float], t: Float[Array, " b"]) -> Flo
     [0.25, 0.375, 0.75]
     """
     if np.ndim(sigma) == 0:
-        return jnp.full_like(t, sigma)
+        return jnp.full_like(t, jnp.asarray(sigma))
     values = jnp.asarray(sigma, t.dtype)
     return jnp.interp(t, jnp.linspace(0, 1, len(values), dtype=t.dtype), values)

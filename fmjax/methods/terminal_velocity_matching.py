@@ -12,7 +12,7 @@ from fmjax import paths, times
 from fmjax.methods import common as c
 from fmjax.methods import views
 from fmjax.methods.lagrangian import lagrangian
-from fmjax.types import Cond, FlowMapMethod, Net, expand, is_null
+from fmjax.types import Cond, FlowMapMethod, Net, expand, is_null, network
 
 
 def terminal_velocity_matching(
@@ -31,8 +31,8 @@ def terminal_velocity_matching(
     ``X_{s,t}(x) = x + (t - s) c u(x, s, t)`` (arXiv 2511.19797). The first term is the residual of ``lagrangian``, with
     the gradient through the tangent; the second is flow matching at ``r ~ time``. Without guidance ``w = c = 1``.
 
-    The scale ``w`` is ``guidance``, or the scale in conditions ``(labels, w)`` (``guidance.random_scale``; the paper
-    draws ``1/w``), and 1 where the label is ``null`` (``guidance.label_dropout``):
+    The scale ``w`` is ``guidance``, or the scale in conditions ``(labels, w)`` (``sampling.random_scale``; the paper
+    draws ``1/w``), and 1 where the label is ``null`` (``sampling.label_dropout``):
     ``v_g = w dI_r + (1 - w) c u(I_r, r, r; null)``.
 
     Args:
@@ -80,9 +80,14 @@ def terminal_velocity_matching(
             )
         return jnp.where(is_null(cond, null), 1, guidance)
 
-    def slope(params, x, s, t, cond=None, key=None):
-        u, w = net(params, x, s, t, cond, key), scale(x, cond) if scaled else None
-        return u if w is None else expand(w, x) * u
+    def with_scale(inner):
+        def slope(params, x, s, t, cond=None, key=None):
+            u, w = inner(params, x, s, t, cond, key), scale(x, cond) if scaled else None
+            return u if w is None else expand(w, x) * u
+
+        return slope
+
+    slope = network(net).wrap(with_scale)
 
     def guide(target, batch, x, t, v):
         w = scale(x, batch.cond)

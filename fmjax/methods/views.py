@@ -1,14 +1,11 @@
-"""Views of a network: as a velocity, a flow map or a score; and the companions that a network carries beside itself."""
+"""Views of a network: as a velocity, a flow map or a score."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
-import jax
-
 from fmjax import paths
-from fmjax.types import FlowMapFn, FlowMapMethod, LossFn, Net, Params, VelocityFn, expand, over_batch
+from fmjax.types import Costed, FlowMapFn, FlowMapMethod, LossFn, Net, Params, VelocityFn, expand, network, over_batch
 
 
 def two_time(net: Net, loss: LossFn) -> FlowMapMethod:
@@ -60,7 +57,7 @@ def flow_map_view(net: Net) -> Callable[[Params], FlowMapFn]:
             s, t = over_batch(s, x), over_batch(t, x)
             return x + expand(t - s, x) * net(params, x, s, t, cond)
 
-        return flow_map
+        return Costed(flow_map, nfe=1)
 
     return bind
 
@@ -93,26 +90,4 @@ def for_jvp(net: Net) -> Net:
         The field ``for_jvp`` of the network, with the arguments of a ``functools.partial`` around it, or ``net``
         itself where the network has no such field.
     """
-    if isinstance(net, functools.partial):
-        return functools.partial(for_jvp(net.func), *net.args, **net.keywords)
-    if isinstance(net, jax.stages.Wrapped) and (inner := getattr(net, "__wrapped__", None)):
-        replacement = for_jvp(inner)
-        return net if replacement is inner else replacement
-    return getattr(net, "for_jvp", None) or getattr(net, "with_jvp", None) or net
-
-
-def encoder_of(net: Net) -> Net | None:
-    """Return the encoder that a network carries beside itself.
-
-    Args:
-        net: a network; ``jax.jit``, ``functools.partial`` and decorators around it are seen through.
-
-    Returns:
-        The field ``encoder`` of the network, or ``None``.
-    """
-    inner = net
-    while inner is not None:
-        if callable(encoder := getattr(inner, "encoder", None)):
-            return encoder
-        inner = getattr(inner, "__wrapped__", None) or getattr(inner, "func", None)
-    return None
+    return network(net).for_jvp or net

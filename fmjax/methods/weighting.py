@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fmjax.types import Aux, Method, Params
+from fmjax.types import Aux, Method, Params, network
 
 NAME = "log_variance"
 FREQUENCIES = 32
@@ -157,10 +157,10 @@ def with_log_variance(model: Any) -> Any:
     def init(key, x, cond=None):
         return {**model.init(key, x, cond), NAME: init_log_variance()}
 
-    def net(params, x, s, t, cond=None, key=None):
-        return model.net({name: p for name, p in params.items() if name != NAME}, x, s, t, cond, key)
+    def without(inner):
+        return lambda params, *args, **kwargs: inner({k: p for k, p in params.items() if k != NAME}, *args, **kwargs)
 
-    return model._replace(init=init, net=net)
+    return model._replace(init=init, net=network(model.net).wrap(without))
 
 
 def _weighted(aux: Aux, per_example: Array) -> tuple[Array, Aux]:

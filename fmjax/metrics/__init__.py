@@ -30,8 +30,8 @@ from fmjax.metrics.two_sample import (
 __all__ = [
     "DataLike", "ExamplesLike", "Features", "Metric", "bootstrap_se", "checkerboard_floor", "checkerboard_kl",
     "checkerboard_mass", "checkerboard_outside", "classifier", "counts", "defaults", "energy_distance", "energy_to",
-    "fd_random_to", "fd_small", "fd_small_to", "frechet", "frechet_distance", "kl", "label_accuracy", "low_fraction",
-    "mean_distance", "mean_kernel", "mean_se", "median_distance", "mmd", "mmd_to", "moments", "precision_recall",
-    "quantise", "radial", "random_features", "sliced_w2", "sliced_w2_to", "small_classifier", "trace_sqrt_features",
-    "trace_sqrt_product", "w2_exact",
+    "fd_random_to", "fd_small", "fd_small_to", "frechet", "frechet_distance", "kl", "label_accuracy",
+    "low_fraction", "mean_distance", "mean_kernel", "mean_se", "median_distance", "mmd", "mmd_to", "moments",
+    "precision_recall", "quantise", "radial", "random_features", "sliced_w2", "sliced_w2_to", "small_classifier",
+    "trace_sqrt_features", "trace_sqrt_product", "w2_exact",
 ]  # fmt: skip

@@ -241,25 +241,7 @@ def _apply(params: dict, x):
 
 
 def _train(x, y, *, classes: int) -> dict:
-    import optax
-
-    schedule = optax.cosine_decay_schedule(RECIPE["learning_rate"], RECIPE["steps"])
-    tx = optax.adamw(schedule, weight_decay=RECIPE["weight_decay"])
-
-    def loss(params, x, y):
-        target = optax.smooth_labels(jax.nn.one_hot(y, classes), RECIPE["label_smoothing"])
-        return optax.softmax_cross_entropy(_apply(params, x)[1], target).mean()
-
-    @jax.jit
-    def step(params, opt, x, y, key):
-        k_index, k_shift = jax.random.split(key)
-        index = jax.random.randint(k_index, (RECIPE["batch"],), 0, len(x))
-        padded = jnp.pad(x[index], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
-        dy, dx = jax.random.randint(k_shift, (2,), 0, 3)
-        shifted = jax.lax.dynamic_slice(padded, (0, dy, dx, 0), (len(index), *x.shape[1:]))
-        updates, opt = tx.update(jax.grad(loss)(params, shifted, y[index]), opt, params)
-        return optax.apply_updates(params, updates), opt
-
+    tx, step = _step(tuple(RECIPE.items()), classes)
     k_init, k_steps = jax.random.split(jax.random.key(RECIPE["seed"]))
     params = _init(k_init, x.shape[-1], classes)
     opt = tx.init(params)
@@ -267,6 +249,32 @@ def _train(x, y, *, classes: int) -> dict:
     for key in jax.random.split(k_steps, RECIPE["steps"]):
         params, opt = step(params, opt, x, y, key)
     return params
+
+
+@functools.cache
+def _step(recipe: tuple, classes: int):
+    """Return the optimiser and its jitted step, one for all trainings of a recipe."""
+    import optax
+
+    recipe = dict(recipe)
+    schedule = optax.cosine_decay_schedule(recipe["learning_rate"], recipe["steps"])
+    tx = optax.adamw(schedule, weight_decay=recipe["weight_decay"])
+
+    def loss(params, x, y):
+        target = optax.smooth_labels(jax.nn.one_hot(y, classes), recipe["label_smoothing"])
+        return optax.softmax_cross_entropy(_apply(params, x)[1], target).mean()
+
+    @jax.jit
+    def step(params, opt, x, y, key):
+        k_index, k_shift = jax.random.split(key)
+        index = jax.random.randint(k_index, (recipe["batch"],), 0, len(x))
+        padded = jnp.pad(x[index], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
+        dy, dx = jax.random.randint(k_shift, (2,), 0, 3)
+        shifted = jax.lax.dynamic_slice(padded, (0, dy, dx, 0), (len(index), *x.shape[1:]))
+        updates, opt = tx.update(jax.grad(loss)(params, shifted, y[index]), opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    return tx, step
 
 
 _jit_apply = jax.jit(_apply)

@@ -121,8 +121,8 @@ def checkerboard_kl(samples: Samples, *, bins: int = 64) -> float:
         ValueError: unless ``bins`` is a multiple of 4, and as ``counts`` raises.
 
     >>> x = np.random.default_rng(0).uniform(-1, 1, (4000, 2))
-    >>> round(checkerboard_kl(x, bins=4) - float(np.log(2)), 1)
-    0.0
+    >>> 0.65 < checkerboard_kl(x, bins=4) < 0.75  # half of the samples are outside: log 2
+    True
     """
     return kl(samples, checkerboard_mass(bins=bins))
 

@@ -37,12 +37,12 @@ from fmjax.sampling.stochastic import draw_noise, euler_maruyama, memoryless, st
 
 __all__ = [
     "Cost", "Density", "SampleInfo", "Tableau", "added", "anderson", "as_flow", "at_scale", "autoguidance",
-    "autoguided_teacher", "best_steps", "bits_per_dim", "check_at", "check_grid", "checked_density", "checked_solve",
-    "classifier_free", "cost", "curvature", "ddim", "default_grid", "denoiser", "density_ratio", "dequantise",
-    "diffrax_solver", "divergence", "dpmpp_2m", "draw_noise", "draw_probes", "edm_grid", "edm_heun", "euler",
-    "euler_maruyama", "evaluations", "even_grid", "flow_map_log_density", "from_diffrax", "guided_teacher", "heun",
-    "hutchinson", "initial_noise", "integrate", "interval", "inverse", "ipndm", "jump_costs", "label_dropout",
-    "log_density", "log_snr_grid", "memoryless", "midpoint", "per_step", "random_scale", "renoised",
-    "reverse_diffusion", "rk38", "rk4", "runge_kutta", "same_times", "sample", "source_sample", "steps_at",
-    "steps_per_segment", "stochastic_heun", "tableau", "uniform_grid", "velocity_of", "with_memory",
+    "autoguided_teacher", "best_steps", "bits_per_dim", "check_at", "check_grid", "checked_density",
+    "checked_solve", "classifier_free", "cost", "curvature", "ddim", "default_grid", "denoiser", "density_ratio",
+    "dequantise", "diffrax_solver", "divergence", "dpmpp_2m", "draw_noise", "draw_probes", "edm_grid", "edm_heun",
+    "euler", "euler_maruyama", "evaluations", "even_grid", "flow_map_log_density", "from_diffrax", "guided_teacher",
+    "heun", "hutchinson", "initial_noise", "integrate", "interval", "inverse", "ipndm", "jump_costs",
+    "label_dropout", "log_density", "log_snr_grid", "memoryless", "midpoint", "per_step", "random_scale",
+    "renoised", "reverse_diffusion", "rk38", "rk4", "runge_kutta", "same_times", "sample", "source_sample",
+    "steps_at", "steps_per_segment", "stochastic_heun", "tableau", "uniform_grid", "velocity_of", "with_memory",
 ]  # fmt: skip

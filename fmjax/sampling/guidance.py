@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ Scale = float | Callable[[Array], Array]
 
 
 def classifier_free(
-    conditional: VelocityFn, *, null: Cond, scale: Scale | None = None, weight: float | None = None
+    conditional: VelocityFn, *, null: Cond, scale: Scale | None = None, weight: Any = None
 ) -> VelocityFn:
     """Return the velocity of classifier-free guidance, ``v(x, t, null) + scale (v(x, t, cond) - v(x, t, null))``.
 

@@ -141,6 +141,18 @@ def write_array(path: str | Path, array: Any) -> str:
     return digest
 
 
+def write_npz(path: str | Path, arrays: Mapping[str, Any]) -> None:
+    """Write named arrays as an ``.npz`` file that ``numpy.load`` reads, whole or not at all.
+
+    Args:
+        path: the file, in a folder that exists.
+        arrays: arrays by name.
+    """
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: np.asarray(array) for name, array in arrays.items()})
+    write_bytes(path, buffer.getvalue())
+
+
 def read_array(path: str | Path, *, digest: str | None = None) -> np.ndarray:
     """Read an array that ``write_array`` wrote, and verify its digest.
 

@@ -41,7 +41,7 @@ def image_grid(images, *, columns: int | None = None) -> np.ndarray:
     if columns < 1:
         raise ValueError(f"columns={columns} must be 1 or more")
     k = max(1, math.ceil(TILE / min(height, width)))
-    tiles = np.clip(np.floor(127.5 * x.astype(np.float64) + 128), 0, 255).astype(np.uint8)
+    tiles = pixels(x)
     tiles = np.broadcast_to(tiles, (n, height, width, 3)).repeat(k, 1).repeat(k, 2)
     step_y, step_x = height * k + GAP, width * k + GAP
     sheet = np.full((-(-n // columns) * step_y + GAP, min(n, columns) * step_x + GAP, 3), 128, np.uint8)
@@ -65,6 +65,37 @@ def save_png(path: str | os.PathLike, images, *, columns: int | None = None) -> 
     path = Path(path)
     write_bytes(path, png_bytes(image_grid(images, columns=columns)))
     return path
+
+
+def save_image(path: str | os.PathLike, image) -> Path:
+    """Write one image as a PNG file, a pixel a pixel, whole or not at all.
+
+    Args:
+        path: the file, in a folder that exists.
+        image: floats in [-1, 1], ``[H, W, C]`` with ``C`` 1 or 3.
+
+    Returns:
+        The path.
+    """
+    path, x = Path(path), np.asarray(image)
+    check_images("image", x[None], ndim=4)
+    write_bytes(path, png_bytes(np.ascontiguousarray(np.broadcast_to(pixels(x), (*x.shape[:2], 3)))))
+    return path
+
+
+def pixels(x: np.ndarray) -> np.ndarray:
+    """Return images in [-1, 1] as uint8: ``floor(127.5 x + 128)``, clipped to 0 .. 255.
+
+    Args:
+        x: floats ``[...]``.
+
+    Returns:
+        uint8 ``[...]``.
+
+    >>> pixels(np.array([-1.0, 0.0, 1.0])).tolist()
+    [0, 128, 255]
+    """
+    return np.clip(np.floor(127.5 * x.astype(np.float64) + 128), 0, 255).astype(np.uint8)
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:

@@ -3,9 +3,8 @@
 A shard is written under a temporary name, flushed, renamed and only then entered in a manifest with its SHA-256: a
 shard with its final name is complete. Record ``i`` is example ``i``.
 
-Shard ``i`` belongs to process ``i mod P``. Each of ``P`` processes enters its shards in its own manifest, so that no
-file has two writers and no process waits; a single process writes ``manifest.json``. A shard is complete where any
-manifest of the directory names it with the SHA-256 that the file has, whatever ``P`` was.
+Shard ``i`` belongs to process ``i mod P``. Each of ``P`` processes enters its shards in its own manifest: no file has
+two writers. One process alone writes ``manifest.json``. A shard is complete where any manifest names its SHA-256.
 """
 
 from __future__ import annotations
@@ -149,13 +148,13 @@ def resume(directory: str | os.PathLike, m: Manifest, names: Iterable[str]) -> d
         OSError: the directory cannot be written.
         ValueError: the directory holds something else; the message names each field that differs.
     """
-    directory, advice = Path(directory), "choose a directory that can be written"
+    directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError("no permission")
     except OSError as e:
-        raise OSError(f"cannot write to {directory}: {e}; {advice}") from e
-    if not os.access(directory, os.W_OK):
-        raise OSError(f"cannot write to {directory}: no permission; {advice}")
+        raise OSError(f"cannot write to {directory}: {e}; choose a directory that can be written") from e
     unlisted = sorted(directory.glob("shard-*.array_record"))  # before the manifests: other processes write those first
     old = read_manifest(directory)
     if old is None:
@@ -187,7 +186,7 @@ def write_shard(directory: str | os.PathLike, name: str, records: Iterable[bytes
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    path, unfinished, count = Path(directory) / name, Path(directory) / f"{name}.tmp", 0
+    count, unfinished = 0, Path(directory) / f"{name}.tmp"
     with contextlib.closing(ArrayRecordWriter(str(unfinished), OPTIONS)) as writer:
         for record in records:
             writer.write(record)
@@ -195,7 +194,7 @@ def write_shard(directory: str | os.PathLike, name: str, records: Iterable[bytes
         for row in cond:
             writer.write(row)
     shard = Shard(name, count, files.file_digest(unfinished))
-    files.commit(unfinished, path)
+    files.commit(unfinished, Path(directory) / name)
     return shard
 
 
@@ -241,12 +240,11 @@ def read_manifest(directory: str | os.PathLike) -> Manifest | None:
     """
     directory = Path(directory)
     manifests = [_read_manifest(path) for path in sorted(directory.glob("manifest*.json"))]
+    for m in manifests:
+        check_manifest(directory, m, {name: getattr(manifests[0], name) for name in IDENTITY})
     if not manifests:
         return None
-    first = manifests[0]
-    for m in manifests:
-        check_manifest(directory, m, {name: getattr(first, name) for name in IDENTITY})
-    return first._replace(shards=tuple(sorted({shard for m in manifests for shard in m.shards})))
+    return manifests[0]._replace(shards=tuple(sorted({shard for m in manifests for shard in m.shards})))
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -278,10 +276,9 @@ def check_manifest(directory: str | os.PathLike, m: Manifest, expect: dict[str, 
         if name not in IDENTITY:
             hint = checks.nearest(name, IDENTITY)
             raise ValueError(f"a manifest has no field {name!r}{hint} (its fields: {', '.join(IDENTITY)})")
-        if isinstance(value, (list, tuple, range, np.ndarray)):
-            value = tuple(np.asarray(value, np.float32 if name == "ts" else None).tolist())
-        if getattr(m, name) != value:
-            different.append(f"{name}: {_short(getattr(m, name))} stored, {_short(value)} requested")
+        stored, value = (_plain(name, a) for a in (getattr(m, name), value))
+        if stored != value:
+            different.append(f"{name}: {_short(stored)} stored, {_short(value)} requested")
     if different:
         raise ValueError(
             f"{directory} holds marginals built with different settings ({'; '.join(different)}); use another "
@@ -376,12 +373,15 @@ def read_shards(directory: str | os.PathLike, m: Manifest) -> np.ndarray:
         m: its manifest.
 
     Returns:
-        The array ``[M, steps, ...]``.
-
-    Raises:
-        RuntimeError: a shard is missing or torn; the message names it.
+        The array ``[M, steps, ...]``; ``RuntimeError`` names a shard that is missing or torn.
     """
     return StoredArray(directory, m).load()
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, (list, tuple, range, np.ndarray)):
+        return tuple(np.asarray(value, np.float32 if name == "ts" else None).tolist())  # times agree in float32
+    return value
 
 
 def _short(value) -> str:

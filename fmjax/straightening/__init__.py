@@ -1,6 +1,8 @@
 """Reflow and half-straightening on segments of the time axis."""
 
 from fmjax.straightening.models import (
+    FULL,
+    TEACHER,
     SegmentedModel,
     comparison_models,
     segment_measures,
@@ -19,7 +21,7 @@ from fmjax.straightening.segments import (
 )
 
 __all__ = [
-    "SegmentedModel", "comparison_models", "from_data", "inserted", "piecewise", "segment_batches", "segment_grid",
-    "segment_measures", "segment_straightness", "segment_velocities", "segmented_step", "segmented_velocity",
-    "velocity_jump",
+    "FULL", "SegmentedModel", "TEACHER", "comparison_models", "from_data", "inserted", "piecewise",
+    "segment_batches", "segment_grid", "segment_measures", "segment_straightness", "segment_velocities",
+    "segmented_step", "segmented_velocity", "velocity_jump",
 ]  # fmt: skip

@@ -167,7 +167,7 @@ def segment_measures(
     teacher: VelocityFn,
     bounds: Sequence[float],
     states: Float[Array, "k b ..."],
-    real: Float[Array, "b ..."],
+    real: Float[Array, "n ..."],
     key,
     cond: Cond = None,
     real_cond: Cond = None,

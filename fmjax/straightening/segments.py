@@ -52,7 +52,7 @@ def segment_grid(bounds: Sequence[float], counts: Sequence[int]) -> np.ndarray:
     if len(counts) != len(edges) - 1 or min(counts) < 1:
         raise ValueError(f"counts={tuple(counts)}: there are {len(edges) - 1} segments. Give one positive number each.")
     parts = [np.linspace(s, t, n, endpoint=False) for s, t, n in zip(edges, edges[1:], counts, strict=False)]
-    return grids.check_grid(np.append(np.concatenate(parts), edges[-1]).astype(np.float32))
+    return grids.check_grid(np.append(np.concatenate(parts), edges[-1]), dtype=np.float32)
 
 
 def inserted(ts, bounds: Sequence[float]) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -75,7 +75,7 @@ def inserted(ts, bounds: Sequence[float]) -> tuple[np.ndarray, tuple[int, ...]]:
     >>> ts.round(2).tolist(), at
     ([0.0, 0.4000000059604645, 0.5, 1.0], (0, 2, 3))
     """
-    ts, edges = grids.check_grid(ts), check_bounds(bounds)
+    ts, edges = grids.check_grid(ts, dtype=np.float32).copy(), check_bounds(bounds)
     if ts[0] > ts[-1] or edges[0] < ts[0] or edges[-1] > ts[-1]:
         raise ValueError(
             f"bounds={tuple(bounds)}: the teacher's grid goes from {ts[0]:g} to {ts[-1]:g}. Give bounds within it, and "
@@ -91,7 +91,7 @@ def inserted(ts, bounds: Sequence[float]) -> tuple[np.ndarray, tuple[int, ...]]:
         else:
             ts = np.insert(ts, np.searchsorted(ts, bound), bound)
     index = tuple(int(np.flatnonzero(ts == bound)[0]) for bound in edges)
-    return grids.check_grid(ts), index
+    return grids.check_grid(ts, dtype=np.float32), index
 
 
 def piecewise(steps: Sequence[FlowMapFn], bounds: Sequence[float]) -> FlowMapFn:

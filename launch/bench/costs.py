@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmjax import sampling, training
-from fmjax.correction import correctors, marginals
+from fmjax import correction, sampling, training
+from fmjax.correction import correctors
 from fmjax.methods import views
 from fmjax.methods.flow_matching import flow_matching
 from fmjax.methods.lagrangian import lagrangian
@@ -235,7 +235,7 @@ def marginal_sets(repeats: int) -> list[dict]:
             count, shape = batches * size, case.x.shape[1:]
             starts = {"forward": {"count": count, "shape": shape}, "backward": {"data": np.zeros((count, *shape), "f")}}
             with tempfile.TemporaryDirectory() as folder:
-                marginals.build(
+                correction.build_marginals(
                     velocity, case.params, grids.uniform_grid(n), directory=folder, direction=direction, flow="bench",
                     batch=size, shard_size=count, progress=lambda *_: marks.append(now()), **starts[direction],
                 )  # fmt: skip
@@ -274,14 +274,16 @@ class Noise:
 def use_set(what: str, count: int, folder: str) -> float:
     """Builds a set of five times of Euler's in ``folder``, or reads batches from it; this process's peak in MB."""
     if what == "read":
-        batch = marginals.batches(marginals.read(folder, stream=True), batch_size=128, seed=0)
+        batch = correction.marginal_batches(correction.read_marginals(folder, stream=True), batch_size=128, seed=0)
         for step in range(count // 64):  # about twice as many examples as there are
             batch(step)
     else:
         start = {"count": count, "shape": (32, 32, 3)} if what == "forward" else {"data": Noise(count)}
         velocity = lambda params: lambda x, t, cond=None: params * x
         options = {"direction": what, "solver": "euler", "batch": 128, "shard_size": 512, "flow": "bench"}
-        marginals.build(velocity, jnp.float32(0.1), grids.uniform_grid(4), directory=folder, **options, **start)
+        correction.build_marginals(
+            velocity, jnp.float32(0.1), grids.uniform_grid(4), directory=folder, **options, **start
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 

@@ -20,7 +20,7 @@ from fmjax.types import Batch
 from launch.bench.measure import interleaved
 
 
-class Costed(NamedTuple):
+class Case(NamedTuple):
     """A method and the FLOPs it may cost relative to flow matching, whole batch on the term and at 3/4 on the diagonal.
 
     ``None`` where no goal was set.
@@ -33,14 +33,14 @@ class Costed(NamedTuple):
 
 conditional = functools.partial(eulerian, velocity="conditional", tangent="conditional")
 METHODS = {
-    "mean flow": Costed(conditional, 1.35, 1.10),
-    "ESD, all stopped": Costed(eulerian, 1.35, 1.10),
-    "ESD, Jacobian stopped": Costed(functools.partial(eulerian, stop="jacobian"), 2.0, 1.25),
-    "ESD, velocity stopped": Costed(functools.partial(eulerian, stop="velocity")),
-    "PSD": Costed(progressive, 1.70, 1.20),
-    "LSD": Costed(lagrangian, 2.35, 1.35),
-    "LSD, tangent stopped": Costed(functools.partial(lagrangian, stop="tangent"), 1.67),
-    "FMM": Costed(flow_map_matching, 3.2),
+    "mean flow": Case(conditional, 1.35, 1.10),
+    "ESD, all stopped": Case(eulerian, 1.35, 1.10),
+    "ESD, Jacobian stopped": Case(functools.partial(eulerian, stop="jacobian"), 2.0, 1.25),
+    "ESD, velocity stopped": Case(functools.partial(eulerian, stop="velocity")),
+    "PSD": Case(progressive, 1.70, 1.20),
+    "LSD": Case(lagrangian, 2.35, 1.35),
+    "LSD, tangent stopped": Case(functools.partial(lagrangian, stop="tangent"), 1.67),
+    "FMM": Case(flow_map_matching, 3.2),
 }
 SHARES = (0.0, 0.75)
 
