@@ -35,7 +35,7 @@ def same(a, b):
 def test_a_snapshot_of_edm_is_the_workdir_of_its_network(tmp_path):
     state = names(**NCSN)
     (tmp_path / "a.pkl").write_bytes(snapshot(state))
-    told = convert.convert(tmp_path / "a.pkl", tmp_path / "w")
+    told = convert.convert_file(tmp_path / "a.pkl", tmp_path / "w")
     assert told == json.loads((tmp_path / "w" / "converted.json").read_text(), object_hook=tupled)
     want, spec = edm.network(state, dropout=0.13, preconditioning={"name": "edm", "sigma_data": 0.5})
     assert told["classes"] == spec.pop("classes") == 2 and told["net"] == spec
@@ -43,7 +43,7 @@ def test_a_snapshot_of_edm_is_the_workdir_of_its_network(tmp_path):
     assert told["parameters"] == sum(a.size for a in jax.tree.leaves(want))
     same(restored(tmp_path / "w"), want)
     with pytest.raises(checkpoint.CheckpointError, match="already holds step 0"):
-        convert.convert(tmp_path / "a.pkl", tmp_path / "w")
+        convert.convert_file(tmp_path / "a.pkl", tmp_path / "w")
 
 
 def tupled(found):
@@ -56,11 +56,11 @@ def test_a_checkpoint_of_torchcfm_needs_what_its_weights_do_not_tell(name, optio
         state = draw(json.loads(str(file[f"{name} shapes"])))
     weights.write(tmp_path / "a.safetensors", state)
     with pytest.raises(ValueError, match="convert.torchcfm.unet needs 'size'"):
-        convert.convert(tmp_path / "a.safetensors", tmp_path / "w")
+        convert.convert_file(tmp_path / "a.safetensors", tmp_path / "w")
     with pytest.raises(ValueError, match="no option 'sise'; did you mean 'size'"):
-        convert.convert(tmp_path / "a.safetensors", tmp_path / "w", options={"sise": 8})
+        convert.convert_file(tmp_path / "a.safetensors", tmp_path / "w", options={"sise": 8})
     assert not (tmp_path / "w").exists()
-    told = convert.convert(tmp_path / "a.safetensors", tmp_path / "w", options={"size": 8, **options})
+    told = convert.convert_file(tmp_path / "a.safetensors", tmp_path / "w", options={"size": 8, **options})
     want, fields = torchcfm.unet(state, size=8, **options)
     classes = RECORDED[name][1].get("num_classes", 0)
     assert told["kind"] == "torchcfm" and told["classes"] == fields.pop("classes") == classes
@@ -75,25 +75,25 @@ def test_the_averaged_part_of_a_checkpoint_is_taken_or_the_one_that_is_named(tmp
     (tmp_path / "a.pt").touch()
     monkeypatch.setattr(weights, "read", lambda path: whole)
     bias = lambda w: restored(tmp_path / w)["output"]["bias"]
-    convert.convert(tmp_path / "a.pt", tmp_path / "averaged")
-    convert.convert(tmp_path / "a.pt", tmp_path / "plain", part="net_model")
+    convert.convert_file(tmp_path / "a.pt", tmp_path / "averaged")
+    convert.convert_file(tmp_path / "a.pt", tmp_path / "plain", part="net_model")
     np.testing.assert_array_equal(bias("averaged"), 2 * bias("plain"))
     with pytest.raises(ValueError, match="no state dict as its part optim; parts that are one: net_model, ema_model"):
-        convert.convert(tmp_path / "a.pt", tmp_path / "w", part="optim")
+        convert.convert_file(tmp_path / "a.pt", tmp_path / "w", part="optim")
     for part in ("net_model", "ema_model"):
         whole[part[:2]] = whole.pop(part)
     with pytest.raises(ValueError, match="no state dict as its part one of ema_model, ema, .* one: ne, em"):
-        convert.convert(tmp_path / "a.pt", tmp_path / "w")
+        convert.convert_file(tmp_path / "a.pt", tmp_path / "w")
 
 
 def test_our_own_parameters_come_back_to_the_bit_with_their_network(tmp_path):
     state = names(**NCSN)
     (tmp_path / "a.pkl").write_bytes(snapshot(state))
-    told = convert.convert(tmp_path / "a.pkl", tmp_path / "w")
+    told = convert.convert_file(tmp_path / "a.pkl", tmp_path / "w")
     count = convert.export(tmp_path / "w", tmp_path / "a.safetensors")
     assert count == told["parameters"]
     assert "TwoTimes_0/jump/kernel" in weights.read(tmp_path / "a.safetensors")
-    again = convert.convert(tmp_path / "a.safetensors", tmp_path / "v")
+    again = convert.convert_file(tmp_path / "a.safetensors", tmp_path / "v")
     assert {**tupled(again), "net": tupled(again["net"])} == {**told, "kind": "safetensors", "source": "a.safetensors"}
     same(restored(tmp_path / "v"), restored(tmp_path / "w"))
 
@@ -110,17 +110,17 @@ def test_our_own_parameters_come_back_to_the_bit_with_their_network(tmp_path):
 def test_what_is_asked_wrongly_is_refused_before_anything_is_written(how, message, tmp_path):
     (tmp_path / "a.pkl").write_bytes(snapshot(names(**TINY)))
     with pytest.raises(ValueError, match=message):
-        convert.convert(tmp_path / "a.pkl", tmp_path / "w", **how)
+        convert.convert_file(tmp_path / "a.pkl", tmp_path / "w", **how)
     assert not (tmp_path / "w").exists()
 
 
 def test_weights_of_something_else_are_refused(tmp_path):
     weights.write(tmp_path / "a.safetensors", {"layer.weight": np.zeros(3)})
     with pytest.raises(ValueError, match="none of torchcfm, EDM and fmjax's own: layer.weight are not their names"):
-        convert.convert(tmp_path / "a.safetensors", tmp_path / "w")
+        convert.convert_file(tmp_path / "a.safetensors", tmp_path / "w")
     archive(tmp_path / "a.pt", pickle.dumps([1]))
     with pytest.raises(ValueError, match="a.pt has no state dict as its part one of .*; parts that are one: none"):
-        convert.convert(tmp_path / "a.pt", tmp_path / "w")
+        convert.convert_file(tmp_path / "a.pt", tmp_path / "w")
     with pytest.raises(ValueError, match="written as .safetensors, not .npz"):
         convert.export(tmp_path, tmp_path / "a.npz")
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
@@ -132,7 +132,7 @@ def converted(tmp_path):
     """A snapshot for digits, its state dict, and fields of a config for its workdir ``w``."""
     state = {name: a if "norm" in name else 0.1 * a for name, a in names(**DIGITS).items()}
     (tmp_path / "a.pkl").write_bytes(snapshot(state))
-    told = convert.convert(tmp_path / "a.pkl", tmp_path / "w")
+    told = convert.convert_file(tmp_path / "a.pkl", tmp_path / "w")
     return state, {"net": ConfigDict(told["net"]), "coupling": "independent", "steps": 1, "batch_size": 8}
 
 

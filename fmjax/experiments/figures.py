@@ -16,16 +16,21 @@ import numpy as np
 
 from fmjax.storage.images import check_finite_values, image_grid, png_bytes
 
-REFERENCE = "data"  # the family of rows that are no sampler: training data against held-out data
+REFERENCE = "data"  # the family of rows of training data, which show the floor of a distance
 COLUMNS = 16  # times shown of a trajectory
 LINES = 16  # series or vectors drawn in one picture
 
 
 class Row(NamedTuple):
-    """One sampler setting: ``distances`` maps a metric to (mean, standard error over seeds; nan for one seed).
+    """One row of the table: a sampler, or the training data.
 
-    ``family`` is one of ``report.FAMILIES``, or another; rows of ``"data"`` (training data against held-out data) are
-    the reference: they have no NFE (0) and are not candidates for the best value.
+    Attributes:
+        name: unique in the table.
+        family: samplers that differ only in their number of steps have the same family (``report.FAMILIES`` come first). Rows
+            of family ``"data"`` compare training data with test data: their NFE is 0, and they are never the best.
+        nfe: network evaluations per sample.
+        corrections: corrections per sample.
+        distances: (mean, standard error over seeds) by metric; the error is nan for one seed.
     """
 
     name: str
@@ -35,8 +40,18 @@ class Row(NamedTuple):
     distances: dict[str, tuple[float, float]]
 
 
-class Picture(NamedTuple):
-    """A figure of the page, base64 PNG; ``dark`` is None where one picture suits both schemes."""
+class PageFigure(NamedTuple):
+    """A figure of the page.
+
+    Attributes:
+        caption: the caption.
+        alt: text for readers who do not see the figure.
+        width: width in pixels of the page.
+        height: height in pixels of the page.
+        light: base64 PNG for a light page.
+        dark: base64 PNG for a dark page; ``None`` where ``light`` suits both.
+        remark: a sentence below the caption.
+    """
 
     caption: str
     alt: str
@@ -48,7 +63,16 @@ class Picture(NamedTuple):
 
 
 class Theme(NamedTuple):
-    """Colours of a scheme; the page's style sheet is filled from them, so that charts and page agree."""
+    """Colours of a page, light or dark; the style sheet and the charts use the same colours.
+
+    Attributes:
+        ink: text.
+        muted: secondary text.
+        line: rules and grid lines.
+        page: background of the page.
+        card: background of a box.
+        colours: colours of the families.
+    """
 
     ink: str
     muted: str
@@ -69,21 +93,38 @@ DARK = Theme(
 
 
 def colours(rows: Iterable[Row]) -> dict[str, int | None]:
-    """A colour's number per family; a family and the same with corrections share one, the reference has none."""
-    bases = list(dict.fromkeys(base(row.family) for row in rows if row.family != REFERENCE))
+    """Return the index of a colour for every family.
+
+    Args:
+        rows: the rows of the table.
+
+    Returns:
+        An index into ``Theme.colours`` by family; a family and the same family with corrections have the same index, and
+        the training data have none.
+    """
+    bases = list(dict.fromkeys(_base(row.family) for row in rows if row.family != REFERENCE))
     count = len(LIGHT.colours)
-    return {r.family: None if r.family == REFERENCE else bases.index(base(r.family)) % count for r in rows}
+    return {r.family: None if r.family == REFERENCE else bases.index(_base(r.family)) % count for r in rows}
 
 
-def base(family: str) -> str:
-    """The family without corrections: ``"rk4"`` of ``"rk4 + corrections"``."""
+def _base(family: str) -> str:
+    """Return the family without corrections: ``"rk4"`` of ``"rk4 + corrections"``."""
     return family.split(" + ")[0]
 
 
-def distances(metric: str, rows: Sequence[Row], alt: str) -> Picture:
-    """A chart of one distance against NFE, a line a family (``rows`` in order), the reference as a level and a band."""
+def distance_chart(metric: str, rows: Sequence[Row], alt: str) -> PageFigure:
+    """Draw a chart of one distance against NFE, one line per family.
+
+    Args:
+        metric: the distance.
+        rows: the rows of the table, in order.
+        alt: text for readers who do not see the chart.
+
+    Returns:
+        The figure; the training data are a horizontal line with a band of one standard error.
+    """
     colour = colours(rows)
-    bases = list(dict.fromkeys(base(row.family) for row in rows if row.family != REFERENCE))
+    bases = list(dict.fromkeys(_base(row.family) for row in rows if row.family != REFERENCE))
     rows = [row for row in rows if metric in row.distances and math.isfinite(row.distances[metric][0])]
 
     def draw(axes, theme):
@@ -95,9 +136,9 @@ def distances(metric: str, rows: Sequence[Row], alt: str) -> Picture:
                     axes.axhspan(level - error, level + error, color=theme.muted, alpha=0.18, linewidth=0)
                 continue
             paint = theme.colours[colour[family]]
-            # No line joins corrected samplers: they differ in steps and in corrections, so it would mean nothing.
-            corrected = family != base(family)
-            again = bases.index(base(family)) // len(theme.colours)  # how often the colour was used before
+            # Corrected samplers differ in steps and in corrections: a line between them would have no meaning.
+            corrected = family != _base(family)
+            again = bases.index(_base(family)) // len(theme.colours)  # number of earlier families of this colour
             plain = {"marker": "o^vD"[again % 4], "linestyle": ("-", "--", "-.", ":")[again % 4]}
             style = {"linestyle": "", "marker": "s", "markerfacecolor": "none"} if corrected else plain
             axes.errorbar(nfe, mean, se, color=paint, linestyle="", capsize=2.5, linewidth=1.2)
@@ -106,17 +147,26 @@ def distances(metric: str, rows: Sequence[Row], alt: str) -> Picture:
         _value_scale(axes, [row.distances[metric][0] for row in rows])
         ticks: list[int] = []
         for nfe in sorted({row.nfe for row in rows if row.family != REFERENCE}):
-            if not ticks or nfe >= 1.35 * ticks[-1]:  # labels nearer than that touch each other
+            if not ticks or nfe >= 1.35 * ticks[-1]:  # closer labels would overlap
                 ticks.append(nfe)
         axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
         axes.minorticks_off()
-        axes.set(xlabel="NFE (network evaluations a sample)", ylabel=_plain(metric))
+        axes.set(xlabel="NFE (network evaluations per sample)", ylabel=_plain(metric))
 
     return _chart(draw, metric, alt, size=(4.6, 3.7))
 
 
-def curve(name: str, step, loss) -> Picture:
-    """A chart of one loss against the step on a log axis, each value and a moving mean."""
+def loss_chart(name: str, step, loss) -> PageFigure:
+    """Draw a chart of one training loss against the step, on a log axis, with a moving mean.
+
+    Args:
+        name: the network that is trained.
+        step: steps ``[n]``.
+        loss: losses ``[n]``.
+
+    Returns:
+        The figure.
+    """
     step, loss = np.asarray(step, np.float64), np.asarray(loss, np.float64)
     fine = np.isfinite(loss)
     step, loss = step[fine], loss[fine]
@@ -129,7 +179,7 @@ def curve(name: str, step, loss) -> Picture:
         axes.set(xlabel="step", ylabel="loss")
 
     left_out = int((~fine).sum())
-    remark = f"{left_out} values that are not finite are left out." if left_out else ""
+    remark = f"{left_out} non-finite values are left out." if left_out else ""
     alt = f"Chart of the training loss of {name}, without finite values."
     if len(step):
         alt = (
@@ -139,19 +189,33 @@ def curve(name: str, step, loss) -> Picture:
     return _chart(draw, name, alt, size=(4.6, 2.9), remark=remark)
 
 
-def gaps(lines: dict[str, Sequence]) -> Picture:
-    """A chart of ``(t_n, distance, se)`` of ``p_n`` and ``q_n`` against time, a line a name."""
-    caption = "How far the forward marginals p_n are from the backward marginals q_n"
+def gap_chart(lines: dict[str, Sequence]) -> PageFigure:
+    """Draw a chart of the distance between ``p_n`` and ``q_n`` against time.
+
+    Args:
+        lines: ``(t_n, distance, standard error)`` by name of the line, each ``[n]``.
+
+    Returns:
+        The figure.
+    """
+    caption = "Distance between the forward marginals p_n and the backward marginals q_n"
     return _over_time(lines, caption, "distance of $p_n$ and $q_n$", "the distance between p_n and q_n")
 
 
-def influence(lines: dict[str, Sequence]) -> Picture:
-    """A chart of ``(t_n, distance, se)`` of samples that were corrected once, at ``t_n``, a line a name."""
-    caption = "What one correction does alone, by the time it is made at"
+def influence_chart(lines: dict[str, Sequence]) -> PageFigure:
+    """Draw a chart of the distance of samples that are corrected once, against the time of the correction.
+
+    Args:
+        lines: ``(t_n, distance, standard error)`` by name of the line, each ``[n]``.
+
+    Returns:
+        The figure.
+    """
+    caption = "Effect of a single correction, by the time of the correction"
     return _over_time(lines, caption, "distance of the samples", "the distance of samples corrected once")
 
 
-def _over_time(lines: dict[str, Sequence], caption: str, label: str, what: str) -> Picture:
+def _over_time(lines: dict[str, Sequence], caption: str, label: str, what: str) -> PageFigure:
     lines = {name: [np.asarray(a, np.float64) for a in gap] for name, gap in lines.items()}
 
     def draw(axes, theme):
@@ -168,21 +232,24 @@ def _over_time(lines: dict[str, Sequence], caption: str, label: str, what: str) 
     return _chart(draw, caption, f"Chart of {what} against time: {ends}.", size=(6.4, 3.6))
 
 
-def samples(caption: str, x: np.ndarray, clouds: Sequence[np.ndarray]) -> Picture:
+def sample_figure(caption: str, x: np.ndarray, clouds: Sequence[np.ndarray]) -> PageFigure:
     """Draw samples by their kind.
 
     Args:
-        caption: what they are.
+        caption: the caption.
         x: images ``[n, H, W, C]`` as a grid, points ``[n, 2]`` as a scatter plot, series ``[n, L, C]`` and vectors
             ``[n, d]`` as lines.
-        clouds: all points of a page, which share one frame.
+        clouds: all sets of points of a page, which are drawn in the same frame.
+
+    Returns:
+        The figure.
     """
     if x.ndim == 4:
         n, height, width = x.shape[:3]
         return _sheet(x, None, caption, f"{n} samples of {width} by {height} pixels in a grid: {caption}.")
     if x.ndim == 3 or x.shape[1] != 2:
         return _lines(caption, x)
-    # One frame for all clouds, so that they compare; a few points far off do not decide it.
+    # The same frame for all sets of points, so that they can be compared; a few outliers do not change the frame.
     low, high = (np.array([np.percentile(c, q, axis=0) for c in clouds]) for q in (1, 99))
     low, high = low.min(0), high.max(0)
     margin = 0.15 * (high - low).max() or 1.0
@@ -197,8 +264,8 @@ def samples(caption: str, x: np.ndarray, clouds: Sequence[np.ndarray]) -> Pictur
     return _chart(draw, caption, f"Scatter plot of {len(x)} points: {caption}.", size=(4, 4), remark=remark)
 
 
-def _lines(caption: str, x: np.ndarray) -> Picture:
-    """Series, a line an example and a colour a channel; vectors as series of one channel over their entries."""
+def _lines(caption: str, x: np.ndarray) -> PageFigure:
+    """Draw series with one line per example and one colour per channel; vectors as series over their entries."""
     series, vectors = (x[..., None], True) if x.ndim == 2 else (x, False)
     n, length, channels = series.shape
 
@@ -214,14 +281,22 @@ def _lines(caption: str, x: np.ndarray) -> Picture:
     return _chart(draw, caption, f"{n} {what} as lines: {caption}.", size=(4.6, 3.0), remark=remark)
 
 
-def trajectory(caption: str, x: np.ndarray) -> Picture:
-    """Images as a grid, an example a row and time to the right; points as lines in the plane."""
+def trajectory_figure(caption: str, x: np.ndarray) -> PageFigure:
+    """Draw trajectories by the kind of the examples.
+
+    Args:
+        caption: the caption.
+        x: images ``[T, n, H, W, C]`` as a grid with one example per row, or points ``[T, n, 2]`` as lines in the plane.
+
+    Returns:
+        The figure.
+    """
     times, n = x.shape[:2]
     if x.ndim == 5:
         keep = np.unique(np.linspace(0, times - 1, min(times, COLUMNS)).round().astype(int))
-        alt = f"{n} trajectories, one a row, at {len(keep)} times from left to right: {caption}."
+        alt = f"{n} trajectories, one per row, at {len(keep)} times from left to right: {caption}."
         thinned = f"; {len(keep)} of {times} times" if len(keep) < times else ""
-        remark = f"One example a row, time from left to right{thinned}."
+        remark = f"One example per row, time from left to right{thinned}."
         return _sheet(x[keep].swapaxes(0, 1).reshape(-1, *x.shape[2:]), len(keep), caption, alt, remark)
 
     def draw(axes, theme):
@@ -235,28 +310,53 @@ def trajectory(caption: str, x: np.ndarray) -> Picture:
 
 
 def moving_mean(y: np.ndarray, half: int) -> np.ndarray:
-    """The mean of the values up to ``half`` places away, at the ends of as many as there are."""
+    """Return the moving mean of a series.
+
+    Args:
+        y: values ``[n]``.
+        half: largest distance, in places, of the values in a mean; the means at the ends have fewer values.
+
+    Returns:
+        Means ``[n]``.
+    """
     i, total = np.arange(len(y)), np.concatenate([[0.0], np.cumsum(y)])
     low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(y))
     return (total[high] - total[low]) / (high - low)
 
 
 def check_rows(name: str, x: np.ndarray) -> None:
-    """Refuse what is neither vectors ``[n, d]`` nor series ``[n, L, C]`` of finite values."""
+    """Refuse an array that is neither vectors nor series of finite values.
+
+    Args:
+        name: name of the array, for messages.
+        x: the array, ``[n, d]`` or ``[n, L, C]``.
+
+    Raises:
+        ValueError: another shape, or non-finite values.
+    """
     if x.ndim not in (2, 3) or 0 in x.shape:
         raise ValueError(f"{name}={list(x.shape)}: not a kind of samples. Give [n, d], [n, L, C] or [n, H, W, C].")
     check_finite_values(name, x)
 
 
 def check_points(name: str, x: np.ndarray, shape: str) -> None:
-    """Raises ``ValueError`` unless ``x`` is finite points ``[.., 2]``; ``shape`` says in words what was wanted."""
+    """Refuse an array that does not hold finite points in the plane.
+
+    Args:
+        name: name of the array, for messages.
+        x: the array, ``[..., 2]``.
+        shape: the expected shape in words, for messages.
+
+    Raises:
+        ValueError: another shape, or non-finite values.
+    """
     if x.shape[-1] != 2 or 0 in x.shape:
         raise ValueError(f"{name} has shape {list(x.shape)}; points are {shape}, images have a channel axis of 1 or 3")
     check_finite_values(name, x)
 
 
-def _chart(draw: Callable, caption: str, alt: str, *, size, remark: str = "") -> Picture:
-    """``draw(axes, theme)`` on a transparent figure, once a scheme; ``size`` in inches of 100 pixels of the page."""
+def _chart(draw: Callable, caption: str, alt: str, *, size, remark: str = "") -> PageFigure:
+    """Draw ``draw(axes, theme)`` on a transparent figure, once per theme; ``size`` in units of 100 pixels of the page."""
     from matplotlib.figure import Figure
 
     pngs = []
@@ -278,11 +378,11 @@ def _chart(draw: Callable, caption: str, alt: str, *, size, remark: str = "") ->
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=200, facecolor="none", metadata={"Software": None})
         pngs.append(base64.b64encode(buffer.getvalue()).decode())
-    return Picture(caption, alt, round(size[0] * 100), round(size[1] * 100), *pngs, remark)
+    return PageFigure(caption, alt, round(size[0] * 100), round(size[1] * 100), *pngs, remark)
 
 
 def _value_scale(axes, values, *, log: bool = False) -> None:
-    """A log axis where asked for or where values span a decade or more; a linear one if any is not positive."""
+    """Set a log axis if ``log`` or if the values span a decade; keep a linear axis if a value is not positive."""
     values = np.asarray(values, np.float64)
     values = values[np.isfinite(values)]
     if not len(values) or values.min() <= 0 or not (log or values.max() > 10 * values.min()):
@@ -295,13 +395,13 @@ def _value_scale(axes, values, *, log: bool = False) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _sheet(images: np.ndarray, columns: int | None, caption: str, alt: str, remark: str = "") -> Picture:
+def _sheet(images: np.ndarray, columns: int | None, caption: str, alt: str, remark: str = "") -> PageFigure:
     sheet = image_grid(images, columns=columns)
-    return Picture(
+    return PageFigure(
         caption, alt, sheet.shape[1], sheet.shape[0], base64.b64encode(png_bytes(sheet)).decode(), None, remark
     )
 
 
 def _plain(text: str) -> str:
-    """Text for matplotlib that is not read as mathematics; names that begin with ``_`` still enter the legend."""
+    """Escape text for matplotlib: no mathematics, and names that begin with ``_`` still enter the legend."""
     return "\u200b" * text.startswith("_") + text.replace("$", r"\$")

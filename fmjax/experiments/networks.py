@@ -102,7 +102,7 @@ def picture(settings: Settings, plan: loop.Plan) -> Callable[[Params], Any] | No
     sampler = Sampler("picture", "picture", FLOW_MAP if jumps else "euler", 1 if jumps else 16)
     methods = {FLOW: plan.method} | ({FLOW_MAP: plan.method} if jumps else {})
     program = drawing.program(sampler, combine(settings, methods, {FLOW: None, FLOW_MAP: None}, plan.data.shape))
-    keys = drawing.example_keys(settings.common.seed, 0, kind.count)
+    keys = drawing.sample_keys(settings.common.seed, 0, kind.count)
     cond = jax.tree.map(lambda a: np.asarray(a)[np.arange(kind.count) % len(a)], plan.data.cond)
     return lambda params: program({FLOW: params, FLOW_MAP: params}, keys, cond)
 

@@ -65,7 +65,7 @@ def pipeline(
     rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
     lines = [*comparison.best_lines(rows), *([report.count_line(verdicts)] if verdicts else [])]
     facts, gaps, trajectories = comparison.facts(settings, data, metrics), {}, {}
-    record = comparison.as_json(rows, verdicts) | {"environment": workdir.environment()}
+    record = comparison.as_record(rows, verdicts) | {"environment": workdir.environment()}
     networks = {name: params for name, params in models.params.items() if name in models.methods}
     facts["parameters"] = stages.sizes(networks)
     spread = {"test data": np.asarray(data.test.x)} | {s.name: drawn[s.name] for s in names}
@@ -105,7 +105,7 @@ def jumps(names: Sequence[Sampler], models: Models, draws: Draws) -> dict[str, n
     if not plain:
         return {}
     longest = max(plain, key=lambda s: s.steps)
-    keys = drawing.example_keys(draws.seed, 0, min(ROWS, draws.samples))
+    keys = drawing.sample_keys(draws.seed, 0, min(ROWS, draws.samples))
     cond = drawing.first(draws.cond, len(keys))
     states = drawing.program(longest, models, trajectory=True)(models.params, keys, cond)
     return {longest.name: np.asarray(states)}

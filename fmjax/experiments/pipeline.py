@@ -136,7 +136,7 @@ def samples_stage(
     def check() -> None:
         models = networks.shapes(settings, plans)
         for sampler in names:
-            drawing.check(sampler, models, cond=draws.cond)
+            drawing.check_sampler(sampler, models, cond=draws.cond)
 
     def run(results: dict[str, Result], folder: Path) -> Result:
         value = {name: results[networks.stage_name(name)].value for name in plans}
@@ -145,7 +145,7 @@ def samples_stage(
             params[DRIFT] = networks.bank(*results["marginals"].value)
         models, identity = networks.models(settings, plans, params), checkpoint.digest(params)
         drawn = comparison.draw_all(names, models, draws, directory=folder, identity=identity)
-        costs = {sampler.name: drawing.cost(sampler, models) for sampler in names}
+        costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
         summary = f"{len(drawn)} samplers x {draws.seeds} runs x {draws.samples} samples"
         return Result((drawn, costs, models), identity, summary)
 

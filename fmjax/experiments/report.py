@@ -84,7 +84,7 @@ def render(contents: Contents) -> str:
     rows = in_order(contents.rows)
     metrics = list(dict.fromkeys(m for row in rows for m in row.distances))
     best = {m: best_row(rows, m) for m in metrics}
-    charts = [figures.distances(m, rows, _chart_words(m, row)) for m, row in best.items() if row]
+    charts = [figures.distance_chart(m, rows, _chart_words(m, row)) for m, row in best.items() if row]
     clouds = [x for x in contents.grids.values() if np.ndim(x) == 2 and np.shape(x)[1] == 2]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = (importlib.resources.files("fmjax.experiments") / "report.html.jinja").read_text("utf-8")
@@ -97,11 +97,13 @@ def render(contents: Contents) -> str:
         charts=charts,
         count=count_line(contents.verdicts),
         verdicts=_verdict_groups(contents.verdicts, {row.name: row for row in rows}),
-        grids=[figures.samples(caption, np.asarray(x), clouds) for caption, x in contents.grids.items()],
-        trajectories=[figures.trajectory(caption, np.asarray(x)) for caption, x in contents.trajectories.items()],
-        curves=[figures.curve(name, *curve) for name, curve in contents.curves.items()],
-        gaps=[figures.gaps(contents.gaps)] if contents.gaps else [],
-        influence=[figures.influence(contents.influence)] if contents.influence else [],
+        grids=[figures.sample_figure(caption, np.asarray(x), clouds) for caption, x in contents.grids.items()],
+        trajectories=[
+            figures.trajectory_figure(caption, np.asarray(x)) for caption, x in contents.trajectories.items()
+        ],
+        curves=[figures.loss_chart(name, *curve) for name, curve in contents.curves.items()],
+        gaps=[figures.gap_chart(contents.gaps)] if contents.gaps else [],
+        influence=[figures.influence_chart(contents.influence)] if contents.influence else [],
         facts=contents.facts,
         notes=contents.notes,
     )

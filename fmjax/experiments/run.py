@@ -130,9 +130,9 @@ class Run:
         sampler = self.sampler(solver, steps, grid, corrections)
         models = self.guided(guidance)
         cond = self.conditions(n, label, cond, first)
-        drawing.check(sampler, models, cond=cond)
+        drawing.check_sampler(sampler, models, cond=cond)
         program = drawing.program(sampler, models)
-        keys = drawing.example_keys(seed, 0, first + n)[first:]
+        keys = drawing.sample_keys(seed, 0, first + n)[first:]
         return drawing.in_chunks(lambda keys, cond: program(models.params, keys, cond), keys, cond)
 
     def encode(self, x, *, cond: Cond = None, steps: int = 64) -> np.ndarray:
@@ -179,7 +179,7 @@ class Run:
         x = jnp.asarray(x, jnp.float32)
         if probes is None and x[0].size > 64:
             probes = 1
-        key = None if probes is None else drawing.example_keys(seed, 0, len(x), purpose=5)
+        key = None if probes is None else drawing.sample_keys(seed, 0, len(x), purpose=5)
         density = jax.jit(functools.partial(sampling.log_density, self.velocity, probes=probes))(x, cond, key)
         return np.asarray(sampling.checked_density(density))
 

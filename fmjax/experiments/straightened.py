@@ -77,7 +77,7 @@ def compare(
     """
     _, s = settings.straighten
     shape = data.train.x.shape[1:]
-    keys = [fold_in(drawing.example_keys(draws.seed, i, draws.samples), 0) for i in range(draws.seeds)]
+    keys = [fold_in(drawing.sample_keys(draws.seed, i, draws.samples), 0) for i in range(draws.seeds)]
     noise = jnp.concatenate([normal(k, shape) for k in keys])
     cond = jax.tree.map(lambda a: np.concatenate([a] * draws.seeds), draws.cond)
     flow = methods[TEACHER].velocity
@@ -203,7 +203,7 @@ def measures(settings: Settings, data, draws: Draws, models, methods, params, re
     """Return ``straightening.segment_measures`` of every model."""
     _, s = settings.straighten
     count = min(s.probes, data.train.count, reference.shape[1])
-    keys = drawing.example_keys(draws.seed, draws.seeds, count)
+    keys = drawing.sample_keys(draws.seed, draws.seeds, count)
     real = np.asarray(data.train.x[:count])
     conds = drawing.first(cond, count), drawing.first(data.train.cond if cond is not None else None, count)
 

@@ -90,7 +90,7 @@ def main(
     tuned = samplers.corrected_samplers({"tuned": entry} if best.at else {}, [plain], [by])
     names = [plain, *tuned]
     drawn = comparison.draw_all(names, models, draws, directory=path / "draws", identity=identity)
-    costs = {sampler.name: drawing.cost(sampler, models) for sampler in names}
+    costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
     metrics = comparison.distances(settings, data, data.test)
     rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
     contents = page(data, choice, distance.name, plain.name, rows, verdicts, drawn, entry)
