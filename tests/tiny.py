@@ -9,7 +9,7 @@ def get_config():
     c.data = {"name": "checkerboard", "train": 96, "validation": 64, "test": 64, "seed": 0}
     c.net = {"name": "mlp", "width": 8, "depth": 1}
     c.log_every, c.save_every, c.sample_every = 2, 2, 0
-    c.coupling, c.schedule, c.batch_size, c.steps, c.warmup = "independent", "constant", 16, 4, 0
+    c.coupling, c.schedule, c.batch_size, c.steps, c.warmup = "independent", "constant", 32, 4, 0
     c.solver_steps, c.forward_examples = 2, 32
     logit = {"net": {"name": "mlp", "width": 8, "depth": 1, "logit": True}, "method": {"name": "classifier_corrector"}}
     c.correctors = {"score": base.score(c, steps=4), "classifier": base.stage(c, **logit)}

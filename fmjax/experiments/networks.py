@@ -180,7 +180,9 @@ def load_models(settings: Settings, path: Path) -> tuple[Models, str, int]:
             stage = None if folder == path else f"{stage_name(name)}.best" if best else stage_name(name)
             options = {"part": "ema", "stage": stage, "fallback": True}
             steps[name], params[name], _ = checkpoint.restore(folder / "checkpoints", **options)
-            _, methods[name] = assemble.network(stage_name(name), settings.common, part, net, classes, average)
+            _, methods[name] = assemble.network_and_method(
+                stage_name(name), settings.common, part, net, classes, average
+            )
     if (banks := _stored_bank(path, params[FLOW])) is not None:
         params[DRIFT] = banks
     identity = checkpoint.digest(params)

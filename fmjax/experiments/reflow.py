@@ -45,11 +45,11 @@ def main(settings: Settings, path: Path) -> None:
     trained, students, models = student_stages(settings, data)
     flow = assemble.flow_plan(settings, data)
     every = [*trained, _comparing_stage(settings, data, flow, students, models, [stage.name for stage in trained])]
-    stages.check(every)
+    stages.check_stages(every)
     stages.check_space(every, path)
     fields = {stage.name: stage.fields for stage in trained}
     path = workdir.open_workdir(path, settings.config, fields, stages.grows(every))
-    results = stages.run(every, path)
+    results = stages.run_all(every, path)
     if jax.process_index() == 0:
         print(f"{results['comparison'].summary}; open {path / 'report.html'}")
 
@@ -193,7 +193,9 @@ def _comparing_stage(
         path = folder.parent
         params = {TEACHER: results[FLOW].value}
         params |= {name: results[plan.name].value for name, (plan, _) in students.items()}
-        page = straightened.compare(settings, data, draws, models, methods, params, stages.curves(path, results))
+        page = straightened.compare_students(
+            settings, data, draws, models, methods, params, stages.curves(path, results)
+        )
         digest = stage.digest(results)
         report.write_report(path / "report.html", page.contents)
         kept = {"digest": digest, "page": files.file_digest(path / "report.html")}
