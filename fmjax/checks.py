@@ -155,6 +155,7 @@ Finite = Annotated[float, Range()]
 PositiveFloat = Annotated[float, Range(low=0, open_low=True)]
 NonNegativeFloat = Annotated[float, Range(low=0)]
 Fraction = Annotated[float, Range(0, 1)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 
 def check_range(name: str, value: Any, allowed: Range) -> None:

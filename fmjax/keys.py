@@ -2,11 +2,76 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
+
+SEEDS = 2**32
+
+
+def from_seed(seed: int, field: str = "seed") -> Key[Array, ""]:
+    """Return the key of a seed.
+
+    Args:
+        seed: an integer in [0, 2^32); JAX would take others for one of these.
+        field: the name of the argument, for the message.
+
+    Returns:
+        One typed key, ``jax.random.key(seed)``.
+
+    Raises:
+        ValueError: another number.
+
+    >>> bool(from_seed(3) == jax.random.key(3))
+    True
+    """
+    return jax.random.key(check_seed(seed, field))
+
+
+def generator(seed: int, *more: int) -> np.random.Generator:
+    """Return the numpy generator of a seed and further numbers, such as a step.
+
+    Args:
+        seed: an integer in [0, 2^32).
+        *more: non-negative integers.
+
+    Returns:
+        ``numpy.random.default_rng([seed, *more])``.
+
+    Raises:
+        ValueError: another seed.
+
+    >>> int(generator(0, 1).integers(100)) == int(np.random.default_rng([0, 1]).integers(100))
+    True
+    """
+    seed = check_seed(seed)
+    return np.random.default_rng([seed, *more] if more else seed)
+
+
+def check_seed(seed: int, field: str = "seed") -> int:
+    """Return a seed as an integer; refuse what is none.
+
+    Args:
+        seed: an integer in [0, 2^32).
+        field: the name of the argument, for the message.
+
+    Returns:
+        The seed.
+
+    Raises:
+        ValueError: another number.
+
+    >>> check_seed(2**32)
+    Traceback (most recent call last):
+    ValueError: seed=4294967296: not a whole number in [0, 4294967295]. Give one of these.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < SEEDS:
+        raise ValueError(f"{field}={seed!r:.40}: not a whole number in [0, {SEEDS - 1}]. Give one of these.")
+    return int(seed)
 
 
 def is_key(key) -> bool:

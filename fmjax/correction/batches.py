@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from fmjax.correction.marginals import Marginals, take_conditions
+from fmjax.keys import generator
 from fmjax.types import Batch, Cond
 
 LARGE = 2**62  # an integer below it, modulo the size of a group, is uniform to 1e-9
@@ -169,7 +170,7 @@ def _draw(batch_size: int, seed: int, process_index: int, process_count: int):
     part = slice(process_index * size, (process_index + 1) * size)
 
     def draw(step: int, *sizes: int) -> list[np.ndarray]:
-        rng = np.random.default_rng([seed, step])
+        rng = generator(seed, step)
         return [rng.integers(size, size=batch_size)[part] for size in sizes]
 
     return draw

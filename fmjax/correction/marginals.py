@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 from fmjax.correction import trajectories
 from fmjax.correction.trajectories import View
 from fmjax.data.dataset import Rows
-from fmjax.keys import as_keys, normal
+from fmjax.keys import as_keys, check_seed, normal
 from fmjax.storage import checkpoint, columns, shards
 from fmjax.storage.shards import Manifest
 from fmjax.types import Cond, Params
@@ -357,6 +357,7 @@ def _specify(
         raise ValueError("direction='forward': a solve starts at the source. Give count and shape, and no data.")
     if count < 1 or shard_size < 1:
         raise ValueError(f"count={count}, shard_size={shard_size}: empty. Give at least 1 of each.")
+    seed = seed if backward else check_seed(seed)
     cond = columns.as_columns(cond, count) if jax.tree.leaves(cond) else None
     m = Manifest(
         version=shards.VERSION, direction=direction, flow=flow, solver=solver,

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from fmjax import sampling
 from fmjax.data.dataset import Rows
-from fmjax.keys import example_keys, normal
+from fmjax.keys import example_keys, from_seed, normal
 from fmjax.sampling import grids
 from fmjax.storage import columns
 from fmjax.storage.shards import Manifest
@@ -144,7 +144,7 @@ def lower_solve(view: View, params: Params, m: Manifest, mesh: Mesh, batch: int,
     def solve(params, rows):
         x, cond = rows
         if m.direction == "forward":
-            index, x = x, start(example_keys(jax.random.key(m.seed), x), m.shape)
+            index, x = x, start(example_keys(from_seed(m.seed), x), m.shape)
             if x.shape != (len(index), *m.shape) or x.dtype != jnp.float32:
                 source = f"float32{(len(index), *m.shape)}"
                 raise ValueError(f"start={m.start}: it returned {x.dtype}{x.shape}. Return the source, {source}.")

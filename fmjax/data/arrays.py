@@ -8,9 +8,11 @@ from typing import Annotated
 
 import numpy as np
 
-from fmjax.checks import NonNegative, Positive, Range, check_hints
+from fmjax.checks import Positive, Range, Seed, check_hints
 from fmjax.data.dataset import Dataset, Examples, Part, Rows, dataset, first_not_finite
 from fmjax.data.images import scale_pixels
+from fmjax.keys import generator
+from fmjax.storage.files import local_path
 
 SPLITS = ("train", "validation", "test")
 
@@ -20,7 +22,7 @@ def arrays(
     path: str,
     validation: Part = 0.1,
     test: Part = 0.1,
-    seed: NonNegative = 0,
+    seed: Seed = 0,
     levels: Annotated[int, Range(low=2)] | None = None,
     classes: Positive | None = None,
     stream: bool = False,
@@ -57,7 +59,7 @@ def arrays(
     ('points', 4, 32, 4)
     """
     check_hints(arrays, {"validation": validation, "test": test, "seed": seed, "levels": levels, "classes": classes})
-    content = _read(Path(path).expanduser(), stream)
+    content = _read(local_path("path", path), stream)
     x = {name: _converted(array, stream, f"path={path}: {name}") for name, array in content.items() if name[0] == "x"}
     splits = [f"x_{split}" for split in SPLITS]
     if "x" in x:
@@ -141,7 +143,7 @@ def _divide(x: Rows, y: np.ndarray | None, validation: float, test: float, seed:
     row = first_not_finite(x)
     if row is not None:
         raise ValueError(f"x=[{len(x)}]: row {row} has a value that is not finite. Repair or remove this example.")
-    order = np.random.default_rng(seed).permutation(len(x))
+    order = generator(seed).permutation(len(x))
     held_out, tested, trained = (np.sort(part) for part in np.split(order, np.cumsum(counts)))
     rows = lambda part: Mapped(x.array, part) if isinstance(x, Mapped) else x[part]
     return [Examples(rows(part), None if y is None else y[part]) for part in (trained, held_out, tested)]

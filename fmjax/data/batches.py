@@ -15,6 +15,7 @@ from fmjax import transport
 from fmjax.checks import nearest
 from fmjax.couplings import Coupling
 from fmjax.data.dataset import Dataset, Examples, Rows, check_conditions
+from fmjax.keys import generator
 from fmjax.types import Batch, Cond
 
 Value = TypeVar("Value")
@@ -86,7 +87,7 @@ def batches(
 
     @functools.lru_cache(maxsize=2)  # a batch touches two epochs at most
     def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, _EPOCH, epoch]).permutation(n)
+        return generator(seed, _EPOCH, epoch).permutation(n)
 
     def batch(step: int) -> Batch:
         if step < 0:
@@ -95,17 +96,17 @@ def batches(
         rows = order(epoch)[first : first + batch_size]
         if len(rows) < batch_size:
             rows = np.concatenate([rows, order(epoch + 1)[: batch_size - len(rows)]])
-        mirrored = np.random.default_rng([seed, _FLIP, step]).random(batch_size) < 0.5 if flip else None
+        mirrored = generator(seed, _FLIP, step).random(batch_size) < 0.5 if flip else None
         if couple is None and negatives is None:  # no example needs another: gather this process's rows only
             rows, mirrored = rows[mine], mirrored[mine] if flip else None
         x0 = None if source is None else _take(source, rows, mirrored)
         out = Batch(_take(x, rows, mirrored), x0, _rows(cond, rows))
         if couple is not None:
-            rng = np.random.default_rng([seed, _PAIR, step])
+            rng = generator(seed, _PAIR, step)
             x0, x1, kept = couple(rng, _noise(rng, out.x1), out.x1, out.cond)
             out = Batch(x1, x0, kept)
         if negatives is not None:
-            out = out._replace(negative=negative(np.random.default_rng([seed, _NEGATIVE, step]), out))
+            out = out._replace(negative=negative(generator(seed, _NEGATIVE, step), out))
         return out if len(rows) == count else _rows(out, mine)
 
     def negative(rng: np.random.Generator, out: Batch) -> np.ndarray:
@@ -158,7 +159,7 @@ def in_memory(data: Dataset, *, train: int, validation: int, test: int, seed: in
     def some(examples: Examples, count: int) -> Examples:
         if isinstance(examples.x, np.ndarray):
             return examples
-        rows = np.sort(np.random.default_rng(seed).permutation(examples.count)[:count])
+        rows = np.sort(generator(seed).permutation(examples.count)[:count])
         return Examples(examples.x[rows], _rows(examples.cond, rows))
 
     return data._replace(

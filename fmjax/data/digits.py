@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fmjax.checks import NonNegative, check_hints
+from fmjax.checks import Seed, check_hints
 from fmjax.data.dataset import Dataset, Examples, Part, dataset
 
 
-def digits(*, validation: Part = 0.1, test: Part = 0.2, seed: NonNegative = 0) -> Dataset:
+def digits(*, validation: Part = 0.1, test: Part = 0.2, seed: Seed = 0) -> Dataset:
     """Split the 1,797 handwritten digits at random, with the same fraction of every class in each split.
 
     An image is ``x = pixel / 8 - 1`` of the 17 grey levels 0..16; no noise is added. The file is ordered by writer, so

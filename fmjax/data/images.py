@@ -14,6 +14,7 @@ import numpy as np
 from fmjax.checks import check_hints
 from fmjax.data import preparation
 from fmjax.data.dataset import Count, Dataset, Examples, dataset
+from fmjax.storage.files import local_path
 
 
 class Original(NamedTuple):
@@ -132,8 +133,7 @@ def load_images(
         RuntimeError: for records that cannot be read.
     """
     check_hints(load_images, {"validation": validation})
-    if "://" in str(data_dir or ""):
-        raise ValueError(f"data_dir={data_dir}: it is a URL. Give a folder of a local or mounted file system.")
+    data_dir = None if data_dir is None else str(local_path("data_dir", data_dir))
     if not verify and source_dir is None:
         raise ValueError("verify=False: a download is always verified. Set source_dir to the folder of the files.")
     builder = preparation.prepare(original, source_dir=source_dir, data_dir=data_dir, verify=verify)

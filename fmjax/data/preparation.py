@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fmjax.storage.files import local_path
+
 if TYPE_CHECKING:
     from fmjax.data.images import Original
 
@@ -146,7 +148,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _local(original: Original, source_dir: str) -> dict[str, Path]:
-    folder = Path(source_dir).expanduser()
+    folder = local_path("source_dir", source_dir)
     files = {name: folder / name for name in original.files()}
     missing = [name for name, path in files.items() if not path.is_file()]
     if missing:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from fmjax.checks import NonNegative, NonNegativeFloat, check_hints
+from fmjax.checks import NonNegativeFloat, Seed, check_hints
 from fmjax.data import densities
 from fmjax.data.dataset import Count, Dataset, Examples, dataset
+from fmjax.keys import from_seed
 
 
 def checkerboard(
@@ -17,7 +18,7 @@ def checkerboard(
     train: Count = 100_000,
     validation: Count = 10_000,
     test: Count = 10_000,
-    seed: NonNegative = 0,
+    seed: Seed = 0,
     labels: bool = False,
 ) -> Dataset:
     """Draw points that are uniform on 8 of the 16 cells of [-1, 1)^2, see ``densities.draw_checkerboard``.
@@ -47,7 +48,7 @@ def eight_gaussians(
     train: Count = 100_000,
     validation: Count = 10_000,
     test: Count = 10_000,
-    seed: NonNegative = 0,
+    seed: Seed = 0,
     labels: bool = False,
     radius: NonNegativeFloat = 2.0,
     std: NonNegativeFloat = 0.2,
@@ -83,7 +84,7 @@ def two_moons(
     train: Count = 100_000,
     validation: Count = 10_000,
     test: Count = 10_000,
-    seed: NonNegative = 0,
+    seed: Seed = 0,
     labels: bool = False,
     std: NonNegativeFloat = 0.1,
 ) -> Dataset:
@@ -120,11 +121,11 @@ def _points(
     train: Count,
     validation: Count,
     test: Count,
-    seed: NonNegative,
+    seed: Seed,
 ) -> Dataset:
     """Draw the training and test points from the seed's key, and the validation points from another key."""
     check_hints(_points, {"train": train, "validation": validation, "test": test, "seed": seed})
-    key = jax.random.key(seed)
+    key = from_seed(seed)
     x, y = map(np.asarray, draw(key, train + test, labels=True))
     held_out_x, held_out_y = map(np.asarray, draw(jax.random.fold_in(key, 1), validation, labels=True))
     examples = lambda x, y: Examples(x, y if labels else None)

@@ -17,6 +17,7 @@ from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, ch
 from fmjax.data import Dataset, Rows
 from fmjax.experiments import places, specs
 from fmjax.experiments.specs import Spec
+from fmjax.keys import from_seed
 from fmjax.metrics import Metric
 from fmjax.nets import adapters, preconditioning
 from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Multistep, Net, VelocityFn
@@ -287,5 +288,5 @@ def _semidiscrete(options, x, y, flip: bool, seed: int, field: str) -> couplings
     if flip:
         x, y = np.concatenate([x, x[:, :, ::-1]]), jax.tree.map(lambda a: np.concatenate([a, a]), y)
     options = specs.checked(transport.fit_semidiscrete, options, field=field)
-    potentials = transport.fit_semidiscrete(jax.random.key(seed), x, y, **options)
+    potentials = transport.fit_semidiscrete(from_seed(seed), x, y, **options)
     return couplings.semidiscrete(x, potentials, y, by_class=options.get("by_class"))

@@ -71,7 +71,7 @@ def run(function: Callable[..., Any], doc: str, *options: Option, argv: Sequence
         sharding.start()
         _quiet()
         function(read, path, **values)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if take["debug"]:
             raise
         sys.exit(f"error: {_one_line(error)}")
@@ -94,7 +94,7 @@ def run_plain(function: Callable[..., Any], doc: str, *options: Option, argv: Se
     try:
         _quiet()
         function(**values)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if debug:
             raise
         sys.exit(f"error: {_one_line(error)}")
@@ -137,6 +137,11 @@ def _read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -
     from absl import flags
     from ml_collections import config_flags
 
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if re.search(r"\s", name):
+            raise ValueError(f"{name}: a flag cannot set a name with a space. Set it in a config file, or rename it.")
+    arguments = [re.sub(r"^--config=~", lambda _: f"--config={Path.home()}", a) for a in arguments]
     find_configs()
     holder, stored = flags.FlagValues(), None
     if not any(re.match(r"--config(=|$)", a) for a in arguments):
@@ -201,6 +206,8 @@ def _explain(error: Exception, config: Any = None) -> str:
 
 def _one_line(error: Any) -> str:
     """Return a message on one line."""
+    if isinstance(error, MemoryError):
+        return f"memory: not enough for these sizes ({' '.join(str(error).split()) or 'MemoryError'}). Ask for less."
     return " ".join(str(error).split())
 
 

@@ -17,6 +17,7 @@ from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.report import Row, Verdict
 from fmjax.experiments.samplers import FLOW_MAP, NOISE, Sampler
 from fmjax.experiments.settings import Common, Settings
+from fmjax.keys import generator
 from fmjax.metrics import Metric, mean_se
 from fmjax.training import logs
 from fmjax.types import Cond
@@ -131,7 +132,7 @@ def training_runs(data: Dataset, draws: Draws) -> np.ndarray:
     Returns:
         Examples ``[seeds, samples, ...]``, in each run drawn without replacement.
     """
-    rng = np.random.default_rng(draws.seed)
+    rng = generator(draws.seed)
     rows = [np.sort(rng.permutation(data.train.count)[: draws.samples]) for _ in range(draws.seeds)]
     return np.stack([np.asarray(data.train.x[r]) for r in rows])
 

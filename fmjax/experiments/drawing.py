@@ -23,7 +23,7 @@ from fmjax import correction, paths, sampling
 from fmjax.checks import refusal
 from fmjax.experiments import build, records, specs
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler, corrector_factory, time_grid
-from fmjax.keys import as_keys, fold_in
+from fmjax.keys import as_keys, fold_in, from_seed
 from fmjax.sampling import grids
 from fmjax.storage import files, lock
 from fmjax.types import Cond, FlowMapFn, Method, Multistep, Params
@@ -274,7 +274,7 @@ def run_key(seed: int, run: int, purpose: int = 3):
     Returns:
         One key.
     """
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), run)
+    return jax.random.fold_in(jax.random.fold_in(from_seed(seed), purpose), run)
 
 
 def first(cond: Cond, n: int) -> Cond:

@@ -9,8 +9,9 @@ import numpy as np
 
 from fmjax.checks import refusal
 from fmjax.data import in_memory
-from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, stages, workdir
+from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, workdir
 from fmjax.experiments.drawing import Models
+from fmjax.experiments.results import curves
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.storage import files
@@ -63,7 +64,7 @@ def _write(settings: Settings, path: Path, data, drawn, names, models: Models, s
     files.write_json(path / "evaluation.json", record)
     contents = report.Contents(
         title=f"fmjax: {data.name}", summary=comparison.best_lines(rows), rows=rows, verdicts=verdicts,
-        grids=comparison.grids(data, drawn), trajectories={}, curves=stages.curves(path, [FLOW]), gaps={}, facts=facts,
+        grids=comparison.grids(data, drawn), trajectories={}, curves=curves(path, [FLOW]), gaps={}, facts=facts,
         notes=comparison.notes(metrics),
     )  # fmt: skip
     report.write_report(path / "evaluation.html", contents)

@@ -10,8 +10,9 @@ import numpy as np
 
 from fmjax import correction
 from fmjax.data import Dataset
-from fmjax.experiments import comparison, drawing, report, stages, workdir
+from fmjax.experiments import comparison, drawing, report, workdir
 from fmjax.experiments.drawing import Draws, Models
+from fmjax.experiments.results import Result, curves, parameter_counts
 from fmjax.experiments.samplers import FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.metrics import mean_se, sliced_w2
@@ -44,7 +45,7 @@ def pipeline(
     data: Dataset,
     draws: Draws,
     names: Sequence[Sampler],
-    results: Mapping[str, stages.Result],
+    results: Mapping[str, Result],
     path: Path,
 ) -> Page:
     """Compare the samples of a pipeline.
@@ -67,7 +68,7 @@ def pipeline(
     facts, gaps, trajectories = comparison.facts(settings, data, metrics), {}, {}
     record = comparison.as_record(rows, verdicts) | {"environment": workdir.environment()}
     networks = {name: params for name, params in models.params.items() if name in models.methods}
-    facts["parameters"] = stages.parameter_counts(networks)
+    facts["parameters"] = parameter_counts(networks)
     spread = {"test data": np.asarray(data.test.x)} | {s.name: drawn[s.name] for s in names}
     record["variance"] = {name: _total_variance(x, data.train.x.shape[1:]) for name, x in spread.items()}
     facts["summed variance"] = "; ".join(f"{name}: {v:.3g}" for name, v in record["variance"].items())
@@ -93,7 +94,7 @@ def pipeline(
     trajectories |= _jumps(names, models, draws) if data.kind in DRAWN else {}
     contents = report.Contents(
         title=f"fmjax: {data.name}", summary=lines, rows=rows, verdicts=verdicts, grids=comparison.grids(data, drawn),
-        trajectories=trajectories, curves=stages.curves(path, results), gaps=gaps, facts=facts,
+        trajectories=trajectories, curves=curves(path, results), gaps=gaps, facts=facts,
         notes=[*comparison.notes(metrics), *NOTES],
     )  # fmt: skip
     return Page(contents, record, lines)

@@ -13,9 +13,10 @@ from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, comparison, drawing, networks, pages, report, stages, workdir
 from fmjax.experiments.drawing import Draws
 from fmjax.experiments.networks import Plans
+from fmjax.experiments.results import Result, page_record
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
-from fmjax.experiments.stages import Result, Stage
+from fmjax.experiments.stages import Stage
 from fmjax.storage import checkpoint, files
 from fmjax.training import loop
 
@@ -117,7 +118,7 @@ def _comparing_stages(
 
     def read(results: dict[str, Result], folder: Path) -> Result | None:
         path = folder.parent
-        record = stages.page_record(path / "metrics.json", path / "report.html", stage.digest(results))
+        record = page_record(path / "metrics.json", path / "report.html", stage.digest(results))
         return record and Result(record["lines"], record["digest"], "complete")
 
     stage = Stage("comparison", (*needs, "samples"), fields, check, write, read)

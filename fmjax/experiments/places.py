@@ -15,6 +15,7 @@ from typing import Any
 
 from fmjax import checks
 from fmjax.checks import refusal
+from fmjax.storage.files import local_path
 
 OUTSIDE = re.compile(r"(.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
@@ -71,7 +72,7 @@ def absolute(tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(absolute(value) for value in tree)
     match = OUTSIDE.fullmatch(tree) if isinstance(tree, str) else None
-    return f"{Path(match[1]).absolute()}:{match[2]}" if match and match[1].endswith(".py") else tree
+    return f"{local_path('config', match[1])}:{match[2]}" if match and match[1].endswith(".py") else tree
 
 
 def load_factory(place: str, *, field: str) -> Callable:

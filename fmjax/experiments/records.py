@@ -79,15 +79,13 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
     """
     if jax.process_index() != 0:
         return
-    problem = "is missing"
+    begun = any(entry.name != "owner.lock" for entry in folder.iterdir())
     try:
         if files.read_json(folder / STAGE) == json.loads(json.dumps(record)):
             return
-        problem = None
     except files.DamagedFile as error:
-        problem = error.problem if os.path.lexists(folder / STAGE) else problem
-    if problem is not None and any(entry.name not in (STAGE, "owner.lock") for entry in folder.iterdir()):
-        tell(folder / STAGE, problem, "written again")
+        if begun:
+            tell(folder / STAGE, error.problem, "written again")
     files.write_json(folder / STAGE, record)
 
 

@@ -18,13 +18,14 @@ from fmjax.checks import refusal
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, comparison, records, report, specs, stages, straightened, workdir
 from fmjax.experiments.marginals import with_bar
+from fmjax.experiments.results import Result, curves, finished, page_record, read_trained
 from fmjax.experiments.samplers import FLOW
 from fmjax.experiments.settings import Settings, Straighten
-from fmjax.experiments.stages import Result, Stage
+from fmjax.experiments.stages import Stage
 from fmjax.storage import checkpoint, files
 from fmjax.storage.shards import Unfinished
 from fmjax.straightening import TEACHER, SegmentedModel
-from fmjax.training import loop
+from fmjax.training import loop, plans
 
 Students = Mapping[str, tuple[loop.Plan, dict[str, Any]]]
 
@@ -109,14 +110,14 @@ def _student_stage(settings: Settings, data: Dataset, plan: loop.Plan, options: 
             ends, options["bounds"], batch_size=plan.data.batch_size, seed=s.seed, **(real if keep else {})
         )
         state = loop.train(plan.replace(batch=batch), folder, params=flow, teacher=flow, record=record)
-        return stages.finished(state.ema, plan, folder)
+        return finished(state.ema, plan, folder)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
         flow = results[FLOW].value
-        return stages.read_trained(plan, folder, {"params": flow, "teacher": flow})
+        return read_trained(plan, folder, {"params": flow, "teacher": flow})
 
     fields = _training_only(assemble.stage_fields(settings, "straighten") | {"student": plan.name})
-    record, size = records.stage_record(plan.name, workdir.plain(fields), None), lambda: loop.checkpoint_bytes(plan)
+    record, size = records.stage_record(plan.name, workdir.plain(fields), None), lambda: plans.checkpoint_bytes(plan)
     needs = (FLOW, "trajectories")
     return Stage(plan.name, needs, fields, lambda: None, work, complete, plan=plan, size=size)
 
@@ -193,9 +194,7 @@ def _comparing_stage(
         path = folder.parent
         params = {TEACHER: results[FLOW].value}
         params |= {name: results[plan.name].value for name, (plan, _) in students.items()}
-        page = straightened.compare_students(
-            settings, data, draws, models, methods, params, stages.curves(path, results)
-        )
+        page = straightened.compare_students(settings, data, draws, models, methods, params, curves(path, results))
         digest = stage.digest(results)
         report.write_report(path / "report.html", page.contents)
         kept = {"digest": digest, "page": files.file_digest(path / "report.html")}
@@ -204,7 +203,7 @@ def _comparing_stage(
 
     def read(results: dict[str, Result], folder: Path) -> Result | None:
         path = folder.parent
-        record = stages.page_record(path / "straightened.json", path / "report.html", stage.digest(results))
+        record = page_record(path / "straightened.json", path / "report.html", stage.digest(results))
         return record and Result(None, record["digest"], "complete")
 
     stage = Stage("comparison", tuple(needs), fields, check, work, read)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fmjax import checks
-from fmjax.checks import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Range, refusal
+from fmjax.checks import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Range, Seed, refusal
 from fmjax.experiments import places, specs
 
-Seed = Annotated[int, Range(0, 2**32 - 1)]
 Count = Annotated[int, Range(1, 1e9)]
 Decay = Annotated[float, Range(0, 1, open_high=True)]
 
@@ -152,6 +151,11 @@ def read(config: Any) -> Settings:
     if flat:
         name, known = next(iter(flat)), [*tree, *SECTIONS]
         raise refusal(name, flat[name], f"no such field{checks.nearest(name, set(known) - {name})}", "Take it out")
+    for name in _mapping(tree, "correctors"):
+        if not name.isidentifier():
+            raise refusal(
+                f"correctors.{name}", "", "a corrector's name is part of flags and folders", "Use letters, digits and _"
+            )
     straighten = tree.get("straighten")
     return Settings(
         common=common,

@@ -247,9 +247,10 @@ def local(path: str | Path) -> Path:
     Raises:
         WorkdirError: a URL.
     """
-    if "://" in str(path):
-        raise WorkdirError(f"workdir={path}: is a URL. Give a folder of a local or mounted file system.")
-    return Path(path).expanduser().absolute()
+    try:
+        return files.local_path("workdir", path)
+    except ValueError as error:
+        raise WorkdirError(str(error)) from None
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from fmjax.keys import from_seed
 from fmjax.metrics import checking
 from fmjax.metrics.frechet import frechet
 
@@ -161,7 +162,7 @@ def random_features(shape: tuple[int, ...], *, levels: int | None = None, seed: 
     >>> random_features((8, 8, 1)).features(np.zeros((5, 8, 8, 1))).shape
     (5, 32)
     """
-    return _features(jax.device_get(_init(jax.random.key(seed), shape[-1], classes=1)), tuple(shape), levels)
+    return _features(jax.device_get(_init(from_seed(seed), shape[-1], classes=1)), tuple(shape), levels)
 
 
 def label_accuracy(features: Features, x: Images, y: Int[np.ndarray | jax.Array, " n"]) -> float:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Num
 
+from fmjax.keys import generator
 from fmjax.metrics import checking
 
 Samples = Num[np.ndarray | jax.Array, "n d"]
@@ -147,7 +148,7 @@ def checkerboard_floor(n: int, *, bins: int = 64, seed: int = 0) -> float:
     if n < 1:
         raise ValueError(f"n={n}: a floor needs at least one sample. Give 1 or more.")
     mass = checkerboard_mass(bins=bins)
-    h = np.random.default_rng(seed).multinomial(n, mass[mass > 0])
+    h = generator(seed).multinomial(n, mass[mass > 0])
     return float(-np.log((h + 0.5) / (n + len(h) / 2) * len(h)).mean())
 
 

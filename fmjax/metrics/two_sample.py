@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Num
 
+from fmjax.keys import generator
 from fmjax.metrics import checking
 
 Samples = Num[np.ndarray | jax.Array, "n ..."]
@@ -39,7 +40,7 @@ def sliced_w2(x: Samples, y: Others, *, directions: int = 512, seed: int = 0) ->
     """
     x, y = _flat_pair(x, y)
     n, m = len(x), len(y)
-    u = np.random.default_rng(seed).standard_normal((x.shape[1], directions))
+    u = generator(seed).standard_normal((x.shape[1], directions))
     u /= np.linalg.norm(u, axis=0)
     # Both quantile functions are constant between the knots i/n, j/m; in units of 1/(nm) these are integers.
     knots = np.unique(np.concatenate([np.arange(n + 1) * m, np.arange(m + 1) * n]))
@@ -143,7 +144,7 @@ def median_distance(y: Samples, *, count: int = 1000, seed: int = 0) -> float:
     2.0
     """
     y, _ = _flat_pair(y, y)
-    y = y[np.random.default_rng(seed).permutation(len(y))[:count]]
+    y = y[generator(seed).permutation(len(y))[:count]]
     return float(np.median(np.sqrt(_squared_distances(y, y)[np.triu_indices(len(y), 1)])))
 
 
@@ -235,7 +236,7 @@ def bootstrap_se(
     >>> bootstrap_se(lambda x: float(x.mean()), np.ones((4, 1)))
     0.0
     """
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     n = len(samples)
     return float(np.std([statistic(samples[rng.integers(n, size=n)]) for _ in range(resamples)], ddof=1))
 

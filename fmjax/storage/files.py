@@ -23,6 +23,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from fmjax.storage.names import cache_folder, local_path, slug
+
+__all__ = [
+    "DamagedFile", "append_jsonl", "as_json", "cache_folder", "commit", "file_digest", "local_path", "read_array",
+    "read_json", "read_jsonl", "seal", "slug", "sync", "truncate_jsonl", "write_array", "write_bytes", "write_json",
+    "write_npz",
+]  # fmt: skip
+
 CHUNK = 2**24  # bytes written at a time
 ABANDONED = 24 * 3600  # seconds: no write takes longer
 NUMBERS = "biufc"  # kinds of dtypes: booleans, integers, floats, complex numbers
@@ -43,30 +51,6 @@ class DamagedFile(ValueError):
         super().__init__(f"{path} {problem}. Restore it from a copy, or delete it and run the command again.")
 
 
-def cache_folder() -> Path:
-    """Return the folder of files that can be recomputed: ``$XDG_CACHE_HOME/fmjax``, by default ``~/.cache/fmjax``.
-
-    Returns:
-        The folder, which need not exist.
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmjax"
-
-
-def slug(name: str) -> str:
-    """Return a name as part of a file name: every character but letters and digits becomes a dash.
-
-    Args:
-        name: any text.
-
-    Returns:
-        The text of the same length.
-
-    >>> slug("rk4, 8 steps")
-    'rk4--8-steps'
-    """
-    return "".join(c if c.isalnum() else "-" for c in name)
-
-
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file whole or not at all.
 
@@ -78,13 +62,15 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """Write an object as sorted, indented JSON with its digest (the field ``sha256``), whole or not at all.
+    """Write an object as sorted, indented JSON, whole or not at all.
+
+    The field ``sha256`` is the digest of the file's name and the object: a copy under another name is no such file.
 
     Args:
         path: the file, in a folder that exists.
         value: plain values, dicts and lists by name; arrays become lists, paths strings.
     """
-    write_bytes(path, (json.dumps(seal(value), sort_keys=True, indent=2) + "\n").encode())
+    write_bytes(path, (json.dumps(seal(value, Path(path).name), sort_keys=True, indent=2) + "\n").encode())
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -113,16 +99,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise DamagedFile(path, f"is not JSON ({str(error)[:80]})") from error
     if not isinstance(value, dict):
         raise DamagedFile(path, f"holds a {type(value).__name__} where a dict is expected")
-    if (problem := _broken_seal(value)) is not None:
+    if (problem := _broken_seal(value, Path(path).name)) is not None:
         raise DamagedFile(path, problem)
     return {name: part for name, part in value.items() if name != SEAL}
 
 
-def seal(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an object as plain JSON with the digest of its content in the field ``sha256``.
+def seal(value: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return an object as plain JSON with the digest of its name and content in the field ``sha256``.
 
     Args:
         value: plain values, dicts and lists by name; arrays become lists, paths strings.
+        name: the name of its file.
 
     Returns:
         The sealed object.
@@ -133,7 +120,7 @@ def seal(value: Mapping[str, Any]) -> dict[str, Any]:
     if SEAL in value:
         raise ValueError(f"{SEAL}={value[SEAL]!r:.20}: the name of the digest. Choose another name.")
     plain = json.loads(json.dumps(dict(value), default=as_json))
-    return {**plain, SEAL: _sha256([json.dumps(plain, sort_keys=True).encode()])}
+    return {**plain, SEAL: _sha256([name.encode(), json.dumps(plain, sort_keys=True).encode()])}
 
 
 def write_array(path: str | Path, array: Any, *, content: str = "") -> str:
@@ -231,7 +218,7 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any], *, sealed: bool = 
         sealed: whether the line has its own digest, for files that no checkpoint seals.
     """
     with open(path, "a") as file:
-        file.write(json.dumps(seal(record) if sealed else dict(record), default=as_json) + "\n")
+        file.write(json.dumps(seal(record, Path(path).name) if sealed else dict(record), default=as_json) + "\n")
 
 
 def read_jsonl(path: str | Path, *, sealed: bool = False) -> list[dict[str, Any]]:
@@ -249,7 +236,7 @@ def read_jsonl(path: str | Path, *, sealed: bool = False) -> list[dict[str, Any]
     """
     records = [json.loads(line) for line in _lines(Path(path))]
     for number, record in enumerate(records if sealed else (), 1):
-        if (problem := _broken_seal(record)) is not None:
+        if (problem := _broken_seal(record, Path(path).name)) is not None:
             raise DamagedFile(path, f"line {number} {problem}")
         del record[SEAL]
     return records
@@ -354,11 +341,11 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         raise
 
 
-def _broken_seal(value: dict[str, Any]) -> str | None:
+def _broken_seal(value: dict[str, Any], name: str) -> str | None:
     """Return what is wrong with a sealed object, or ``None``."""
     content = {name: part for name, part in value.items() if name != SEAL}
-    actual = _sha256([json.dumps(content, sort_keys=True).encode()])
-    return None if value.get(SEAL) == actual else "was changed after it was written"
+    actual = _sha256([name.encode(), json.dumps(content, sort_keys=True).encode()])
+    return None if value.get(SEAL) == actual else "was changed after it was written, or is another file"
 
 
 def _open(path: Path) -> BinaryIO:

@@ -163,7 +163,8 @@ def resume(directory: str | os.PathLike, m: Manifest, names: Iterable[str]) -> d
     old = read_manifest(directory)
     if old is None:
         if unlisted:
-            raise ValueError(f"{directory} holds {unlisted[0].name} but no {MANIFEST}; build in an empty directory")
+            what = f"{directory} holds {unlisted[0].name} but no {MANIFEST}"
+            raise ValueError(f"{what}; delete it, or build in an empty directory")
         return {}
     check_manifest(directory, old, {name: getattr(m, name) for name in IDENTITY})
     good = {}

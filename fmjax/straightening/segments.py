@@ -27,7 +27,7 @@ from fmjax.checks import check_bounds
 from fmjax.correction import trajectories
 from fmjax.correction.marginals import Marginals, take_conditions
 from fmjax.data.dataset import Rows
-from fmjax.keys import example_keys, fold_in, normal, split
+from fmjax.keys import example_keys, fold_in, from_seed, generator, normal, split
 from fmjax.sampling import grids
 from fmjax.types import Batch, Cond, FlowMapFn, Multistep, Params, VelocityFn, expand, over_batch
 
@@ -191,7 +191,7 @@ def segment_batches(
     kept = round(kept_fraction * batch_size) if keep else 0
 
     def batch(step: int) -> Batch:
-        rng = np.random.default_rng([seed, step])
+        rng = generator(seed, step)
         source, k = rng.choice(len(sets), batch_size, p=weights), rng.choice(straight, batch_size)
         example = rng.integers(np.array([len(index) for index in rows])[source])
         x0, x1 = np.empty((2, batch_size, *sets[0].x.shape[2:]), np.float32)
@@ -312,7 +312,7 @@ def from_data(
 
     def solve(params_and_step, rows):
         (params, n), (index, x, cond) = params_and_step, rows
-        k_segment, k_noise, k_step = split(example_keys(jax.random.fold_in(jax.random.key(seed), n), index), 3)
+        k_segment, k_noise, k_step = split(example_keys(jax.random.fold_in(from_seed(seed), n), index), 3)
         k = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(times)))(k_segment)
         ts = jnp.asarray(times)[k].T
         start, _ = paths.with_velocity(path, normal(k_noise, x.shape[1:], x.dtype), x, ts[0])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import sampling
-from fmjax.keys import as_keys, normal
+from fmjax.keys import as_keys, from_seed, normal
 from fmjax.storage import checkpoint
 from fmjax.training import pictures
 from fmjax.training.loop import Hook, Plan
@@ -134,7 +134,7 @@ def average_samples(plan: Plan, *, count: int = 36, steps: int = 16) -> Callable
     >>> average_samples(plan, count=4, steps=2)({"w": jnp.zeros(2)}).shape
     (4, 2)
     """
-    keys = as_keys(jax.random.fold_in(jax.random.key(plan.seed), 2), count)
+    keys = as_keys(jax.random.fold_in(from_seed(plan.seed), 2), count)
     cond = jax.tree.map(lambda a: jnp.asarray(a)[jnp.arange(count) % len(a)], plan.data.cond)
 
     @jax.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import sys
 import time
 import warnings
 import zlib
@@ -211,6 +212,16 @@ def stage(name: str) -> Iterator[Callable[[str], None]]:
     summaries, start = [], time.perf_counter()
     yield summaries.append
     print(f"{name}: {summaries[0]} ({time.perf_counter() - start:.1f} s)", flush=True)
+
+
+def say(line: str) -> None:
+    """Print a line about the run on stderr, on the first process.
+
+    Args:
+        line: the line.
+    """
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def bar(name: str, total: int, start: int = 0, unit: str = "step") -> Progress:

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from fmjax.data import prefetch
-from fmjax.keys import example_keys
+from fmjax.keys import example_keys, from_seed
 from fmjax.nets.adapters import Model
 from fmjax.storage import checkpoint, files, owned
 from fmjax.storage.lock import check_owned
@@ -136,7 +136,7 @@ def initial_parameters(plan: Plan) -> Params:
     >>> initial_parameters(plan)["w"].shape
     (2,)
     """
-    return plan.model.init(jax.random.fold_in(jax.random.key(plan.seed), 0), *_example(plan))
+    return plan.model.init(jax.random.fold_in(from_seed(plan.seed), 0), *_example(plan))
 
 
 def load_average(plan: Plan, directory: str | Path, field: str = "directory") -> Params:
@@ -235,7 +235,7 @@ def check_plan(plan: Plan) -> None:
     params = jax.eval_shape(plan.model.init, jax.random.key(0), *_example(plan))
     part = lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype)
     keys = jax.eval_shape(lambda: example_keys(jax.random.key(0), jnp.arange(rows)))
-    jax.eval_shape(plan.method.loss, params, params, jax.tree.map(part, _batch(plan, 0)), keys)
+    jax.eval_shape(plan.method.loss, params, params, jax.tree.map(part, numbered_batch(plan, 0)), keys)
 
 
 def initial_state(plan: Plan, params: Params | None = None) -> State:
@@ -250,38 +250,6 @@ def initial_state(plan: Plan, params: Params | None = None) -> State:
     """
     params = initial_parameters(plan) if params is None else params
     return init(params, plan.optimiser.tx, mesh=plan.mesh, fsdp=plan.fsdp)
-
-
-def checkpoint_bytes(plan: Plan) -> int:
-    """Return the bytes that the checkpoints of a run take on disk: ``keep + 1`` states.
-
-    Args:
-        plan: the run.
-
-    Returns:
-        The number of bytes.
-    """
-    params = jax.eval_shape(lambda: initial_parameters(plan))
-    state = (params, params, jax.eval_shape(plan.optimiser.tx.init, params))
-    return (plan.schedule.keep + 1) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
-def uses_progress(plan: Plan) -> bool:
-    """Return whether the loss depends on the fraction of the training that is done, so that its length counts.
-
-    Args:
-        plan: the run.
-
-    Returns:
-        Whether a step of a longer training is another step.
-    """
-    batch, params = _batch(plan, 0), jax.eval_shape(lambda: initial_parameters(plan))
-    keys = example_keys(jax.random.key(0), jnp.arange(len(batch.x1)))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
-    loss = lambda progress: plan.method.loss(zeros, zeros, batch._replace(progress=progress), keys)
-    traced = jax.make_jaxpr(loss)(batch.progress).jaxpr
-    (progress,) = traced.invars
-    return any(progress is variable for equation in traced.eqns for variable in equation.invars)
 
 
 def train(
@@ -349,10 +317,13 @@ def train(
             return state
         if jax.process_index() == 0 and metadata.get("early"):  # the last record of a shorter run, in mid-window
             files.truncate_jsonl(log, start - 1)
+        logs.say(f"{plan.name}: goes on from step {start} of {steps} in {checkpoints}")
+    elif files.read_jsonl(log):
+        logs.say(f"{plan.name}: begins again: {checkpoints} has no checkpoint, and {log} has records")
     checkpoint.check_space(checkpoints, state, keep=keep)
     first = start or 0
     step = _make_step(plan)
-    key = jax.random.fold_in(jax.random.key(plan.seed), 1)
+    key = jax.random.fold_in(from_seed(plan.seed), 1)
     pending: list[tuple[int, dict]] = []
 
     with (
@@ -360,7 +331,7 @@ def train(
         checkpoint.writer(checkpoints, keep=keep, after=start) as manager,
         logs.recorder(directory, first) as recorder,
         stop_signals() as stop,
-        contextlib.closing(prefetch(functools.partial(_batch, plan), first, steps)) as batches,
+        contextlib.closing(prefetch(functools.partial(numbered_batch, plan), first, steps)) as batches,
         logs.bar(plan.name, steps, first) as progress,
     ):
         check = logs.Explosions(plan.name, manager, checkpoints, lambda n: plan.data.batch(n - 1))
@@ -405,7 +376,7 @@ def _make_step(plan: Plan):
     return make_step(plan.method.loss, plan.optimiser.tx, **options)
 
 
-def _batch(plan: Plan, n: int) -> Batch:
+def numbered_batch(plan: Plan, n: int) -> Batch:
     """Return the plan's batch of step ``n``, with the fraction of the training that is done."""
     batch = plan.data.batch(n)
     return batch._replace(progress=np.full(len(batch.x1), n / plan.schedule.steps, np.float32))

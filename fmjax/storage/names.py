@@ -1,0 +1,51 @@
+"""Names of files and folders: what a person gave, what the user's caches are called, what a name may contain."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Return the folder of files that can be recomputed: ``$XDG_CACHE_HOME/fmjax``, by default ``~/.cache/fmjax``.
+
+    Returns:
+        The folder, which need not exist.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmjax"
+
+
+def local_path(field: str, path: str | Path) -> Path:
+    """Return a path that a person gave as an absolute path, ``~`` expanded.
+
+    Args:
+        field: the name of the setting, for the message.
+        path: a file or folder.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        ValueError: a URL.
+
+    >>> local_path("out", "/tmp/a.npz").as_posix()
+    '/tmp/a.npz'
+    """
+    if "://" in str(path):
+        raise ValueError(f"{field}={path}: is a URL. Give a place in a local or mounted file system.")
+    return Path(path).expanduser().absolute()
+
+
+def slug(name: str) -> str:
+    """Return a name as part of a file name: every character but letters and digits becomes a dash.
+
+    Args:
+        name: any text.
+
+    Returns:
+        The text of the same length.
+
+    >>> slug("rk4, 8 steps")
+    'rk4--8-steps'
+    """
+    return "".join(c if c.isalnum() else "-" for c in name)
