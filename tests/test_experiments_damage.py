@@ -83,6 +83,7 @@ first_line = overwrite(lambda raw: raw.split(b"\n")[0] + b"\n")
 letters = overwrite(lambda raw: raw.replace(b'"step": 2', b'"step": 1'))
 CKPT, BEST = "flow/checkpoints/4", "correctors/classifier/best/checkpoints/4"
 DATA, ARRAY = f"{CKPT}/state/**/d/*", "samples/rk4--2-steps-[0-9a-f]*/1.npy"
+NEXT = "samples/rk4--2-steps-[0-9a-f]*/2.npy"
 SHARD, OTHER = (f"marginals/{way}/shard-00000-of-00001.array_record" for way in ("forward", "backward"))
 CASES = [
     ("config.json", delete), ("config.json", empty), ("config.json", half), ("config.json", edit(seed=7)),
@@ -104,7 +105,7 @@ CASES = [
     ("marginals/forward/manifest.json", edit(seed=1)), ("marginals/forward/manifest.json", number),
     ("marginals/forward", swap, "marginals/backward"), (SHARD, half), (SHARD, flip), (SHARD, delete),
     (SHARD, copy_over, OTHER), (SHARD, loop), (ARRAY, delete), (ARRAY, empty), (ARRAY, flip), (ARRAY, zeros),
-    (ARRAY, folder), (ARRAY, swap, "samples/rk4--2-steps-[0-9a-f]*/2.npy"), (ARRAY, copy_over, "samples/flow-map*/1.npy"),
+    (ARRAY, folder), (ARRAY, swap, NEXT), (ARRAY, copy_over, "samples/flow-map*/1.npy"),
     ("metrics.json", delete), ("metrics.json", edit(lines=["Best: ours"])), ("metrics.json", array),
     ("metrics.json", half), ("report.html", delete), ("report.html", flip), ("report.html", folder),
     ("comparison/stage.json", zeros),

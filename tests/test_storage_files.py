@@ -89,12 +89,54 @@ def test_a_missing_file_and_another_array_are_named(tmp_path):
         files.read_array(tmp_path / "a.npy", digest=digest)
 
 
-@pytest.mark.parametrize(("content", "kind"), [("[]", dict), ("3", dict), ("{}", list), ("{", dict), ("", dict)])
-def test_json_of_another_kind_or_torn_is_named(content, kind, tmp_path):
+@pytest.mark.parametrize("content", ["[]", "3", "{}", "{", "", '{"seed": 1}'])
+def test_json_of_another_kind_torn_or_without_a_digest_is_named(content, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(content)
     with pytest.raises(DamagedFile, match=r"config\.json"):
-        files.read_json(path, kind=kind)
+        files.read_json(path)
+
+
+@pytest.mark.parametrize("change", [('"seed": 1', '"seed": 2'), ('"a"', '"b"'), ("1.5", "1.25"), ('"sha', '"shb')])
+def test_json_that_was_edited_or_copied_to_another_name_is_named(change, tmp_path):
+    path = tmp_path / "config.json"
+    files.write_json(path, {"seed": 1, "a": [1.5, {"b": None}], "c": float("nan")})
+    text = path.read_text()
+    assert files.read_json(path)["seed"] == 1 and json.loads(text)["a"] == [1.5, {"b": None}]
+    path.write_text(text.replace(*change))
+    (tmp_path / "stage.json").write_text(text)
+    for name in ("config", "stage"):
+        with pytest.raises(DamagedFile, match=rf"{name}\.json was changed"):
+            files.read_json(tmp_path / f"{name}.json")
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda p: p.symlink_to(p), os.mkdir]
+)
+def test_what_is_no_regular_file_is_named_and_never_waited_for(make, tmp_path):
+    path = tmp_path / "a.json"
+    make(path)
+    for read in (files.read_json, files.read_array, files.read_jsonl, files.file_digest):
+        with pytest.raises(DamagedFile, match=r"a\.json (is no regular|is a folder|cannot be read)"):
+            read(path)
+
+
+def test_an_array_is_read_as_what_it_was_written_as(tmp_path):
+    files.write_array(tmp_path / "0.npy", np.arange(3.0), content="euler 0")
+    np.testing.assert_array_equal(files.read_array(tmp_path / "0.npy", content="euler 0"), np.arange(3.0))
+    for content in ("", "euler 1"):
+        with pytest.raises(DamagedFile, match=r"0\.npy"):
+            files.read_array(tmp_path / "0.npy", content=content)
+
+
+def test_sealed_records_are_verified_line_by_line(tmp_path):
+    path = tmp_path / "tuning.jsonl"
+    for i in range(3):
+        files.append_jsonl(path, {"value": i}, sealed=True)
+    assert files.read_jsonl(path, sealed=True) == [{"value": i} for i in range(3)]
+    path.write_text(path.read_text().replace('"value": 1', '"value": 4'))
+    with pytest.raises(DamagedFile, match=r"tuning\.jsonl line 2 was changed"):
+        files.read_jsonl(path, sealed=True)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "\xff\xfe"])
@@ -107,8 +149,8 @@ def test_hostile_json_is_named(content, tmp_path):
 def test_json_comes_back_with_arrays_as_lists(tmp_path):
     files.write_json(tmp_path / "a.json", {"b": np.arange(2), "a": jnp.float32(0.5), "c": tmp_path})
     assert files.read_json(tmp_path / "a.json") == {"a": 0.5, "b": [0, 1], "c": str(tmp_path)}
-    files.write_json(tmp_path / "b.json", [1])
-    assert files.read_json(tmp_path / "b.json", kind=list) == [1]
+    with pytest.raises(ValueError, match="sha256='x'"):
+        files.write_json(tmp_path / "b.json", {"sha256": "x"})
 
 
 def test_records_come_back_with_arrays_as_numbers(tmp_path):
@@ -158,7 +200,7 @@ def test_a_torn_line_in_the_middle_is_named(line, tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     files.write_json(path, {"b": 1, "a": np.arange(2)})
-    assert path.read_text() == '{\n  "a": [\n    0,\n    1\n  ],\n  "b": 1\n}\n'
+    assert path.read_text().startswith('{\n  "a": [\n    0,\n    1\n  ],\n  "b": 1,\n  "sha256": ')
 
     def full(fd):
         raise OSError(28, "No space left on device")
@@ -195,7 +237,7 @@ from fmjax.storage import files
 i = 0
 while True:
     i += 1
-    files.write_json(sys.argv[1], [i] * 200_000)
+    files.write_json(sys.argv[1], {"a": [i] * 200_000})
     print(i, flush=True)
 """
 
@@ -209,5 +251,5 @@ def test_a_kill_while_writing_leaves_a_whole_file(tmp_path):
     child.kill()
     child.wait()
     child.stdout.close()
-    values = files.read_json(path, kind=list)
+    values = files.read_json(path)["a"]
     assert len(values) == 200_000 and len(set(values)) == 1 and values[0] >= seen

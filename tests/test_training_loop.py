@@ -1,10 +1,12 @@
 """The loop: what is recorded, what ends a run, and that an interruption changes no number."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import chex
 import jax
@@ -15,8 +17,9 @@ from plans import batch as points
 from plans import plan
 
 from fmjax import training
-from fmjax.storage import Owned, checkpoint, files, owned
+from fmjax.storage import Lost, Owned, checkpoint, files, owned
 from fmjax.training import loop
+from fmjax.training.plans import uses_progress
 from fmjax.types import Batch
 
 SPEEDS = ("steps_per_s", "examples_per_s")
@@ -170,7 +173,7 @@ def test_records_that_were_lost_are_told_and_training_goes_on(whole, tmp_path):
         training.train(plan(), tmp_path, hooks=[at(10, interrupt)])
     log = tmp_path / "metrics.jsonl"
     log.write_text(log.read_text().replace('"step": 5', '"step": 4'))
-    with pytest.warns(UserWarning, match=r"metrics\.jsonl is not as it was left at step 8"):
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl is not as it was left at step 8: written again"):
         same(whole[1], training.train(plan(), tmp_path))
     log.unlink()
     training.train(plan(), tmp_path)  # a complete run is read
@@ -331,3 +334,48 @@ def test_float_conditions_reach_the_network_at_its_start():
     ready = plan(cond={"age": np.zeros((4, 3), np.float32), "label": np.arange(4)})
     loop.initial_parameters(ready.replace(model=ready.model._replace(init=init)))
     assert shapes == [{"age": ((1, 3), jnp.float32), "label": ((1,), jnp.int32)}]
+
+
+@pytest.mark.parametrize("step", [2, 5, 6, 9])
+def test_after_one_exploded_batch_the_run_goes_on_with_clean_data(step, whole, tmp_path):
+    """No checkpoint of the run carries the explosion in its window: clean data give the numbers of a clean run."""
+    bad = lambda n: points(n)._replace(x1=points(n).x1 * (1000 if n == step else 1))
+    with pytest.raises(training.Diverged, match="--fork"):
+        training.train(plan(batch=bad), tmp_path)
+    assert (checkpoint.latest_step(tmp_path / "checkpoints") or 0) <= step
+    same(whole[1], training.train(plan(), tmp_path))
+    assert records(whole[0]) == records(tmp_path)
+
+
+@pytest.mark.parametrize("steps", [3, 5, 8, 9])
+def test_a_run_trained_longer_equals_one_that_was_planned_so(steps, whole, tmp_path):
+    """Records and sums too, where the shorter run ended between two records."""
+    training.train(plan(steps=steps), tmp_path)
+    assert records(tmp_path)[-1]["step"] == steps
+    same(whole[1], training.train(plan(), tmp_path))
+    assert records(whole[0]) == records(tmp_path)
+
+
+def test_a_folder_deleted_under_a_run_is_not_made_again(tmp_path):
+    def delete():
+        time.sleep(1)  # the checkpoint of step 4 is written
+        shutil.rmtree(tmp_path / "w")
+
+    with pytest.raises(Lost, match=r"w was deleted"):
+        training.train(plan(), tmp_path / "w", hooks=[at(5, delete)])
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_checkpoint_of_another_stage_counts_as_damaged(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "w")
+    with pytest.raises(checkpoint.CheckpointError, match="it is of the stage 'flow', not 'flow_map'"):
+        training.train(plan(name="flow_map"), tmp_path / "w")
+
+
+def test_the_length_of_a_training_counts_where_the_loss_sees_the_progress():
+    assert not uses_progress(plan())
+    ready = plan()
+    loss = ready.method.loss
+    scaled = lambda batch: batch._replace(x1=batch.x1 * batch.progress[:, None])
+    seen = lambda params, target, batch, key: loss(params, target, scaled(batch), key)
+    assert uses_progress(ready.replace(method=ready.method._replace(loss=seen)))

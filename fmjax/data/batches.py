@@ -15,7 +15,7 @@ from fmjax import transport
 from fmjax.checks import nearest
 from fmjax.couplings import Coupling
 from fmjax.data.dataset import Dataset, Examples, Rows, check_conditions
-from fmjax.keys import generator
+from fmjax.keys import check_seed, generator
 from fmjax.types import Batch, Cond
 
 Value = TypeVar("Value")
@@ -155,6 +155,8 @@ def in_memory(data: Dataset, *, train: int, validation: int, test: int, seed: in
     >>> in_memory(data, train=10, validation=10, test=10, seed=0).train.x is data.train.x
     True
     """
+
+    check_seed(seed)
 
     def some(examples: Examples, count: int) -> Examples:
         if isinstance(examples.x, np.ndarray):

@@ -247,8 +247,8 @@ def optimiser(
     rate = functools.partial(learning_rate_at, peak=learning_rate, steps=steps, warmup=warmup, schedule=schedule)
     matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     adam = optax.adamw(rate, b2=beta2, weight_decay=weight_decay, mask=matrices) if weight_decay else None
-    parts = [optax.clip_by_global_norm(clip)] if clip else []
-    return optax.chain(*parts, adam or optax.adam(rate, b2=beta2))
+    first = optax.clip_by_global_norm(clip) if clip else optax.identity()  # both have a state: a fork may set clip
+    return optax.chain(first, adam or optax.adam(rate, b2=beta2))
 
 
 def learning_rate_at(n, *, peak: float, steps: int, warmup: int, schedule: str):

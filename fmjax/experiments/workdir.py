@@ -16,6 +16,7 @@ import jax
 from fmjax.experiments import places, records
 from fmjax.experiments.records import STAGE
 from fmjax.storage import checkpoint, files, lock
+from fmjax.training import logs
 
 PACKAGES = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 CONFIG, CONVERTED = "config.json", "converted.json"
@@ -213,6 +214,10 @@ def fork(source: str | Path, target: Path, record: Mapping[str, Any], template: 
     if step >= steps:
         raise WorkdirError(f"fork={source}: its {stage!r} has taken {step} steps of {steps} here. Give more steps.")
     kept = {name: metadata[name] for name in ("window", "records", "early") if name in metadata}
+    folder.mkdir(parents=True, exist_ok=True)
+    records.write(folder, record)
+    if kept.get("records"):
+        files.write_bytes(folder / logs.RECORDS, logs.unpack(kept["records"]))
     with checkpoint.writer(folder / "checkpoints") as manager:
         metadata = {"stage": stage, "run": dict(record), "forked": str(origin), **kept}
         checkpoint.save(manager, step, state, metadata=metadata)

@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +30,8 @@ from fmjax.storage import files, lock
 from fmjax.storage.digests import digest, digest_rows, flatten, names
 
 __all__ = [
-    "CheckpointError", "all_steps", "check_space", "digest", "digest_rows", "latest_step", "metadata", "restore",
-    "save", "writer",
+    "CheckpointError", "all_steps", "check_space", "check_written", "digest", "digest_rows", "latest_step", "metadata",
+    "restore", "save", "writer",
 ]  # fmt: skip
 
 
@@ -115,13 +117,56 @@ def writer(directory: str | Path, *, keep: int = 2, after: int | None = None) ->
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoints to {directory}: {error.strerror}") from error
-    with lock.owned(directory):
+    with lock.owned(directory), _one_report():
         _sweep(directory, after)
         manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
         try:
             yield manager
-        finally:
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error counts
+                manager.close()
+            raise
+        with _writing(directory):
             manager.close()
+
+
+def check_written(manager: Any) -> None:
+    """Check that no save in the background has failed so far.
+
+    Args:
+        manager: what ``writer`` yields.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be written, for instance since the disk is full.
+    """
+    with _writing(manager.directory):
+        manager.check_for_errors()
+
+
+@contextlib.contextmanager
+def _writing(directory: Any) -> Iterator[None]:
+    """Turn the errors of orbax and tensorstore, which are of many types, into one line with the folder."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        why = why if len(why) < 200 else f"... {why[-160:]}"
+        raise CheckpointError(f"cannot write a checkpoint to {directory}: {why}") from error
+
+
+@contextlib.contextmanager
+def _one_report() -> Iterator[None]:
+    """Keep the threads of orbax from printing tracebacks: their errors are raised where the next save waits."""
+    quiet = lambda record: not (record.exc_info and "orbax" in record.pathname)
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    closed = lambda problem: isinstance(problem.exc_value, RuntimeError) and "loop is closed" in str(problem.exc_value)
+    logger.addFilter(quiet)
+    sys.unraisablehook = lambda problem: None if closed(problem) else hook(problem)  # other parts of a failed save
+    try:
+        yield
+    finally:
+        logger.removeFilter(quiet)
+        sys.unraisablehook = hook
 
 
 def _sweep(directory: Path, after: int | None) -> None:
@@ -157,6 +202,7 @@ def save(manager: Any, step: int | np.integer, state: Any, *, metadata: dict[str
     Raises:
         ValueError: the step is older than the newest, a metadata name is reserved, or the state has no named parts.
         TypeError: the state holds a typed PRNG key.
+        Lost: the folder was deleted while the run worked.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
@@ -185,12 +231,14 @@ def save(manager: Any, step: int | np.integer, state: Any, *, metadata: dict[str
     record |= {"step": step, "digest": {name: digest(part) for name, part in parts.items()}}
     record["leaves"] = [[path, _spec(leaf)] for path, leaf in flat.items()]
     record = json.loads(json.dumps(record, default=files.as_json))
+    lock.check_owned()  # orbax would make a deleted folder again
     arrays = {path: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for path, leaf in flat.items()}
     args = ocp.args.Composite(
         state=ocp.args.PyTreeSave(_nest(arrays)),
         metadata=ocp.args.JsonSave({"record": record, "sha256": _sha(record)}),
     )
-    return manager.save(step, args=args, force=True)
+    with _writing(manager.directory):
+        return manager.save(step, args=args, force=True)
 
 
 def restore(

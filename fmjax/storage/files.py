@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fmjax.storage.names import cache_folder, local_path, slug
+from fmjax.storage.names import cache_folder, local_path, naming, slug
 
 __all__ = [
     "DamagedFile", "append_jsonl", "as_json", "cache_folder", "commit", "file_digest", "local_path", "read_array",
@@ -217,7 +217,7 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any], *, sealed: bool = 
         record: plain values; arrays become lists, paths strings.
         sealed: whether the line has its own digest, for files that no checkpoint seals.
     """
-    with open(path, "a") as file:
+    with naming(path), open(path, "a") as file:
         file.write(json.dumps(seal(record, Path(path).name) if sealed else dict(record), default=as_json) + "\n")
 
 
@@ -268,7 +268,8 @@ def sync(path: str | Path) -> None:
     except FileNotFoundError:
         return
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -332,7 +333,7 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             old.unlink(missing_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             file.writelines(parts)
         os.chmod(temporary, 0o644)
         commit(temporary, path)

@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 
+from fmjax.storage.names import naming
+
 FILE = "owner.lock"
 ATTEMPTS = 20  # a lock that vanishes while it is examined is tried again
 _guard = threading.Lock()
@@ -141,9 +143,10 @@ def _create(path: Path) -> int | None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{FILE}.")
     try:
         _flock(handle)
-        os.write(handle, text)
-        os.fchmod(handle, 0o644)
-        os.fsync(handle)
+        with naming(path):
+            os.write(handle, text)
+            os.fchmod(handle, 0o644)
+            os.fsync(handle)
         os.link(temporary, path)
         return handle
     except FileExistsError:

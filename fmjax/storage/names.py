@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -49,3 +51,29 @@ def slug(name: str) -> str:
     'rk4--8-steps'
     """
     return "".join(c if c.isalnum() else "-" for c in name)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an ``OSError`` that names no file, such as a full disk's, the name of one.
+
+    Args:
+        path: the file that is written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OSError: with the file's name.
+
+    >>> with naming("a.json"):
+    ...     raise OSError(28, "No space left on device")
+    Traceback (most recent call last):
+    OSError: [Errno 28] No space left on device: 'a.json'
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

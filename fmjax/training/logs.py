@@ -157,8 +157,20 @@ def mend_records(path: Path, step: int, sealed: dict[str, Any] | None) -> None:
     if sealed and lost is None and files.file_digest(path) != sealed["sha256"]:
         lost = f"is not as it was left at step {step}"
     if sealed and lost is not None:
-        files.write_bytes(path, zlib.decompress(base64.b64decode(sealed["copy"])))
+        files.write_bytes(path, unpack(sealed))
         warnings.warn(f"{path} {lost}: written again from the checkpoint of step {step}", stacklevel=3)
+
+
+def unpack(sealed: dict[str, Any]) -> bytes:
+    """Return the content of ``metrics.jsonl`` that ``Recorder.seal`` copied.
+
+    Args:
+        sealed: what it returned.
+
+    Returns:
+        The bytes of the file.
+    """
+    return zlib.decompress(base64.b64decode(sealed["copy"]))
 
 
 @contextlib.contextmanager

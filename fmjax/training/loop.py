@@ -352,7 +352,7 @@ def train(
             kept = window.saved()
             if due or last:
                 means, speed = window.close()
-                manager.check_for_errors()  # of a checkpoint that is being written: a full disk is known soon
+                checkpoint.check_written(manager)  # a full disk is known soon
                 progress.set_postfix(loss=f"{means['loss']:.4f}")
                 rate = {"learning_rate": float(plan.optimiser.rate(n - 1))} if plan.optimiser.rate else {}
                 speeds = {"steps_per_s": speed, "examples_per_s": speed * plan.data.batch_size}

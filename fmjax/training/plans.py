@@ -32,7 +32,8 @@ def uses_progress(plan: loop.Plan) -> bool:
     Returns:
         Whether a step of a longer training is another step.
     """
-    batch, params = loop.numbered_batch(plan, 0), jax.eval_shape(lambda: loop.initial_parameters(plan))
+    batch = jax.tree.map(jnp.asarray, loop.numbered_batch(plan, 0))
+    params = jax.eval_shape(lambda: loop.initial_parameters(plan))
     keys = example_keys(jax.random.key(0), jnp.arange(len(batch.x1)))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
     loss = lambda progress: plan.method.loss(zeros, zeros, batch._replace(progress=progress), keys)
