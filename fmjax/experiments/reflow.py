@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from fmjax import correction, straightening
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, comparison, report, specs, stages, straightened, workdir
+from fmjax.experiments import assemble, build, comparison, pipeline, report, specs, stages, straightened, workdir
 from fmjax.experiments.marginals import with_bar
 from fmjax.experiments.samplers import FLOW
 from fmjax.experiments.settings import Settings, Straighten
@@ -21,7 +22,7 @@ from fmjax.experiments.specs import refusal
 from fmjax.experiments.stages import Result, Stage
 from fmjax.storage import checkpoint, files
 from fmjax.straightening import TEACHER, SegmentedModel
-from fmjax.training import loop
+from fmjax.training import loop, sharding
 
 Students = Mapping[str, tuple[loop.Plan, dict[str, Any]]]
 
@@ -42,6 +43,7 @@ def main(settings: Settings, path: Path) -> None:
     trained, students, models = training_stages(settings, data)
     flow = assemble.flow_plan(settings, data)
     every = [*trained, comparing_stage(settings, data, flow, students, models, [stage.name for stage in trained])]
+    stages.check(every)
     path = workdir.open_workdir(path, settings.config, {stage.name: stage.fields for stage in trained})
     results = stages.run(every, path)
     if jax.process_index() == 0:
@@ -61,15 +63,14 @@ def training_stages(settings: Settings, data: Dataset) -> tuple[list[Stage], Stu
     if settings.straighten is None:
         raise ValueError("straighten: the config has none. Add straighten(c), as configs/half_straightening_digits.py.")
     part, s = settings.straighten
-    if settings.common.path != "linear":
+    if specs.name_of(settings.common.path) != "linear":
         raise refusal("path", settings.common.path, "the comparison is on the linear path", "Set path='linear'")
     if s.bounds[0] != 0 or s.bounds[-1] != 1:
         raise refusal("straighten.bounds", s.bounds, "samples go from 0 to 1", "Begin with 0 and end with 1")
     models, options = straightening.comparison_models(s.bounds, s.parts, s.sharing, full=s.full)
     flow = assemble.flow_plan(settings, data)
     students = {name: (student(settings, name, option, data), option) for name, option in options.items()}
-    fields, facts, every = assemble.flow_fields(settings), assemble.data_facts(data), settings.common.sample_every
-    found = [stages.trained(flow, fields, pictures=every, data=facts), trajectories(settings, flow, data)]
+    found = [pipeline.flow_stage(settings, data, flow), trajectories(settings, flow, data)]
     found += [student_stage(settings, data, plan, option) for plan, option in students.values()]
     return found, students, models
 
@@ -99,7 +100,8 @@ def student_stage(settings: Settings, data: Dataset, plan: loop.Plan, options: M
         batch = straightening.segment_batches(
             ends, options["bounds"], batch_size=plan.data.batch_size, seed=s.seed, **(real if keep else {})
         )
-        state = loop.train(plan.replace(batch=batch), folder, params=flow, teacher=flow)
+        ready = plan.replace(batch=stages.part_of_process(batch, plan.data.batch_size))
+        state = loop.train(ready, folder, params=flow, teacher=flow)
         return stages.finished(state.ema, plan, folder)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
@@ -130,7 +132,7 @@ def trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
     def read(folder: Path, digest: str) -> Result:
         found = correction.read_marginals(folder, expect={"flow": digest, "ts": ts})
         words = f"{len(found.x)} of the teacher, at {', '.join(f'{t:g}' for t in found.ts)}"
-        return Result(found, str(hash(repr(found.manifest))), words)
+        return Result(found, hashlib.sha256(repr(found.manifest).encode()).hexdigest(), words)
 
     def work(results: dict[str, Result], folder: Path) -> Result:
         params = results[FLOW].value
@@ -139,12 +141,16 @@ def trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
             correction.build_marginals, flow.method.velocity, params, ts, directory=folder, flow=digest, **options
         )
         with_bar(make, "forward")
+        sharding.barrier("trajectories")
         return read(folder, digest)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
         try:
             return read(folder, checkpoint.digest(results[FLOW].value))
         except FileNotFoundError:
+            return None
+        except RuntimeError as error:  # a shard is missing or torn
+            print(f"{error}")
             return None
 
     def check() -> None:
@@ -177,8 +183,9 @@ def comparing_stage(
         params |= {name: results[plan.name].value for name, (plan, _) in students.items()}
         page = straightened.compare(settings, data, draws, models, methods, params, stages.curves(path, results))
         digest = stage.digest(results)
-        files.write_json(path / "straightened.json", page.record | {"digest": digest})
-        report.write(path / "report.html", page.contents)
+        if jax.process_index() == 0:
+            report.write(path / "report.html", page.contents)
+            files.write_json(path / "straightened.json", page.record | {"digest": digest})
         return Result(None, digest, f"{len(page.record['rows'])} samplers")
 
     def read(results: dict[str, Result], folder: Path) -> Result | None:
@@ -189,5 +196,5 @@ def comparing_stage(
         complete = record.get("digest") == stage.digest(results)
         return Result(None, record["digest"], "complete") if complete else None
 
-    stage = Stage("comparison", tuple(needs), fields, check, work, read)
+    stage = Stage("comparison", tuple(needs), fields, check, work, read, derived=True)
     return stage

@@ -14,10 +14,11 @@ import numpy as np
 from fmjax import checks, correction
 from fmjax.experiments import assemble, marginals, workdir
 from fmjax.experiments.settings import Settings
+from fmjax.experiments.specs import refusal
 from fmjax.experiments.workdir import WorkdirError
 from fmjax.metrics import classifier
 from fmjax.storage import checkpoint, files
-from fmjax.training import hooks, logs, loop
+from fmjax.training import hooks, logs, loop, sharding
 from fmjax.types import Params
 
 HELD_OUT = 5  # one of so many marginal examples is kept from a classifier, to measure it and to stop early
@@ -48,6 +49,7 @@ class Stage(NamedTuple):
         run: ``run(results, folder) -> Result``: does the work, or what is left of it.
         read: ``read(results, folder) -> Result | None``: the complete result, if there is one.
         data: what samplers must know of the data that the stage trains on.
+        derived: whether it is computed again where the results that it needs have changed; a training is not.
     """
 
     name: str
@@ -57,15 +59,48 @@ class Stage(NamedTuple):
     run: Callable[[dict[str, Result], Path], Result]
     read: Callable[[dict[str, Result], Path], Result | None]
     data: Mapping[str, Any] | None = None
+    derived: bool = False
 
     def digest(self, results: Mapping[str, Result]) -> str:
         """Return the digest of what the stage depends on: its fields and the results that it needs."""
         what = [self.name, workdir.plain(self.fields), [results[name].digest for name in self.needs]]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
+    def complete(self, results: dict[str, Result], path: Path) -> Result | None:
+        """Return the complete result in a run folder, if there is one; refuse one that was made from other results."""
+        if not self.derived:
+            workdir.check_needs(path, self.name, {name: results[name].digest for name in self.needs})
+        sharding.barrier(f"before {self.name}")  # no process reads what another one already writes
+        result = self.read(results, workdir.stage_folder(path, self.name))
+        sharding.barrier(f"at {self.name}")
+        return result
+
+    def work(self, results: dict[str, Result], path: Path) -> Result:
+        """Do the work of the stage, or what is left of it, in a run folder."""
+        needs = {} if self.derived else {name: results[name].digest for name in self.needs}
+        return self.run(results, workdir.begin_stage(path, self.name, self.fields, self.data, needs))
+
+
+def check(stages: Sequence[Stage], name: str | None = None) -> None:
+    """Check stages before anything is written.
+
+    Args:
+        stages: all stages of the run.
+        name: check this stage alone.
+
+    Raises:
+        ValueError: no such stage, or what a stage would refuse while it works.
+    """
+    by_name = {stage.name: stage for stage in stages}
+    if name is not None and name not in by_name:
+        near = checks.nearest(name, by_name)
+        raise refusal("stage", name, f"this config has no such stage{near}", f"It has {', '.join(by_name)}")
+    for stage in stages if name is None else [by_name[name]]:
+        stage.check()
+
 
 def run(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
-    """Run the stages in order; a complete one is read. Print a line a stage.
+    """Run the stages in order; a complete one is read. Print a line a stage. ``check`` them first.
 
     Args:
         stages: in an order in which each comes after the stages that it needs.
@@ -73,21 +108,12 @@ def run(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
 
     Returns:
         The results by stage.
-
-    Raises:
-        ValueError: a stage's check, before the first one works.
     """
-    for stage in stages:
-        stage.check()
     results: dict[str, Result] = {}
     for i, stage in enumerate(stages, 1):
         with logs.stage(f"[{i}/{len(stages)}] {stage.name}") as tell:
-            folder = workdir.stage_folder(path, stage.name)
-            result = stage.read(results, folder)
-            if result is None:
-                result = stage.run(results, workdir.begin_stage(path, stage.name, stage.fields, stage.data))
-            results[stage.name] = result
-            tell(result.summary)
+            results[stage.name] = stage.complete(results, path) or stage.work(results, path)
+            tell(results[stage.name].summary)
     return results
 
 
@@ -103,16 +129,11 @@ def run_one(stages: Sequence[Stage], name: str, path: Path) -> Result:
         The result.
 
     Raises:
-        ValueError: no such stage.
         WorkdirError: a stage that it needs is not complete.
     """
     by_name = {stage.name: stage for stage in stages}
-    if name not in by_name:
-        near = checks.nearest(name, by_name)
-        raise ValueError(f"stage={name!r}: this config has no such stage{near}. It has {', '.join(by_name)}.")
-    by_name[name].check()
     results = read(stages, by_name[name].needs, path)
-    return by_name[name].run(results, workdir.begin_stage(path, name, by_name[name].fields, by_name[name].data))
+    return by_name[name].complete(results, path) or by_name[name].work(results, path)
 
 
 def read(stages: Sequence[Stage], names: Iterable[str], path: Path) -> dict[str, Result]:
@@ -137,7 +158,7 @@ def read(stages: Sequence[Stage], names: Iterable[str], path: Path) -> dict[str,
             return
         for need in by_name[name].needs:
             visit(need)
-        result = by_name[name].read(results, workdir.stage_folder(path, name))
+        result = by_name[name].complete(results, path)
         if result is None:
             raise WorkdirError(
                 f"workdir={path}: its stage {name!r} is not complete. Complete it by launch.train --stage={name} "
@@ -188,7 +209,14 @@ def trained(
     return Stage(plan.name, tuple(needs), fields, lambda: None, work, complete, data)
 
 
-def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence[str] = ("flow", "marginals")) -> Stage:
+def corrector(
+    settings: Settings,
+    name: str,
+    plan: loop.Plan,
+    recipe: marginals.Recipe,
+    *,
+    needs: Sequence[str] = ("flow", "marginals"),
+) -> Stage:
     """Return the stage that trains a corrector on pairs of marginals.
 
     The averaged parameters of a classifier are the best of its training by the held-out cross-entropy; its held-out
@@ -198,6 +226,7 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
         settings: the config.
         name: the corrector.
         plan: its training, with batches of the right shapes.
+        recipe: how the marginals are built, for the checks.
         needs: the stages of the flow and of its marginals.
 
     Returns:
@@ -205,29 +234,43 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
     """
     classifies = is_classifier(plan)
 
-    def batch(results: dict[str, Result], examples=None) -> loop.Plan:
-        forward, backward = results[needs[1]].value
-        draws = correction.marginal_pairs(
-            forward, backward, batch_size=plan.data.batch_size, seed=plan.seed, examples=examples
+    def on_pairs(forward: correction.Marginals, backward: correction.Marginals) -> loop.Plan:
+        part = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        rows = held_out(forward, backward) if classifies else None
+        pairs = correction.marginal_pairs(
+            forward, backward, batch_size=plan.data.batch_size, seed=plan.seed, examples=rows, **part
         )
-        return plan.replace(batch=draws)
+        return plan.replace(batch=pairs)
+
+    def check() -> None:
+        try:
+            on_pairs(*recipe.stand_ins())
+        except ValueError as error:
+            raise refusal(
+                "forward_examples", settings.marginals.forward_examples, f"{name!r} cannot train on these ({error})",
+                "Give as many as there are training examples",
+            ) from error  # fmt: skip
 
     def frozen(results: dict[str, Result]) -> Params | None:
         return results[needs[0]].value if plan.target == "frozen" else None
 
     def areas(results: dict[str, Result], params: Params):
         forward, backward = results[needs[1]].value
-        rows = held_out(forward, backward)
-        x = backward.x[rows.stop :], forward.x[rows.stop :]
-        return classifier.by_step(plan.model.net, params, *x, forward.ts)
+        stop = held_out(forward, backward).stop
+        conds = (jax.tree.map(lambda a: a[stop:], m.cond) for m in (backward, forward))
+        x, cond = (
+            (backward.x[stop:], forward.x[stop:]),
+            dict(zip(("positive_cond", "negative_cond"), conds, strict=True)),
+        )
+        return classifier.by_step(plan.model.net, params, *x, forward.ts, **cond)
 
     def work(results: dict[str, Result], folder: Path) -> Result:
+        ready = on_pairs(*results[needs[1]].value)
         if not classifies:
-            params = loop.train(batch(results), folder, teacher=frozen(results)).ema
+            params = loop.train(ready, folder, teacher=frozen(results)).ema
             return finished((params, None), plan, folder)
-        rows = held_out(*results[needs[1]].value)
         keep = hooks.keep_best(folder / "best", lambda ema: float(areas(results, ema).bce.mean()))
-        loop.train(batch(results, rows), folder, teacher=frozen(results), hooks=[keep])
+        loop.train(ready, folder, teacher=frozen(results), hooks=[keep])
         params = loop.load_average(plan, folder / "best", name)
         return finished((params, areas(results, params).auc), plan, folder)
 
@@ -238,22 +281,19 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
         return finished((params, areas(results, params).auc if classifies else None), plan, folder)
 
     fields = assemble.stage_fields(settings, f"correctors.{name}")
-    return Stage(f"correctors.{name}", tuple(needs), fields, lambda: None, work, complete)
+    return Stage(f"correctors.{name}", tuple(needs), fields, check, work, complete)
 
 
-def marginal_sets(settings: Settings, plan: loop.Plan, data, *, needs: Sequence[str] = ("flow",)) -> Stage:
+def marginal_sets(recipe: marginals.Recipe, *, needs: Sequence[str] = ("flow",)) -> Stage:
     """Return the stage that builds the forward and backward marginals of the flow.
 
     Args:
-        settings: the config.
-        plan: the flow's plan.
-        data: the data set.
+        recipe: how they are built.
         needs: the stage of the flow.
 
     Returns:
         The stage; its value is ``(forward, backward)``.
     """
-    recipe = marginals.recipe(settings, plan, data)
 
     def work(results: dict[str, Result], folder: Path) -> Result:
         return report(recipe.build(results[needs[0]].value, folder))
@@ -275,6 +315,18 @@ def held_out(forward, backward) -> slice:
     """Return the rows of two marginals that a classifier trains on; the rest measures it."""
     cut = lambda m: -(len(m.x) // HELD_OUT)
     return slice(None, max(cut(forward), cut(backward)))
+
+
+def part_of_process(batch: Callable[[int], Any], size: int) -> Callable[[int], Any]:
+    """Return this process's rows of batches that every process draws whole.
+
+    Args:
+        batch: whole batches by the step.
+        size: their number of rows.
+    """
+    rows = size // jax.process_count()
+    part = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    return lambda step: jax.tree.map(lambda a: a[part], batch(step))
 
 
 def is_classifier(plan: loop.Plan) -> bool:

@@ -29,6 +29,7 @@ def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | Non
     """
     data = build.data(settings.common.data)
     every = [pipeline.flow_stage(settings, data)] if stage == "flow" else trained_stages(settings, data)
+    stages.check(every, stage)
     workdir.open_workdir(path, settings.config, {s.name: s.fields for s in every})
     if fork:
         workdir.fork(fork, path, stage)
