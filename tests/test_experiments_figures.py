@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmjax.experiments import figures, report
+from fmjax.experiments import charts, figures, report
 from fmjax.storage import images
 
 
@@ -96,7 +96,7 @@ def test_a_family_shares_its_colour_with_the_corrected_one_and_data_have_none():
 def test_a_chart_is_drawn_in_the_colours_of_each_scheme():
     p = figures.distance_chart("W2", rows(("euler", 1, 3, 0.1), ("euler", 4, 2, 0.1), ("rk4", 4, 1, 0.1)), "words")
     light, dark = decode(p.light), decode(p.dark)
-    for picture, theme, other in ((light, figures.LIGHT, figures.DARK), (dark, figures.DARK, figures.LIGHT)):
+    for picture, theme, other in ((light, charts.LIGHT, charts.DARK), (dark, charts.DARK, charts.LIGHT)):
         assert picture.shape == (2 * p.height, 2 * p.width, 4)
         assert colour(picture, theme.colours[0]) > 500 and colour(picture, theme.colours[1]) > 100
         assert not any(colour(picture, c) for c in other.colours)
@@ -107,7 +107,7 @@ def test_a_chart_is_drawn_in_the_colours_of_each_scheme():
 def test_a_chart_joins_a_family_but_not_its_corrected_samplers():
     joined = figures.distance_chart("W2", rows(("rk4", 1, 1, 0), ("rk4", 64, 2, 0)), "")
     apart = figures.distance_chart("W2", rows(("rk4 + corrections", 1, 1, 0), ("rk4 + corrections", 64, 2, 0)), "")
-    paint = figures.LIGHT.colours[0]
+    paint = charts.LIGHT.colours[0]
     assert colour(decode(joined.light), paint) > 3 * colour(decode(apart.light), paint) > 0
 
 
@@ -116,7 +116,7 @@ def test_a_chart_leaves_out_what_is_not_finite():
     with_nan = figures.distance_chart("W2", rows(*some, ("rk4", 16, math.nan, 0.1), ("rk4", 16, math.inf, 0.1)), "")
     assert decode(with_nan.light).any()
     curve = figures.loss_chart("flow", np.arange(5), [1.0, np.nan, 0.5, np.inf, 0.25])
-    assert curve.remark == "2 values that are not finite are left out."
+    assert curve.remark == "2 non-finite values are left out."
     assert "from 0.75 at step 0 to 0.375 at step 4, smoothed" in curve.alt
     assert figures.loss_chart("flow", [1], [np.nan]).alt.endswith("without finite values.")
 
@@ -166,12 +166,12 @@ def test_a_long_trajectory_is_thinned_and_keeps_both_ends():
 def test_trajectories_of_points_mark_start_and_end():
     x = np.stack([np.zeros((20, 2)), np.full((20, 2), 5.0)])
     picture = decode(figures.trajectory_figure("lines", x).light)
-    start, end = figures.LIGHT.colours[0], figures.LIGHT.colours[-1]
+    start, end = charts.LIGHT.colours[0], charts.LIGHT.colours[-1]
     assert colour(picture, start) and colour(picture, end)
 
 
 def test_pictures_are_the_same_bytes_each_time():
     r = rows(("euler", 1, 3, 0.1), ("data", 0, 1, 0.1))
-    assert figures.distance_chart("W2", r, "") == figures.distances("W2", r, "")
+    assert figures.distance_chart("W2", r, "") == figures.distance_chart("W2", r, "")
     gap = {"W2": (np.linspace(0, 1, 5), np.ones(5), np.zeros(5))}
-    assert figures.gap_chart(gap) == figures.gaps(gap)
+    assert figures.gap_chart(gap) == figures.gap_chart(gap)

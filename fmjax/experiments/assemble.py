@@ -11,13 +11,12 @@ import jax
 import numpy as np
 
 from fmjax import sampling
+from fmjax.checks import refusal
 from fmjax.data import Dataset, batches, mean
 from fmjax.experiments import build, specs, workdir
 from fmjax.experiments.settings import SECTIONS, Common, Settings, Training
-from fmjax.experiments.specs import refusal
 from fmjax.methods import weighting
 from fmjax.nets import Model
-from fmjax.sampling import guidance
 from fmjax.storage import files
 from fmjax.training import loop, sharding
 from fmjax.types import Batch, Cond, Method, Params
@@ -125,7 +124,7 @@ def plan(
     mesh, seed = sharding.make_mesh(), common.seed if seed is None else seed
     sharding.check_batch(part.batch_size, mesh)
     classes = _label_classes(common, data)
-    model, method = network(name, common, part, net, classes, functools.partial(mean, data.train.x))
+    model, method = network_and_method(name, common, part, net, classes, functools.partial(mean, data.train.x))
     if batch is None:
         batch = _data_batches(common, part, data, f"{prefix}coupling")
     rate = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
@@ -150,7 +149,7 @@ def plan(
     return ready
 
 
-def network(
+def network_and_method(
     name: str, common: Common, part: Training, net: Any, classes: int, average: Callable[[], np.ndarray] | None = None
 ) -> tuple[Model, Method]:
     """Return the network and the method of a stage; a data set is not needed.
@@ -208,11 +207,11 @@ def _conditional(method: Method, common: Common, classes: int, guided: bool) -> 
     if common.label_dropout:
         method = sampling.label_dropout(method, rate=common.label_dropout, null=classes)
     if guided:
-        at = lambda view: view and (lambda params: guidance.at_scale(view(params), common.guidance))
+        at = lambda view: view and (lambda params: sampling.at_scale(view(params), common.guidance))
         return method._replace(velocity=at(method.velocity), flow_map=at(method.flow_map), score=None)
     if common.guidance == 1 or method.velocity is None:
         return method
-    guide = lambda params: guidance.classifier_free(method.velocity(params), null=classes, scale=common.guidance)
+    guide = lambda params: sampling.classifier_free(method.velocity(params), null=classes, scale=common.guidance)
     return method._replace(velocity=guide)
 
 

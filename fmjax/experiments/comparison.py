@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 from fmjax import metrics
+from fmjax.checks import refusal
 from fmjax.data import Dataset, Examples
 from fmjax.experiments import build, drawing, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.report import Row, Verdict
-from fmjax.experiments.samplers import FLOW_MAP, Sampler
+from fmjax.experiments.samplers import FLOW_MAP, NOISE, Sampler
 from fmjax.experiments.settings import Common, Settings
-from fmjax.experiments.specs import refusal
 from fmjax.metrics import Metric, mean_se
 from fmjax.training import logs
 from fmjax.types import Cond
@@ -158,7 +158,10 @@ def compare(
     """
     each = {name: measure(x, distances) for name, x in drawn.items()}
     summary = lambda values: {m: mean_se(v) for m, v in values.items()}
-    rows = [Row(s.name, s.family, costs[s.name].nfe, costs[s.name].corrections, summary(each[s.name])) for s in names]
+    rows = [
+        Row(s.name, s.family, costs[s.name].nfe, costs[s.name].corrections, summary(each[s.name]), s.by == NOISE)
+        for s in names
+    ]
     rows.append(Row("training data", report.REFERENCE, 0, 0, summary(measure(floor, distances))))
     verdicts = [
         report.verdict(s.name, s.baseline, m.name, each[s.name][m.name], each[s.baseline][m.name])
@@ -196,9 +199,9 @@ def best_lines(rows: Sequence[Row]) -> list[str]:
     for metric, limit in floor.distances.items():
         least = report.best_row(rows, metric)
         if least:
-            words = f"{least.name} (NFE {least.nfe})"
-            value = report.plus_minus(*least.distances[metric])
-            sentences.append(f"Best {metric} {value}: {words}; real data {report.plus_minus(*limit)}.")
+            control = ", control without corrector" if least.control else ""
+            value, real = report.plus_minus(*least.distances[metric]), report.plus_minus(*limit)
+            sentences.append(f"Best {metric} {value}: {least.name} (NFE {least.nfe}{control}); real data {real}.")
     return sentences
 
 

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from fmjax import checks
+from fmjax.checks import refusal
 from fmjax.convert import edm, torchcfm, weights
 from fmjax.experiments import build, command_line, specs, workdir
-from fmjax.experiments.specs import refusal
 from fmjax.storage import checkpoint, files
 from fmjax.types import Params
 
@@ -83,7 +83,7 @@ def convert_file(
         path: the run folder; it must have no checkpoints.
         kind: ``"torchcfm"``, ``"edm"`` or ``"safetensors"``; by default recognised by the names of the arrays.
         part: the entry of a checkpoint that is the state dict; by default the first of ``PARTS`` that the file has.
-        options: options of ``torchcfm.unet`` or ``edm.network``.
+        options: options of ``torchcfm.unet`` or ``edm.network_parameters``.
         shape: shape of one example, so that samples can be drawn from the folder alone.
 
     Returns:
@@ -99,10 +99,10 @@ def convert_file(
         raise refusal("kind", kind, f"no such kind{checks.nearest(kind, KINDS)}", f"There are {', '.join(KINDS)}")
     options, taken = dict(options or {}), None
     if source.suffix == ".pkl":
-        state, origin = edm.read(source)
+        state, origin = edm.read_snapshot(source)
         recognised, options = "edm", {**origin, **options}
     else:
-        state, taken = _state(weights.read(source), source, part)
+        state, taken = _state(weights.read_weights(source), source, part)
         recognised = _kind(state)
     if kind not in (None, recognised):
         raise refusal("kind", kind, f"the names in {source} are names of {recognised!r}", "Leave kind out")
@@ -193,7 +193,7 @@ def _torchcfm(state, source: Path, options) -> tuple[Params, dict[str, Any]]:
 
 
 def _edm(state, source: Path, options) -> tuple[Params, dict[str, Any]]:
-    return specs.call(edm.network, options, state, field="options")
+    return specs.call(edm.network_parameters, options, state, field="options")
 
 
 def _own(state, source: Path, options) -> tuple[Params, dict[str, Any] | None]:

@@ -20,9 +20,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fmjax import correction, paths, sampling
+from fmjax.checks import refusal
 from fmjax.experiments import build, specs
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler, corrector_factory, time_grid
-from fmjax.experiments.specs import refusal
 from fmjax.keys import as_keys, fold_in
 from fmjax.sampling import grids
 from fmjax.storage import files

@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from fmjax.checks import refusal
 from fmjax.data import in_memory
 from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, stages, workdir
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
-from fmjax.experiments.specs import refusal
 from fmjax.storage import files
 from fmjax.training import sharding
 
@@ -41,7 +41,7 @@ def main(settings: Settings, path: Path) -> None:
     names = comparison.read_samplers(settings, flow_map=True)
     workdir.network_folder(path)
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
-    models, identity, step = networks.load(settings, path, drift=any(s.by == DRIFT for s in names))
+    models, identity, step = networks.load_models(settings, path, drift=any(s.by == DRIFT for s in names))
     names = _drawable(names, models)
     for sampler in names:
         drawing.check_sampler(sampler, models, cond=draws.cond)
@@ -66,7 +66,7 @@ def _write(settings: Settings, path: Path, data, drawn, names, models: Models, s
         grids=comparison.grids(data, drawn), trajectories={}, curves=stages.curves(path, [FLOW]), gaps={}, facts=facts,
         notes=comparison.notes(metrics),
     )  # fmt: skip
-    report.write(path / "evaluation.html", contents)
+    report.write_report(path / "evaluation.html", contents)
     for line in comparison.row_lines(rows):
         print(line)
     print(f"open {path / 'evaluation.html'}")

@@ -1,20 +1,17 @@
-"""Pictures as PNG in text: contact sheets of images, point clouds, trajectories, and charts for light and dark pages.
-
-Equal data give equal bytes. Nothing global is touched: figures are made by ``Figure()``, not pyplot.
-"""
+"""Figures of a report: distances, losses, marginals, samples and trajectories."""
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from fmjax.storage.images import check_finite_values, image_grid, png_bytes
+from fmjax.experiments import charts
+from fmjax.experiments.charts import PageFigure
+from fmjax.storage.images import check_finite_values
 
 REFERENCE = "data"  # the family of rows of training data, which show the floor of a distance
 COLUMNS = 16  # times shown of a trajectory
@@ -26,11 +23,12 @@ class Row(NamedTuple):
 
     Attributes:
         name: unique in the table.
-        family: samplers that differ only in their number of steps have the same family (``report.FAMILIES`` come first). Rows
-            of family ``"data"`` compare training data with test data: their NFE is 0, and they are never the best.
+        family: samplers that differ only in their number of steps have the same family. Rows of family ``"data"``
+            compare training data with test data: their NFE is 0, and they are never the best.
         nfe: network evaluations per sample.
         corrections: corrections per sample.
         distances: (mean, standard error over seeds) by metric; the error is nan for one seed.
+        control: whether the row shows the noise of a correction without the corrector.
     """
 
     name: str
@@ -38,58 +36,7 @@ class Row(NamedTuple):
     nfe: int
     corrections: int
     distances: dict[str, tuple[float, float]]
-
-
-class PageFigure(NamedTuple):
-    """A figure of the page.
-
-    Attributes:
-        caption: the caption.
-        alt: text for readers who do not see the figure.
-        width: width in pixels of the page.
-        height: height in pixels of the page.
-        light: base64 PNG for a light page.
-        dark: base64 PNG for a dark page; ``None`` where ``light`` suits both.
-        remark: a sentence below the caption.
-    """
-
-    caption: str
-    alt: str
-    width: int
-    height: int
-    light: str
-    dark: str | None = None
-    remark: str = ""
-
-
-class Theme(NamedTuple):
-    """Colours of a page, light or dark; the style sheet and the charts use the same colours.
-
-    Attributes:
-        ink: text.
-        muted: secondary text.
-        line: rules and grid lines.
-        page: background of the page.
-        card: background of a box.
-        colours: colours of the families.
-    """
-
-    ink: str
-    muted: str
-    line: str
-    page: str
-    card: str
-    colours: tuple[str, ...]
-
-
-LIGHT = Theme(
-    *("#1b2330", "#566074", "#d9dee7", "#f5f7fa", "#ffffff"),
-    ("#b45309", "#1d4ed8", "#047857", "#7c3aed", "#be123c", "#0e7490"),
-)
-DARK = Theme(
-    *("#e6eaf1", "#a3adbd", "#333d4d", "#10151d", "#19202b"),
-    ("#fbbf24", "#7aa8ff", "#34d399", "#c4a1ff", "#fb7185", "#22d3ee"),
-)
+    control: bool = False
 
 
 def colours(rows: Iterable[Row]) -> dict[str, int | None]:
@@ -99,11 +46,11 @@ def colours(rows: Iterable[Row]) -> dict[str, int | None]:
         rows: the rows of the table.
 
     Returns:
-        An index into ``Theme.colours`` by family; a family and the same family with corrections have the same index, and
-        the training data have none.
+        An index into ``Theme.colours`` by family; a family with corrections has the index of the family without them,
+        and the training data have none.
     """
     bases = list(dict.fromkeys(_base(row.family) for row in rows if row.family != REFERENCE))
-    count = len(LIGHT.colours)
+    count = len(charts.LIGHT.colours)
     return {r.family: None if r.family == REFERENCE else bases.index(_base(r.family)) % count for r in rows}
 
 
@@ -132,7 +79,7 @@ def distance_chart(metric: str, rows: Sequence[Row], alt: str) -> PageFigure:
             nfe, mean, se, names = zip(*((r.nfe, *r.distances[metric], r.name) for r in members), strict=True)
             if family == REFERENCE:
                 for level, error, name in zip(mean, np.nan_to_num(se), names, strict=True):
-                    axes.axhline(level, color=theme.muted, linestyle=":", linewidth=1.4, label=_plain(name))
+                    axes.axhline(level, color=theme.muted, linestyle=":", linewidth=1.4, label=charts.escaped(name))
                     axes.axhspan(level - error, level + error, color=theme.muted, alpha=0.18, linewidth=0)
                 continue
             paint = theme.colours[colour[family]]
@@ -142,18 +89,18 @@ def distance_chart(metric: str, rows: Sequence[Row], alt: str) -> PageFigure:
             plain = {"marker": "o^vD"[again % 4], "linestyle": ("-", "--", "-.", ":")[again % 4]}
             style = {"linestyle": "", "marker": "s", "markerfacecolor": "none"} if corrected else plain
             axes.errorbar(nfe, mean, se, color=paint, linestyle="", capsize=2.5, linewidth=1.2)
-            axes.plot(nfe, mean, color=paint, label=_plain(family), markersize=5, linewidth=1.6, **style)
+            axes.plot(nfe, mean, color=paint, label=charts.escaped(family), markersize=5, linewidth=1.6, **style)
         axes.set_xscale("log")
-        _value_scale(axes, [row.distances[metric][0] for row in rows])
+        charts.value_scale(axes, [row.distances[metric][0] for row in rows])
         ticks: list[int] = []
         for nfe in sorted({row.nfe for row in rows if row.family != REFERENCE}):
             if not ticks or nfe >= 1.35 * ticks[-1]:  # closer labels would overlap
                 ticks.append(nfe)
         axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
         axes.minorticks_off()
-        axes.set(xlabel="NFE (network evaluations per sample)", ylabel=_plain(metric))
+        axes.set(xlabel="NFE (network evaluations per sample)", ylabel=charts.escaped(metric))
 
-    return _chart(draw, metric, alt, size=(4.6, 3.7))
+    return charts.chart(draw, metric, alt, size=(4.6, 3.7))
 
 
 def loss_chart(name: str, step, loss) -> PageFigure:
@@ -175,7 +122,7 @@ def loss_chart(name: str, step, loss) -> PageFigure:
     def draw(axes, theme):
         axes.plot(step, loss, color=theme.colours[1], alpha=0.3, linewidth=0.8)
         axes.plot(step, smooth, color=theme.colours[1], linewidth=1.8, marker="." if len(step) < 20 else None)
-        _value_scale(axes, loss, log=True)
+        charts.value_scale(axes, loss, log=True)
         axes.set(xlabel="step", ylabel="loss")
 
     left_out = int((~fine).sum())
@@ -186,7 +133,7 @@ def loss_chart(name: str, step, loss) -> PageFigure:
             f"Chart of the training loss of {name}, log axis: from {smooth[0]:.3g} at step {step[0]:g} "
             f"to {smooth[-1]:.3g} at step {step[-1]:g}, smoothed."
         )
-    return _chart(draw, name, alt, size=(4.6, 2.9), remark=remark)
+    return charts.chart(draw, name, alt, size=(4.6, 2.9), remark=remark)
 
 
 def gap_chart(lines: dict[str, Sequence]) -> PageFigure:
@@ -222,14 +169,14 @@ def _over_time(lines: dict[str, Sequence], caption: str, label: str, what: str) 
         for i, (name, (t, distance, se)) in enumerate(lines.items()):
             paint = theme.colours[i % len(theme.colours)]
             style = {"color": paint, "marker": "o", "markersize": 4, "capsize": 2.5, "linewidth": 1.6}
-            axes.errorbar(t, distance, se, label=_plain(name), **style)
-        _value_scale(axes, np.concatenate([distance for _, distance, _ in lines.values()]))
+            axes.errorbar(t, distance, se, label=charts.escaped(name), **style)
+        charts.value_scale(axes, np.concatenate([distance for _, distance, _ in lines.values()]))
         axes.set(xlabel="time $t_n$ (0: noise, 1: data)", ylabel=label)
 
     ends = "; ".join(
         f"{name} from {d[0]:.3g} at t = {t[0]:g} to {d[-1]:.3g} at t = {t[-1]:g}" for name, (t, d, _) in lines.items()
     )
-    return _chart(draw, caption, f"Chart of {what} against time: {ends}.", size=(6.4, 3.6))
+    return charts.chart(draw, caption, f"Chart of {what} against time: {ends}.", size=(6.4, 3.6))
 
 
 def sample_figure(caption: str, x: np.ndarray, clouds: Sequence[np.ndarray]) -> PageFigure:
@@ -246,7 +193,9 @@ def sample_figure(caption: str, x: np.ndarray, clouds: Sequence[np.ndarray]) -> 
     """
     if x.ndim == 4:
         n, height, width = x.shape[:3]
-        return _sheet(x, None, caption, f"{n} samples of {width} by {height} pixels in a grid: {caption}.")
+        return charts.contact_sheet(
+            x, None, caption, f"{n} samples of {width} by {height} pixels in a grid: {caption}."
+        )
     if x.ndim == 3 or x.shape[1] != 2:
         return _lines(caption, x)
     # The same frame for all sets of points, so that they can be compared; a few outliers do not change the frame.
@@ -261,7 +210,7 @@ def sample_figure(caption: str, x: np.ndarray, clouds: Sequence[np.ndarray]) -> 
 
     outside = int(((x < low - margin) | (x > high + margin)).any(1).sum())
     remark = f"{outside} of {len(x)} points lie outside the frame." if outside else ""
-    return _chart(draw, caption, f"Scatter plot of {len(x)} points: {caption}.", size=(4, 4), remark=remark)
+    return charts.chart(draw, caption, f"Scatter plot of {len(x)} points: {caption}.", size=(4, 4), remark=remark)
 
 
 def _lines(caption: str, x: np.ndarray) -> PageFigure:
@@ -278,7 +227,7 @@ def _lines(caption: str, x: np.ndarray) -> PageFigure:
 
     what = f"vectors of {length} entries" if vectors else f"series of {length} steps and {channels} channels"
     remark = f"The first {LINES} of {n}." if n > LINES else ""
-    return _chart(draw, caption, f"{n} {what} as lines: {caption}.", size=(4.6, 3.0), remark=remark)
+    return charts.chart(draw, caption, f"{n} {what} as lines: {caption}.", size=(4.6, 3.0), remark=remark)
 
 
 def trajectory_figure(caption: str, x: np.ndarray) -> PageFigure:
@@ -297,7 +246,7 @@ def trajectory_figure(caption: str, x: np.ndarray) -> PageFigure:
         alt = f"{n} trajectories, one per row, at {len(keep)} times from left to right: {caption}."
         thinned = f"; {len(keep)} of {times} times" if len(keep) < times else ""
         remark = f"One example per row, time from left to right{thinned}."
-        return _sheet(x[keep].swapaxes(0, 1).reshape(-1, *x.shape[2:]), len(keep), caption, alt, remark)
+        return charts.contact_sheet(x[keep].swapaxes(0, 1).reshape(-1, *x.shape[2:]), len(keep), caption, alt, remark)
 
     def draw(axes, theme):
         axes.plot(*x.transpose(2, 0, 1), color=theme.muted, alpha=0.35, linewidth=0.8)
@@ -306,7 +255,7 @@ def trajectory_figure(caption: str, x: np.ndarray) -> PageFigure:
         axes.set_aspect("equal", adjustable="datalim")
 
     alt = f"{n} trajectories of {times} points as lines in the plane: {caption}."
-    return _chart(draw, caption, alt, size=(4.8, 4.8))
+    return charts.chart(draw, caption, alt, size=(4.8, 4.8))
 
 
 def moving_mean(y: np.ndarray, half: int) -> np.ndarray:
@@ -353,55 +302,3 @@ def check_points(name: str, x: np.ndarray, shape: str) -> None:
     if x.shape[-1] != 2 or 0 in x.shape:
         raise ValueError(f"{name} has shape {list(x.shape)}; points are {shape}, images have a channel axis of 1 or 3")
     check_finite_values(name, x)
-
-
-def _chart(draw: Callable, caption: str, alt: str, *, size, remark: str = "") -> PageFigure:
-    """Draw ``draw(axes, theme)`` on a transparent figure, once per theme; ``size`` in units of 100 pixels of the page."""
-    from matplotlib.figure import Figure
-
-    pngs = []
-    for theme in (LIGHT, DARK):
-        figure = Figure(size, layout="constrained", facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
-        axes.tick_params(which="both", colors=theme.muted, labelsize=9, length=3)
-        axes.grid(True, color=theme.line, linewidth=0.7)
-        axes.set_axisbelow(True)
-        for side, spine in axes.spines.items():
-            spine.set(visible=side in ("left", "bottom"), color=theme.line)
-        draw(axes, theme)
-        for label in (axes.xaxis.label, axes.yaxis.label):
-            label.set(color=theme.ink, fontsize=10)
-        handles, labels = axes.get_legend_handles_labels()
-        if handles:
-            style = {"frameon": False, "fontsize": 9, "labelcolor": theme.ink, "ncols": 2}
-            figure.legend(handles, labels, loc="outside upper left", **style)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=200, facecolor="none", metadata={"Software": None})
-        pngs.append(base64.b64encode(buffer.getvalue()).decode())
-    return PageFigure(caption, alt, round(size[0] * 100), round(size[1] * 100), *pngs, remark)
-
-
-def _value_scale(axes, values, *, log: bool = False) -> None:
-    """Set a log axis if ``log`` or if the values span a decade; keep a linear axis if a value is not positive."""
-    values = np.asarray(values, np.float64)
-    values = values[np.isfinite(values)]
-    if not len(values) or values.min() <= 0 or not (log or values.max() > 10 * values.min()):
-        return
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log", nonpositive="clip")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if values.max() < 1e3 * values.min() else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _sheet(images: np.ndarray, columns: int | None, caption: str, alt: str, remark: str = "") -> PageFigure:
-    sheet = image_grid(images, columns=columns)
-    return PageFigure(
-        caption, alt, sheet.shape[1], sheet.shape[0], base64.b64encode(png_bytes(sheet)).decode(), None, remark
-    )
-
-
-def _plain(text: str) -> str:
-    """Escape text for matplotlib: no mathematics, and names that begin with ``_`` still enter the legend."""
-    return "\u200b" * text.startswith("_") + text.replace("$", r"\$")
