@@ -62,7 +62,7 @@ def test_the_numbers_have_costs_errors_floor_and_verdicts(finished):
         ("rk4, 2 steps, classifier at 1, 2", "rk4, 2 steps"), ("flow map, 2 steps, drift at 2", "flow map, 2 steps"),
         ("flow map, 2 steps, restart at 1", "flow map, 2 steps"),
     }  # fmt: skip
-    gap, floor = found["gaps"]["p_n and q_n"], found["gaps"]["floor: p_n and more of p_n"]
+    gap, floor = found["gaps"]["p_n and q_n"], found["gaps"]["floor: p_n and other samples of p_n"]
     assert gap["t"] == [0.0, 0.5, 1.0]
     assert gap["distance"][-1] > 1.5 * floor["distance"][-1], "an untrained flow does not end at the data"
     test = build.data(read().common.data).test.x

@@ -114,7 +114,15 @@ def bank(forward: correction.Marginals, backward: correction.Marginals) -> Param
 
 
 def identity(settings: Settings, params: Mapping[str, Params]) -> str:
-    """Return what names the numbers of samples beside their sampler: digest of the parameters, guidance scale."""
+    """Return the name of everything that samples depend on beside the sampler.
+
+    Args:
+        settings: the config.
+        params: the parameters by network, and the stored marginals where they are used.
+
+    Returns:
+        The digest of the parameters, and the guidance scale.
+    """
     return f"{checkpoint.digest(params)} guidance {settings.common.guidance}"
 
 

@@ -88,9 +88,9 @@ def flow_stage(settings: Settings, data: Dataset, plan: loop.Plan | None = None)
     plan = plan or assemble.flow_plan(settings, data)
     begin, teacher = (assemble.start_of(plan, settings, field) for field in ("init", "teacher"))
     pictures = {"pictures": settings.common.sample_every, "picture": networks.picture(settings, plan)}
-    given = {"start": lambda results: begin, "teacher": lambda results: teacher}
+    origin = {"start": lambda results: begin, "teacher": lambda results: teacher}
     return stages.trained(
-        plan, assemble.flow_fields(settings), **given, **pictures, data=assemble.data_facts(settings, data)
+        plan, assemble.flow_fields(settings), **origin, **pictures, data=assemble.data_facts(settings, data)
     )
 
 

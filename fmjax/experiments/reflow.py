@@ -103,7 +103,9 @@ def _student_stage(settings: Settings, data: Dataset, plan: loop.Plan, options: 
         batch = straightening.segment_batches(
             ends, options["bounds"], batch_size=plan.data.batch_size, seed=s.seed, **(real if keep else {})
         )
-        ready = plan.replace(batch=stages.part_of_process(batch, plan.data.batch_size))
+        size = plan.data.batch_size // jax.process_count()
+        part = slice(jax.process_index() * size, (jax.process_index() + 1) * size)  # all draw the whole batch
+        ready = plan.replace(batch=lambda step: jax.tree.map(lambda a: a[part], batch(step)))
         state = loop.train(ready, folder, params=flow, teacher=flow)
         return stages.finished(state.ema, plan, folder)
 

@@ -310,18 +310,6 @@ def _held_out(forward, backward) -> slice:
     return slice(None, max(cut(forward), cut(backward)))
 
 
-def part_of_process(batch: Callable[[int], Any], size: int) -> Callable[[int], Any]:
-    """Return this process's rows of batches that every process draws whole.
-
-    Args:
-        batch: whole batches by the step.
-        size: their number of rows.
-    """
-    rows = size // jax.process_count()
-    part = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-    return lambda step: jax.tree.map(lambda a: a[part], batch(step))
-
-
 def _is_classifier(plan: loop.Plan) -> bool:
     """Return whether the network of a plan outputs one logit per example."""
     return bool(getattr(plan.model.net, "logit", False))

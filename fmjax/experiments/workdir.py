@@ -334,10 +334,10 @@ def _check_stage(path: Path, name: str, new: dict[str, Any]) -> None:
 def _refuse_dependents(path: Path, name: str, field: str, steps: int) -> None:
     """Refuse more steps of a stage that other stages were made from."""
     records = [files.read_json(file) for pattern in ("*", "*/*") for file in sorted(path.glob(f"{pattern}/{STAGE}"))]
-    made = [record["stage"] for record in records if name in record.get("needs", {})]
-    if made:
+    built = [record["stage"] for record in records if name in record.get("needs", {})]
+    if built:
         raise WorkdirError(
-            f"{field}={steps}: {', '.join(made)} in {path} are made from fewer steps of {name!r}. Delete their "
+            f"{field}={steps}: {', '.join(built)} in {path} are made from fewer steps of {name!r}. Delete their "
             "folders, or start from its state by launch.train with --fork and another --workdir."
         )
 
