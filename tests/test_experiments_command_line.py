@@ -1,78 +1,125 @@
-"""Flags of a config: good ones parse, bad ones end with one line."""
+"""Command lines: options and overrides parse, what is wrong ends with one line, and the run folder is config enough."""
 
-import sys
+import json
 
 import pytest
 
-from fmjax.experiments import command_line
+from fmjax.experiments import command_line, settings, workdir
+from fmjax.experiments.command_line import Option
+from fmjax.storage import files
 
-ml_collections = pytest.importorskip("ml_collections")
+base = pytest.importorskip("configs.base")
 CONFIG = """
-import ml_collections
+from configs import base
+
+
 def get_config():
-    c = ml_collections.ConfigDict({"learning_rate": 1e-3, "steps": 10, "net": {"name": "mlp", "width": 64}})
-    return c.lock()
+    c = base.get_config()
+    c.steps = 10
+    return base.finish(c)
 """
+OPTIONS = (Option("stage", str, "flow", "the stage"), Option("alpha", float, None, "a strength", repeated=True))
 
 
 @pytest.fixture
-def parse(tmp_path, monkeypatch):
-    """Parses a command line as a launcher does, in flags of its own."""
-    from absl import flags
-    from ml_collections import config_flags
-
+def launch(tmp_path):
+    """Run a command that records what it is given."""
     (tmp_path / "c.py").write_text(CONFIG)
+    calls = []
 
     def run(*arguments, config=tmp_path / "c.py"):
-        values = flags.FlagValues()
-        flags.DEFINE_string("workdir", None, "", flag_values=values)
-        config_flags.DEFINE_config_file("config", flag_values=values)
-        argv = ["launch", f"--config={config}", *arguments]
-        monkeypatch.setattr(sys, "argv", argv)
-        monkeypatch.setattr(flags, "FLAGS", values)
-        command_line.parse_flags(argv)
-        return values
+        function = lambda read, path, **options: calls.append((read, path, options))
+        named = [f"--config={config}"] if config else []
+        command_line.run(function, "A command.", *OPTIONS, argv=[*named, f"--workdir={tmp_path / 'w'}", *arguments])
+        return calls[-1]
 
     return run
 
 
-def test_good_flags_parse(parse):
-    values = parse("--config.steps=12", "--config.net.width=32", "--workdir=w")
-    assert (values.config.steps, values.config.net.width, values.workdir) == (12, 32, "w")
+def refused(launch, *arguments, **options):
+    with pytest.raises(SystemExit) as caught:
+        launch(*arguments, **options)
+    line = caught.value.code
+    assert line.startswith("error: ") and "\n" not in line and len(line) <= 310
+    return line.removeprefix("error: ")
+
+
+def test_options_and_overrides_reach_the_command(launch, tmp_path):
+    read, path, options = launch(
+        "--config.batch_size=12", "--config.net.width=32", "--stage=x", "--alpha=1", "--alpha=2"
+    )
+    assert (read.flow.steps, read.flow.batch_size, read.flow.net["width"]) == (10, 12, 32)
+    assert path == tmp_path / "w" and options == {"stage": "x", "alpha": [1.0, 2.0]}
+
+
+def test_the_run_folder_is_config_enough(launch, tmp_path):
+    read, *_ = launch("--config.batch_size=12")
+    (tmp_path / "w").mkdir()
+    files.write_json(tmp_path / "w" / "config.json", workdir.plain(read.config))
+    again, *_ = launch("--config.samplers.euler=(2,)", config=None)
+    assert (again.flow, again.correctors, again.flow_map) == (read.flow, read.correctors, read.flow_map)
+    assert again.samplers["euler"] == (2,)
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("argument", "line"),
     [
-        ("--config.lerning_rate=1", "error: the config has no field 'lerning_rate'; did you mean 'learning_rate'?"),
-        ("--config.net.widht=1", "error: the config has no field 'widht'; did you mean 'width'?"),
-        ("--config.zzz=1", "error: the config has no field 'zzz'"),
-        ("--config.steps=abc", "error: flag --config.steps=abc: invalid literal for int() with base 10: 'abc'"),
-        ("--wrkdir=w", "error: Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+        ("--config.lerning_rate=1", "the config has no field 'lerning_rate'; did you mean 'learning_rate'?"),
+        ("--config.net.widht=1", "the config has no field 'widht'; did you mean 'width'?"),
+        ("--config.zzz=1", "the config has no field 'zzz'"),
+        ("--config.steps=abc", "flag --config.steps=abc: invalid literal"),
+        ("--config.steps=0", "steps=0"),
+        ("--config.seed=4294967296", "seed=4294967296"),
+        ("--config.learning_rate=nan", "learning_rate=nan"),
+        ("--config.correctors.score.ema=1.0", "correctors.score.ema=1.0"),
+        ("--config.schedule=cosin", "schedule='cosin'"),
+        ("--wrkdir=w", "--wrkdir=w: no such option; did you mean 'workdir'?"),
+        ("--alpha=x", "argument --alpha: invalid float value: 'x'"),
+        ("stray", "stray: no such option"),
     ],
 )
-def test_a_bad_flag_ends_with_one_line(parse, argument, message):
-    with pytest.raises(SystemExit) as caught:
-        parse(argument)
-    assert caught.value.code == message
+def test_what_is_wrong_ends_with_one_line(launch, argument, line):
+    assert refused(launch, argument).startswith(line)
 
 
-def test_a_missing_config_file_ends_with_one_line_and_a_failing_one_with_its_traceback(parse, tmp_path):
-    with pytest.raises(SystemExit) as caught:
-        parse(config=tmp_path / "none.py")
-    assert "No such file" in caught.value.code and "\n" not in caught.value.code
-    (tmp_path / "bad.py").write_text("import ml_collections\ndef get_config():\n    return ml_collections.zzz\n")
-    with pytest.raises(AttributeError, match="Traceback.*|zzz"):
-        parse(config=tmp_path / "bad.py")
+def test_a_missing_folder_or_file_ends_with_one_line(launch, tmp_path):
+    assert refused(launch, config=tmp_path / "none.py").startswith(f"config='{tmp_path / 'none.py'}'")
+    assert refused(launch, config=None).startswith(f"workdir={tmp_path / 'w'}")
+    with pytest.raises(SystemExit, match="^error: workdir: not given"):
+        command_line.run(lambda *a, **k: None, "A command.", argv=[f"--config={tmp_path / 'c.py'}"])
 
 
-def test_absls_own_error_names_the_nearest_field():
-    from absl import flags
+def test_a_config_file_that_fails_shows_its_traceback(launch, tmp_path):
+    (tmp_path / "bad.py").write_text("import configs\n\ndef get_config():\n    return configs.zzz\n")
+    with pytest.raises(AttributeError, match="zzz"):
+        launch(config=tmp_path / "bad.py")
 
-    config = ml_collections.ConfigDict({"learning_rate": 1e-3, "net": {"name": "mlp", "width": 64}})
-    explain = lambda flag: command_line.explain_flag_error(flags.UnrecognizedFlagError(flag), config)
-    assert explain("config.lerning_rate") == "the config has no field 'lerning_rate'; did you mean 'learning_rate'?"
-    assert explain("config.width") == "the config has no field 'width'; did you mean 'net.width'?"
-    assert explain("config.zzz") == (
-        "the config has no field 'zzz' (its fields are learning_rate, net, net.name, net.width)"
-    )
+
+def test_help_lists_options_and_config_fields(launch, capsys):
+    with pytest.raises(SystemExit):
+        launch("--help")
+    text = capsys.readouterr().out
+    for name in ("--stage", "--workdir", "learning_rate", "label_dropout", "corrections"):
+        assert name in text
+    assert not {name for name in base.get_config() if f"\n  {name} " not in text}
+
+
+def test_the_resolved_config_is_printed(launch, capsys, tmp_path):
+    with pytest.raises(IndexError):  # nothing was run
+        launch("--print_config", "--config.steps=7")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["steps"] == 7 and settings.read(printed).flow.steps == 7
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_error_of_the_command_is_one_line_and_a_traceback_on_demand(tmp_path):
+    (tmp_path / "c.py").write_text(CONFIG)
+
+    def fail(read, path):
+        raise ValueError("field=1: wrong.\n  Do this.")
+
+    argv = [f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'w'}"]
+    with pytest.raises(SystemExit, match="^error: field=1: wrong. Do this.$"):
+        command_line.run(fail, "A command.", argv=argv)
+    with pytest.raises(ValueError, match="field=1"):
+        command_line.run(fail, "A command.", argv=[*argv, "--debug"])

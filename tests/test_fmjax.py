@@ -1,4 +1,4 @@
-"""The package's door: public names resolve, what is heavy stays out of an import, and rooms import downwards only."""
+"""The package: public names resolve, imports stay light, and packages import downwards only."""
 
 import ast
 import subprocess
@@ -69,7 +69,7 @@ def test_every_public_name_resolves(name):
     assert name in dir(fmjax)
 
 
-def test_a_packages_names_are_all_there_and_none_is_a_module_that_hides_a_function():
+def test_a_package_has_its_names_and_no_module_hides_a_function():
     for package in sorted({name for floor in FLOORS for name in floor}):
         module = getattr(fmjax, package)
         for name in getattr(module, "__all__", ()):
@@ -95,15 +95,15 @@ def test_packages_import_downwards_only_and_never_in_a_circle():
     for file in ROOT.rglob("*.py"):
         if file.parent == ROOT and file.stem == "__init__":
             continue
-        room = file.relative_to(ROOT).with_suffix("").parts[0]
+        package = file.relative_to(ROOT).with_suffix("").parts[0]
         inner, outer = imports(file)
         assert not outer & {"launch", "configs"}, file
-        assert room == "experiments" or not outer & set(CONFIGS), file
-        upward = {name for name in inner if floor[name] > floor[room]}
+        assert package == "experiments" or not outer & set(CONFIGS), file
+        upward = {name for name in inner if floor[name] > floor[package]}
         assert not upward, f"{file} imports upwards: {sorted(upward)}"
-        below[room] |= inner - {room}
+        below[package] |= inner - {package}
     while below:  # take away what imports nothing that is left, until nothing is left
-        free = [room for room, names in below.items() if not names & below.keys()]
+        free = [package for package, names in below.items() if not names & below.keys()]
         assert free, f"imports in a circle: {below}"
-        for room in free:
-            del below[room]
+        for package in free:
+            del below[package]

@@ -149,15 +149,15 @@ def test_convert_takes_a_run_to_a_file_and_the_file_to_a_run(tmp_path, capsys):
     with checkpoint.writer(tmp_path / "w" / "checkpoints") as manager:
         checkpoint.save(manager, 3, {"ema": {"a": {"kernel": np.arange(6.0)}}})
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    for workdir, flag, told in (
+    for workdir, flag, line in (
         ("w", f"--to={a}", "6 parameters in"),
         ("v", f"--source={a}", "6 parameters of kind safetensors"),
         ("v", f"--to={b}", "6 parameters in"),
     ):
         launch("launch.convert", f"--workdir={tmp_path / workdir}", flag)
-        assert told in capsys.readouterr().out
+        assert line in capsys.readouterr().out
     assert a.read_bytes() == b.read_bytes()
-    for flags, message in (([], "--source=FILE"), ([f"--source={a}", "--options={"], "--options={")):
+    for flags, message in (([], "--source=FILE"), ([f"--source={a}", "--options={"], "options=")):
         assert message in refusal("launch.convert", f"--workdir={tmp_path / 'u'}", *flags)
         assert not (tmp_path / "u").exists()
 
@@ -185,7 +185,7 @@ def pair(module, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_two_processes_stop_together_at_a_signal_and_resume_to_the_same_bits(sign, tmp_path):
+def test_two_processes_stop_together_and_resume_to_the_same_bits(sign, tmp_path):
     """A signal to one process makes both save one step; records agree with a whole run."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert [finish(p)[0] for p in pair("launch.train", *train(whole, steps=120))] == [0, 0]

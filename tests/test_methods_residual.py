@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fmjax import oracles, paths
-from fmjax.experiments import assemble
+from fmjax.experiments import assemble, build, settings
 from fmjax.keys import as_keys
 from fmjax.methods.flow_matching import flow_matching
 from fmjax.methods.residual import residual
@@ -86,11 +86,13 @@ def test_a_config_trains_it_beside_the_run_that_is_its_teacher(tmp_path):
     with cfg.unlocked(), cfg.ignore_type():
         cfg.update(method="residual", target="frozen", teacher="flow", batch_size=32, steps=2, log_every=1, warmup=0)
         cfg.net = {"name": "mlp", "width": 16, "depth": 1}
-    plan = assemble.assemble(cfg)._replace(mesh=sharding.make_mesh(jax.devices()[:1]))
-    theta = moved(loop.initial(plan))
+    plan = assemble.flow_plan(settings.read(cfg), build.data(cfg.data)).replace(
+        mesh=sharding.make_mesh(jax.devices()[:1])
+    )
+    theta = moved(loop.initial_parameters(plan))
     state = loop.train(plan, tmp_path, teacher=theta)
     assert not (np.asarray(state.params["output"]["kernel"]) == 0).all()
     keys = as_keys(jax.random.fold_in(jax.random.fold_in(jax.random.key(plan.seed), 1), 0), 32)
-    batch = jax.tree.map(jnp.asarray, plan.batch(0))
+    batch = jax.tree.map(jnp.asarray, plan.data.batch(0))
     expected, _ = jax.jit(flow_matching(plan.model.net).loss)(theta, theta, batch, keys)
     assert files.read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"] == pytest.approx(float(expected), rel=1e-5)

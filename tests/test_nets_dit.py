@@ -1,5 +1,8 @@
 """The DiT: published sizes, its formula in numpy, its start as the identity, derivatives, layers scanned or not."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +17,11 @@ SMALL = {"width": 8, "depth": 2, "heads": 2, "classes": 3}
 
 def random_like(tree, kind="float64"):
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda a: jnp.asarray(0.4 * rng.standard_normal(a.shape), kind), tree)
+    return jax.tree.map(lambda a: np.asarray(0.4 * rng.standard_normal(a.shape), kind), tree)
+
+
+def normal(*shape, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(1).standard_normal(shape), dtype)
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -74,7 +81,7 @@ def formula(p, x, e, *, heads, patch):
 def test_the_network_is_its_formula(x64, key):
     """On a picture that is not square; to float32, in which jax takes the softmax."""
     model = adapters.from_linen(dit.DiT(**SMALL, outputs=2, dtype="float64"))
-    x, label = jax.random.normal(key, (3, 4, 6, 2), jnp.float64), jnp.array([0, 3, 1])
+    x, label = normal(3, 4, 6, 2, dtype="float64"), jnp.array([0, 3, 1])
     s, t = jnp.array([0.1, 0.5, 0.9]), jnp.array([0.4, 0.5, 1.0])
     params = random_like(jax.eval_shape(model.init, key, x, label))
     p = jax.tree.map(np.asarray, params)
@@ -87,7 +94,7 @@ def test_the_network_is_its_formula(x64, key):
 def test_every_block_starts_as_the_identity(key):
     """adaLN-Zero: whatever the other weights, what leaves a block is what entered it."""
     module = dit.Block(2)
-    h, e = jax.random.normal(key, (2, 5, 8)), jax.random.normal(key, (2, 6))
+    h, e = normal(2, 5, 8), normal(2, 6)
     params = jax.jit(module.init)(key, h, e)["params"]
     np.testing.assert_array_equal(jax.jit(module.apply)({"params": params}, h, e), h)
     film = params.pop("film")
@@ -96,64 +103,62 @@ def test_every_block_starts_as_the_identity(key):
     np.testing.assert_array_equal(jax.jit(module.apply)({"params": moved}, h, e), h)
 
 
-def test_patches_go_back_where_they_came_from_and_tokens_are_told_apart(key):
+def test_patches_return_to_their_places_and_tokens_know_theirs(key, monkeypatch):
     """Patches exchanged in the picture are exchanged in the result but for the positions, which make it differ."""
     model = adapters.from_linen(dit.DiT(**SMALL))
-    x, half = jax.random.normal(key, (1, 4, 8, 1)), jnp.full(1, 0.5)
+    x, half = np.asarray(normal(1, 4, 8, 1)), jnp.full(1, 0.5)
     params = random_like(jax.eval_shape(model.init, key, x, jnp.zeros(1, "int32")), "float32")
-    net = jax.jit(lambda x: model.net(params, x, half, half, jnp.zeros(1, "int32")))
-    turned = net(jnp.roll(x, 2, 2))
-    assert np.abs(jnp.roll(turned, -2, 2) - net(x)).max() > 0.01
-    where = dit.positions
-    try:
-        dit.positions = lambda rows, columns, d: np.zeros((rows * columns, d))
-        free = jax.jit(lambda x: model.net(params, x, half, half, jnp.zeros(1, "int32")))
-        np.testing.assert_allclose(jnp.roll(free(jnp.roll(x, 2, 2)), -2, 2), free(x), rtol=1e-4, atol=1e-5)
-    finally:
-        dit.positions = where
+    compiled = lambda: jax.jit(lambda x: model.net(params, x, half, half, jnp.zeros(1, "int32")))
+    net = lambda compiled, x: np.asarray(compiled(jnp.asarray(x)))
+    placed = compiled()
+    turned = net(placed, np.roll(x, 2, 2))
+    assert np.abs(np.roll(turned, -2, 2) - net(placed, x)).max() > 0.01
+    monkeypatch.setattr(dit, "positions", lambda rows, columns, d: np.zeros((rows * columns, d)))
+    free = compiled()
+    np.testing.assert_allclose(np.roll(net(free, np.roll(x, 2, 2)), -2, 2), net(free, x), rtol=1e-4, atol=1e-5)
 
 
-def test_the_gradient_of_a_derivative_in_time_matches_finite_differences_through_attention(x64, key):
+def test_the_gradient_of_a_derivative_in_time_passes_attention(x64, key):
     """Five-point differences of step 1e-3: a softmax in float32 (6e-8) leaves 1e-4 of the value, truncation less."""
     model = adapters.from_linen(dit.DiT(**SMALL, dtype="float64"))
-    x, label = jax.random.normal(key, (2, 4, 4, 1), jnp.float64), jnp.array([0, 3])
+    x, label = normal(2, 4, 4, 1, dtype="float64"), jnp.array([0, 3])
     s, t = jnp.array([0.1, 0.5]), jnp.array([0.4, 0.8])
     params = random_like(jax.eval_shape(model.init, key, x, label))
-    towards = jax.tree.map(lambda a: jnp.sin(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), params)
+    towards = jax.tree.map(lambda a: np.sin(np.arange(a.size, dtype=a.dtype)).reshape(a.shape), params)
     move = lambda h: jax.tree.map(lambda a, b: a + h * b, params, towards)
-    f = jax.jit(lambda p, x, t: model.net(p, x, s, t, label))
+    dx, x, t = np.cos(x), np.asarray(x), np.asarray(t)
 
     @jax.jit
-    def rate(p):
-        return jax.jvp(lambda x, t: f(p, x, t), (x, t), (jnp.cos(x), jnp.ones_like(t)))[1]
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(p, x, t):
+        f, rate = jax.jvp(lambda x, t: model.net(p, x, s, t, label), (x, t), (jnp.asarray(dx), jnp.ones_like(t)))
+        return jnp.mean(rate**2), (f, rate)
 
     def slope(f, h=1e-3):
         return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
 
-    got = rate(params)
-    assert np.abs(got).max() > 0.1
-    want = slope(lambda h: f(params, x + h * jnp.cos(x), t + h))
-    np.testing.assert_allclose(got, want, atol=3e-4 * np.abs(want).max())
-    loss = lambda p: jnp.mean(rate(p) ** 2)
-    got = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.jit(jax.grad(loss))(params), towards)))
-    assert float(got) == pytest.approx(float(slope(lambda h: loss(move(h)))), rel=1e-3)
+    (_, (_, rate)), grads = loss(params, x, t)
+    assert np.abs(rate).max() > 0.1
+    want = slope(lambda h: np.asarray(loss(params, x + h * dx, t + h)[0][1][0]))
+    np.testing.assert_allclose(rate, want, atol=3e-4 * np.abs(want).max())
+    along = sum(jax.tree.leaves(jax.tree.map(np.vdot, grads, towards)))
+    assert float(along) == pytest.approx(float(slope(lambda h: float(loss(move(h), x, t)[0][0]))), rel=1e-3)
 
 
 def test_scanned_layers_give_what_unrolled_ones_give(key):
     unrolled, scanned = (adapters.from_linen(dit.DiT(**SMALL, scan=scan, remat="none")) for scan in (False, True))
-    x, label = jax.random.normal(key, (2, 4, 4, 1)), jnp.array([0, 3])
+    x, label = normal(2, 4, 4, 1), jnp.array([0, 3])
     params = random_like(jax.eval_shape(scanned.init, key, x, label), "float32")
     blocks = params["blocks"]
     apart = {k: v for k, v in params.items() if k != "blocks"}
     apart |= {f"block_{i}": jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(2)}
     s, t = jnp.array([0.1, 0.5]), jnp.array([0.4, 0.8])
     value = lambda model: jax.jit(jax.value_and_grad(lambda p: jnp.mean(model.net(p, x, s, t, label) ** 2)))
-    one, two = value(unrolled)(apart), value(scanned)(params)
+    one, two = (jax.tree.map(np.asarray, v) for v in (value(unrolled)(apart), value(scanned)(params)))
     np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
     for i in range(2):
-        first = jax.tree.leaves(one[1][f"block_{i}"])
-        for a, b in zip(first, jax.tree.leaves(two[1]["blocks"]), strict=True):
-            np.testing.assert_allclose(a, b[i], rtol=1e-4, atol=1e-5)
+        layer = jax.tree.map(lambda a, i=i: a[i], two[1]["blocks"])
+        chex.assert_trees_all_close(one[1][f"block_{i}"], layer, rtol=1e-4, atol=1e-5)
     assert np.abs(blocks["up"]["kernel"][0] - blocks["up"]["kernel"][1]).max() > 0.1
 
 
@@ -161,7 +166,7 @@ def test_scanned_layers_start_apart(key):
     """Each layer has its own first weights."""
     model = adapters.from_linen(dit.DiT(**SMALL))
     params = model.init(key, jnp.zeros((2, 4, 4, 1)), jnp.zeros(2, "int32"))
-    kernel = params["blocks"]["up"]["kernel"]
+    kernel = np.asarray(params["blocks"]["up"]["kernel"])
     assert kernel.shape == (2, 8, 32) and np.abs(kernel[0] - kernel[1]).min(0).max() > 0
     assert np.corrcoef(kernel[0].ravel(), kernel[1].ravel())[0, 1] < 0.3
 
@@ -190,13 +195,14 @@ def test_fused_attention_is_refused_where_it_cannot_work(key):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there the kernel runs, in half precision")
-def test_a_fused_network_brings_the_same_network_with_xlas_attention_for_a_jvp(key):
+def test_a_fused_network_has_xlas_attention_for_a_jvp(key):
     fused = adapters.from_linen(dit.DiT(**SMALL, attention="fused")).net
     model = adapters.from_linen(dit.DiT(**SMALL))
-    x, label = jax.random.normal(key, (2, 4, 4, 1)), jnp.zeros(2, "int32")
+    x, label = normal(2, 4, 4, 1), jnp.zeros(2, "int32")
     params = random_like(jax.eval_shape(model.init, key, x, label), "float32")
     s, t = jnp.array([0.1, 0.3]), jnp.array([0.9, 0.5])
-    np.testing.assert_array_equal(fused.for_jvp(params, x, s, t, label), model.net(params, x, s, t, label))
+    both = jax.jit(lambda *args: (fused.for_jvp(*args), model.net(*args)))(params, x, s, t, label)
+    np.testing.assert_array_equal(*both)
     assert model.net.for_jvp is None
     with pytest.raises(ValueError, match="attention='fused'"):
         fused(params, x, s, t, label)

@@ -11,9 +11,11 @@ import pytest
 from fmjax import correction, oracles, sampling
 
 README = Path(__file__).parents[1] / "README.md"
-if not README.exists():
-    pytest.skip("needs the repository's README", allow_module_level=True)
-LEARNED, CORRECTED, DIFFUSION = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+GUIDE = README.parent / "docs" / "guide.md"
+if not (README.exists() and GUIDE.exists()):
+    pytest.skip("needs the repository's README and docs", allow_module_level=True)
+blocks = lambda page: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+(LEARNED,), (CORRECTED, DIFFUSION) = blocks(README), blocks(GUIDE)
 
 
 def run(code, **names):

@@ -85,30 +85,30 @@ def sharded(state, n):
 def test_round_trip_is_bit_exact(tmp_path):
     state = make_state()
     save_all(tmp_path / "c", 3)
-    step, got, metadata = checkpoint.restore(tmp_path / "c", make_state(seed=9))
+    step, restored, metadata = checkpoint.restore(tmp_path / "c", make_state(seed=9))
     assert step == 3 and metadata["step"] == 3 and metadata["method"] == "flow_matching"
-    assert_same(got, make_state(3, seed=3))
-    assert metadata["digest"] == {name: checkpoint.digest(part) for name, part in got._asdict().items()}
-    assert checkpoint.digest(state) != checkpoint.digest(got)
+    assert_same(restored, make_state(3, seed=3))
+    assert metadata["digest"] == {name: checkpoint.digest(part) for name, part in restored._asdict().items()}
+    assert checkpoint.digest(state) != checkpoint.digest(restored)
 
 
 def test_numpy_leaves_and_scalars_keep_their_type_and_float64(tmp_path):
     state = {"params": {"w": np.linspace(0, 1, 7), "n": np.int64(2**40), "h": np.ones(3, ml_dtypes.bfloat16)}, "t": 0.1}
     with checkpoint.writer(tmp_path) as manager:
         checkpoint.save(manager, 0, state)
-    _, got, _ = checkpoint.restore(tmp_path, state)
-    assert_same(got, jax.tree.map(np.asarray, state))
+    _, restored, _ = checkpoint.restore(tmp_path, state)
+    assert_same(restored, jax.tree.map(np.asarray, state))
 
 
 def test_without_a_template_nested_dicts_come_back_and_a_part_stands_alone(tmp_path):
     save_all(tmp_path, 3)
-    want = make_state(3, seed=3).ema
+    expected = make_state(3, seed=3).ema
     step, ema, metadata = checkpoint.restore(tmp_path, part="ema")
     assert step == 3
-    assert_same(ema, jax.tree.map(np.asarray, want))
-    assert checkpoint.digest(ema) == metadata["digest"]["ema"] == checkpoint.digest(want)
-    _, placed, _ = checkpoint.restore(tmp_path, want, part="ema")
-    assert_same(placed, want)
+    assert_same(ema, jax.tree.map(np.asarray, expected))
+    assert checkpoint.digest(ema) == metadata["digest"]["ema"] == checkpoint.digest(expected)
+    _, placed, _ = checkpoint.restore(tmp_path, expected, part="ema")
+    assert_same(placed, expected)
     with pytest.raises(ValueError, match="holds no part 'emma'; it holds .*ema"):
         checkpoint.restore(tmp_path, part="emma")
 
@@ -122,63 +122,26 @@ def test_a_part_does_not_care_for_damage_in_another(tmp_path):
     assert_same(checkpoint.restore(tmp_path, part="ema")[1], np.ones(8, np.float32))
 
 
-def test_the_digest_of_rows_on_disk_is_that_of_the_array():
-    """In several parts, of which the last is smaller, and in one."""
-
-    class Disk:
-        def __init__(self, x):
-            self.x, self.shape, self.dtype, self.asked = x, x.shape, x.dtype, []
-
-        def __len__(self):
-            return len(self.x)
-
-        def __getitem__(self, rows):
-            self.asked.append(len(self.x[rows]))
-            return self.x[rows]
-
-    for x in (np.random.default_rng(0).standard_normal((5, 1024, 1300)).astype(np.float32), np.arange(7.0)):
-        disk = Disk(x)
-        assert checkpoint.digest_rows(disk) == checkpoint.digest_rows(x) == checkpoint.digest(x)
-        assert sum(disk.asked) == len(x) and max(disk.asked) * x[:1].nbytes <= 2**24
-    assert checkpoint.digest_rows(x[::-1]) == checkpoint.digest(x[::-1].copy()) != checkpoint.digest(x)
-
-
-def test_digest_sees_bytes_shapes_dtypes_and_names_and_nothing_else():
-    tree = {"a": jnp.arange(8.0), "b": jnp.ones((8, 2), jnp.bfloat16)}
-    want = checkpoint.digest(tree)
-    assert checkpoint.digest(jax.tree.map(np.asarray, tree)) == want
-    assert checkpoint.digest(sharded(tree, 8)) == checkpoint.digest(sharded(tree, 2)) == want
-    assert checkpoint.digest(NamedTuple("T", [("b", Any), ("a", Any)])(tree["b"], tree["a"])) == want
-    others = [
-        tree | {"a": tree["a"].at[3].set(3.0000002)},
-        tree | {"a": tree["a"].reshape(2, 4)},
-        tree | {"a": jax.lax.bitcast_convert_type(tree["a"], jnp.int32)},
-        {"a": tree["a"], "c": tree["b"]},
-        {"a": tree["a"]},
-    ]
-    assert len({want, *map(checkpoint.digest, others)}) == 6
-
-
-@pytest.mark.parametrize(("saved", "restored"), [(8, 1), (1, 8), (8, 2), (4, 8)])
-def test_any_sharding_restores_into_any_other(tmp_path, saved, restored):
+@pytest.mark.parametrize(("saved", "devices"), [(8, 1), (1, 8), (8, 2), (4, 8)])
+def test_any_sharding_restores_into_any_other(tmp_path, saved, devices):
     state = make_state(seed=1)
     with checkpoint.writer(tmp_path) as manager:
         checkpoint.save(manager, 1, sharded(state, saved))
-    template = sharded(make_state(seed=2), restored)
+    template = sharded(make_state(seed=2), devices)
     for like in (template, jax.eval_shape(lambda: template)):
         if like is not template:  # shapes alone, with the shardings they are to have
             like = jax.tree.map(
                 lambda s, t: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=t.sharding), like, template
             )
-        _, got, _ = checkpoint.restore(tmp_path, like)
-        assert_same(got, state)
-        assert jax.tree.map(lambda a: a.sharding, got) == jax.tree.map(lambda a: a.sharding, template)
+        _, restored, _ = checkpoint.restore(tmp_path, like)
+        assert_same(restored, state)
+        assert jax.tree.map(lambda a: a.sharding, restored) == jax.tree.map(lambda a: a.sharding, template)
 
 
 def test_uncommitted_templates_stay_uncommitted(tmp_path):
     save_all(tmp_path, 1)
-    _, got, _ = checkpoint.restore(tmp_path, make_state())
-    assert not any(leaf.committed for leaf in jax.tree.leaves(got))
+    _, restored, _ = checkpoint.restore(tmp_path, make_state())
+    assert not any(leaf.committed for leaf in jax.tree.leaves(restored))
 
 
 def test_donated_states_are_saved_as_they_were(tmp_path):
@@ -189,10 +152,10 @@ def test_donated_states_are_saved_as_they_were(tmp_path):
             assert checkpoint.save(manager, step, {"w": w})
             w = advance(w)
     for step in range(8):
-        _, got, _ = checkpoint.restore(tmp_path, step=step)
-        assert (got["w"] == step).all()
-    _, got, _ = checkpoint.restore(tmp_path, {"w": w})
-    assert (advance(got["w"]) == 8).all()
+        _, restored, _ = checkpoint.restore(tmp_path, step=step)
+        assert (restored["w"] == step).all()
+    _, restored, _ = checkpoint.restore(tmp_path, {"w": w})
+    assert (advance(restored["w"]) == 8).all()
 
 
 def test_keeps_the_last_and_does_not_write_a_step_twice(tmp_path):
@@ -208,7 +171,7 @@ def test_keeps_the_last_and_does_not_write_a_step_twice(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
-def test_flipped_bytes_are_restored_silently_by_orbax_and_found_by_the_digest(tmp_path):
+def test_flipped_bytes_that_orbax_restores_are_found_by_the_digest(tmp_path):
     import orbax.checkpoint as ocp
 
     save_all(tmp_path, 1, 2)
@@ -273,9 +236,9 @@ def test_damage_is_named_with_the_last_good_step_and_fallback_restores_it(tmp_pa
     message = str(caught.value)
     assert f"{tmp_path}/2 is damaged" in message and "last good step is 1" in message and "\n" not in message
     with pytest.warns(UserWarning, match=f"{tmp_path}/2 is damaged.*falling back to step 1"):
-        step, got, _ = checkpoint.restore(tmp_path, make_state(), fallback=True)
+        step, restored, _ = checkpoint.restore(tmp_path, make_state(), fallback=True)
     assert step == 1
-    assert_same(got, make_state(1, seed=1))
+    assert_same(restored, make_state(1, seed=1))
     assert checkpoint.restore(tmp_path, make_state(), step=1)[0] == 1
 
 
@@ -402,11 +365,11 @@ def test_a_kill_while_saving_leaves_the_former_checkpoint_intact(tmp_path):
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
-        step, got, _ = checkpoint.restore(tmp_path)
+        step, restored, _ = checkpoint.restore(tmp_path)
         assert step >= seen - 1, "save blocks until the former one is finished"
-        assert (got["w"] == step).all() and got["step"] == step
+        assert (restored["w"] == step).all() and restored["step"] == step
     (tmp_path / "999.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     with checkpoint.writer(tmp_path, after=step) as manager:
-        assert checkpoint.save(manager, step + 1, got)
+        assert checkpoint.save(manager, step + 1, restored)
     assert not list(tmp_path.glob("*.orbax-checkpoint-tmp*"))
     assert checkpoint.latest_step(tmp_path) == step + 1

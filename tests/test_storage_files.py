@@ -138,7 +138,7 @@ def test_interrupted_and_resumed_records_equal_uninterrupted_ones(tmp_path, torn
     assert resumed.read_bytes() == straight.read_bytes()
 
 
-def test_truncating_a_missing_file_makes_none_and_records_without_step_stay(tmp_path):
+def test_truncating_keeps_records_without_a_step_and_makes_no_file(tmp_path):
     files.truncate_jsonl(tmp_path / "none.jsonl", 3)
     assert list(tmp_path.iterdir()) == []
     files.append_jsonl(tmp_path / "m.jsonl", {"note": "x"})

@@ -92,7 +92,7 @@ def test_a_process_with_the_number_of_a_dead_one_is_not_its_owner(tmp_path):
         pass
 
 
-def test_a_running_owner_without_flock_and_one_of_another_host_are_believed(tmp_path):
+def test_a_running_owner_and_one_of_another_host_are_believed(tmp_path):
     write_lock(tmp_path, pid=os.getppid(), started=lock._started(os.getppid()))
     with pytest.raises(Owned, match=f"process {os.getppid()} on"), owned(tmp_path):
         pass
@@ -163,3 +163,19 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_system(tmp_path):
     with pytest.raises(OSError), owned(tmp_path / "file" / "run"):
         pass
     assert not lock._held
+
+
+def test_a_block_that_fails_leaves_no_empty_folder(tmp_path):
+    with pytest.raises(KeyError), owned(tmp_path / "a" / "b"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyError), owned(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "file").write_text("")
+        raise KeyError
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["file"]
+    (tmp_path / "own").mkdir()
+    with pytest.raises(KeyError), owned(tmp_path / "own"):
+        raise KeyError
+    with owned(tmp_path / "used"):
+        pass
+    assert (tmp_path / "own").is_dir() and (tmp_path / "used").is_dir()

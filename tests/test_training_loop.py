@@ -225,15 +225,15 @@ def test_a_term_alone_is_named(tmp_path):
 
 
 def growing(params, target, batch, key):
-    """A finite term, 1 at first and then 10^step: 1000 times the first step's loss at step 4."""
+    """A finite term, 1 in the first step and then 10^step: 1000 times the first step's loss at step 4."""
     n = jnp.round(batch.progress * 12)
     pull = jnp.where(n > 0, 10.0**n, 1.0) * params["w"] / params["w"]
     return pull.mean(), {"per_example": pull, "residual": pull, "s": 0 * pull, "t": 0 * pull + 0.3}
 
 
 def test_a_loss_that_blows_up_is_stopped_at_the_record_that_shows_it(tmp_path):
-    told = "flow diverged at step 5: residual_gap_0.25_0.5 is 1e.04, loss is 1e.04, residual is 1e.04; .* step 3 in"
-    with pytest.raises(training.Diverged, match=told):
+    message = "flow diverged at step 5: residual_gap_0.25_0.5 is 1e.04, loss is 1e.04, residual is 1e.04; .* step 3 in"
+    with pytest.raises(training.Diverged, match=message):
         training.train(with_loss(growing, log_every=1, save_every=3), tmp_path, params=WEIGHT)
     assert [r["residual_gap_0.25_0.5"] for r in records(tmp_path)] == [1, 10, 100, 1000]
     with pytest.raises(training.Diverged, match="step 6: .*; there is no checkpoint yet"):  # in its first record

@@ -36,7 +36,7 @@ def test_the_mesh_has_one_auto_axis_over_all_devices_or_those_given():
 @pytest.mark.parametrize(
     ("size", "devices", "near"), [(10, 4, "8 or 12"), (3, 4, "4"), (0, 4, "4"), (-4, 4, "4"), (9, 8, "8 or 16")]
 )
-def test_a_batch_that_the_devices_do_not_divide_is_refused_with_the_nearest_sizes(size, devices, near):
+def test_a_batch_that_devices_do_not_divide_is_refused_with_sizes(size, devices, near):
     sentence = f"batch_size={size} is not divisible by {devices} devices; use {near}"
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         sharding.check_batch(size, mesh_of(devices))
@@ -60,7 +60,7 @@ def test_a_placed_batch_is_split_by_rows_in_order():
         sharding.place_batch(jax.tree.map(lambda a: a[:6], batch), mesh)
 
 
-def test_specs_split_the_largest_axis_that_the_devices_divide_and_leave_small_arrays_whole():
+def test_specs_split_the_largest_axis_that_fits_and_no_small_array():
     limit = sharding.SMALLEST_SPLIT
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
     tree = {
@@ -155,7 +155,7 @@ def test_a_wrong_environment_is_refused_with_the_variable_named(variables, sente
 
 
 @pytest.mark.parametrize("distributed", [None, "", "0"])
-def test_one_process_starts_alone_with_a_compilation_cache_of_its_own_or_the_given(distributed, environment, tmp_path):
+def test_one_process_starts_alone_with_a_compilation_cache(distributed, environment, tmp_path):
     environment.setenv("XDG_CACHE_HOME", str(tmp_path))
     environment.setenv("FMJAX_COORDINATOR", "ignored:1")
     if distributed is not None:
@@ -192,7 +192,7 @@ def net(params, x, s, t, cond=None, key=None):
     return jnp.tanh(x @ params["in"] + expand(t, x)) @ params["out"]
 rng = np.random.default_rng(0)
 params = {"in": rng.standard_normal((2, 16), np.float32), "out": rng.standard_normal((16, 2), np.float32)}
-told = {"devices": jax.device_count(), "processes": jax.process_count()}
+report = {"devices": jax.device_count(), "processes": jax.process_count()}
 for fsdp in (False, True):
     mesh, tx = sharding.make_mesh(), optax.sgd(0.1)
     state = train.init(params, tx, mesh=mesh, fsdp=fsdp)
@@ -206,8 +206,8 @@ for fsdp in (False, True):
     whole = multihost_utils.process_allgather((state.params, state.ema), tiled=True)
     leaves = [np.asarray(a).tolist() for a in jax.tree.leaves(whole)]
     split = not state.params["in"].sharding.is_fully_replicated
-    told[str(fsdp)] = {"metrics": losses, "leaves": leaves, "split": split, "digest": checkpoint.digest(state.params)}
-print("TOLD" + json.dumps(told))
+    report[str(fsdp)] = {"metrics": losses, "leaves": leaves, "split": split, "digest": checkpoint.digest(state.params)}
+print("REPORT" + json.dumps(report))
 """
 
 
@@ -220,21 +220,21 @@ def launch(devices, **variables):
     )
 
 
-def told_by(*processes):
+def reports_of(*processes):
     try:
         ends = [p.communicate(timeout=120) for p in processes]
     finally:
         for p in processes:
             p.kill()
     assert all(p.returncode == 0 for p in processes), "\n".join(err[-3000:] for _, err in ends)
-    return [json.loads(re.search("TOLD(.*)", out)[1]) for out, _ in ends]
+    return [json.loads(re.search("REPORT(.*)", out)[1]) for out, _ in ends]
 
 
 def test_two_processes_train_as_one():
     """Over loopback: equal digests in both, and the numbers of one process on one device to float tolerance."""
     names = {"FMJAX_DISTRIBUTED": "1", "FMJAX_COORDINATOR": f"127.0.0.1:{free_port()}", "FMJAX_PROCESSES": "2"}
-    first, second = told_by(*(launch(2, **names, FMJAX_PROCESS=str(i)) for i in range(2)))
-    (alone,) = told_by(launch(1))
+    first, second = reports_of(*(launch(2, **names, FMJAX_PROCESS=str(i)) for i in range(2)))
+    (alone,) = reports_of(launch(1))
     assert first == second and (first["devices"], first["processes"]) == (4, 2)
     assert (alone["devices"], alone["processes"]) == (1, 1)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)

@@ -90,10 +90,10 @@ def test_every_step_is_the_plain_one(target, fsdp, monkeypatch):
     state = training.init(start(), TX, mesh=mesh, fsdp=fsdp)
     assert (state.params["w"].addressable_shards[0].data.size == 16) == fsdp
     step = training.make_step(loss, TX, mesh=mesh, ema=0.2, target=target, fsdp=fsdp)
-    for n, (expected, told) in enumerate(reference(TX, 4, 0.2, target, teacher)):
+    for n, (expected, means) in enumerate(reference(TX, 4, 0.2, target, teacher)):
         state, metrics = step(state, batch_of(n), KEY, teacher)
         close(state, expected)
-        close(metrics, told)
+        close(metrics, means)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.05, 0.15, 0.999])
@@ -110,19 +110,19 @@ def test_the_average_warms_up_and_is_of_the_new_parameters(ema):
         np.testing.assert_allclose(state.ema["w"], average, rtol=1e-6)
 
 
-def test_every_step_and_every_example_has_its_own_noise_and_no_mesh_changes_it():
+def test_every_step_and_example_has_its_own_noise_on_any_mesh():
     """At a learning rate of zero only the keys differ between steps; their mean tells a repeated or a lost one."""
-    told = {}
+    noise = {}
     for count in (1, 2, 4, 8):
         tx = optax.sgd(0.0)
         state, step = training.init(start(), tx, mesh=mesh_of(count)), training.make_step(loss, tx, mesh=mesh_of(count))
-        told[count] = []
+        noise[count] = []
         for _ in range(2):
             state, metrics = step(state, batch_of(0), KEY)
-            told[count].append(float(metrics["noise"]))
+            noise[count].append(float(metrics["noise"]))
     expected = [normal(example_keys(jax.random.fold_in(KEY, n), jnp.arange(ROWS)), (8,))[:, 0].mean() for n in (0, 1)]
     assert abs(expected[0] - expected[1]) > 0.01
-    for values in told.values():
+    for values in noise.values():
         np.testing.assert_allclose(values, expected, atol=1e-6)
 
 
@@ -177,8 +177,8 @@ def test_without_a_mesh_all_devices_are_used():
     state = training.init(start(), optax.sgd(0.1))
     assert state.params["w"].sharding.device_set == set(jax.devices())
     state, metrics = training.make_step(loss, optax.sgd(0.1))(state, batch_of(0), KEY)
-    expected, told = next(reference(optax.sgd(0.1), 1))
-    close((state, metrics), (expected, told))
+    expected, means = next(reference(optax.sgd(0.1), 1))
+    close((state, metrics), (expected, means))
 
 
 @pytest.mark.parametrize(

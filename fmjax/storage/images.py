@@ -35,7 +35,7 @@ def image_grid(images, *, columns: int | None = None) -> np.ndarray:
     (86, 86, 3)
     """
     x = np.asarray(images)
-    check_images("images", x, ndim=4)
+    check_pictures("images", x, ndim=4)
     n, height, width = x.shape[:3]
     columns = _columns(n) if columns is None else columns
     if columns < 1:
@@ -78,7 +78,7 @@ def save_image(path: str | os.PathLike, image) -> Path:
         The path.
     """
     path, x = Path(path), np.asarray(image)
-    check_images("image", x[None], ndim=4)
+    check_pictures("image", x[None], ndim=4)
     write_bytes(path, png_bytes(np.ascontiguousarray(np.broadcast_to(pixels(x), (*x.shape[:2], 3)))))
     return path
 
@@ -114,7 +114,7 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def check_images(name: str, x: np.ndarray, *, ndim: int) -> None:
+def check_pictures(name: str, x: np.ndarray, *, ndim: int) -> None:
     """Check that an array holds images that can be drawn.
 
     Args:

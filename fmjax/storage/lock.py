@@ -37,7 +37,7 @@ def owned(directory: str | Path) -> Iterator[Path]:
     folder for all.
 
     Args:
-        directory: the folder, made where it is missing.
+        directory: the folder, made where it is missing; a block that fails and leaves it empty removes it again.
 
     Yields:
         The folder's absolute path.
@@ -57,19 +57,26 @@ def owned(directory: str | Path) -> Iterator[Path]:
     if jax.process_index() != 0:
         yield directory
         return
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     path, key = directory / FILE, (os.getpid(), directory.resolve())
     with _guard:
         if key not in _held:
             _held[key] = [_acquire(path), 0]
         _held[key][1] += 1
+    failed = True
     try:
         yield directory
+        failed = False
     finally:
         with _guard:
             _held[key][1] -= 1
             if not _held[key][1]:
                 _release(path, _held.pop(key)[0])
+        if failed:
+            with contextlib.suppress(OSError):  # a folder that is not empty
+                for folder in missing:
+                    folder.rmdir()
 
 
 def _acquire(path: Path) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from fmjax.storage import files, images
 
 
-class Picture(NamedTuple):
+class PictureKind(NamedTuple):
     """How samples of one kind of data are shown.
 
     Attributes:
@@ -24,7 +24,7 @@ class Picture(NamedTuple):
     count: int
 
 
-def writer_for(shape: tuple[int, ...]) -> Picture | None:
+def writer_for(shape: tuple[int, ...]) -> PictureKind | None:
     """Return how samples of one shape are shown.
 
     Args:
@@ -37,10 +37,10 @@ def writer_for(shape: tuple[int, ...]) -> Picture | None:
     (36, 1024, 8, None)
     """
     if len(shape) == 3 and shape[-1] in (1, 3):
-        return Picture(images.save_png, 36)
+        return PictureKind(images.save_png, 36)
     if tuple(shape) == (2,):
-        return Picture(write_scatter, 1024)
-    return Picture(write_lines, 8) if len(shape) == 2 else None
+        return PictureKind(write_scatter, 1024)
+    return PictureKind(write_lines, 8) if len(shape) == 2 else None
 
 
 def write_scatter(path: str | Path, points: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Measurements: ``python -m launch.bench --suite=sampler [--repeats=15] [--into=README.md]``.
+"""Measurements: ``python -m launch.bench --suite=sampler [--repeats=15] [--into=docs/results.md]``.
 
 A suite is a function ``name(repeats) -> list[dict]`` that returns the rows of a table; the modules of ``launch/bench/``
 list their suites in ``SUITES``. Repeats of the compared programs are interleaved, so that a busy moment of the machine
