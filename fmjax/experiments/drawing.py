@@ -144,7 +144,7 @@ def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Ca
     def draw(params: dict[str, Params], keys, cond=None, options=None):
         return sampling.sample(
             solver_step(sampler, models, params),
-            _source(models.path, keys, models.shape, ts[0]),
+            _source(models.path, keys, models.shape, float(ts[0])),
             ts,
             key=fold_in(keys, 1),
             cond=cond,
