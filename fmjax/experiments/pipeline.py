@@ -80,6 +80,8 @@ def flow_stage(settings: Settings, data: Dataset, plan: loop.Plan | None = None)
     """
     plan = plan or assemble.flow_plan(settings, data)
     begin, teacher = (assemble.start_of(plan, settings, field) for field in ("init", "teacher"))
+    if plan.method.frozen and begin is None:  # the teacher's parameters are part of the network's
+        begin = teacher
     return stages.trained(
         plan, assemble.flow_fields(settings), start=lambda results: begin, teacher=lambda results: teacher,
         pictures=settings.common.sample_every, picture=networks.picture(settings, plan), data=assemble.data_facts(data),

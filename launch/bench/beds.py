@@ -186,7 +186,8 @@ def residual(b: Bed) -> tuple[Method, Params]:
     fields = {"method": "residual", "target": "frozen", "teacher": str(b.folder / "flow")}
     cfg = config(b.problem, steps=b.problem.steps["residual"], learning_rate=1e-3, **fields)
     plan = assemble.assemble(cfg, data=b.data)
-    return plan.method, loop.train(plan, b.folder / "residual", teacher=b.flow).ema
+    start = loop.merge_parameters(plan, {"base": b.flow})
+    return plan.method, loop.train(plan, b.folder / "residual", params=start, teacher=start).ema
 
 
 def pushed(method: Method) -> Callable:

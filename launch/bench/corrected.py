@@ -51,10 +51,9 @@ def table(name: str) -> list[dict]:
         label = {"corrector": "none", "steps": n, "corrected at": "-"}
         cost = sampling.cost(n, step_nfe=4)
         rows.append(Sampler(label, sampler(b, plain, n), {"flow": b.flow}, n, cost=cost, evaluations=4 * n))
-    both = lambda params: sampling.rk4(guidance.added(velocity(params["flow"]), field.velocity(params["residual"])))
+    both = lambda params: sampling.rk4(field.velocity(params["residual"]))
     label, cost = {"corrector": "residual", "steps": SHORT, "corrected at": "-"}, sampling.cost(SHORT, step_nfe=4)
-    params = {"flow": b.flow, "residual": r}
-    rows.append(Sampler(label, sampler(b, both, SHORT), params, SHORT, (), "residual", cost, 8 * SHORT))
+    rows.append(Sampler(label, sampler(b, both, SHORT), {"residual": r}, SHORT, (), "residual", cost, 8 * SHORT))
     best: dict[Any, search.Placement] = {}
     for steps, trained in ((SHORT, SHORT), (LONG, SHORT), (LONG, LONG)):
         for kind, places in (b.problem.at if steps == SHORT else b.problem.at_long).items():
