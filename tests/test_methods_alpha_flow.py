@@ -75,17 +75,19 @@ def test_its_gradient_is_eulerian_to_first_order_in_the_fraction(velocity, draw)
 
 
 def test_soflows_loss_is_a_difference_quotient_of_two_jumps(draw):
+    """Times ``a / 2``, and without the weight of larger examples; ``least`` keeps the two times apart."""
     batch, keys, params, _ = draw
     method = soflow(mlp, diagonal=0.0)
     aux = method.loss(params, None, batch, keys)[1]
     s, t = aux["s"], aux["t"]
-    m = s + (t - s) * 0.1 * 0.02**batch.progress
-    assert (m - s > 1e-4).all()
+    a = jnp.clip(0.1 * 0.02**batch.progress, 1e-4 / (t - s), 1)
+    m = s + (t - s) * a
+    assert (m - s > 0.99e-4).all()
     wide, jump = lambda a: a[:, None], method.flow_map(params)
     x, v = wide(1 - s) * batch.x0 + wide(s) * batch.x1, batch.x1 - batch.x0
     apart = (jump(x, s, t) - jump(x + wide(m - s) * v, m, t)) / wide(m - s)
-    np.testing.assert_allclose(aux["per_example"], (apart**2).mean(1), rtol=1e-9)
-    np.testing.assert_allclose(aux["residual"], aux["per_example"], rtol=1e-12)
+    np.testing.assert_allclose(aux["residual"], (apart**2).mean(1), rtol=1e-7)
+    np.testing.assert_allclose(aux["per_example"], a / 2 * aux["residual"], rtol=1e-12)
 
 
 def test_the_chord_ends_on_the_interpolant(draw):

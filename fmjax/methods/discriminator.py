@@ -9,9 +9,9 @@ import jax
 from jaxtyping import Array
 
 from fmjax import paths
+from fmjax.keys import per_example
 from fmjax.methods import common as c
 from fmjax.methods.classifier_corrector import classifier_corrector
-from fmjax.keys import per_example
 from fmjax.types import Batch, CorrectorMethod, LogitNet
 
 

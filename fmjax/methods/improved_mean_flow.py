@@ -36,10 +36,10 @@ def improved_mean_flow(
     ``du = (d/ds + w . grad) u`` (arXiv 2512.02012). The direction ``w`` is the velocity of ``target`` at ``(I_s, s)``,
     of much less variance than ``dI_s``. It departs from the paper in examples of less than 64 elements, where the
     adaptive weight is left out (see ``mean_flow``; ``power=1`` for it), and in the interval of guidance, whose ends the
-    published network takes as inputs, drawn at random: here all examples have one. Without ``head``, ``w`` is the diagonal
-    ``u(I_s, s, s)``: ``eulerian(velocity="conditional")`` under ``weighting.adaptive``. With ``head`` the network has
-    ``2 C`` channels (``outputs=2``), ``u`` and a velocity ``v(x, s, t)``, and ``w = v(I_s, s, s)``; the loss is the
-    weighted error plus the weighted ``|v(I_s, s, t) - v_g|^2``, from one evaluation.
+    published network takes as inputs, drawn at random: here all examples have one. Without ``head``, ``w`` is the
+    diagonal ``u(I_s, s, s)``: ``eulerian(velocity="conditional")`` under ``weighting.adaptive``. With ``head`` the
+    network has ``2 C`` channels (``outputs=2``), ``u`` and a velocity ``v(x, s, t)``, and ``w = v(I_s, s, s)``; the
+    loss is the weighted error plus the weighted ``|v(I_s, s, t) - v_g|^2``, from one evaluation.
 
     ``v_g = dI_s``. Where ``null`` is given, it is a guided velocity of the scale ``w`` in the condition ``(labels, w)``
     (of ``sampling.random_scale``, over a network that takes the scale as an input, ``guided=True``):

@@ -34,11 +34,11 @@ def progressive(
 ) -> FlowMapMethod:
     """Train a flow map whose jumps are the composition of shorter jumps, ``X_{s,t} = X_{m_K,t} o ... o X_{s,m_1}``.
 
-    A fraction ``diagonal`` of the batch has the flow-matching loss ``|u(I_t, t, t) - dI_t|^2``, the rest
-    ``|u(I_s, s, t) - sg sum_k w_k u(x_k, m_k, m_{k+1})|^2`` with ``w_k = (m_{k+1} - m_k) / (t - s)`` and
-    ``x_{k+1} = X_{m_k,m_{k+1}}(x_k)``, at the parameters ``target`` (arXiv 2505.18825, Algorithm 3). The loss compares
-    average velocities, as means over elements; PFMM compares maps, which weighs it by ``(t - s)^2``. Since no derivative is taken, every
-    attention kernel works.
+    A fraction ``diagonal`` of the batch has the flow-matching loss ``|u(I_t, t, t) - dI_t|^2``, the rest ``|u(I_s, s,
+    t) - sg sum_k w_k u(x_k, m_k, m_{k+1})|^2`` with ``w_k = (m_{k+1} - m_k) / (t - s)`` and ``x_{k+1} =
+    X_{m_k,m_{k+1}}(x_k)``, at the parameters ``target`` (arXiv 2505.18825, Algorithm 3). The loss compares average
+    velocities, as means over elements; PFMM compares maps, which weighs it by ``(t - s)^2``. Since no derivative is
+    taken, every attention kernel works.
 
     ==================================  =======================================================================
     method                              arguments

@@ -10,7 +10,6 @@ from fmjax import paths, times
 from fmjax.methods.progressive import progressive
 from fmjax.types import FlowMapMethod, Net
 
-
 STEPS = 128  # of the finest grid
 
 
@@ -65,6 +64,4 @@ def shortcut(
     >>> method.flow_map(2.0)(jnp.ones((1, 2)), 0.0, 0.5)
     Array([[2., 2.]], dtype=float32)
     """
-    return progressive(
-        net, path=path, time=time, pair=pair, diagonal=diagonal, teacher=teacher, finest=1 / STEPS
-    )
+    return progressive(net, path=path, time=time, pair=pair, diagonal=diagonal, teacher=teacher, finest=1 / STEPS)

@@ -40,7 +40,7 @@ def soflow(
     Args:
         net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``. Dropout acts on the diagonal.
         path: interpolant ``I_t``.
-        time: distribution of ``t`` on the diagonal, ``key: [B] -> [B]``; by default that of ImageNet in the code.
+        time: distribution of ``t`` on the diagonal, ``key: [B] -> [B]``; by default the authors' for ImageNet.
         pair: distribution of ``(s, t)`` off the diagonal, likewise.
         diagonal: fraction of the batch with the flow-matching loss ``|u(I_t, t, t) - dI_t|^2``.
         fraction: schedule of ``a``, ``(s, t, progress) -> [B]``.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fmjax import sampling
 from fmjax.correction import correctors, search
 from fmjax.experiments import assemble
-from fmjax.sampling import grids, guidance
+from fmjax.sampling import grids
 from fmjax.training import loop
 from launch.bench.beds import (
     ALL,
