@@ -14,6 +14,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
+LENGTH = 300  # largest number of characters of a refusal
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return a hint at the known name nearest to an unknown name.
@@ -37,6 +41,25 @@ def nearest(name: str, names: Iterable[str]) -> str:
         or [n for n in last if n.startswith(name)]
     )
     return f"; did you mean {last[matches[0]]!r}?" if matches else ""
+
+
+def refusal(field: str, value: Any, wrong: str, way_out: str) -> ValueError:
+    """Return the error ``<field>=<value>: <what is wrong>. <what to do>.`` on one line of at most 300 characters.
+
+    Args:
+        field: the field or argument.
+        value: the value that is refused; long values are shortened.
+        wrong: what is wrong, without a full stop.
+        way_out: what to do, without a full stop.
+
+    Returns:
+        The error, to be raised by the caller.
+
+    >>> refusal("steps", 0, "outside the allowed range", "Give at least 1")
+    ValueError('steps=0: outside the allowed range. Give at least 1.')
+    """
+    line = " ".join(f"{field}={_SHORT.repr(value)}: {wrong}. {way_out}.".split()).replace("?.", "?")
+    return ValueError(line if len(line) <= LENGTH else line[: LENGTH - 2] + " …")
 
 
 def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:

@@ -93,15 +93,15 @@ def theirs(shape, options):
 
 def record():
     """Writes ``torchcfm_unet.npz``."""
-    found = {}
+    outputs = {}
     for name, (shape, options, _) in RECORDED.items():
-        shapes, found[name] = theirs(shape, options)
-        found[f"{name} shapes"] = json.dumps(shapes)
-    np.savez_compressed(FILE, **found)
+        shapes, outputs[name] = theirs(shape, options)
+        outputs[f"{name} shapes"] = json.dumps(shapes)
+    np.savez_compressed(FILE, **outputs)
 
 
-def ours(shapes, shape, options, how):
-    params, fields = torchcfm.unet(draw(shapes), size=shape[-1], **how)
+def ours(shapes, shape, options, converting):
+    params, fields = torchcfm.unet(draw(shapes), size=shape[-1], **converting)
     x, t, y = inputs(shape, options.get("num_classes", 0))
     y = None if y is None else jnp.asarray(y)
     x = jnp.asarray(x.transpose(0, 2, 3, 1))
@@ -154,7 +154,7 @@ def test_converted_weights_give_what_torchcfm_computes(name, recorded):
         assert expected.items() <= fields.items()
 
 
-def test_a_null_class_is_a_row_of_zeros_or_the_last_row_where_it_was_trained(recorded):
+def test_the_null_label_is_a_row_of_zeros_or_the_last_trained_row(recorded):
     state = draw(recorded["labels"][0])
     table = state["label_emb.weight"]
     params, fields = torchcfm.unet(state, size=8)

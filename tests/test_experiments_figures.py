@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmjax.experiments import figures, report
+from fmjax.experiments import charts, figures, report
 from fmjax.storage import images
 
 
@@ -94,9 +94,9 @@ def test_a_family_shares_its_colour_with_the_corrected_one_and_data_have_none():
 
 
 def test_a_chart_is_drawn_in_the_colours_of_each_scheme():
-    p = figures.distances("W2", rows(("euler", 1, 3, 0.1), ("euler", 4, 2, 0.1), ("rk4", 4, 1, 0.1)), "words")
+    p = figures.distance_chart("W2", rows(("euler", 1, 3, 0.1), ("euler", 4, 2, 0.1), ("rk4", 4, 1, 0.1)), "words")
     light, dark = decode(p.light), decode(p.dark)
-    for picture, theme, other in ((light, figures.LIGHT, figures.DARK), (dark, figures.DARK, figures.LIGHT)):
+    for picture, theme, other in ((light, charts.LIGHT, charts.DARK), (dark, charts.DARK, charts.LIGHT)):
         assert picture.shape == (2 * p.height, 2 * p.width, 4)
         assert colour(picture, theme.colours[0]) > 500 and colour(picture, theme.colours[1]) > 100
         assert not any(colour(picture, c) for c in other.colours)
@@ -105,38 +105,38 @@ def test_a_chart_is_drawn_in_the_colours_of_each_scheme():
 
 
 def test_a_chart_joins_a_family_but_not_its_corrected_samplers():
-    joined = figures.distances("W2", rows(("rk4", 1, 1, 0), ("rk4", 64, 2, 0)), "")
-    apart = figures.distances("W2", rows(("rk4 + corrections", 1, 1, 0), ("rk4 + corrections", 64, 2, 0)), "")
-    paint = figures.LIGHT.colours[0]
+    joined = figures.distance_chart("W2", rows(("rk4", 1, 1, 0), ("rk4", 64, 2, 0)), "")
+    apart = figures.distance_chart("W2", rows(("rk4 + corrections", 1, 1, 0), ("rk4 + corrections", 64, 2, 0)), "")
+    paint = charts.LIGHT.colours[0]
     assert colour(decode(joined.light), paint) > 3 * colour(decode(apart.light), paint) > 0
 
 
 def test_a_chart_leaves_out_what_is_not_finite():
     some = [("rk4", 4, 1.0, 0.1), ("rk4", 8, 2.0, math.nan)]
-    with_nan = figures.distances("W2", rows(*some, ("rk4", 16, math.nan, 0.1), ("rk4", 16, math.inf, 0.1)), "")
+    with_nan = figures.distance_chart("W2", rows(*some, ("rk4", 16, math.nan, 0.1), ("rk4", 16, math.inf, 0.1)), "")
     assert decode(with_nan.light).any()
-    curve = figures.curve("flow", np.arange(5), [1.0, np.nan, 0.5, np.inf, 0.25])
-    assert curve.remark == "2 values that are not finite are left out."
+    curve = figures.loss_chart("flow", np.arange(5), [1.0, np.nan, 0.5, np.inf, 0.25])
+    assert curve.remark == "2 non-finite values are left out."
     assert "from 0.75 at step 0 to 0.375 at step 4, smoothed" in curve.alt
-    assert figures.curve("flow", [1], [np.nan]).alt.endswith("without finite values.")
+    assert figures.loss_chart("flow", [1], [np.nan]).alt.endswith("without finite values.")
 
 
 def test_names_are_not_read_as_mathematics():
     broken = report.Row("$x^{$", "$\\frac{$", 4, 0, {"$_{W2": (1.0, 0.1)})
-    assert decode(figures.distances("$_{W2", [broken, broken._replace(family="data", nfe=0)], "").light).any()
-    assert decode(figures.gaps({"_$a^": ([0.0, 1.0], [1.0, 2.0], [0.0, 0.0])}).light).any()
+    assert decode(figures.distance_chart("$_{W2", [broken, broken._replace(family="data", nfe=0)], "").light).any()
+    assert decode(figures.gap_chart({"_$a^": ([0.0, 1.0], [1.0, 2.0], [0.0, 0.0])}).light).any()
 
 
 def test_clouds_of_a_page_share_one_frame():
     rng = np.random.default_rng(3)
     near, far = rng.standard_normal((500, 2)), rng.standard_normal((500, 2)) + [40, 0]
-    alone = decode(figures.samples("near", near, [near]).light)
-    together = decode(figures.samples("near", near, [near, far]).light)
+    alone = decode(figures.sample_figure("near", near, [near]).light)
+    together = decode(figures.sample_figure("near", near, [near, far]).light)
     spread = lambda picture: np.ptp(np.nonzero(touched(picture))[1])
     assert spread(together) < spread(alone) / 4
     outlier = np.concatenate([rng.uniform(size=(500, 2)), [[1e6, 0]]])
-    assert figures.samples("", outlier, [outlier]).remark == "1 of 501 points lie outside the frame."
-    assert figures.samples("", near * 0, [near * 0]).remark == ""
+    assert figures.sample_figure("", outlier, [outlier]).remark == "1 of 501 points lie outside the frame."
+    assert figures.sample_figure("", near * 0, [near * 0]).remark == ""
 
 
 def touched(picture: np.ndarray) -> np.ndarray:
@@ -147,7 +147,7 @@ def touched(picture: np.ndarray) -> np.ndarray:
 def test_a_trajectory_has_an_example_a_row_and_time_to_the_right():
     levels = np.linspace(-1, 1, 6).reshape(3, 2, 1, 1, 1)
     x = np.broadcast_to(levels, (3, 2, 8, 8, 1)).copy()
-    p = figures.trajectory("path", x)
+    p = figures.trajectory_figure("path", x)
     sheet = decode(p.light)
     want = np.floor(127.5 * x[:, :, 0, 0, 0] + 128).clip(0, 255)
     got = [[sheet[10 + 42 * i, 10 + 42 * t, 0] for i in range(2)] for t in range(3)]
@@ -157,7 +157,7 @@ def test_a_trajectory_has_an_example_a_row_and_time_to_the_right():
 
 def test_a_long_trajectory_is_thinned_and_keeps_both_ends():
     x = np.broadcast_to(np.linspace(-1, 1, 101).reshape(-1, 1, 1, 1, 1), (101, 1, 8, 8, 1))
-    p = figures.trajectory("path", x)
+    p = figures.trajectory_figure("path", x)
     shades = decode(p.light)[10, 10::42, 0]
     assert len(shades) == 16 and shades[0] == 0 and shades[-1] == 255 and (np.diff(shades.astype(int)) > 0).all()
     assert p.remark.endswith("16 of 101 times.")
@@ -165,13 +165,13 @@ def test_a_long_trajectory_is_thinned_and_keeps_both_ends():
 
 def test_trajectories_of_points_mark_start_and_end():
     x = np.stack([np.zeros((20, 2)), np.full((20, 2), 5.0)])
-    picture = decode(figures.trajectory("lines", x).light)
-    start, end = figures.LIGHT.colours[0], figures.LIGHT.colours[-1]
+    picture = decode(figures.trajectory_figure("lines", x).light)
+    start, end = charts.LIGHT.colours[0], charts.LIGHT.colours[-1]
     assert colour(picture, start) and colour(picture, end)
 
 
 def test_pictures_are_the_same_bytes_each_time():
     r = rows(("euler", 1, 3, 0.1), ("data", 0, 1, 0.1))
-    assert figures.distances("W2", r, "") == figures.distances("W2", r, "")
+    assert figures.distance_chart("W2", r, "") == figures.distance_chart("W2", r, "")
     gap = {"W2": (np.linspace(0, 1, 5), np.ones(5), np.zeros(5))}
-    assert figures.gaps(gap) == figures.gaps(gap)
+    assert figures.gap_chart(gap) == figures.gap_chart(gap)

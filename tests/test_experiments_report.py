@@ -159,9 +159,9 @@ def test_everything_given_is_escaped():
 
 
 def test_equal_contents_give_equal_bytes(tmp_path):
-    first, second = report.write(tmp_path / "a.html", contents()), report.write(tmp_path / "b.html", contents())
+    first, second = (report.write_report(tmp_path / name, contents()) for name in ("a.html", "b.html"))
     assert first.read_bytes() == second.read_bytes()
-    other = report.write(tmp_path / "c.html", contents(notes=["Another note."], **PLAIN))
+    other = report.write_report(tmp_path / "c.html", contents(notes=["Another note."], **PLAIN))
     assert other.read_bytes() != first.read_bytes()
 
 
@@ -183,7 +183,8 @@ def test_verdicts_stand_in_groups_and_those_of_one_comparison_together():
     more = contents(**PLAIN)
     more = more._replace(verdicts=[*more.verdicts, Verdict("rk4 corrected", "rk4 long", "W2", 0.05, 0.01, "harms")])
     text = Page(report.render(more)).text.replace("\u00a0", " ")
-    assert "Of 4 comparisons, corrections or their noise help in 2, harm in 1, and no difference is seen in 1." in text
+    counts = "lower the distance in 2 of 4 paired comparisons, raise the distance in 1, and make no significant"
+    assert f"{counts} difference in 1." in text
     helps, nothing, harms = (
         text.index(words) for words in ("▼ Helps in 2", "= No difference seen in 1", "▲ Harms in 1")
     )
@@ -199,15 +200,8 @@ def test_verdicts_stand_in_groups_and_those_of_one_comparison_together():
 
 
 def test_the_count_line_reads_as_a_sentence():
-    none = report.count_line([])
-    assert (
-        none
-        == "Of 0 comparisons, corrections or their noise help in none, harm in none, and no difference is seen in none."
-    )
-    one = report.count_line(contents().verdicts[:1])
-    assert (
-        one == "Of 1 comparison, corrections or their noise help in 1, harm in none, and no difference is seen in none."
-    )
+    assert "in 0 of 0 paired comparisons, raise the distance in 0," in report.count_line([])
+    assert "in 1 of 1 paired comparison, raise the distance in 0," in report.count_line(contents().verdicts[:1])
 
 
 def test_an_empty_part_is_left_out():
@@ -219,17 +213,17 @@ def test_an_empty_part_is_left_out():
 
 
 def test_a_failed_report_leaves_the_old_one(tmp_path, monkeypatch):
-    path = report.write(tmp_path / "report.html", contents(**PLAIN))
+    path = report.write_report(tmp_path / "report.html", contents(**PLAIN))
     before = path.read_bytes()
     with pytest.raises(ValueError, match="not in rows"):
-        report.write(path, contents(rows=[]))
+        report.write_report(path, contents(rows=[]))
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
         with pytest.raises(OSError, match="the disk is full"):
-            report.write(path, contents(title="Another", **PLAIN))
+            report.write_report(path, contents(title="Another", **PLAIN))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     with pytest.raises(FileNotFoundError, match="make it before writing report.html"):
-        report.write(tmp_path / "no" / "report.html", contents())
+        report.write_report(tmp_path / "no" / "report.html", contents())
 
 
 @pytest.mark.parametrize(
@@ -308,7 +302,7 @@ def test_one_seed_or_a_diverged_one_decides_nothing():
 
 
 def wrong(**changes):
-    return lambda: report.check(contents(**changes))
+    return lambda: report.check_contents(contents(**changes))
 
 
 @pytest.mark.parametrize(
@@ -331,7 +325,7 @@ def wrong(**changes):
         (wrong(curves={"c": ([1, 2], [1.0])}), r"curve 'c' has shapes .* give \(step, loss\)"),
         (wrong(curves={"c": ([], [])}), "one length n >= 1"),
         (wrong(gaps={"g": ([0], [1.0])}), r"give \(t_n, distance, se\)"),
-        (wrong(gaps={"g": ([0], [1.0], [-1.0])}), "negative standard error; give zeros where there is none"),
+        (wrong(gaps={"g": ([0], [1.0], [-1.0])}), "negative standard error; give zeros"),
     ],
 )  # fmt: skip
 def test_contents_that_cannot_be_shown_are_refused_with_a_sentence(attempt, words):
@@ -340,4 +334,4 @@ def test_contents_that_cannot_be_shown_are_refused_with_a_sentence(attempt, word
 
 
 def test_good_contents_pass_the_check():
-    report.check(contents())
+    report.check_contents(contents())

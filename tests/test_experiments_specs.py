@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from cases import discover
 
-from fmjax import methods, nets, paths, sampling, times
+from fmjax import checks, methods, nets, paths, sampling, times
 from fmjax.checks import Positive
-from fmjax.experiments import build, specs
+from fmjax.experiments import build, places, specs
 from fmjax.experiments.specs import COUPLING, DATA, METHOD, METRIC, NET, PATH, PRECONDITIONER, SOLVER, WEIGHTING
 from fmjax.keys import as_keys
 from fmjax.types import Batch, Method
@@ -54,7 +54,7 @@ def test_unknown_names_and_helpers_are_refused(kind, name, near, offered):
     with pytest.raises(ValueError, match=f"^field='{name}'") as caught:
         specs.resolve(kind, name, field="field")
     line = str(caught.value)
-    assert len(line) <= specs.LENGTH and "\n" not in line and offered in line
+    assert len(line) <= checks.LENGTH and "\n" not in line and offered in line
     assert near is None or f"did you mean {near!r}?" in line
 
 
@@ -84,7 +84,7 @@ def test_a_mapping_without_a_name_is_refused(spec):
 def test_options_are_checked_by_name_type_and_range(options, field):
     with pytest.raises(ValueError, match=f"^{field}") as caught:
         build.net({"name": "mlp", **options})
-    assert len(str(caught.value)) <= specs.LENGTH
+    assert len(str(caught.value)) <= checks.LENGTH
 
 
 def test_entries_of_a_sequence_are_checked():
@@ -215,13 +215,13 @@ def test_a_package_outside_gives_a_method(tmp_path, monkeypatch):
 
 def test_places_outside_the_package_are_found_in_a_config():
     config = {"net": {"name": "pkg.nets:make"}, "method": "flow_matching", "metrics": ("a/b.py:far",), "seed": 0}
-    assert dict(specs.outside_places(config)) == {"net.name": "pkg.nets:make", "metrics.0": "a/b.py:far"}
-    assert specs.absolute(config)["metrics"][0].startswith("/")
+    assert dict(places.outside_places(config)) == {"net.name": "pkg.nets:make", "metrics.0": "a/b.py:far"}
+    assert places.absolute(config)["metrics"][0].startswith("/")
 
 
 def test_a_refusal_is_one_short_line():
-    line = str(specs.refusal("field", "x" * 5000, "wrong\n" * 100, "Do this"))
-    assert len(line) <= specs.LENGTH and "\n" not in line and line.startswith("field='xxx")
+    line = str(checks.refusal("field", "x" * 5000, "wrong\n" * 100, "Do this"))
+    assert len(line) <= checks.LENGTH and "\n" not in line and line.startswith("field='xxx")
 
 
 def test_ranges_come_from_type_hints():

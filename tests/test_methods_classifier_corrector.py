@@ -11,7 +11,7 @@ from scipy import special
 
 from fmjax import oracles, training
 from fmjax.correction import correctors
-from fmjax.experiments import assemble, specs
+from fmjax.experiments import assemble, build, settings
 from fmjax.keys import as_keys
 from fmjax.methods import attacks
 from fmjax.methods.classifier_corrector import classifier_corrector
@@ -241,7 +241,7 @@ def test_a_batch_without_pairs_and_a_net_that_is_no_logit_are_refused(setting):
 )
 def test_bad_options_are_refused_when_the_method_is_made(options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        specs.method({"name": "classifier_corrector", **options}, linear)
+        build.method({"name": "classifier_corrector", **options}, linear)
 
 
 def test_a_config_builds_it_over_a_net_of_a_logit_and_refuses_other_pairs():
@@ -256,19 +256,20 @@ def test_a_config_builds_it_over_a_net_of_a_logit_and_refuses_other_pairs():
         }
         cfg.correctors.classifier.net = {"name": "encoder", "channels": 8, "multipliers": (1, 2), "heads": 2}
         cfg.correctors.classifier.batch_size = 16
-    x = np.zeros((16, 8, 8, 1), np.float32)
+    x, data = np.zeros((16, 8, 8, 1), np.float32), build.data("digits")
+    corrector = lambda batch: assemble.corrector_plan(settings.read(cfg), "classifier", data, batch=batch)
     pairs = lambda step: Batch(x, x0=x, t=np.zeros(16, np.float32))
-    assert assemble.assemble(cfg, "correctors.classifier", batch=pairs).model.net.logit
+    assert corrector(pairs).model.net.logit
     with pytest.raises(ValueError, match="batch.x0=None"):
-        assemble.assemble(cfg, "correctors.classifier", batch=lambda step: pairs(step)._replace(x0=None))
+        corrector(lambda step: pairs(step)._replace(x0=None))
     with cfg.unlocked(), cfg.ignore_type():
         cfg.correctors.classifier.net = {"name": "mlp", "width": 8}
     with pytest.raises(ValueError, match=r"net: gives \(4, 8, 8, 1\)"):
-        assemble.assemble(cfg, "correctors.classifier", batch=pairs)  # two rows of both classes a device
+        corrector(pairs)  # two rows of both classes a device
     with cfg.unlocked(), cfg.ignore_type():
         cfg.net, cfg.coupling = {"name": "mlp", "logit": True}, "independent"
     for name in ("flow_matching", "lagrangian", "residual"):
         with cfg.unlocked(), cfg.ignore_type():
             cfg.method = name
-        with pytest.raises(ValueError, match=f"methods.{name} needs a net of x's shape, not a logit's: logit=False"):
-            assemble.assemble(cfg)
+        with pytest.raises(ValueError, match=f"method=.*{name}.*logit=False"):
+            assemble.flow_plan(settings.read(cfg), data)

@@ -1,12 +1,15 @@
 """The residual velocity: it starts at the flow, leaves it alone, and learns what it lacks."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from laboratory import laboratory as laboratory  # a fixture
+from laboratory import read
 
 from fmjax import oracles, paths
-from fmjax.experiments import assemble
+from fmjax.experiments import build, networks, train
 from fmjax.keys import as_keys
 from fmjax.methods.flow_matching import flow_matching
 from fmjax.methods.residual import residual
@@ -14,8 +17,6 @@ from fmjax.nets.adapters import from_linen
 from fmjax.nets.mlp import MLP
 from fmjax.nets.plain import Plain
 from fmjax.sampling import guidance
-from fmjax.storage import files
-from fmjax.training import loop, sharding
 from fmjax.types import Batch, expand
 
 
@@ -95,26 +96,29 @@ def test_one_network_alone_is_refused_and_the_base_has_a_derivative_in_space():
     np.testing.assert_allclose(jax.jvp(lambda x: v(x, 0.5), (x,), (x,))[1], 2.5 * x)
 
 
-def test_a_config_trains_it_beside_the_run_that_is_its_base(tmp_path):
-    """The base stays as it is, weight decay or not; the first loss is the loss of the base; ``velocity`` is the sum."""
-    flow = {"data": "digits", "net": {"name": "mlp", "width": 16, "depth": 1}, "batch_size": 32, "steps": 2}
-    flow |= {"log_every": 1, "warmup": 0, "sample_every": 0}
-    config = base_config(**flow)
-    data = build.data(config.common.data)
-    pipeline_stage(config, data, tmp_path / "flow")
+def test_a_run_trains_it_on_a_base_that_stays_and_samples_the_sum(laboratory, tmp_path):
+    """Weight decay leaves the base as it is; the networks of the folder give ``v + r``, and not ``r`` alone."""
+    whole = {"samplers": {}, "net": {"name": "mlp", "width": 8, "depth": 1}}
+    train.main(read(**whole), tmp_path / "flow")
     more = {"method": "residual", "target": "frozen", "teacher": str(tmp_path / "flow"), "weight_decay": 0.1}
-    settings = base_config(**flow, **more)
-    pipeline_stage(settings, data, tmp_path / "both")
-    average = lambda path: assemble.average(tmp_path / path)
-    both, base = average("both"), average("flow")
-    chex.assert_trees_all_equal(both["base"], base)
-    assert np.abs(both["residual"]["output"]["kernel"]).max() > 0
-    models, _, _ = networks.load(settings, tmp_path / "both")
-    x = jnp.ones((2, 8, 8, 1))
-    flow_models, _, _ = networks.load(config, tmp_path / "flow")
-    assert (
-        np.abs(models.methods["flow"].velocity(both)(x, 0.5) - flow_models.methods["flow"].velocity(base)(x, 0.5)).max()
-        > 0
-    )
     with pytest.raises(ValueError, match="method='residual'"):
-        assemble.flow_plan(base_config(**flow, method="residual"), data)
+        train.main(read(**whole, method="residual"), tmp_path / "none")
+    train.main(read(**whole, **more), tmp_path / "both")
+    flow, sum_ = (
+        networks.load(read(**fields), tmp_path / name)[0] for fields, name in ((whole, "flow"), (whole | more, "both"))
+    )
+    base, both = flow.params["flow"], sum_.params["flow"]
+    chex.assert_trees_all_equal(both["base"], base)
+    x = jnp.ones((2, 2))
+    r = flow.methods["flow"].velocity(both["residual"])(x, 0.5)
+    total = sum_.methods["flow"].velocity(both)(x, 0.5)
+    np.testing.assert_allclose(total, flow.methods["flow"].velocity(base)(x, 0.5) + r, rtol=1e-5, atol=1e-6)
+    assert np.abs(r).max() > 1e-4
+
+
+def test_a_stage_refuses_a_method_of_other_batches(laboratory):
+    """Guidance by a discriminator takes pairs at the end, which no corrector of a pipeline gets."""
+    net = {"name": "plain", "width": 8, "depth": 1, "waves": 0, "times": 0, "logit": True}
+    settings = read(correctors={"disc": {"method": "discriminator", "net": net}})
+    with pytest.raises(ValueError, match="correctors.disc.method='discriminator'.*batches of ends.*marginals"):
+        networks.plans(settings, build.data(settings.common.data))

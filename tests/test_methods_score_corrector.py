@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fmjax.experiments import specs
+from fmjax.experiments import build
 from fmjax.keys import as_keys
 from fmjax.methods.score_corrector import noise_level_at, score_corrector
 from fmjax.types import Batch, expand
@@ -72,7 +72,7 @@ def test_levels_are_the_steps_of_a_uniform_grid_and_come_from_json(key):
     grid = jnp.arange(4, dtype=jnp.float32) / 3
     np.testing.assert_allclose(noise_level_at(sigmas, grid), sigmas, rtol=1e-6)
     np.testing.assert_allclose(noise_level_at(0.7, grid), 0.7 * np.ones(4, np.float32))
-    built = specs.method({"name": "score_corrector", "sigma": sigmas}, lambda params, x, s, t, cond=None, key=None: x)
+    built = build.method({"name": "score_corrector", "sigma": sigmas}, lambda params, x, s, t, cond=None, key=None: x)
     x = jax.random.normal(key, (4, 2))
     np.testing.assert_allclose(built.direction(None)(x, grid), -np.array(sigmas)[:, None] * x, rtol=1e-6)
 

@@ -79,7 +79,7 @@ def test_the_gradient_in_x_is_the_finite_difference_and_rows_are_apart(x64):
 @pytest.mark.parametrize(
     "module",
     [
-        encoder.Encoder(**SIZES | {"multipliers": (1,), "attention": ()}),
+        encoder.Encoder(channels=8, multipliers=(1,), heads=2),
         mlp.MLP(width=8, depth=1, logit=True),
         plain.Plain(width=8, depth=2, logit=True),
     ],

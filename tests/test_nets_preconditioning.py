@@ -1,5 +1,6 @@
 """Preconditioners against the properties that define them; denoisers as velocities, exact for a Gaussian."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,7 @@ def velocity(denoise, *, sigma_min=LOW, sigma_max=HIGH):
 
 @pytest.fixture
 def points(x64):
-    return 2 * jax.random.normal(jax.random.key(0), (41, 2), jnp.float64)
+    return jnp.asarray(2 * np.random.default_rng(0).standard_normal((41, 2)))
 
 
 def test_edm_keeps_inputs_and_targets_at_variance_one(x64):
@@ -71,8 +72,8 @@ def test_the_label_of_iddpm_is_the_nearest_step_of_the_cosine_schedule(x64):
 def test_a_denoiser_is_the_velocity_on_every_path(new, points):
     t = jnp.linspace(0.12, 0.98, 41)  # noise levels that EDM knows, on each of them
     v = paths.change(velocity(exact), paths.linear(), new)
-    want = oracles.gaussian(MEAN, STD, path=new).velocity(points, t)
-    np.testing.assert_allclose(v(points, t), want, rtol=1e-9, atol=1e-9)
+    both = jax.jit(lambda x: (v(x, t), oracles.gaussian(MEAN, STD, path=new).velocity(x, t)))
+    np.testing.assert_allclose(*both(points), rtol=1e-9, atol=1e-9)
 
 
 def test_a_velocity_is_a_denoiser_and_back(points):
@@ -111,29 +112,34 @@ def inputs(params, x, s, t, cond=None, key=None):
 
 
 @pytest.mark.parametrize("name", ["edm", "vp", "ve", "iddpm"])
-def test_a_preconditioned_net_is_its_denoiser_on_the_diagonal_and_sees_the_jump(name, points):
-    how = getattr(pc, name)()
-    net, cond, t = pc.preconditioned(inputs, how), jnp.arange(41.0), jnp.linspace(0.05, 0.95, 41)
-    bound = lambda x, sigma, cond: pc.preconditioned_denoiser(inputs, how)(0.3, x, sigma, cond)
-    v = velocity(bound, sigma_min=how.sigma_min, sigma_max=how.sigma_max)
-    np.testing.assert_array_equal(net(0.3, points, t, t, cond), v(points, t, cond))
-    sigma = (1 - t) / t
-    skip, out, scale, label = (a[:, None] for a in how.coefficients(sigma))
-    tilde = points / t[:, None]
-    data = skip * tilde + out * (0.3 * scale * tilde + label + cond[:, None])
-    np.testing.assert_allclose(v(points, t, cond), (data - points) / (1 - t)[:, None], rtol=1e-9)
-    gained = net(0.3, points, t, t + 0.04, cond) - net(0.3, points, t, t, cond)
-    np.testing.assert_allclose(gained, jnp.broadcast_to(out * 0.4 / (1 - t)[:, None], gained.shape), rtol=1e-6)
+def test_a_preconditioned_net_is_its_denoiser_and_gets_the_jump(name, points):
+    preconditioner = getattr(pc, name)()
+    net, cond, t = pc.preconditioned(inputs, preconditioner), jnp.arange(41.0), jnp.linspace(0.05, 0.95, 41)
+    bound = lambda x, sigma, cond: pc.preconditioned_denoiser(inputs, preconditioner)(0.3, x, sigma, cond)
+    v = velocity(bound, sigma_min=preconditioner.sigma_min, sigma_max=preconditioner.sigma_max)
+
+    @jax.jit
+    def compiled(x, t):
+        coefficients = preconditioner.coefficients((1 - t) / t)
+        return net(0.3, x, t, t, cond), v(x, t, cond), net(0.3, x, t, t + 0.04, cond), coefficients
+
+    own, bare, jumped, coefficients = jax.tree.map(np.asarray, compiled(points, t))
+    np.testing.assert_array_equal(own, bare)
+    skip, out, scale, label = (a[:, None] for a in coefficients)
+    points, t, cond = np.asarray(points), np.asarray(t)[:, None], np.asarray(cond)[:, None]
+    data = skip * points / t + out * (0.3 * scale * points / t + label + cond)
+    np.testing.assert_allclose(bare, (data - points) / (1 - t), rtol=1e-9)
+    np.testing.assert_allclose(jumped - own, np.broadcast_to(out * 0.4 / (1 - t), own.shape), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["edm", "vp", "ve", "iddpm"])
-def test_it_and_its_derivatives_are_finite_at_both_ends(name):
+def test_a_preconditioned_net_and_its_derivatives_are_finite_at_both_ends(name):
     net = pc.preconditioned(inputs, getattr(pc, name)())
     x, t = jnp.ones((4, 2)), jnp.array([0.0, 1e-6, 1.0, 0.5])
     f = lambda p, x, t: net(p, x, t, t)
-    y, dy = jax.jvp(lambda x, t: f(0.3, x, t), (x, t), (x, jnp.ones(4)))
-    grads = jax.grad(lambda p, x, t: jnp.sum(f(p, x, t) ** 2), (0, 1, 2))(0.3, x, t)
-    assert all(bool(jnp.isfinite(a).all()) for a in (y, dy, *grads))
+    rates = jax.jit(lambda x, t: jax.jvp(lambda x, t: f(0.3, x, t), (x, t), (x, jnp.ones(4))))
+    grads = jax.jit(jax.grad(lambda p, x, t: jnp.sum(f(p, x, t) ** 2), (0, 1, 2)))
+    chex.assert_tree_all_finite((rates(x, t), grads(0.3, x, t)))
 
 
 def test_a_kernel_without_a_jvp_has_its_other_self_preconditioned_too():

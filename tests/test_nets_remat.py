@@ -60,7 +60,6 @@ def test_recomputed_blocks_have_a_derivative_forward_and_back(key):
         return jax.jit(jax.grad(lambda p: jnp.mean(rate(p) ** 2)))(params)
 
     plain = jax.tree.map(np.asarray, gradient("none"))
-    for remat in ("full", "dots"):
-        for a, b in zip(*map(jax.tree.leaves, (plain, gradient(remat))), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * max(1, float(np.abs(a).max())))
+    for a, b in zip(*map(jax.tree.leaves, (plain, gradient("full"))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * max(1, float(np.abs(a).max())))
     assert max(np.abs(a).max() for a in jax.tree.leaves(plain)) > 0.01

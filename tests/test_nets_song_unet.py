@@ -1,10 +1,12 @@
 """SongUNet: its filters, blocks and embedding against their formulas, its parameters against the published counts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_nets_unet import conv, dense, random_like, silu
+from test_nets_unet import conv, dense, draw, random_like, silu
 
 from fmjax.nets import adapters, song_unet
 from fmjax.nets.unet import UNet
@@ -31,19 +33,20 @@ def filtered(x, taps, padding):
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1), (1, 2, 3, 4), (1, 0, 2, 2, 0, 3)])
 def test_halving_is_a_filter_and_doubling_four_times_its_transpose(taps, x64):
-    x, y = jax.random.normal(jax.random.key(0), (2, 8, 6, 3)), jax.random.normal(jax.random.key(1), (2, 4, 3, 3))
-    small = song_unet.halve(x, taps)
-    np.testing.assert_allclose(small, filtered(np.asarray(x), taps, (len(taps) - 1) // 2), atol=1e-12)
-    large = song_unet.double(y, taps)
+    x, y = draw((2, 8, 6, 3), (2, 4, 3, 3))
+    both = jax.jit(lambda x, y: (song_unet.halve(x, taps), song_unet.double(y, taps)))
+    small, large = map(np.asarray, both(x, y))
+    np.testing.assert_allclose(small, filtered(x, taps, (len(taps) - 1) // 2), atol=1e-12)
     assert small.shape == y.shape and large.shape == x.shape
-    np.testing.assert_allclose(jnp.vdot(large, x), 4 * jnp.vdot(y, small), rtol=1e-12)
+    np.testing.assert_allclose(np.vdot(large, x), 4 * np.vdot(y, small), rtol=1e-12)
 
 
-def test_two_equal_taps_are_the_mean_of_four_pixels_and_each_pixel_four_times(x64, key):
-    x = jax.random.normal(key, (1, 4, 4, 2))
-    blocks = np.asarray(x).reshape(1, 2, 2, 2, 2, 2)
-    np.testing.assert_allclose(song_unet.halve(x, (1, 1)), blocks.mean((2, 4)), atol=1e-15)
-    np.testing.assert_allclose(song_unet.double(x, (1, 1)), np.asarray(x).repeat(2, 1).repeat(2, 2), atol=1e-15)
+def test_two_equal_taps_average_four_pixels_or_repeat_each_pixel(x64):
+    (x,) = draw((1, 4, 4, 2))
+    blocks = x.reshape(1, 2, 2, 2, 2, 2)
+    half, double = jax.jit(lambda x: (song_unet.halve(x, (1, 1)), song_unet.double(x, (1, 1))))(x)
+    np.testing.assert_allclose(half, blocks.mean((2, 4)), atol=1e-15)
+    np.testing.assert_allclose(double, x.repeat(2, 1).repeat(2, 2), atol=1e-15)
 
 
 def group_norm(x, p, groups):
@@ -56,17 +59,15 @@ def group_norm(x, p, groups):
 @pytest.mark.parametrize(("resample", "features"), [("down", 12), (None, 12), (None, 8)])
 def test_a_block_is_its_formula(resample, features, x64, key):
     """Groups of four channels, three of twelve; both branches filtered, their sum over the root of two."""
-    x, e = jax.random.normal(key, (2, 4, 6, 12), jnp.float64), jax.random.normal(key, (2, 5), jnp.float64)
+    x, e = draw((2, 4, 6, 12), (2, 5))
     module = song_unet.Block(features, dtype="float64", taps=(1, 3, 3, 1), resample=resample)
-    params = random_like(jax.eval_shape(module.init, key, x, e)["params"])
-    assert ("skip" in params) == (resample is not None or features != 12)
-    p = jax.tree.map(np.asarray, params)
-    x, e = np.asarray(x), np.asarray(e)
+    p = random_like(jax.eval_shape(module.init, key, jnp.asarray(x), jnp.asarray(e))["params"])
+    assert ("skip" in p) == (resample is not None or features != 12)
     change = (lambda a: filtered(a, (1, 3, 3, 1), 1)) if resample else lambda a: a
     h = conv(change(silu(group_norm(x, p["GroupNorm_0"], 3))), p["first"]) + dense(e, p["shift"])[:, None, None]
     h = conv(silu(group_norm(h, p["GroupNorm_1"], features // 4)), p["second"])
     want = (h + (dense(change(x), p["skip"]) if "skip" in p else x)) / np.sqrt(2)
-    got = module.apply({"params": params}, jnp.asarray(x), jnp.asarray(e))
+    got = jax.jit(module.apply)({"params": p}, jnp.asarray(x), jnp.asarray(e))
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
 
 
@@ -94,23 +95,32 @@ def test_the_published_networks_have_the_published_number_of_parameters(module, 
     assert sum(a.size for a in jax.tree.leaves(params)) == published + null
 
 
-def test_what_is_embedded_is_used_zero_augmentations_are_none_and_frequencies_are_not_trained(key):
-    """The jump alone is not seen where its kernel is zero, and nowhere on the diagonal."""
+def test_every_embedding_is_used_and_fourier_frequencies_are_not_trained(key):
+    """Zero augmentations are no augmentation. The jump has no effect where its kernel is zero, nor on the diagonal."""
     sizes = {"channels": 8, "multipliers": (1,), "blocks": 0, "middle": False, "embedding": "fourier", "augment": 9}
-    module, x, s = song_unet.SongUNet(**sizes), jax.random.normal(key, (2, 4, 4, 1)), jnp.array([-1.0, 0.7])
-    params = random_like(jax.eval_shape(module.init, key, x, s, s)["params"])
-    out = jax.jit(lambda p, a, t=s: module.apply({"params": p}, x, s, t, None, a))
-    without, zeros, ones = (out(params, a) for a in (None, jnp.zeros((2, 9)), jnp.ones((2, 9))))
+    module, s = song_unet.SongUNet(**sizes), np.array([-1.0, 0.7], "float32")
+    x = jnp.asarray(draw((2, 4, 4, 1))[0], "float32")
+    params = jax.tree.map(np.float32, random_like(jax.eval_shape(module.init, key, x, s, s)["params"]))
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(p, augment, s, t):
+        out = module.apply({"params": p}, x, s, t, None, augment)
+        return jnp.sum(out**2), out
+
+    out = lambda p, augment, t=s: np.asarray(loss(p, augment, s, t)[0][1])
+    zero = np.zeros((2, 9), "float32")
+    (_, without), grads = loss(params, None, s, s)
+    zeros, ones = out(params, zero), out(params, zero + 1)
     kernel = params["TwoTimes_0"]["jump"]["kernel"]
     still = params | {"TwoTimes_0": params["TwoTimes_0"] | {"jump": {"kernel": 0 * kernel}}}
-    np.testing.assert_array_equal(out(still, None, s + 0.5), out(still, None, s))
-    np.testing.assert_array_equal(out(still, None, s), out(params, None, s))
-    assert np.abs(out(params, None, s + 0.5) - without).max() > 0.01
+    np.testing.assert_array_equal(out(still, zero, s + np.float32(0.5)), out(still, zero))
+    np.testing.assert_array_equal(out(still, zero), zeros)
+    assert np.abs(out(params, zero, s + np.float32(0.5)) - zeros).max() > 0.01
     np.testing.assert_allclose(without, zeros, rtol=1e-5, atol=1e-5)
-    other = out(params | {"freqs": params["freqs"] + 0.1}, jnp.zeros((2, 9)))
+    other = out(params | {"freqs": params["freqs"] + np.float32(0.1)}, zero)
     assert np.abs(ones - zeros).max() > 0.01 and np.abs(other - zeros).max() > 0.01
-    grads = jax.jit(jax.grad(lambda p: jnp.sum(out(p, None) ** 2)))(params)
-    assert (grads["freqs"] == 0).all() and (grads["TwoTimes_0"]["source"]["kernel"] != 0).any()
+    assert not np.any(grads["freqs"]) and np.asarray(grads["TwoTimes_0"]["source"]["kernel"]).all()
 
 
 @pytest.mark.parametrize(

@@ -38,59 +38,60 @@ def silu(x):
 
 def random_like(params):
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda a: jnp.asarray(0.5 * rng.standard_normal(a.shape)), params)
+    return jax.tree.map(lambda a: 0.5 * rng.standard_normal(a.shape), params)
+
+
+def draw(*shapes):
+    """Standard normal arrays in float64, as numpy."""
+    rng = np.random.default_rng(1)
+    return [rng.standard_normal(shape) for shape in shapes]
 
 
 @pytest.mark.parametrize("features", [8, 4])
 def test_a_residual_block_is_its_formula(features, x64, key):
-    x, e = jax.random.normal(key, (2, 4, 3, 8), jnp.float64), jax.random.normal(key, (2, 6), jnp.float64)
+    x, e = draw((2, 4, 3, 8), (2, 6))
     module = unet.Block(features, dtype="float64")
-    params = jax.jit(module.init)(key, x, e)["params"]
-    assert (params["second"]["kernel"] == 0).all() and ("skip" in params) == (features != 8)
-    params = random_like(params)
-    p = jax.tree.map(np.asarray, params)
-    x, e = np.asarray(x), np.asarray(e)
+    first = jax.jit(lambda x, e: module.init(key, x, e)["params"]["second"]["kernel"])(jnp.asarray(x), jnp.asarray(e))
+    p = random_like(jax.eval_shape(module.init, key, jnp.asarray(x), jnp.asarray(e))["params"])
+    assert not np.any(first) and ("skip" in p) == (features != 8)
     h = conv(silu(group_norm(x, p["GroupNorm_0"])), p["first"])
     scale, shift = np.split(dense(e, p["film"])[:, None, None], 2, -1)
     h = conv(silu(group_norm(h, p["GroupNorm_1"]) * (1 + scale) + shift), p["second"])
     want = h + (x if features == 8 else dense(x, p["skip"]))
-    got = jax.jit(module.apply)({"params": params}, jnp.asarray(x), jnp.asarray(e))
+    got = jax.jit(module.apply)({"params": p}, jnp.asarray(x), jnp.asarray(e))
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
 
 
-def test_group_norm_has_32_groups_or_as_many_as_the_channels_allow(x64, key):
+def test_group_norm_has_32_groups_or_as_many_as_the_channels_allow(x64):
     for c, least, n in [(64, 1, 32), (64, 4, 16), (12, 4, 2), (7, 1, 1)]:
         assert groups(c, least) == n
-        x = 3 + 2 * jax.random.normal(key, (2, 3, 2, c), jnp.float64)
-        p = {"scale": jnp.linspace(0.5, 2, c), "bias": jnp.linspace(-1, 1, c)}
-        got = jax.jit(unet.GroupNorm(least, "float64").apply)({"params": p}, x)
-        np.testing.assert_allclose(got, group_norm(np.asarray(x), p, least), rtol=1e-10, atol=1e-10)
+        x = 3 + 2 * draw((2, 3, 2, c))[0]
+        p = {"scale": np.linspace(0.5, 2, c), "bias": np.linspace(-1, 1, c)}
+        got = jax.jit(unet.GroupNorm(least, "float64").apply)({"params": p}, jnp.asarray(x))
+        np.testing.assert_allclose(got, group_norm(x, p, least), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("resample", ["down", "up"])
 def test_a_block_without_film_that_halves_or_doubles_is_its_formula(resample, x64, key):
     """The embedding is added before the second norm; means of four pixels, or each pixel four times."""
-    x, e = jax.random.normal(key, (2, 4, 6, 4), jnp.float64), jax.random.normal(key, (2, 6), jnp.float64)
+    x, e = draw((2, 4, 6, 4), (2, 6))
     module = unet.Block(8, dtype="float64", film=False, per_group=2, resample=resample)
-    params = random_like(jax.eval_shape(module.init, key, x, e)["params"])
-    p = jax.tree.map(np.asarray, params)
-    x, e = np.asarray(x), np.asarray(e)
+    p = random_like(jax.eval_shape(module.init, key, jnp.asarray(x), jnp.asarray(e))["params"])
     if resample == "down":
         change = lambda a: (a[:, ::2, ::2] + a[:, 1::2, ::2] + a[:, ::2, 1::2] + a[:, 1::2, 1::2]) / 4
     else:
         change = lambda a: a.repeat(2, 1).repeat(2, 2)
     h = conv(change(silu(group_norm(x, p["GroupNorm_0"], 2))), p["first"]) + dense(e, p["shift"])[:, None, None]
     want = dense(change(x), p["skip"]) + conv(silu(group_norm(h, p["GroupNorm_1"], 2)), p["second"])
-    got = module.apply({"params": params}, jnp.asarray(x), jnp.asarray(e))
+    got = jax.jit(module.apply)({"params": p}, jnp.asarray(x), jnp.asarray(e))
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_attention_is_softmax_of_scaled_products_head_by_head(x64, key):
     """And its jvp is that of the formula, by central differences; to float32, in which jax takes the softmax."""
-    x, dx = jax.random.normal(key, (2, 2, 2, 3, 8), jnp.float64)
+    x, dx = draw((2, 2, 2, 3, 8))[0]
     module = unet.Attention(2, dtype="float64")
-    params = random_like(jax.eval_shape(module.init, key, x)["params"])
-    p = jax.tree.map(np.asarray, params)
+    p = random_like(jax.eval_shape(module.init, key, jnp.asarray(x))["params"])
 
     def formula(x):
         qkv = dense(group_norm(x, p["GroupNorm_0"]), p["qkv"]).reshape(2, 6, 24)
@@ -100,8 +101,9 @@ def test_attention_is_softmax_of_scaled_products_head_by_head(x64, key):
             heads.append(special.softmax(q @ k.swapaxes(1, 2) / np.sqrt(4), -1) @ v)
         return x + dense(np.concatenate(heads, -1), p["out"]).reshape(x.shape)
 
-    y, dy = jax.jit(lambda x, dx: jax.jvp(lambda x: module.apply({"params": params}, x), (x,), (dx,)))(x, dx)
-    x, dx, h = np.asarray(x), np.asarray(dx), 1e-5
+    rate = jax.jit(lambda x, dx: jax.jvp(lambda x: module.apply({"params": p}, x), (x,), (dx,)))
+    y, dy = rate(jnp.asarray(x), jnp.asarray(dx))
+    h = 1e-5
     np.testing.assert_allclose(y, formula(x), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dy, (formula(x + h * dx) - formula(x - h * dx)) / (2 * h), rtol=1e-5, atol=1e-4)
 

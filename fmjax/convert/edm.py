@@ -16,7 +16,8 @@ import flax.linen as nn
 import numpy as np
 
 from fmjax.convert import weights
-from fmjax.convert.states import State
+from fmjax.convert.pickles import Fixed
+from fmjax.convert.states import StateDict
 from fmjax.nets.song_unet import SongUNet
 from fmjax.nets.unet import UNet, groups_of
 from fmjax.types import Params
@@ -37,7 +38,7 @@ class _Modules(dict):
         self.update(state)
 
 
-class _Dtype(weights._Fixed):
+class _Dtype(Fixed):
     """The type of a numpy number, little-endian; a pickle cannot change it."""
 
     __slots__ = ("kind",)
@@ -64,14 +65,13 @@ def _number(dtype: _Dtype, data: bytes) -> int | float | bool:
 STAND_INS = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "torch.nn.modules.container.ModuleDict": _Modules,
-    "builtins.set": set,
     "numpy.dtype": _Dtype,
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,
 }
 
 
-def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_snapshot(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read the averaged network of a snapshot of EDM.
 
     Args:
@@ -79,12 +79,12 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     Returns:
         ``(state, options)``: the state dict of the ``ema`` module, and its preconditioning and dropout, so that
-        ``network(state, **options)`` converts it.
+        ``network_parameters(state, **options)`` converts it.
 
     Raises:
-        ValueError: the file cannot be read (``weights.read``), or holds something else.
+        ValueError: the file cannot be read (``weights.read_weights``), or holds something else.
     """
-    content = weights.read(path, extra=STAND_INS)
+    content = weights.read_weights(path, extra=STAND_INS)
     module = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(module, dict) or module.get("class") not in PRECONDITIONERS:
         ema = f"an ema of class {module['class']!r}" if isinstance(module, dict) and "class" in module else "no ema"
@@ -108,7 +108,7 @@ def _state_dict(module: Mapping[str, Any], prefix: str = "") -> dict[str, np.nda
     return state
 
 
-def network(
+def network_parameters(
     state: Mapping[str, Any], *, preconditioning: Any = "edm", dropout: float = 0.0
 ) -> tuple[Params, dict[str, Any]]:
     """Convert a state dict of EDM's network.
@@ -145,7 +145,7 @@ def network(
     return params, spec if preconditioning is None else {**spec, "preconditioning": preconditioning}
 
 
-class _State(State):
+class _State(StateDict):
     """A state dict whose blocks become parameters of ``unet.Block`` (``film``) or ``song_unet.Block``."""
 
     def block(self, name: str, film: bool) -> Params:

@@ -15,7 +15,7 @@ from fmjax.nets.adapters import from_linen
 from fmjax.types import Params
 
 
-class State:
+class StateDict:
     """Give out the tensors of a state dict in Flax's layout, each once.
 
     Attributes:

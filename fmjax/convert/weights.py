@@ -8,13 +8,10 @@ and they use memory of the order of the file's size. A file can therefore contai
 
 from __future__ import annotations
 
-import collections
+import functools
 import io
 import json
 import math
-import pickle
-import pickletools
-import reprlib
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +20,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fmjax.convert import pickles
+from fmjax.convert.pickles import Budget, Fixed
+from fmjax.storage import untrusted
 from fmjax.storage.files import write_bytes
 
 STORAGES = {
@@ -36,6 +36,8 @@ STORAGES = {
     "CharStorage": np.int8,
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
+    "ComplexFloatStorage": np.complex64,
+    "ComplexDoubleStorage": np.complex128,
 }
 SAFETENSORS = {  # in the order of the tensors in a file
     "I64": np.int64,
@@ -49,12 +51,38 @@ SAFETENSORS = {  # in the order of the tensors in a file
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-NESTING = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET", "REDUCE", "OBJ", "INST", "NEWOBJ", "NEWOBJ_EX")
-DEEPEST = 500
+DTYPES = {  # a tensor of an untyped storage states its type
+    "torch.float32": np.float32,
+    "torch.float64": np.float64,
+    "torch.float16": np.float16,
+    "torch.bfloat16": ml_dtypes.bfloat16,
+    "torch.float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "torch.float8_e5m2": ml_dtypes.float8_e5m2,
+    "torch.int64": np.int64,
+    "torch.int32": np.int32,
+    "torch.int16": np.int16,
+    "torch.int8": np.int8,
+    "torch.uint8": np.uint8,
+    "torch.uint16": np.uint16,
+    "torch.uint32": np.uint32,
+    "torch.uint64": np.uint64,
+    "torch.bool": np.bool_,
+    "torch.complex64": np.complex64,
+    "torch.complex128": np.complex128,
+}
+OTHERS = {  # how files begin that were fetched in place of weights
+    b"version https://git-lfs": "is a git-lfs pointer, not the weights. Run git lfs pull",
+    b"<!doctype": "is a web page, not the weights. Download the file itself",
+    b"<html": "is a web page, not the weights. Download the file itself",
+}
 
 
-def read(path: str | Path, *, extra: Mapping[str, Callable] | None = None) -> Any:
+def read_weights(path: str | Path, *, extra: Mapping[str, Callable] | None = None) -> Any:
     """Read a file written by ``torch.save``, ``pickle.dump`` or ``safetensors``.
+
+    Nothing in the file is executed. Reading takes at most four times the size of the file plus 64 MB of memory, and a
+    pickle that takes more work than weights do is refused (``pickles.BUDGET``). Keys are text or numbers. A ``device``
+    or a ``dtype`` becomes its name.
 
     Args:
         path: the file; its ending determines the format.
@@ -62,52 +90,50 @@ def read(path: str | Path, *, extra: Mapping[str, Callable] | None = None) -> An
             which gets the pickled arguments. A replacement should only store them.
 
     Returns:
-        Dictionaries, lists, tuples, numbers, strings and numpy arrays.
+        Dictionaries, lists, tuples, sets, numbers, strings, bytes and numpy arrays.
 
     Raises:
-        ValueError: the file is damaged, has another format, or names a function that is not known.
+        ValueError: the file is damaged, has another format, names a function that is not known, or is not a file.
         OSError: the file cannot be opened.
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with untrusted.open_file(path) as file:
+            size = untrusted.size_of(file)
+            _check_beginning(file)
+            budget = Budget(size)
+            known = {**_known(budget), **(extra or {})}
             if path.suffix == ".safetensors":
-                return _safetensors(file.read())
+                return _safetensors(file, size)[0]
             if path.suffix == ".pkl":
-                return _pickled(file.read(), {**KNOWN, "torch.storage._load_from_bytes": _storage, **(extra or {})})
+                known.setdefault("torch.storage._load_from_bytes", functools.partial(_storage, budget))
+                return pickles.load(file, size, known, budget)
             if not zipfile.is_zipfile(file):
                 raise ValueError("not a zip archive. Save it by torch.save of PyTorch 1.6 or newer, or as .safetensors")
-            with zipfile.ZipFile(file) as archive:
-                return _archive(archive, path.stat().st_size, {**KNOWN, **(extra or {})})
-    except OSError:
-        raise
+            with untrusted.open_zip(file, size, packed=False) as archive:
+                return _archive(archive, known, budget)
+    except OSError as error:
+        if error.filename is not None:  # the message has the path
+            raise
+        raise _unreadable(path, error) from error
     except Exception as error:  # a damaged file can fail anywhere
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path | str, error: Exception) -> ValueError:
-    return ValueError(f"{path} cannot be read as weights: {str(error)[:200] or type(error).__name__}")
+    problem = untrusted.one_line(error, 200) or type(error).__name__
+    return ValueError(untrusted.one_line(f"{untrusted.name_of(path)} cannot be read as weights: {problem}"))
 
 
-class _Fixed:
-    """An object that a pickle may use and whose state it may not set; the default would write to its attributes."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state):
-        raise ValueError("it changes a function that rebuilds its tensors")
-
-
-class _Tensor(_Fixed):
-    """A rebuilt tensor, while the pickle is loaded: an object without methods that a pickle could call."""
-
-    __slots__ = ("array",)
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
+def _check_beginning(file: io.IOBase) -> None:
+    beginning = file.read(64).lstrip().lower()
+    file.seek(0)
+    for text, problem in OTHERS.items():
+        if beginning.startswith(text):
+            raise ValueError(problem)
 
 
-class _Storage(_Fixed):
+class _Storage(Fixed):
     """The type of a storage, named by a pickle; or its elements, once loaded."""
 
     __slots__ = ("elements",)
@@ -116,192 +142,204 @@ class _Storage(_Fixed):
         self.elements = elements
 
 
-class _Call(_Fixed):
-    """A function that a pickle may call."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, *args):
-        return self.function(*args)
-
-
-def _rebuild(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> _Tensor:
+def _rebuild(budget, storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> np.ndarray:
     """A view into the storage; refused unless it lies inside and has at most as many elements as the storage."""
-    elements, size, stride = storage.elements, tuple(size), tuple(stride)
-    whole = all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) and len(size) == len(stride)
-    if not isinstance(elements, np.ndarray) or not whole:
-        raise ValueError(f"there is no tensor of size {size} and stride {stride}")
-    end = offset + sum((n - 1) * m for n, m in zip(size, stride, strict=True)) + 1 if math.prod(size) else offset
+    elements = storage.elements if type(storage) is _Storage else None
+    sized = all(type(part) in (tuple, list) and len(part) <= 32 for part in (size, stride))
+    numbers = (offset, *size, *stride) if sized else (None,)
+    if not isinstance(elements, np.ndarray) or len(size) != len(stride) or not all(map(_is_count, numbers)):
+        shown = [
+            f"({', '.join(map(str, part))},)" if sized and all(map(_is_number, part)) else "?"
+            for part in (size, stride)
+        ]
+        raise ValueError(f"there is no tensor of size {shown[0]:.60} and stride {shown[1]:.60}")
+    count = math.prod(size)
+    end = offset + sum((n - 1) * m for n, m in zip(size, stride, strict=True)) + 1 if count else offset
     if end > elements.size:
         raise ValueError(f"a tensor reaches to element {end} of a storage of {elements.size}")
-    if math.prod(size) > elements.size:
-        raise ValueError(f"a tensor of size {size} repeats the {elements.size} elements of its storage")
+    if count > elements.size:
+        raise ValueError(f"a tensor of size {tuple(size)} repeats the {elements.size} elements of its storage")
+    budget.spend_bytes(count * elements.itemsize)
     strides = [m * elements.itemsize for m in stride]
-    return _Tensor(np.lib.stride_tricks.as_strided(elements[offset:], size, strides, writeable=False))
+    return np.lib.stride_tricks.as_strided(elements[offset:], size, strides, writeable=False)
 
 
-KNOWN = {
-    "collections.OrderedDict": collections.OrderedDict,
-    "torch._utils._rebuild_tensor_v2": _rebuild,
-    "torch._utils._rebuild_parameter": lambda data, requires_grad=True, hooks=None: data,
-    "torch.Size": tuple,
+def _is_number(n: Any) -> bool:
+    return type(n) is int and abs(n) < 2**62
+
+
+def _is_count(n: Any) -> bool:
+    return _is_number(n) and n >= 0
+
+
+def _rebuild_typed(budget, storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> np.ndarray:
+    """A view into an untyped storage, whose elements are bytes."""
+    if type(dtype) is not str or dtype not in DTYPES or type(storage) is not _Storage:
+        raise ValueError("there is no tensor of this type")
+    if not isinstance(storage.elements, np.ndarray):
+        raise ValueError("there is no tensor without a storage")
+    return _rebuild(budget, _Storage(storage.elements.view(DTYPES[dtype])), offset, size, stride)
+
+
+def _parameter(data, requires_grad=True, hooks=None, state=None) -> np.ndarray:
+    if not isinstance(data, np.ndarray):
+        raise ValueError("it holds a parameter that is not a tensor")
+    return data
+
+
+def _subclass(function, kind, args, state) -> np.ndarray:
+    """A tensor with attributes, which are left out."""
+    if type(function) is not pickles.Call or type(args) is not tuple or len(args) > 9:
+        raise ValueError("it calls something that is not a function")
+    return _parameter(function.function(*args))
+
+
+def _device(kind="", index=None) -> str:
+    if type(kind) is not str or not (index is None or _is_number(index)):
+        raise ValueError("it holds a device without a name")
+    return kind if index is None else f"{kind}:{index}"
+
+
+TYPES = {
     **{f"torch.{name}": _Storage(dtype) for name, dtype in STORAGES.items()},
+    "torch.storage.UntypedStorage": _Storage(np.uint8),
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, known: Mapping[str, Any], fetch: Callable[[Any, str, int], np.ndarray] | None = None):
-        super().__init__(file, encoding="utf-8")
-        self.fetch, self.known, self.fetched = fetch, known, {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        whole = f"{module}.{name}"
-        if whole not in self.known:
-            raise ValueError(
-                f"it names {whole:.80}, which does not rebuild tensors or dictionaries. "
-                "Save the state dict alone, or give a replacement in extra"
-            )
-        known = self.known[whole]
-        return known if isinstance(known, (type, _Fixed)) else _Call(known)
-
-    def persistent_load(self, reference: Any) -> _Storage:
-        kinds = [type(r) for r in reference[1:5]] if type(reference) is tuple else None
-        if self.fetch is None or kinds != [_Storage, str, str, int] or any(r is not None for r in reference[5:]):
-            raise ValueError(f"it refers to {reprlib.repr(reference)}, which is not a storage")
-        _, storage, key, _, count = reference[:5]
-        if key not in self.fetched:
-            self.fetched[key] = _Storage(self.fetch(storage.elements, key, count))
-        return self.fetched[key]
+def _known(budget: Budget) -> dict[str, Any]:
+    """What the names in files of PyTorch stand for."""
+    return {
+        **TYPES,
+        **{name: name for name in DTYPES},
+        **{name: name for name in ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.strided")},
+        "torch.device": _device,
+        "torch._tensor._rebuild_from_type_v2": _subclass,
+        "torch._utils._rebuild_tensor": functools.partial(_rebuild, budget),
+        "torch._utils._rebuild_tensor_v2": functools.partial(_rebuild, budget),
+        "torch._utils._rebuild_tensor_v3": functools.partial(_rebuild_typed, budget),
+        "torch._utils._rebuild_parameter": _parameter,
+        "torch._utils._rebuild_parameter_with_state": _parameter,
+    }
 
 
-def _check(data: bytes, start: int = 0) -> None:
-    """Refuse a pickle that would use memory or stack out of proportion, before any of it is loaded.
-
-    Refused are a memo place beyond the number of opcodes (Python allocates a table of that length) and tuples nested
-    deeper than ``DEEPEST``, whose hash overflows the stack. The depths are followed opcode by opcode.
-    """
-    file, depths, memo = io.BytesIO(data), [], {}  # depths of what is on the stack, None for a mark
-    file.seek(start)
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            if argument > count:
-                raise ValueError(f"its opcode {count} writes to place {argument} of the memo")
-            memo[argument] = depths[-1]
-        elif opcode.name == "MEMOIZE":
-            memo[len(memo)] = depths[-1]
-        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-            depths.append(memo[argument])
-        elif opcode.name == "MARK":
-            depths.append(None)
-        else:
-            before = opcode.stack_before
-            least = before.index(pickletools.markobject) if pickletools.markobject in before else len(before)
-            if least < len(before):
-                least += len(depths) - max(i for i, depth in enumerate(depths) if depth is None)
-            used = [depths.pop() for _ in range(least)]
-            deep = max((depth for depth in used if depth is not None), default=0) + (opcode.name in NESTING)
-            if deep > DEEPEST:
-                raise ValueError(f"it nests tuples more than {DEEPEST} deep")
-            depths += [deep] * len(opcode.stack_after)
+def _reference(reference: Any) -> tuple[np.dtype, str, int]:
+    """The type, the key and the number of elements that a persistent reference states."""
+    kinds = [type(r) for r in reference[1:5]] if type(reference) is tuple else None
+    if kinds != [_Storage, str, str, int] or any(r is not None for r in reference[5:]):
+        shown = repr(reference[:60]) if type(reference) is str else type(reference).__name__
+        raise ValueError(f"it refers to {shown}, which is not a storage")
+    _, storage, key, _, count = reference[:5]
+    if isinstance(storage.elements, np.ndarray) or not _is_count(count):
+        raise ValueError("it refers to a storage that is not one")
+    return np.dtype(storage.elements), key, count
 
 
-def _pickled(data: bytes, known: Mapping[str, Any]) -> Any:
-    _check(data)
-    return _plain(_Unpickler(io.BytesIO(data), known).load())
-
-
-def _storage(data: bytes) -> _Storage:
+def _storage(budget: Budget, data: bytes) -> _Storage:
     """Read the storage of a pickled tensor: five pickles (magic number, version, machine, type, key), then bytes.
 
     This is the format of ``torch.save`` before 1.6, which ``pickle.dump`` still writes for a storage.
     """
     if type(data) is not bytes:
         raise ValueError(f"a storage is bytes, got {type(data).__name__}")
-    file, types = io.BytesIO(data), {name: kind for name, kind in KNOWN.items() if isinstance(kind, _Storage)}
-
-    def load(fetch=None):
-        _check(data, file.tell())
-        return _Unpickler(file, types, fetch).load()
-
+    file = io.BytesIO(data)
+    load = lambda fetch=None: pickles.load(file, len(data), TYPES, budget, fetch=fetch)
     if load() != 0x1950A86A20F9469CFC6C or load() != 1001:
         raise ValueError("a storage begins with another magic number or version than PyTorch's")
-    if load().get("little_endian") is not True:
+    machine = load()
+    if type(machine) is not dict or machine.get("little_endian") is not True:
         raise ValueError("it was written on a big-endian machine, and this reader is for little-endian files")
     references = []
-    storage = load(lambda dtype, key, count: references.append((np.dtype(dtype), key, count)))
-    if len(references) != 1 or type(storage) is not _Storage or load() != [references[0][1]]:
+    load(lambda reference: references.append(_reference(reference)))
+    if len(references) != 1 or load() != [references[0][1]]:
         raise ValueError("a storage holds something else")
     dtype, _, count = references[0]
-    length, raw = file.read(8), file.read()
+    length, raw = file.read(8), memoryview(data)[file.tell() :]
     if length != count.to_bytes(8, "little", signed=True) or len(raw) != count * dtype.itemsize:
         raise ValueError(f"a storage of {count} elements has {len(raw)} bytes")
-    storage.elements = np.frombuffer(raw, dtype)
-    return storage
+    return _Storage(np.frombuffer(raw, dtype))
 
 
-def _archive(archive: zipfile.ZipFile, size: int, known: Mapping[str, Any]) -> Any:
-    if (unpacked := sum(info.file_size for info in archive.infolist())) > size:
-        raise ValueError(f"it unpacks to {unpacked} bytes from {size}, and PyTorch does not compress its archives")
-    pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
-    if len(pickles) != 1:
-        raise ValueError(f"it holds {len(pickles)} files data.pkl, and a checkpoint of PyTorch has one")
-    root = pickles[0].removesuffix("data.pkl")
-    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+def _archive(archive: zipfile.ZipFile, known: Mapping[str, Any], budget: Budget) -> Any:
+    """Read an archive of ``torch.save``: the program ``data.pkl``, and one member for each storage."""
+    names = archive.namelist()
+    programs = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
+    if len(programs) != 1:
+        raise ValueError(f"it holds {len(programs)} files data.pkl, and a checkpoint of PyTorch has one")
+    root = programs[0].removesuffix("data.pkl")
+    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
         raise ValueError("it was written on a big-endian machine, and this reader is for little-endian files")
+    contents: dict[str, bytes] = {}
 
-    def fetch(dtype, key: str, count: int) -> np.ndarray:
-        raw = archive.read(f"{root}data/{key}")
-        if len(raw) != count * np.dtype(dtype).itemsize:
-            raise ValueError(f"storage {key} of {count} elements has {len(raw)} bytes")
-        return np.frombuffer(raw, dtype)
+    def fetch(reference: Any) -> _Storage:
+        dtype, key, count = _reference(reference)
+        if key not in contents:
+            contents[key] = archive.read(f"{root}data/{key}")
+        raw = contents[key]
+        if len(raw) != count * dtype.itemsize:
+            raise ValueError(f"storage {key:.40} of {count} elements has {len(raw)} bytes")
+        return _Storage(np.frombuffer(raw, dtype))
 
-    program = archive.read(pickles[0])
-    _check(program)
-    return _plain(_Unpickler(io.BytesIO(program), known, fetch).load())
-
-
-def _plain(value: Any, done: dict[int, Any] | None = None) -> Any:
-    """Replace tensors by arrays in dictionaries, lists and tuples; each once, however often the pickle refers to it."""
-    done = {} if done is None else done
-    if isinstance(value, _Fixed) and not isinstance(value, _Tensor):
-        raise ValueError("it holds a function that rebuilds tensors, not called")
-    if isinstance(value, _Tensor):
-        return value.array
-    if not isinstance(value, dict) and type(value) not in (list, tuple):
-        return value
-    if id(value) not in done:
-        done[id(value)] = _OPEN
-        parts = value.items() if isinstance(value, dict) else enumerate(value)
-        plain = {key: _plain(v, done) for key, v in parts}
-        done[id(value)] = plain if isinstance(value, dict) else type(value)(plain.values())
-    if done[id(value)] is _OPEN:
-        raise ValueError("it holds a container that contains itself")
-    return done[id(value)]
+    program = archive.read(programs[0])
+    return pickles.load(io.BytesIO(program), len(program), known, budget, fetch=fetch)
 
 
-_OPEN = object()  # marks a container whose parts are being converted
+def _table(file: io.IOBase, size: int) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Read the table of a safetensors file: eight bytes of length, then JSON; the tensors, the metadata, the end."""
+    end = 8 + int.from_bytes(file.read(8), "little")
+    if size < end:
+        raise ValueError(f"it has {size} bytes, and its table alone needs {end}")
+    if end - 8 > untrusted.JSON_BYTES:
+        raise ValueError(f"its table has {end - 8} bytes, more than {untrusted.JSON_BYTES}")
+    table = untrusted.parse_json(file.read(end - 8))
+    if not isinstance(table, dict):
+        raise ValueError("its table is not a JSON object")
+    extra = table.pop("__metadata__", {})
+    if not isinstance(extra, dict) or any(not isinstance(value, str) for value in extra.values()):
+        raise ValueError("its __metadata__ holds something else than strings")
+    return table, extra, end
 
 
-def _safetensors(data: bytes) -> dict[str, np.ndarray]:
-    """Read eight bytes of length, a JSON table of types, shapes and offsets, then the bytes of the tensors."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    if len(data) < start:
-        raise ValueError(f"it has {len(data)} bytes, and its table alone needs {start}")
-    table, arrays = json.loads(data[8:start]), {}
-    for name, entry in table.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in SAFETENSORS:
-            raise ValueError(f"{name} has type {entry['dtype']}; known are {', '.join(SAFETENSORS)}")
-        dtype, (begin, end) = np.dtype(SAFETENSORS[entry["dtype"]]), entry["data_offsets"]
-        raw = data[start + begin : start + end]
-        if not 0 <= begin <= end or len(raw) != dtype.itemsize * math.prod(entry["shape"]):
-            raise ValueError(f"{name} of shape {entry['shape']} and type {entry['dtype']} has {len(raw)} bytes")
-        arrays[name] = np.frombuffer(raw, dtype).reshape(entry["shape"])
-    return arrays
+def _safetensors(file: io.IOBase, size: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read the tensors of a safetensors file, which cover all bytes after the table, each byte once."""
+    table, extra, start = _table(file, size)
+    entries = sorted((_entry(name, entry) for name, entry in table.items()), key=lambda e: (e[1], e[2]))
+    place = 0
+    for name, begin, end, *_ in entries:
+        if begin != place:
+            raise ValueError(f"{name:.60} begins at byte {begin}, and the tensor before it ends at byte {place}")
+        if end > size - start:
+            raise ValueError(
+                f"{name:.60} ends at byte {end}, and the file has {max(0, size - start - begin)} bytes for it"
+            )
+        place = end
+    if place != size - start:
+        raise ValueError(f"its tensors take {place} bytes of {size - start}")
+    data = file.read(place)
+    if len(data) != place:
+        raise ValueError("it was cut while it was read")
+    arrays = {}
+    for name, begin, _, dtype, shape in entries:
+        arrays[name] = (
+            np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape) if data else np.empty(shape, dtype)
+        )
+    return {name: arrays[name] for name in table}, extra
+
+
+def _entry(name: str, entry: Any) -> tuple[str, int, int, np.dtype, list[int]]:
+    """Check an entry of the table; return its name, first byte and end, dtype and shape."""
+    try:
+        kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        known = kind in SAFETENSORS and isinstance(shape, list) and len(shape) <= 32
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name:.60} has no dtype, shape and data_offsets") from error
+    if not known:
+        raise ValueError(f"{name:.60} has type {str(kind):.20}; known are {', '.join(SAFETENSORS)}")
+    dtype = np.dtype(SAFETENSORS[kind])
+    if not all(map(_is_count, (begin, end, *shape))) or end - begin != dtype.itemsize * math.prod(shape):
+        length = end - begin if _is_number(begin) and _is_number(end) else "no"
+        shown = shape if all(map(_is_number, shape)) else "?"
+        raise ValueError(f"{name:.60} of shape {str(shown):.60} and type {kind} has {length} bytes")
+    return name, begin, end, dtype, shape
 
 
 def metadata(path: str | Path) -> dict[str, str]:
@@ -315,13 +353,15 @@ def metadata(path: str | Path) -> dict[str, str]:
 
     Raises:
         ValueError: the file cannot be read.
+        OSError: the file cannot be opened.
     """
-    with Path(path).open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            return json.loads(file.read(length)).get("__metadata__", {})
-        except (ValueError, AttributeError, MemoryError, OverflowError) as error:
-            raise _unreadable(path, error) from error
+    try:
+        with untrusted.open_file(path) as file:
+            return _table(file, untrusted.size_of(file))[1]
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere
+        raise _unreadable(path, error) from error
 
 
 def write(path: str | Path, arrays: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fmjax.checks import NonNegative, Positive, Range, check_hints
 from fmjax.data.dataset import Dataset, Examples, Part, Rows, dataset, first_not_finite
-from fmjax.data.images import scaled
+from fmjax.data.images import scale_pixels
 
 SPLITS = ("train", "validation", "test")
 
@@ -95,7 +95,7 @@ class Mapped:
     def __getitem__(self, rows) -> np.ndarray:
         """Read the rows of a slice, or of indices ``[k]``."""
         part = np.asarray(self.array[self.rows[rows]])
-        return scaled(part) if self.from_bytes else part.astype(np.float32)
+        return scale_pixels(part) if self.from_bytes else part.astype(np.float32)
 
 
 def _read(path: Path, stream: bool) -> dict[str, np.ndarray]:
@@ -154,4 +154,4 @@ def _converted(x: np.ndarray, stream: bool, field: str) -> Rows:
         raise ValueError(f"{field} is {x.dtype} [{sizes}]. Give floats, or uint8 images [n, H, W, C].")
     if stream:
         return Mapped(x)
-    return scaled(x) if x.dtype == np.uint8 else np.asarray(x, np.float32)
+    return scale_pixels(x) if x.dtype == np.uint8 else np.asarray(x, np.float32)

@@ -11,14 +11,13 @@ import jax
 import numpy as np
 
 from fmjax import sampling
+from fmjax.checks import refusal
 from fmjax.data import Dataset, batches, mean
 from fmjax.experiments import build, specs, workdir
 from fmjax.experiments.settings import SECTIONS, Common, Settings, Training
-from fmjax.experiments.specs import refusal
 from fmjax.methods import weighting
 from fmjax.methods.residual import BASE, with_base
 from fmjax.nets import Model
-from fmjax.sampling import guidance
 from fmjax.storage import checkpoint, files
 from fmjax.training import loop, sharding
 from fmjax.types import Batch, Cond, Method, Params
@@ -27,15 +26,28 @@ from fmjax.types import Batch, Cond, Method, Params
 NEEDS = {"flow": "velocity", "correctors": "direction", "flow_map": "flow_map", "straighten": "velocity"}
 # the batches that a stage gives; guidance by a discriminator, which takes others, is a velocity and no corrector
 BATCHES = {"flow": "data", "correctors": "marginals", "flow_map": "data", "straighten": "trajectories"}
-PREDICTIONS = ("denoising",)  # methods whose network predicts something else than a velocity
+PREDICTIONS = ("denoising",)  # methods whose network predicts noise, data or v, not a velocity
 FREE = ("log_every", "save_every", "sample_every", "keep")  # no number depends on these
-SAMPLING = ("guidance", "solver", "solver_steps", "backward_map", "forward_examples")  # no training of a flow does
+SAMPLING = (
+    "guidance",
+    "solver",
+    "solver_steps",
+    "backward_map",
+    "forward_examples",
+)  # no training of a flow uses these
 PICTURES = 36  # conditions kept for sample pictures
 STORED = ("data.source_dir", "data.data_dir")  # where verified files lie
 
 
 def flow_plan(settings: Settings, data: Dataset) -> loop.Plan:
-    """Return the plan of the flow: it trains on the data.
+    """Return the training plan of the flow, which trains on the data.
+
+    Args:
+        settings: the config.
+        data: its data set.
+
+    Returns:
+        The checked plan.
 
     Raises:
         ValueError: a name, option or shape that cannot work, or a frozen target without a teacher.
@@ -52,19 +64,36 @@ def flow_plan(settings: Settings, data: Dataset) -> loop.Plan:
 
 
 def flow_map_plan(settings: Settings, data: Dataset) -> loop.Plan:
-    """Return the plan of the flow map: it trains on the data and starts from the flow."""
+    """Return the training plan of the flow map, which trains on the data and starts from the flow.
+
+    Args:
+        settings: the config, with ``flow_map``.
+        data: its data set.
+
+    Returns:
+        The checked plan.
+
+    Raises:
+        ValueError: a name, option or shape that cannot work.
+    """
     part = settings.flow_map
     return plan("flow_map", settings.common, part, part.net or settings.flow.net, data)
 
 
 def corrector_plan(settings: Settings, name: str, data: Dataset, batch: Callable[[int], Batch] | None = None):
-    """Return the plan of a corrector: it trains on pairs of marginals.
+    """Return the training plan of a corrector, which trains on pairs of marginals.
 
     Args:
         settings: the config.
         name: the corrector.
         data: the data set, for the shapes.
-        batch: the batches; by default zeros of the right shapes, for the checks.
+        batch: batches as a function of the step; by default constant batches of the right shapes, for the checks.
+
+    Returns:
+        The checked plan.
+
+    Raises:
+        ValueError: a name, option or shape that cannot work.
     """
     part = settings.correctors[name]
     batch = batch or marginal_batch(settings.common, data, part.batch_size)
@@ -85,12 +114,12 @@ def plan(
 
     Args:
         name: the stage, ``"flow"``, ``"flow_map"``, ``"correctors.NAME"`` or ``"straighten.NAME"``.
-        common: fields that all stages share.
+        common: fields common to all stages.
         part: fields of this training.
-        net: spec of its network.
+        net: spec of the network that is trained.
         data: the data set.
         batch: batches as a function of the step; by default batches of the training data.
-        seed: of the parameters and batches; by default the config's.
+        seed: seed of the parameters and batches; by default the seed of the config.
 
     Returns:
         The plan, its loss traced on one device's part of a batch.
@@ -101,10 +130,10 @@ def plan(
     prefix = "" if name == "flow" else f"{name}."
     mesh, seed = sharding.make_mesh(), common.seed if seed is None else seed
     sharding.check_batch(part.batch_size, mesh)
-    classes = label_classes(common, data)
-    model, method = network(name, common, part, net, classes, functools.partial(mean, data.train.x))
+    classes = _label_classes(common, data)
+    model, method = network_and_method(name, common, part, net, classes, functools.partial(mean, data.train.x))
     if batch is None:
-        batch = data_batches(common, part, data, f"{prefix}coupling")
+        batch = _data_batches(common, part, data, f"{prefix}coupling")
     rate = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
     decay = {"clip": part.clip, "beta2": part.beta2, "weight_decay": part.weight_decay}
     ready = loop.Plan(
@@ -115,7 +144,7 @@ def plan(
             build.unfrozen(build.optimiser(learning_rate=part.learning_rate, **decay, **rate), method.frozen),
             functools.partial(build.learning_rate_at, peak=part.learning_rate, **rate),
         ),
-        data=loop.TrainingData(batch, part.batch_size, data.train.x.shape[1:], example_conditions(common, data)),
+        data=loop.TrainingData(batch, part.batch_size, data.train.x.shape[1:], _example_conditions(common, data)),
         schedule=loop.Schedule(part.steps, common.log_every, common.save_every, common.keep),
         seed=seed,
         ema=part.ema,
@@ -127,24 +156,27 @@ def plan(
     return ready
 
 
-def network(
+def network_and_method(
     name: str, common: Common, part: Training, net: Any, classes: int, average: Callable[[], np.ndarray] | None = None
 ) -> tuple[Model, Method]:
-    """Return the network and the method of a stage, without its data.
+    """Return the network and the method of a stage; a data set is not needed.
 
     Args:
         name: the stage.
-        common: fields that all stages share.
-        part: fields of its training.
+        common: fields common to all stages.
+        part: fields of the training of the stage.
         net: spec of the network.
         classes: number of label classes; 0 without labels.
-        average: gives the mean of the training data, for methods that take it.
+        average: returns the mean of the training data, for methods that take the mean.
 
     Returns:
         The network with its initialiser, and the method.
+
+    Raises:
+        ValueError: a name or option that cannot work, or a method without the view that the stage needs.
     """
     kind, prefix = name.partition(".")[0], "" if name == "flow" else f"{name}."
-    model, guided = build.net(net, classes=classes, field=f"{prefix}net"), takes_scale(net)
+    model, guided = build.net(net, classes=classes, field=f"{prefix}net"), _takes_scale(net)
     method = build.method(
         part.method, model.net, path=build.path(common.path), mean=average, null=classes if guided else None,
         field=f"{prefix}method",
@@ -160,19 +192,15 @@ def network(
         if specs.name_of(part.weighting) == "learned":
             model = weighting.with_log_variance(model)
     if kind in ("flow", "flow_map"):
-        method = conditional(method, common, classes, guided)
+        method = _conditional(method, common, classes, guided)
     if getattr(method, NEEDS[kind]) is None:
         wrong = f"gives no {NEEDS[kind].replace('_', ' ')}, which the stage {name!r} needs"
         raise refusal(f"{prefix}method", specs.name_of(part.method), wrong, "Take another method")
     return model, method
 
 
-def label_classes(common: Common, data: Dataset) -> int:
-    """Return the number of label classes that networks are conditioned on; 0 without labels.
-
-    Raises:
-        ValueError: a conditional run on data without conditions, or guidance without labels or label dropout.
-    """
+def _label_classes(common: Common, data: Dataset) -> int:
+    """Return the number of label classes that networks are conditioned on; 0 without labels."""
     if common.conditional and data.train.cond is None:
         raise refusal("conditional", True, f"the data set {data.name!r} has no labels", "Set conditional=False")
     if not common.conditional and (common.label_dropout or common.guidance != 1):
@@ -183,15 +211,8 @@ def label_classes(common: Common, data: Dataset) -> int:
     return data.classes if common.conditional else 0
 
 
-def conditional(method: Method, common: Common, classes: int, guided: bool) -> Method:
-    """Return a method with label dropout in its loss and guidance in its views.
-
-    Args:
-        method: the method.
-        common: fields that all stages share.
-        classes: the null label.
-        guided: whether the network takes the guidance scale as an input.
-    """
+def _conditional(method: Method, common: Common, classes: int, guided: bool) -> Method:
+    """Return the method with label dropout in its loss and guidance in its views; ``classes`` is the null label."""
     if guided and not common.label_dropout:
         raise refusal("net.guided", True, "needs a network that knows the null label", "Set label_dropout=0.1")
     if guided:
@@ -199,37 +220,59 @@ def conditional(method: Method, common: Common, classes: int, guided: bool) -> M
     if common.label_dropout:
         method = sampling.label_dropout(method, rate=common.label_dropout, null=classes)
     if guided:
-        at = lambda view: view and (lambda params: guidance.at_scale(view(params), common.guidance))
+        at = lambda view: view and (lambda params: sampling.at_scale(view(params), common.guidance))
         return method._replace(velocity=at(method.velocity), flow_map=at(method.flow_map), score=None)
     if common.guidance == 1 or method.velocity is None:
         return method
-    guide = lambda params: guidance.classifier_free(method.velocity(params), null=classes, scale=common.guidance)
+    guide = lambda params: sampling.classifier_free(method.velocity(params), null=classes, scale=common.guidance)
     return method._replace(velocity=guide)
 
 
 def gives_logit(net: Any) -> bool:
-    """Return whether the network of a spec gives a logit, which makes its corrector a classifier."""
+    """Return whether the network of a spec outputs one logit per example, as a classifier does.
+
+    Args:
+        net: spec of the network.
+
+    Returns:
+        The option ``logit`` of the spec.
+    """
     return bool(hasattr(net, "items") and dict(net.items()).get("logit", False))
 
 
 def data_facts(data: Dataset) -> dict[str, Any]:
-    """Return what samplers must know of a data set: shape, kind, classes, levels, name."""
+    """Return what a sampler needs to know of a data set.
+
+    Args:
+        data: the data set.
+
+    Returns:
+        Plain values by name: ``shape`` of an example, ``kind``, ``classes``, ``levels`` and ``name``.
+    """
     shape = list(data.train.x.shape[1:])
     return {"shape": shape, "kind": data.kind, "classes": data.classes, "levels": data.levels, "name": data.name}
 
 
-def takes_scale(net: Any) -> bool:
+def _takes_scale(net: Any) -> bool:
     """Return whether the network of a spec takes the guidance scale as an input."""
     return bool(hasattr(net, "items") and dict(net.items()).get("guided", False))
 
 
 def conditions(common: Common, data: Dataset) -> Cond:
-    """Return the conditions of the training data where the network takes them."""
+    """Return the conditions of the training examples of a conditional run.
+
+    Args:
+        common: fields common to all stages.
+        data: the data set.
+
+    Returns:
+        A pytree of arrays ``[n, ...]``; ``None`` where the run is not conditional.
+    """
     return data.train.cond if common.conditional else None
 
 
-def example_conditions(common: Common, data: Dataset) -> Cond:
-    """Return conditions for pictures: labels one after the other, other conditions those of training examples."""
+def _example_conditions(common: Common, data: Dataset) -> Cond:
+    """Return conditions for pictures: every label once, or the conditions of the first training examples."""
     if not common.conditional:
         return None
     if data.classes:
@@ -237,7 +280,7 @@ def example_conditions(common: Common, data: Dataset) -> Cond:
     return jax.tree.map(lambda a: np.asarray(a[:PICTURES]), data.train.cond)
 
 
-def data_batches(common: Common, part: Training, data: Dataset, field: str) -> Callable[[int], Batch]:
+def _data_batches(common: Common, part: Training, data: Dataset, field: str) -> Callable[[int], Batch]:
     """Return the batches of the training data as a function of the step."""
     x, y = data.train.x, conditions(common, data)
     couple = build.coupling(part.coupling, x, y, flip=common.flip, seed=common.seed, field=field)
@@ -248,7 +291,17 @@ def data_batches(common: Common, part: Training, data: Dataset, field: str) -> C
 
 
 def marginal_batch(common: Common, data: Dataset, batch_size: int, t: float = 0.0) -> Callable[[int], Batch]:
-    """Return batches of the shapes that a training on marginals has, for the checks."""
+    """Return constant batches of the shapes of a training on marginals, for the checks before training.
+
+    Args:
+        common: fields common to all stages.
+        data: the data set.
+        batch_size: examples of a batch.
+        t: time of every example.
+
+    Returns:
+        Batches as a function of the step, with ``x0`` and ``x1`` ``[batch_size, ...]`` and ``t`` ``[batch_size]``.
+    """
     rows = np.arange(batch_size) % len(data.train.x)
     x = np.asarray(data.train.x[rows])
     cond = jax.tree.map(lambda a: np.asarray(a)[rows], conditions(common, data))
@@ -257,10 +310,18 @@ def marginal_batch(common: Common, data: Dataset, batch_size: int, t: float = 0.
 
 
 def start_of(plan: loop.Plan, settings: Settings, field: str) -> Params | None:
-    """Return the averaged parameters of the run that ``init`` or ``teacher`` names, or ``None``.
+    """Return the averaged parameters of the run folder that the field ``init`` or ``teacher`` names.
+
+    Args:
+        plan: the training that takes the parameters.
+        settings: the config.
+        field: ``"init"`` or ``"teacher"``.
+
+    Returns:
+        The parameters; ``None`` where the field is empty.
 
     Raises:
-        ValueError: a network of another kind (a velocity for a prediction) or of other shapes.
+        ValueError: the network there predicts something else (noise, not a velocity) or has other shapes.
     """
     place = getattr(settings.common, field)
     if not place:
@@ -272,19 +333,27 @@ def start_of(plan: loop.Plan, settings: Settings, field: str) -> Params | None:
         wrong = f"networks of {' and '.join(sorted(kinds))} predict different things"
         raise refusal(field, place, wrong, "sampling.as_flow converts a prediction to a flow, in Python")
     if field == "teacher" and plan.method.frozen:
-        return loop.merge_parameters(plan, {BASE: average(folder)}, f"{field}={str(place)!r}")
+        _, base, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
+        return loop.merge_parameters(plan, {BASE: base}, f"{field}={str(place)!r}")
     return loop.load_average(plan, folder, field)
 
 
 def _method_of(folder: Path, settings: Settings) -> str:
-    """The name of the method that trained a folder's network; of a converted one that of these settings."""
+    """Return the name of the method that trained a folder's network; for a converted network, of these settings."""
     config = next((f / workdir.CONFIG for f in (folder, folder.parent) if (f / workdir.CONFIG).exists()), None)
     spec = files.read_json(config).get("method") if config else None
     return specs.name_of(spec if spec else settings.flow.method)
 
 
 def flow_fields(settings: Settings) -> dict[str, Any]:
-    """Return the config fields that the flow's numbers depend on, by dotted name."""
+    """Return the config fields that the training of the flow depends on.
+
+    Args:
+        settings: the config.
+
+    Returns:
+        Plain values by dotted name.
+    """
     top = {name: value for name, value in settings.config.items() if name not in (*FREE, *SAMPLING, *SECTIONS)}
     fields = workdir.flat(workdir.plain(top))
     if fields.get("data.verify"):
@@ -293,14 +362,17 @@ def flow_fields(settings: Settings) -> dict[str, Any]:
 
 
 def stage_fields(settings: Settings, name: str) -> dict[str, Any]:
-    """Return the config fields that the numbers of a stage depend on, beside the stages that it needs."""
+    """Return the config fields that a stage depends on, in addition to the results of the stages that it needs.
+
+    Args:
+        settings: the config.
+        name: the stage, which is also the dotted name of its section.
+
+    Returns:
+        Plain values by dotted name.
+    """
     part: Any = settings.config
     for key in name.split("."):
         part = part[key]
     shared = {key: settings.config[key] for key in ("seed", "flip", "path", "conditional")}
     return workdir.flat(workdir.plain({name: part})) | workdir.plain(shared)
-
-
-def average(folder: Path) -> Params:
-    """Return the averaged parameters of the newest good checkpoint of a stage's folder."""
-    return checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)[1]

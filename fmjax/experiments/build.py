@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmjax import couplings, paths, transport
-from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, check_hints, nearest
+from fmjax import couplings, paths, sampling, transport
+from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, check_hints, nearest, refusal
 from fmjax.data import Dataset, Rows
-from fmjax.experiments import specs
-from fmjax.experiments.specs import Spec, refusal
+from fmjax.experiments import places, specs
+from fmjax.experiments.specs import Spec
 from fmjax.metrics import Metric
 from fmjax.nets import adapters, preconditioning
-from fmjax.sampling import guidance
 from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Multistep, Net, VelocityFn
 
 SEMIDISCRETE = "semidiscrete"  # a coupling that is fitted to the data set
@@ -61,7 +60,18 @@ def net(spec: Spec, *, classes: int = 0, field: str = "net") -> adapters.Model:
 
 
 def path(spec: Spec, *, field: str = "path") -> paths.Path:
-    """Build an interpolant: ``"linear"``, ``{"name": "vp", "beta_max": 16.0}``."""
+    """Build an interpolant, such as ``"linear"`` or ``{"name": "vp", "beta_max": 16.0}``.
+
+    Args:
+        spec: an interpolant of ``fmjax.paths``, a place outside the package, or a ``Path``.
+        field: the config field, for messages.
+
+    Returns:
+        The interpolant.
+
+    Raises:
+        ValueError: an unknown name or option.
+    """
     return specs.build(specs.PATH, spec, field=field)
 
 
@@ -80,9 +90,9 @@ def method(
         spec: a method of ``fmjax.methods``, a place outside the package, or a ``Method``.
         net: the network.
         path: interpolant, for methods that take one.
-        mean: gives the mean of the training data, for methods that take it.
-        null: the null label where the network takes the guidance scale as an input; methods that guide themselves get
-            it, others a guided teacher.
+        mean: returns the mean of the training data, for methods that take the mean.
+        null: the null label where the network takes the guidance scale as an input; methods with
+            the option ``null`` get the label, all other methods get a guided teacher.
         field: the config field, for messages.
 
     Returns:
@@ -97,7 +107,7 @@ def method(
     if getattr(net, "logit", False) and typing.get_type_hints(factory).get("net") is not LogitNet:
         raise refusal(field, specs.label(factory), "needs a network of x's shape, not of logits", "Set net.logit=False")
     options = specs.options_of(factory)
-    teacher = None if null is None or "null" in options else guidance.guided_teacher(net, null=null)
+    teacher = None if null is None or "null" in options else sampling.guided_teacher(net, null=null)
     context = {"path": path, "null": null, "teacher": teacher, "mean": mean() if mean and "mean" in options else None}
     context = {name: value for name, value in context.items() if value is not None}
     if not specs.is_spec(spec):
@@ -106,16 +116,40 @@ def method(
 
 
 def data(spec: Spec, *, field: str = "data") -> Dataset:
-    """Build a data set: ``"digits"``, ``{"name": "arrays", "path": "x.npz"}``, or a ``Dataset``."""
-    found = specs.build(specs.DATA, spec, field=field)
-    found = found() if callable(found) and not isinstance(found, Dataset) else found
-    if not isinstance(found, Dataset):
-        raise refusal(field, spec, f"gives {type(found).__name__}, no data set", "Return fmjax.data.dataset(...)")
-    return found
+    """Build a data set, such as ``"digits"`` or ``{"name": "arrays", "path": "x.npz"}``.
+
+    Args:
+        spec: a data set of ``fmjax.data``, a place outside the package, or a ``Dataset``.
+        field: the config field, for messages.
+
+    Returns:
+        The data set.
+
+    Raises:
+        ValueError: an unknown name or option, or a factory that does not return a ``Dataset``.
+    """
+    data_set = specs.build(specs.DATA, spec, field=field)
+    data_set = data_set() if callable(data_set) and not isinstance(data_set, Dataset) else data_set
+    if not isinstance(data_set, Dataset):
+        raise refusal(field, spec, f"gives {type(data_set).__name__}, no data set", "Return fmjax.data.dataset(...)")
+    return data_set
 
 
 def metric(spec: Spec, data: Dataset, reference, *, field: str = "metrics") -> Metric:
-    """Build a distance of samples to ``reference`` (examples of ``data``): ``"sliced_w2_to"``, or a ``Metric``."""
+    """Build a distance from samples to reference examples, such as ``"sliced_w2_to"``.
+
+    Args:
+        spec: a metric of ``fmjax.metrics``, a place outside the package, or a ``Metric``.
+        data: the data set.
+        reference: the examples of ``data`` that samples are compared with.
+        field: the config field, for messages.
+
+    Returns:
+        The metric.
+
+    Raises:
+        ValueError: an unknown name or option.
+    """
     return specs.build(specs.METRIC, spec, data, reference, field=field)
 
 
@@ -128,13 +162,16 @@ def coupling(
         spec: a coupling of ``fmjax.couplings``, a place outside the package, or the object; ``"semidiscrete"`` is
             fitted here and takes the options of ``transport.fit_semidiscrete``.
         x: the training examples ``[n, ...]``.
-        y: their conditions.
+        y: conditions of the training examples.
         flip: whether training mirrors the images.
-        seed: of the fit.
+        seed: seed of the fit.
         field: the config field, for messages.
 
     Returns:
-        The coupling; ``None`` for the independent one, where the loss draws its source.
+        The coupling; ``None`` for the independent coupling, for which the loss draws the source.
+
+    Raises:
+        ValueError: an unknown name or option, or a semidiscrete coupling of streamed data.
     """
     if specs.is_spec(spec):
         name, options = specs.parse(spec, field=field)
@@ -142,7 +179,7 @@ def coupling(
             return None
         if name == SEMIDISCRETE:
             return _semidiscrete(options, x, y, flip, seed, field)
-        if isinstance(name, str) and not specs.is_outside(name):
+        if isinstance(name, str) and not places.is_outside(name):
             known = [*specs.offers(specs.COUPLING), SEMIDISCRETE]
             if name not in known:
                 there = ", ".join(sorted(known))
@@ -153,16 +190,19 @@ def coupling(
 def step(
     spec: Spec, *, path: paths.Path | None = None, score: VelocityFn | None = None, field: str = "solver"
 ) -> Callable[[VelocityFn], FlowMapFn | Multistep]:
-    """Build a solver step without its velocity: ``"rk4"``, ``{"name": "ddim", "eta": 1.0}``.
+    """Build a solver step without a velocity, such as ``"rk4"`` or ``{"name": "ddim", "eta": 1.0}``.
 
     Args:
         spec: a step of ``fmjax.sampling``, or a place outside the package.
         path: the flow's interpolant, for steps that take one.
-        score: along a path with a latent the score of the flow, for stochastic steps.
+        score: the score of the flow, for stochastic steps along a path with a latent.
         field: the config field, for messages.
 
     Returns:
-        ``make(velocity)``, which gives the step.
+        ``make(velocity)``, which returns the step.
+
+    Raises:
+        ValueError: an unknown name or option.
     """
     if not specs.is_spec(spec):
         return spec
@@ -186,7 +226,7 @@ def optimiser(
 ) -> optax.GradientTransformation:
     """Build Adam, or AdamW with ``weight_decay`` on leaves of two axes and more, after a clip of the gradient norm.
 
-    The rate of step ``n = 0 ..`` is ``learning_rate min(1, (n + 1) / warmup)``, for ``"cosine"`` times
+    The rate of step ``n = 0 ..`` is ``learning_rate min(1, (n + 1) / warmup)``, multiplied for ``"cosine"`` by
     ``(1 + cos(pi (n - warmup) / (steps - warmup))) / 2`` after the warm-up. The clip sees whole gradients, not one
     device's part.
 
@@ -227,7 +267,18 @@ def unfrozen(tx: optax.GradientTransformation, frozen: tuple[str, ...]) -> optax
 
 
 def learning_rate_at(n, *, peak: float, steps: int, warmup: int, schedule: str):
-    """Return the learning rate of step ``n`` (see ``optimiser``); ``n`` may be traced."""
+    """Return the learning rate of a step (see ``optimiser``).
+
+    Args:
+        n: number of the step, from 0; may be traced.
+        peak: the peak rate.
+        steps: steps of the training.
+        warmup: steps of the linear warm-up.
+        schedule: ``"constant"`` or ``"cosine"``.
+
+    Returns:
+        The rate, a scalar.
+    """
     ramp = jnp.minimum(1.0, (n + 1) / max(warmup, 1))
     if schedule == "constant":
         return peak * ramp

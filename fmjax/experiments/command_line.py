@@ -24,11 +24,11 @@ class Option(NamedTuple):
 
     Attributes:
         name: ``--name``.
-        type: of its value; ``bool`` for a switch without a value.
-        default: its value where it is not given.
-        help: one phrase.
-        choices: the values that it can have.
-        repeated: whether it may be given several times; its value is a list.
+        type: type of the value; ``bool`` for a switch without a value.
+        default: the value without the option.
+        help: one phrase for ``--help``.
+        choices: the allowed values; empty for any value.
+        repeated: whether the option may be repeated; the value is then a list.
     """
 
     name: str
@@ -49,52 +49,59 @@ def run(function: Callable[..., Any], doc: str, *options: Option, argv: Sequence
     """Run a command: ``function(settings, path, **options)``.
 
     The config is ``--config=FILE``, or without it the config of the run folder, with overrides
-    ``--config.field=value``. What goes wrong about the input or the disk ends the process with one line.
+    ``--config.field=value``. An error of the input or of the disk ends the process with one line.
 
     Args:
         function: takes the settings, the run folder, and the options by keyword.
-        doc: help text; the first line says what the command does.
-        *options: what the command takes beside ``--config`` and ``--workdir``.
-        argv: arguments; by default those of the process.
+        doc: help text; the first line is a summary of the command.
+        *options: options of the command in addition to ``--config`` and ``--workdir``.
+        argv: command-line arguments; by default the arguments of the process.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    values, overrides = parse(doc, [WORKDIR, *options, TRUST, PRINT, DEBUG], argv)
+    values, overrides = _parse(doc, [WORKDIR, *options, TRUST, PRINT, DEBUG], argv)
     take = {name: values.pop(name) for name in ("workdir", "trust", "print_config", "debug")}
     try:
         if take["workdir"] is None:
             raise ValueError("workdir: not given. Give --workdir=FOLDER, the folder of the run.")
         path = workdir.local(take["workdir"])
-        read = settings.read(read_config(overrides, path, trust=take["trust"]))
+        read = settings.read(_read_config(overrides, path, trust=take["trust"]))
         if take["print_config"]:
             print(json.dumps(workdir.plain(read.config), indent=1, sort_keys=True))
             return
         sharding.start()
-        quiet()
+        _quiet()
         function(read, path, **values)
     except (ValueError, RuntimeError, OSError) as error:
         if take["debug"]:
             raise
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {_one_line(error)}")
 
 
 def run_plain(function: Callable[..., Any], doc: str, *options: Option, argv: Sequence[str] | None = None) -> None:
-    """Run a command that takes no config: ``function(**options)``."""
-    values, rest = parse(doc, [*options, DEBUG], list(sys.argv[1:] if argv is None else argv))
+    """Run a command that takes no config: ``function(**options)``.
+
+    Args:
+        function: takes the options by keyword.
+        doc: help text; the first line is a summary of the command.
+        *options: options of the command.
+        argv: command-line arguments; by default the arguments of the process.
+    """
+    values, rest = _parse(doc, [*options, DEBUG], list(sys.argv[1:] if argv is None else argv))
     debug = values.pop("debug")
     if rest:
         known = [option.name for option in options]
         sys.exit(f"error: {rest[0]}: no such option{checks.nearest(rest[0].lstrip('-'), known)}.")
     try:
-        quiet()
+        _quiet()
         function(**values)
     except (ValueError, RuntimeError, OSError) as error:
         if debug:
             raise
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {_one_line(error)}")
 
 
-def parse(doc: str, options: Sequence[Option], argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Parse the options of a command; return their values and the arguments that are about the config."""
+def _parse(doc: str, options: Sequence[Option], argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of the options of a command, and the arguments that are about the config."""
     raw, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s [--config=FILE] [--config.FIELD=VALUE] ..."
     parser = _Parser(description=doc, epilog=_config_help(), allow_abbrev=False, formatter_class=raw, usage=usage)
     parser.known = [option.name for option in options]
@@ -108,20 +115,20 @@ def parse(doc: str, options: Sequence[Option], argv: list[str]) -> tuple[dict[st
                 action="append" if o.repeated else "store", metavar=o.name.upper(),
             )  # fmt: skip
     values, rest = parser.parse_known_args(argv)
-    strange = [a for a in rest if not re.match(r"--config(=|\.|$)", a)]
-    if strange and not (rest and rest[0] == "--config"):
+    unknown = [a for a in rest if not re.match(r"--config(=|\.|$)", a)]
+    if unknown and not (rest and rest[0] == "--config"):
         parser.error(
-            f"{strange[0]}: no such option{checks.nearest(strange[0].lstrip('-').split('=')[0], parser.known)}."
+            f"{unknown[0]}: no such option{checks.nearest(unknown[0].lstrip('-').split('=')[0], parser.known)}."
         )
     return vars(values), rest
 
 
-def read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -> Any:
+def _read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -> Any:
     """Return the config of a command line as a ``ConfigDict``.
 
     Args:
         arguments: ``--config=FILE`` and overrides ``--config.field=value``.
-        path: the run folder, whose config is taken where no file is given.
+        path: the run folder, whose config is read where ``arguments`` has no file.
         trust: accept code outside the package that the run folder names.
 
     Raises:
@@ -133,7 +140,7 @@ def read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) ->
     find_configs()
     holder, stored = flags.FlagValues(), None
     if not any(re.match(r"--config(=|$)", a) for a in arguments):
-        stored = as_config(workdir.read_config(path, trust=trust))
+        stored = _as_config(workdir.read_config(path, trust=trust))
     former, sys.argv = sys.argv, ["fmjax", *arguments]  # ml_collections reads the overrides from there
     try:
         if stored is None:
@@ -145,7 +152,7 @@ def read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) ->
         getattr(config, "items", None)  # ml_collections keeps a file's failure until the config is used
         return config
     except (flags.Error, OSError, AttributeError, KeyError, TypeError) as error:
-        line = explain(error, stored if stored is not None else holder["config"].value)
+        line = _explain(error, stored if stored is not None else holder["config"].value)
         if isinstance(error, (flags.Error, OSError)) or line.startswith(NO_FIELD):
             raise ValueError(line) from error
         raise  # the config file itself failed: its traceback says where
@@ -153,21 +160,21 @@ def read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) ->
         sys.argv = former
 
 
-def as_config(tree: Any) -> Any:
-    """Return plain values as a ``ConfigDict`` with fields that flags can override: lists are tuples."""
+def _as_config(tree: Any) -> Any:
+    """Return plain values as a ``ConfigDict`` with fields that flags can override; lists become tuples."""
     from ml_collections import ConfigDict, config_dict
 
     config = ConfigDict()
     for name, value in tree.items():
         if isinstance(value, dict):
-            config[name] = as_config(value)
+            config[name] = _as_config(value)
         else:
             config[name] = config_dict.placeholder(str) if value is None else _tuples(value)
     return config
 
 
 def find_configs() -> None:
-    """Make ``import configs`` work for config files, wherever the command is started: in a checkout or installed."""
+    """Make ``import configs`` work for config files in a checkout and in an installed package."""
     if "configs" in sys.modules or importlib.util.find_spec("configs") is not None:
         return
     package = Path(__file__).parents[1]
@@ -179,33 +186,33 @@ def find_configs() -> None:
             return
 
 
-def explain(error: Exception, config: Any = None) -> str:
-    """Return one line for what absl or ml_collections raise on a bad flag; a misspelt field comes with the nearest."""
+def _explain(error: Exception, config: Any = None) -> str:
+    """Return an error of absl or ml_collections about a bad flag as one line, with the nearest field."""
     flag, text = getattr(error, "flagname", ""), str(error)
     if flag.startswith("config."):
-        fields = list(field_names(config or {}))
+        fields = list(_field_names(config or {}))
         return f"{NO_FIELD} {flag.removeprefix('config.')!r}{checks.nearest(flag.removeprefix('config.'), fields)}"
     quoted = re.fullmatch(r"[\"'\\]*(\w+)[\"'\\]*(?:(?:\\n|\s)*Did you mean \"(\w+)\".*)?", text, re.DOTALL)
     if quoted and isinstance(error, (AttributeError, KeyError)):
         return f"{NO_FIELD} {quoted[1]!r}" + (f"; did you mean {quoted[2]!r}?" if quoted[2] else "")
-    lost = re.search(r"No such file or directory: '(.*?)'", text)
-    return f"config={lost[1]!r}: no such file. Give a file of configs/." if lost else one_line(text)
+    missing = re.search(r"No such file or directory: '(.*?)'", text)
+    return f"config={missing[1]!r}: no such file. Give a file of configs/." if missing else _one_line(text)
 
 
-def one_line(error: Any) -> str:
+def _one_line(error: Any) -> str:
     """Return a message on one line."""
     return " ".join(str(error).split())
 
 
-def field_names(config: Any, prefix: str = "") -> Iterator[str]:
+def _field_names(config: Any, prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of a config's fields."""
     for name, value in config.items():
         yield prefix + name
         if hasattr(value, "items"):
-            yield from field_names(value, f"{prefix}{name}.")
+            yield from _field_names(value, f"{prefix}{name}.")
 
 
-def quiet() -> None:
+def _quiet() -> None:
     """Let libraries log warnings only."""
     from absl import logging
 
@@ -213,12 +220,12 @@ def quiet() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Ends the process with one line for a bad option."""
+    """A parser that ends the process with one line for a bad option."""
 
     known: list[str] = []
 
     def error(self, message: str):
-        sys.exit(f"error: {one_line(message)}")
+        sys.exit(f"error: {_one_line(message)}")
 
 
 def _tuples(value: Any) -> Any:
@@ -226,7 +233,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _config_help() -> str:
-    """The fields of a config with their comments, from ``configs/base.py``."""
+    """Return the fields of a config with their comments, from ``configs/base.py``."""
     find_configs()
     spec = importlib.util.find_spec("configs.base")
     if spec is None or spec.origin is None:

@@ -10,25 +10,25 @@ import jax
 import numpy as np
 
 from fmjax import metrics
+from fmjax.checks import refusal
 from fmjax.data import Dataset, Examples
 from fmjax.experiments import build, drawing, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.report import Row, Verdict
-from fmjax.experiments.samplers import FLOW_MAP, Sampler
+from fmjax.experiments.samplers import FLOW_MAP, NOISE, Sampler
 from fmjax.experiments.settings import Common, Settings
-from fmjax.experiments.specs import refusal
 from fmjax.metrics import Metric, mean_se
 from fmjax.training import logs
 from fmjax.types import Cond
 
 SHOWN = 36  # examples in a grid of samples
 NOTES = [
-    "NFE counts network evaluations a sample. All samplers of a run start from the same noise.",
-    "A distance means something beside its floor: the distance of as many training examples to the same test data.",
+    "NFE: network evaluations per sample. All samplers of a run start from the same noise.",
+    "Compare each distance with its floor: the distance of as many training examples to the same test data.",
 ]
 SMALL = (
-    "FD-small is a Frechet distance in 32 features of a small classifier trained here on the training images. It is "
-    "not FID and compares with nothing but itself at the same sample count."
+    "FD-small is a Frechet distance in 32 features of a small classifier that is trained on the training images. It is "
+    "not FID; compare it only with FD-small at the same number of samples."
 )
 
 
@@ -37,7 +37,13 @@ def read_samplers(settings: Settings, *, flow_map: bool) -> list[Sampler]:
 
     Args:
         settings: the config.
-        flow_map: whether a flow map is there; without one its samplers are refused.
+        flow_map: whether a flow map is available; samplers with a flow map are refused without one.
+
+    Returns:
+        The plain samplers, then the corrected samplers and their controls.
+
+    Raises:
+        ValueError: no sampler, or a sampler that cannot be drawn.
     """
     plain = samplers.plain_samplers(settings.samplers)
     if not flow_map and any(s.solver == FLOW_MAP for s in plain):
@@ -48,16 +54,27 @@ def read_samplers(settings: Settings, *, flow_map: bool) -> list[Sampler]:
 
 
 def draws_of(settings: Settings, data: Dataset) -> Draws:
-    """Return how many samples a config draws; checks that each run has as many training examples to compare with."""
+    """Return how many samples a config draws, after a check that there are as many training examples to compare with.
+
+    Args:
+        settings: the config.
+        data: its data set.
+
+    Returns:
+        Number of runs and samples, seed, and conditions.
+
+    Raises:
+        ValueError: more samples than training examples.
+    """
     s = settings.sampling
     if s.samples > data.train.count:
         wrong = f"each run is compared with as many training examples, and there are {data.train.count}"
         raise refusal("sampling.samples", s.samples, wrong, "Give fewer")
-    return Draws(s.seeds, s.samples, settings.common.seed, sample_conditions(settings.common, data, s.samples))
+    return Draws(s.seeds, s.samples, settings.common.seed, _sample_conditions(settings.common, data, s.samples))
 
 
-def sample_conditions(common: Common, data: Dataset, count: int) -> Cond:
-    """Return the conditions of ``count`` samples: labels one after the other, other conditions those of test data."""
+def _sample_conditions(common: Common, data: Dataset, count: int) -> Cond:
+    """Return the conditions of ``count`` samples: labels one after the other, or the conditions of test examples."""
     if not common.conditional:
         return None
     if data.classes:
@@ -66,19 +83,36 @@ def sample_conditions(common: Common, data: Dataset, count: int) -> Cond:
 
 
 def distances(settings: Settings, data: Dataset, reference: Examples) -> list[Metric]:
-    """Return the distances of a config to some examples; by default those that suit the kind of data.
+    """Return the distances of a config to reference examples; by default the distances that suit the kind of data.
 
     Args:
         settings: the config.
-        data: the data set.
-        reference: the examples compared with: validation to choose, test to report.
+        data: its data set.
+        reference: the reference examples: validation examples to choose, test examples to report.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        ValueError: an unknown metric or option.
     """
     names = settings.metrics or metrics.defaults(data.kind, data.classes)
     return [build.metric(spec, data, reference, field="metrics") for spec in names]
 
 
 def draw_all(names: Sequence[Sampler], models: Models, draws: Draws, *, directory, identity: str):
-    """Draw the samples of all samplers, ``{name: [seeds, samples, ...]}``, under a progress bar."""
+    """Draw the samples of all samplers under a progress bar.
+
+    Args:
+        names: the samplers.
+        models: the networks.
+        draws: how many samples, and from which keys.
+        directory: folder of the stored samples.
+        identity: digest of the parameters.
+
+    Returns:
+        Samples ``[seeds, samples, ...]`` by name of the sampler.
+    """
     drawn = {}
     with logs.bar("samples", len(names), unit="sampler") as progress:
         for sampler in names:
@@ -88,7 +122,15 @@ def draw_all(names: Sequence[Sampler], models: Models, draws: Draws, *, director
 
 
 def training_runs(data: Dataset, draws: Draws) -> np.ndarray:
-    """Return training examples ``[seeds, samples, ...]``, for each run drawn without replacement: the floor."""
+    """Return training examples in place of samples, for the floor of a distance.
+
+    Args:
+        data: the data set.
+        draws: how many runs and samples.
+
+    Returns:
+        Examples ``[seeds, samples, ...]``, in each run drawn without replacement.
+    """
     rng = np.random.default_rng(draws.seed)
     rows = [np.sort(rng.permutation(data.train.count)[: draws.samples]) for _ in range(draws.seeds)]
     return np.stack([np.asarray(data.train.x[r]) for r in rows])
@@ -105,18 +147,21 @@ def compare(
 
     Args:
         names: the samplers.
-        drawn: their samples ``[seeds, samples, ...]`` by name.
-        costs: their costs by name.
+        drawn: samples ``[seeds, samples, ...]`` by name of the sampler.
+        costs: costs by name of the sampler.
         distances: the metrics.
         floor: training examples ``[seeds, samples, ...]``.
 
     Returns:
-        A row for each sampler and for the training data (mean and standard error over runs), and a judgement of each
+        A row for each sampler and for the training data (mean and standard error over runs), and a verdict on each
         correction by each metric.
     """
     each = {name: measure(x, distances) for name, x in drawn.items()}
     summary = lambda values: {m: mean_se(v) for m, v in values.items()}
-    rows = [Row(s.name, s.family, costs[s.name].nfe, costs[s.name].corrections, summary(each[s.name])) for s in names]
+    rows = [
+        Row(s.name, s.family, costs[s.name].nfe, costs[s.name].corrections, summary(each[s.name]), s.by == NOISE)
+        for s in names
+    ]
     rows.append(Row("training data", report.REFERENCE, 0, 0, summary(measure(floor, distances))))
     verdicts = [
         report.verdict(s.name, s.baseline, m.name, each[s.name][m.name], each[s.baseline][m.name])
@@ -128,36 +173,75 @@ def compare(
 
 
 def measure(x: np.ndarray, distances: Sequence[Metric]) -> dict[str, list[float]]:
-    """Return every distance of every run ``x[i]``; infinite where samples are not finite."""
+    """Return every distance of every run.
+
+    Args:
+        x: samples ``[runs, samples, ...]``.
+        distances: the metrics.
+
+    Returns:
+        One value per run by name of the metric; infinite where samples are not finite.
+    """
     finite = np.isfinite(x).reshape(len(x), -1).all(1)
     return {m.name: [m.distance(a) if ok else float("inf") for a, ok in zip(x, finite, strict=True)] for m in distances}
 
 
 def best_lines(rows: Sequence[Row]) -> list[str]:
-    """Return a sentence a distance: the sampler with the least, its cost, and the floor."""
+    """Return one sentence per metric: the best sampler, its cost, and the floor.
+
+    Args:
+        rows: the table of a comparison.
+
+    Returns:
+        The sentences.
+    """
     floor, sentences = next(row for row in rows if row.family == report.REFERENCE), []
     for metric, limit in floor.distances.items():
         least = report.best_row(rows, metric)
         if least:
-            words = f"{least.name} (NFE {least.nfe})"
-            value = report.plus_minus(*least.distances[metric])
-            sentences.append(f"Best {metric} {value}: {words}; real data {report.plus_minus(*limit)}.")
+            control = ", control without corrector" if least.control else ""
+            value, real = report.plus_minus(*least.distances[metric]), report.plus_minus(*limit)
+            sentences.append(f"Best {metric} {value}: {least.name} (NFE {least.nfe}{control}); real data {real}.")
     return sentences
 
 
 def row_lines(rows: Sequence[Row]) -> list[str]:
-    """Return a line a sampler: its cost and its distances."""
+    """Return one line per sampler: its cost and its distances.
+
+    Args:
+        rows: the table of a comparison.
+
+    Returns:
+        The lines.
+    """
     words = lambda row: ", ".join(f"{m} {report.plus_minus(*d)}" for m, d in row.distances.items())
     return [f"{row.name} ({row.nfe} NFE): {words(row)}" for row in rows]
 
 
-def as_json(rows: Sequence[Row], verdicts: Sequence[Verdict] = ()) -> dict[str, Any]:
-    """Return rows and verdicts as plain values."""
+def as_record(rows: Sequence[Row], verdicts: Sequence[Verdict] = ()) -> dict[str, Any]:
+    """Return rows and verdicts as plain values.
+
+    Args:
+        rows: the table of a comparison.
+        verdicts: the verdicts on corrections.
+
+    Returns:
+        ``{"rows": [...], "verdicts": [...]}``.
+    """
     return {"rows": [r._asdict() for r in rows], "verdicts": [v._asdict() for v in verdicts]}
 
 
 def facts(settings: Settings, data: Dataset, distances: Sequence[Metric]) -> dict[str, str]:
-    """Return what a reader of a report may ask: data, samples, metrics, environment, config."""
+    """Return the facts of a report: data, samples, metrics, environment, config.
+
+    Args:
+        settings: the config.
+        data: its data set.
+        distances: the metrics.
+
+    Returns:
+        Text by name of the fact.
+    """
     s, d = settings.sampling, data
     return {
         "data": f"{d.name}: {d.train.count} training, {d.validation.count} validation, {d.test.count} test examples",
@@ -169,10 +253,25 @@ def facts(settings: Settings, data: Dataset, distances: Sequence[Metric]) -> dic
 
 
 def notes(distances: Sequence[Metric]) -> list[str]:
-    """Return the remarks at the end of a report."""
+    """Return the remarks at the end of a report.
+
+    Args:
+        distances: the metrics, some of which need a remark.
+
+    Returns:
+        The sentences.
+    """
     return [*NOTES, *([SMALL] if any(m.name == "FD-small" for m in distances) else [])]
 
 
 def grids(data: Dataset, drawn: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the samples that a report shows, each of the same noise, beside test examples."""
+    """Return the examples that a report shows: test examples, then samples that all start from the same noise.
+
+    Args:
+        data: the data set.
+        drawn: samples ``[seeds, samples, ...]`` by name of the sampler.
+
+    Returns:
+        Examples ``[n, ...]`` by caption.
+    """
     return {"test data": np.asarray(data.test.x[:SHOWN])} | {name: x[0, :SHOWN] for name, x in drawn.items()}

@@ -1,4 +1,4 @@
-"""Files of others' weights become run folders, to start from, to learn from or to sample; and back."""
+"""Convert weight files of other libraries into run folders, and the network of a run folder into a file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ import jax
 import numpy as np
 
 from fmjax import checks
+from fmjax.checks import refusal
 from fmjax.convert import edm, torchcfm, weights
 from fmjax.experiments import build, command_line, specs, workdir
-from fmjax.experiments.specs import refusal
 from fmjax.storage import checkpoint, files
 from fmjax.types import Params
 
-PARTS = ("ema_model", "ema", "net_model", "net", "model", "state_dict")  # where checkpoints have theirs, best first
+PARTS = (
+    "ema_model",
+    "ema",
+    "net_model",
+    "net",
+    "model",
+    "state_dict",
+)  # entries of a checkpoint that may be the state dict, preferred first
 KINDS = ("torchcfm", "edm", "safetensors")
 RECORD = "converted.json"
 
@@ -39,9 +46,9 @@ def main(
         workdir: the run folder.
         source: the file to convert.
         to: the file to write.
-        kind: what the file must be.
+        kind: the kind of file; refused if the file is of another kind.
         part: the entry of a checkpoint that is the state dict.
-        shape: shape of one example, ``"32,32,3"``, for samples from the folder alone.
+        shape: shape of one example, ``"32,32,3"``, so that samples can be drawn from the folder alone.
         options: options of the converter, as JSON.
     """
     if workdir is None or (source is None) == (to is None):
@@ -55,12 +62,12 @@ def main(
         raise ValueError(
             f"options={options!r}, shape={shape!r}: cannot be read ({error}). Give JSON and 32,32,3."
         ) from error
-    record = convert(source, workdir, kind=kind, part=part, options=chosen, shape=sizes)
+    record = convert_file(source, workdir, kind=kind, part=part, options=chosen, shape=sizes)
     print(f"{record['parameters']:,} parameters of kind {record['kind']} (part {record['part']}) in {workdir}")
     print(f"its config has net={record['net']}, conditional={bool(record['classes'])}, path='linear'")
 
 
-def convert(
+def convert_file(
     source: str | Path,
     path: str | Path,
     *,
@@ -74,17 +81,17 @@ def convert(
     Args:
         source: file of PyTorch weights or an EDM snapshot (see ``fmjax.convert``), or ``.safetensors`` of ``export``.
         path: the run folder; it must have no checkpoints.
-        kind: ``"torchcfm"``, ``"edm"`` or ``"safetensors"``; by default found from the names of the arrays.
+        kind: ``"torchcfm"``, ``"edm"`` or ``"safetensors"``; by default recognised by the names of the arrays.
         part: the entry of a checkpoint that is the state dict; by default the first of ``PARTS`` that the file has.
-        options: options of ``torchcfm.unet`` or ``edm.network``.
+        options: options of ``torchcfm.unet`` or ``edm.network_parameters``.
         shape: shape of one example, so that samples can be drawn from the folder alone.
 
     Returns:
-        What was found, also in ``converted.json``: ``net`` and ``classes`` (``None`` where the file has none),
+        A record of the file, also in ``converted.json``: ``net`` and ``classes`` (``None`` where the file has none),
         ``kind``, ``part``, ``source``, ``shape`` and the number of ``parameters``.
 
     Raises:
-        ValueError: a file that is not of its kind.
+        ValueError: a file that is not of the kind, or an option that cannot work.
         CheckpointError: ``path`` has checkpoints.
     """
     source, path = Path(source).expanduser(), workdir.local(path)
@@ -92,20 +99,20 @@ def convert(
         raise refusal("kind", kind, f"no such kind{checks.nearest(kind, KINDS)}", f"There are {', '.join(KINDS)}")
     options, taken = dict(options or {}), None
     if source.suffix == ".pkl":
-        state, origin = edm.read(source)
-        found, options = "edm", {**origin, **options}
+        state, origin = edm.read_snapshot(source)
+        recognised, options = "edm", {**origin, **options}
     else:
-        state, taken = _state(weights.read(source), source, part)
-        found = _kind(state)
-    if kind not in (None, found):
-        raise refusal("kind", kind, f"the names in {source} are those of {found!r}", "Leave kind out")
-    params, net = _BY_KIND[found](state, source, options)
+        state, taken = _state(weights.read_weights(source), source, part)
+        recognised = _kind(state)
+    if kind not in (None, recognised):
+        raise refusal("kind", kind, f"the names in {source} are names of {recognised!r}", "Leave kind out")
+    params, net = _BY_KIND[recognised](state, source, options)
     classes = None if net is None else net.pop("classes", 0)
     if net is not None:
         build.net(net, classes=classes)  # refuses what cannot be built
     shape = None if shape is None else [int(n) for n in shape]
     record = {
-        "kind": found, "source": source.name, "part": taken, "net": net, "classes": classes, "shape": shape,
+        "kind": recognised, "source": source.name, "part": taken, "net": net, "classes": classes, "shape": shape,
         "parameters": _count(params),
     }  # fmt: skip
     folder = workdir.stage_folder(path, "flow")
@@ -115,12 +122,12 @@ def convert(
     workdir.begin_stage(path, "flow", {}, data)
     files.write_json(path / RECORD, record)
     if net is not None:
-        files.write_json(path / workdir.CONFIG, workdir.plain(run_config(net, bool(classes))))
+        files.write_json(path / workdir.CONFIG, workdir.plain(_run_config(net, bool(classes))))
     return record
 
 
-def run_config(net: Mapping[str, Any], labelled: bool) -> Mapping[str, Any]:
-    """Return the config of a converted network: the base config with that network; its data are to be set."""
+def _run_config(net: Mapping[str, Any], labelled: bool) -> Mapping[str, Any]:
+    """Return the base config with a converted network; ``data`` is left for the user to set."""
     command_line.find_configs()
     c = importlib.import_module("configs.base").get_config()
     with c.unlocked(), c.ignore_type():
@@ -132,15 +139,15 @@ def run_config(net: Mapping[str, Any], labelled: bool) -> Mapping[str, Any]:
 def export(path: str | Path, file: str | Path) -> int:
     """Write the averaged parameters of a run as ``.safetensors``.
 
-    Names are those of the tree, joined by ``/``; the network's options and classes are stored beside them, so that
-    ``convert`` reads all of it.
+    Names of arrays are the paths in the parameter tree, joined by ``/``. The options and the classes of the network are
+    stored as metadata, so that ``convert_file`` rebuilds the network.
 
     Args:
         path: run folder, or the folder of a stage.
         file: the file to write.
 
     Returns:
-        How many numbers were written.
+        Number of parameters written.
 
     Raises:
         ValueError: another ending of the file.
@@ -161,12 +168,12 @@ def export(path: str | Path, file: str | Path) -> int:
     return _count(params)
 
 
-def _state(found: Any, source: Path, part: str | None) -> tuple[dict[str, np.ndarray], str | None]:
-    """The state dict of a checkpoint, all of it or an entry, and the name of the entry."""
+def _state(content: Any, source: Path, part: str | None) -> tuple[dict[str, np.ndarray], str | None]:
+    """Return the state dict of a checkpoint, and the name of the entry that holds it (``None``: the whole file)."""
     arrays = lambda value: isinstance(value, dict) and any(isinstance(a, np.ndarray) for a in value.values())
-    if part is None and arrays(found):
-        return found, None
-    entries = found if isinstance(found, dict) else {}
+    if part is None and arrays(content):
+        return content, None
+    entries = content if isinstance(content, dict) else {}
     offered = [name for name in entries if arrays(entries[name])]
     chosen = [name for name in ((part,) if part else PARTS) if name in offered]
     if not chosen:
@@ -186,11 +193,11 @@ def _torchcfm(state, source: Path, options) -> tuple[Params, dict[str, Any]]:
 
 
 def _edm(state, source: Path, options) -> tuple[Params, dict[str, Any]]:
-    return specs.call(edm.network, options, state, field="options")
+    return specs.call(edm.network_parameters, options, state, field="options")
 
 
 def _own(state, source: Path, options) -> tuple[Params, dict[str, Any] | None]:
-    """Parameters and network of a file that ``export`` wrote."""
+    """Return the parameters and the network of a file that ``export`` wrote."""
     extra = weights.metadata(source) if source.suffix == ".safetensors" else {}
     if extra.get("format") != "fmjax":
         names = ", ".join(sorted(state)[:3])

@@ -1,7 +1,7 @@
-"""Draw samples of trained networks: one function for ``sample``, ``evaluate``, ``pipeline``, ``tune`` and ``reflow``.
+"""Draw samples of trained networks: one implementation for all commands and for the benchmarks.
 
-``program`` makes the jitted function of a ``Sampler``; ``draw`` runs it in chunks for every seed and keeps the samples,
-each file with its digest.
+``program`` returns the jitted function of a ``Sampler``; ``draw`` runs the function in chunks for every seed and stores
+the samples, with a digest for each file.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fmjax import correction, paths, sampling
+from fmjax.checks import refusal
 from fmjax.experiments import build, specs
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler, corrector_factory, time_grid
-from fmjax.experiments.specs import refusal
 from fmjax.keys import as_keys, fold_in
 from fmjax.sampling import grids
 from fmjax.storage import files
 from fmjax.types import Cond, FlowMapFn, Method, Multistep, Params
 
-CHUNK = 512  # examples drawn at a time; no sample depends on it
+CHUNK = 512  # examples per call of a program; no sample depends on this number
 
 
 class Models(NamedTuple):
-    """Trained networks, as samplers draw with them.
+    """The trained networks that samplers use.
 
     Attributes:
         methods: the methods by name: ``"flow"``, perhaps ``"flow_map"``, and the correctors.
@@ -50,12 +50,12 @@ class Models(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """How many samples are drawn, and from which keys.
+    """The number of samples and their keys.
 
     Attributes:
-        seeds: number of runs, which give the errors.
-        samples: samples a run.
-        seed: of the keys.
+        seeds: number of runs; standard errors are over runs.
+        samples: samples per run.
+        seed: seed of the keys.
         cond: conditions ``[samples, ...]``, the same in every run, or ``None``.
     """
 
@@ -65,8 +65,17 @@ class Draws(NamedTuple):
     cond: Cond = None
 
 
-def step_of(sampler: Sampler, models: Models, params: dict[str, Params]) -> FlowMapFn | Multistep:
-    """Return the solver step of a sampler, bound to parameters."""
+def solver_step(sampler: Sampler, models: Models, params: dict[str, Params]) -> FlowMapFn | Multistep:
+    """Return the solver step of a sampler, bound to parameters.
+
+    Args:
+        sampler: the sampler.
+        models: the networks.
+        params: parameters by name of the network, possibly traced.
+
+    Returns:
+        The step; for ``"flow_map"`` the learned jump.
+    """
     if sampler.solver == FLOW_MAP:
         return models.methods[FLOW_MAP].flow_map(params[FLOW_MAP])
     flow = models.methods[FLOW]
@@ -74,14 +83,14 @@ def step_of(sampler: Sampler, models: Models, params: dict[str, Params]) -> Flow
     return build.step(sampler.solver, path=models.path, score=score)(flow.velocity(params[FLOW]))
 
 
-def corrector_of(sampler: Sampler, models: Models, params: dict[str, Params], options=None):
-    """Return the corrector of a sampler, bound to parameters; ``None`` for a plain one.
+def _corrector(sampler: Sampler, models: Models, params: dict[str, Params], options=None):
+    """Return the corrector of a sampler, bound to parameters; ``None`` for a plain sampler.
 
     Args:
-        sampler: what is drawn.
+        sampler: the sampler.
         models: the networks.
-        params: their parameters.
-        options: in place of the sampler's own; values may be traced arrays, one a corrected step.
+        params: parameters by name of the network.
+        options: replace the options of the sampler; values may be traced arrays with one number per grid point.
     """
     if not sampler.at:
         return None
@@ -102,36 +111,44 @@ def corrector_of(sampler: Sampler, models: Models, params: dict[str, Params], op
     return correction.marginal_matching(direction, **options)
 
 
-def cost(sampler: Sampler, models: Models) -> sampling.Cost:
-    """Return the network evaluations and corrections of one sample."""
-    step, corrector = step_of(sampler, models, models.params), corrector_of(sampler, models, models.params)
+def sampler_cost(sampler: Sampler, models: Models) -> sampling.Cost:
+    """Return the network evaluations and corrections of one sample.
+
+    Args:
+        sampler: the sampler.
+        models: the networks.
+
+    Returns:
+        The cost.
+    """
+    step, corrector = solver_step(sampler, models, models.params), _corrector(sampler, models, models.params)
     return sampling.cost(step, sampler.steps, sampler.at, corrector=corrector, parallel=sampler.parallel)
 
 
 def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Callable[..., jax.Array]:
-    """Return ``draw(params, keys, cond=None, options=None)``, jitted, which draws one sample a key.
+    """Return ``draw(params, keys, cond=None, options=None)``, jitted, which draws one sample per key.
 
     Args:
-        sampler: what is drawn.
-        models: the networks; their parameters are an argument of the function.
+        sampler: the sampler.
+        models: the networks; parameters are an argument of the returned function.
         trajectory: return all states ``[steps + 1, B, ...]`` in place of the last.
 
     Returns:
         A function of parameters by name, keys ``[B]`` and conditions ``[B, ...]`` that returns samples ``[B, ...]``.
-        The noise depends on the keys alone, so that samplers compare example by example. ``options`` replaces the
-        corrector's: one program serves a search of strengths.
+        The noise depends on the keys alone, so that samplers can be compared example by example. ``options`` replaces
+        the options of the corrector, so that a search over strengths compiles one program.
     """
     ts = time_grid(sampler.grid, sampler.steps, models.path)
 
     @jax.jit
     def draw(params: dict[str, Params], keys, cond=None, options=None):
         return sampling.sample(
-            step_of(sampler, models, params),
-            source(models.path, keys, models.shape, ts[0]),
+            solver_step(sampler, models, params),
+            _source(models.path, keys, models.shape, ts[0]),
             ts,
             key=fold_in(keys, 1),
             cond=cond,
-            corrector=corrector_of(sampler, models, params, options),
+            corrector=_corrector(sampler, models, params, options),
             at=sampler.at,
             parallel=sampler.parallel,
             trajectory=trajectory,
@@ -140,22 +157,30 @@ def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Ca
     return draw
 
 
-def source(path: paths.Path, keys, shape: tuple[int, ...], t: float = 0.0) -> jax.Array:
-    """Return states ``[B, ...]`` at the time ``t`` where sampling starts: ``alpha_t`` times standard normal noise."""
+def _source(path: paths.Path, keys, shape: tuple[int, ...], t: float = 0.0) -> jax.Array:
+    """Return states ``[B, ...]`` at the start ``t`` of sampling: ``alpha_t`` times standard normal noise."""
     return sampling.source_sample(path, fold_in(keys, 0), (len(keys), *shape), start=float(t))
 
 
 def source_scale(path: paths.Path, t: float = 0.0) -> float:
-    """Return ``alpha_t``, the scale of the source in the interpolant at the time ``t``."""
+    """Return ``alpha_t``, the scale of the source in the interpolant.
+
+    Args:
+        path: the interpolant.
+        t: a time.
+
+    Returns:
+        The scale.
+    """
     with jax.ensure_compile_time_eval():
         return float(paths.one_sided(path).coefficients(np.float32(t))[0])
 
 
-def check(sampler: Sampler, models: Models, *, cond: Cond = None) -> None:
-    """Trace a sampler on shapes alone: what it would refuse while drawing, it refuses now.
+def check_sampler(sampler: Sampler, models: Models, *, cond: Cond = None) -> None:
+    """Trace a sampler on shapes alone, so that a sampler that cannot work is refused before anything is drawn.
 
     Args:
-        sampler: what would be drawn.
+        sampler: the sampler.
         models: the networks; ``params`` may hold shapes (``jax.eval_shape``) in place of arrays.
         cond: conditions ``[n, ...]``.
 
@@ -173,20 +198,20 @@ def check(sampler: Sampler, models: Models, *, cond: Cond = None) -> None:
 
 
 def draw(sampler: Sampler, models: Models, draws: Draws, *, directory: Path, identity: str) -> np.ndarray:
-    """Draw the samples ``[seeds, samples, ...]`` of a sampler, or read those that ``directory`` holds.
+    """Draw the samples of a sampler, or read the samples that ``directory`` already holds.
 
-    One file a seed, verified by its digest and drawn again where it is damaged. Of several processes each draws its
-    part of the seeds; all read all.
+    One file per seed; a file with a wrong digest is drawn again. Each of several processes draws a part of the seeds,
+    and every process reads all files.
 
     Args:
-        sampler: what is drawn.
+        sampler: the sampler.
         models: the networks.
-        draws: how many, and from which keys.
-        directory: where samples are kept.
-        identity: names what the numbers depend on beside the sampler: the parameters' digests.
+        draws: how many samples, and from which keys.
+        directory: folder of the stored samples.
+        identity: digest of everything else that the samples depend on, such as the parameters.
 
     Returns:
-        The samples, float32.
+        Samples ``[seeds, samples, ...]``, float32.
     """
     cond = jax.tree.map(np.asarray, draws.cond)
     what = [sampler.fields(), draws.samples, draws.seed, identity, hash_arrays(cond)]
@@ -206,9 +231,9 @@ def in_chunks(function: Callable[..., Any], *rows: Any, size: int = CHUNK) -> An
     """Apply a function to rows ``[n, ...]`` in chunks and join the results on the host.
 
     Args:
-        function: takes the same rows of each argument.
+        function: takes a chunk of each argument; conditions and arrays have the same rows.
         *rows: pytrees of arrays ``[n, ...]``; ``None`` stays ``None``.
-        size: rows a chunk.
+        size: rows per chunk.
 
     Returns:
         A pytree of numpy arrays ``[n, ...]``.
@@ -221,23 +246,57 @@ def in_chunks(function: Callable[..., Any], *rows: Any, size: int = CHUNK) -> An
     return jax.tree.map(lambda *a: np.concatenate(a), *parts)
 
 
-def example_keys(seed: int, run: int, samples: int, purpose: int = 3):
-    """Return the keys ``[samples]`` of a run of samples, apart from the keys of training and of other purposes."""
+def sample_keys(seed: int, run: int, samples: int, purpose: int = 3):
+    """Return one key per sample of a run; the keys differ from the keys of training and of other purposes.
+
+    Args:
+        seed: the seed of the config.
+        run: index of the run.
+        samples: number of samples.
+        purpose: a number that separates uses of one seed (3: samples that are reported).
+
+    Returns:
+        Keys ``[samples]``.
+    """
     return as_keys(run_key(seed, run, purpose), samples)
 
 
 def run_key(seed: int, run: int, purpose: int = 3):
-    """Return the key of a run of samples."""
+    """Return the key of a run of samples.
+
+    Args:
+        seed: the seed of the config.
+        run: index of the run.
+        purpose: a number that separates uses of one seed.
+
+    Returns:
+        One key.
+    """
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), run)
 
 
 def first(cond: Cond, n: int) -> Cond:
-    """Return the first ``n`` conditions."""
+    """Return the first conditions.
+
+    Args:
+        cond: a pytree of arrays ``[B, ...]``, or ``None``.
+        n: number of conditions.
+
+    Returns:
+        Arrays ``[n, ...]``, or ``None``.
+    """
     return jax.tree.map(lambda a: a[:n], cond)
 
 
 def hash_arrays(tree: Any) -> str:
-    """Return a digest of the arrays of a tree; of an empty one the empty string."""
+    """Return the SHA-256 digest of the arrays of a tree.
+
+    Args:
+        tree: a pytree of arrays.
+
+    Returns:
+        Hexadecimal digits; an empty string for a tree without arrays.
+    """
     leaves = jax.tree.leaves(tree)
     data = hashlib.sha256()
     for leaf in leaves:
@@ -246,12 +305,12 @@ def hash_arrays(tree: Any) -> str:
 
 
 def _of_seed(run, models: Models, draws: Draws, i: int, cond: Cond) -> np.ndarray:
-    keys = example_keys(draws.seed, i, draws.samples)
+    keys = sample_keys(draws.seed, i, draws.samples)
     return in_chunks(lambda keys, cond: run(models.params, keys, cond), keys, cond)
 
 
 def _read(folder: Path, i: int) -> np.ndarray | None:
-    """The samples of a seed, or nothing where they are missing or damaged."""
+    """Return the samples of a seed; ``None`` where the file is missing or damaged."""
     path = folder / f"{i}.npy"
     if not path.exists():
         return None
@@ -263,12 +322,12 @@ def _read(folder: Path, i: int) -> np.ndarray | None:
 
 
 def _training_free(sampler: Sampler, models: Models, params, options: dict[str, Any]):
-    """A corrector that is made from the flow alone."""
+    """Return a training-free corrector, built from the flow alone."""
     factory = corrector_factory("corrections", sampler.by, [])
     velocity = models.methods[FLOW].velocity(params[FLOW])
     score = models.methods[FLOW].score
     sources = {
-        "step": lambda: step_of(sampler, models, params),
+        "step": lambda: solver_step(sampler, models, params),
         "velocity": lambda: velocity,
         "score": lambda: score(params[FLOW]) if score else correction.score_of(velocity, path=models.path),
         "direction": lambda: score(params[FLOW]) if score else correction.score_of(velocity, path=models.path),
@@ -281,6 +340,6 @@ def _training_free(sampler: Sampler, models: Models, params, options: dict[str, 
 
 
 def _log_density(velocity):
-    """The flow's own log-density at the end, by the change of variables."""
+    """Return the log-density of the flow at ``t = 1``, by the change of variables."""
     ts = np.linspace(1.0, 0.0, 2, dtype=np.float32)
     return lambda x, t, cond=None: sampling.log_density(velocity, x, ts, cond=cond).log_p

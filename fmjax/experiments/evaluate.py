@@ -7,16 +7,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from fmjax.checks import refusal
 from fmjax.data import in_memory
 from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, stages, workdir
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
-from fmjax.experiments.specs import refusal
 from fmjax.storage import files
 from fmjax.training import sharding
 
-TRAIN, HELD_OUT = 50_000, 10_000  # examples of data on disk that are compared with
+TRAIN, HELD_OUT = 50_000, 10_000  # examples of streamed data that samples are compared with
 SDE = ("euler_maruyama", "stochastic_heun")  # steps that need the score
 
 
@@ -25,10 +25,10 @@ def main(settings: Settings, path: Path) -> None:
     """Draw the samplers of a config with the newest networks of a run folder, compare them, and write a report.
 
     Writes ``evaluation.json`` (mean and standard error over runs of every distance), ``evaluation.html`` and the
-    samples into ``draws``; prints a line a sampler and which samplers are left out, since a network is not trained.
+    samples into ``draws``; prints one line per sampler, and the number of samplers whose networks are not trained.
 
     Args:
-        settings: the config; fields that no training depends on may differ from those of the run.
+        settings: the config; fields that no training depends on may differ from the fields of the run.
         path: the run folder of a flow, of a pipeline, or of a converted network.
 
     Raises:
@@ -37,71 +37,61 @@ def main(settings: Settings, path: Path) -> None:
     """
     data = build.data(settings.common.data)
     draws = comparison.draws_of(settings, data)
-    check_scores(settings)
+    _check_scores(settings)
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
-    models, identity, step = networks.load(settings, path)
-    names = drawable(comparison.read_samplers(settings, flow_map=True), models)
+    models, identity, step = networks.load_models(settings, path)
+    names = _drawable(comparison.read_samplers(settings, flow_map=True), models)
     for sampler in names:
-        drawing.check(sampler, models, cond=draws.cond)
+        drawing.check_sampler(sampler, models, cond=draws.cond)
     drawn = comparison.draw_all(
         names, models, draws, directory=path / "draws", identity=f"{identity} guidance {settings.common.guidance}"
     )
     if jax.process_index() == 0:
-        write(settings, path, in_memory_data(data, settings), drawn, names, models, step)
+        _write(settings, path, _in_memory_data(data, settings), drawn, names, models, step)
     sharding.barrier("evaluation")
 
 
-def write(settings: Settings, path: Path, data, drawn, names, models: Models, step: int) -> None:
-    """Compare the samples, write ``evaluation.json`` and ``evaluation.html``, and print the rows.
-
-    Args:
-        settings: the config.
-        path: the run folder.
-        data: the data set, in memory.
-        drawn: samples ``[seeds, samples, ...]`` by name.
-        names: the samplers.
-        models: the networks.
-        step: the flow's step.
-    """
+def _write(settings: Settings, path: Path, data, drawn, names, models: Models, step: int) -> None:
+    """Compare the samples, write ``evaluation.json`` and ``evaluation.html``, and print the rows."""
     draws = comparison.draws_of(settings, data)
     metrics = comparison.distances(settings, data, data.test)
-    costs = {sampler.name: drawing.cost(sampler, models) for sampler in names}
+    costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
     rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
     facts = {"step of the flow": str(step), "guidance": str(settings.common.guidance)}
     facts |= comparison.facts(settings, data, metrics)
-    record = comparison.as_json(rows, verdicts) | {"step": step, "environment": workdir.environment()}
+    record = comparison.as_record(rows, verdicts) | {"step": step, "environment": workdir.environment()}
     files.write_json(path / "evaluation.json", record)
     contents = report.Contents(
         title=f"fmjax: {data.name}", summary=comparison.best_lines(rows), rows=rows, verdicts=verdicts,
         grids=comparison.grids(data, drawn), trajectories={}, curves=stages.curves(path, [FLOW]), gaps={}, facts=facts,
         notes=comparison.notes(metrics),
     )  # fmt: skip
-    report.write(path / "evaluation.html", contents)
+    report.write_report(path / "evaluation.html", contents)
     for line in comparison.row_lines(rows):
         print(line)
     print(f"open {path / 'evaluation.html'}")
 
 
-def drawable(names: list[Sampler], models: Models) -> list[Sampler]:
-    """Return the samplers whose networks are there, with their baselines; print which are left out."""
-    there = {*models.methods, *models.params}
+def _drawable(names: list[Sampler], models: Models) -> list[Sampler]:
+    """Return the samplers whose networks are trained, with their baselines; print how many are left out."""
+    available = {*models.methods, *models.params}
 
     def possible(sampler: Sampler) -> bool:
         needs = ({FLOW_MAP} if sampler.solver == FLOW_MAP else set()) | (
             {DRIFT} if sampler.by == DRIFT else {sampler.by} if sampler.at and _is_network(sampler) else set()
         )
-        return needs <= there
+        return needs <= available
 
-    found = [s for s in names if possible(s)]
-    kept = {s.name for s in found}
-    found = [s for s in found if s.baseline in (None, *kept)]
-    if left := len(names) - len(found):
+    drawn = [s for s in names if possible(s)]
+    kept = {s.name for s in drawn}
+    drawn = [s for s in drawn if s.baseline in (None, *kept)]
+    if left := len(names) - len(drawn):
         print(f"{left} samplers of the config need networks that are not trained here; they are left out")
-    return found
+    return drawn
 
 
-def check_scores(settings: Settings) -> None:
-    """Refuse stochastic steps whose score is not in the velocity: under a coupling that is not the independent one."""
+def _check_scores(settings: Settings) -> None:
+    """Refuse stochastic steps under a coupling for which the velocity does not determine the score."""
     path = build.path(settings.common.path)
     independent = settings.flow.coupling == "independent"
     for sampler in samplers.plain_samplers(settings.samplers):
@@ -114,8 +104,8 @@ def check_scores(settings: Settings) -> None:
             )  # fmt: skip
 
 
-def in_memory_data(data, settings: Settings):
-    """Return data that are compared with, in memory: of data on disk a random part."""
+def _in_memory_data(data, settings: Settings):
+    """Return the data set in memory; of streamed data a random part."""
     if isinstance(data.train.x, np.ndarray):
         return data
     return in_memory(data, train=TRAIN, validation=HELD_OUT, test=HELD_OUT, seed=settings.common.seed)

@@ -1,4 +1,4 @@
-"""The marginal sets of a flow: forward from noise (p_n) and backward from data (q_n), on the grid of a solver."""
+"""Build the marginals of a flow: forward from noise (p_n) and backward from data (q_n), on the grid of a solver."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fmjax import correction
+from fmjax.checks import refusal
 from fmjax.correction import trajectories
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, drawing, samplers, workdir
 from fmjax.experiments.settings import Settings
-from fmjax.experiments.specs import refusal
 from fmjax.keys import normal
 from fmjax.storage import checkpoint
 from fmjax.training import logs, loop
@@ -26,16 +26,16 @@ from fmjax.types import Params
 
 DIRECTIONS = ("forward", "backward")
 BATCH = 512
-MEASURED = 256  # examples that the round trip and the straightness are measured on
+MEASURED = 256  # examples for the round-trip error and the straightness
 
 
 class Recipe(NamedTuple):
-    """How the marginals of a flow are built.
+    """The settings from which the marginals of a flow are built.
 
     Attributes:
-        view: parameters -> what the solver carries along: the velocity, or the flow map.
+        view: the velocity or the flow map as a function of the parameters.
         ts: time grid.
-        options: direction -> arguments of ``correction.build_marginals``.
+        options: arguments of ``correction.build_marginals`` by direction.
         fields: the config fields that the sets depend on, by dotted name.
         measured: training examples and their conditions, for the round trip.
     """
@@ -47,12 +47,12 @@ class Recipe(NamedTuple):
     measured: tuple[Any, Any]
 
     def check(self) -> None:
-        """Refuse a solver or a way back that cannot work."""
+        """Refuse a solver or a backward map that cannot work."""
         for direction, options in self.options.items():
             trajectories.check_options(direction, options["solver"], options.get("backward_map", "reverse"))
 
     def build(self, flow: Params, folder: Path, *, directions: Iterable[str] = DIRECTIONS, **stored: Any):
-        """Build the sets, or what is left of them, and return ``(forward, backward)``, or those of ``directions``."""
+        """Build what is missing of the marginals and return a set per direction, by default ``(forward, backward)``."""
         digest = checkpoint.digest(flow)
         for direction in directions:
             make = functools.partial(
@@ -66,7 +66,7 @@ class Recipe(NamedTuple):
         return tuple(correction.read_marginals(folder / direction, expect=expect) for direction in directions)
 
     def read(self, flow: Params, folder: Path):
-        """Return ``(forward, backward)`` where both are complete and of this flow, else ``None``."""
+        """Return ``(forward, backward)``; ``None`` where a set is incomplete or belongs to another flow."""
         if not all((folder / direction).is_dir() for direction in DIRECTIONS):
             return None
         expect = {"flow": checkpoint.digest(flow), "ts": self.ts}
@@ -75,22 +75,22 @@ class Recipe(NamedTuple):
         except FileNotFoundError:
             return None
 
-    def digest(self, found) -> str:
-        """Return a digest of two correction."""
-        return hashlib.sha256(repr([m.manifest for m in found]).encode()).hexdigest()
+    def digest(self, pair) -> str:
+        """Return the digest of ``(forward, backward)``."""
+        return hashlib.sha256(repr([m.manifest for m in pair]).encode()).hexdigest()
 
     def round_trip(self, flow: Params) -> float:
-        """Return the round-trip error of training examples: forward after backward, against the examples."""
+        """Return the round-trip error of training examples: backward, then forward, compared with the examples."""
         x, cond = self.measured
         way = {name: self.options["backward"][name] for name in ("solver", "backward_map")}
         return float(correction.round_trip(self.view, flow, jnp.asarray(x), self.ts, cond=cond, **way))
 
 
 def recipe(settings: Settings, plan: loop.Plan, data: Dataset) -> Recipe:
-    """Return how the marginals of a config's flow are built.
+    """Return the settings from which the marginals of a config's flow are built.
 
-    Backward from the training data, with ``flip`` also mirrored; forward from noise, with the conditions of training
-    examples where the flow is conditional.
+    Backward marginals start at the training data, with ``flip`` also at mirrored images; forward marginals start at
+    noise, with the conditions of training examples where the flow is conditional.
 
     Args:
         settings: the config.
@@ -101,43 +101,45 @@ def recipe(settings: Settings, plan: loop.Plan, data: Dataset) -> Recipe:
         The recipe.
 
     Raises:
-        ValueError: a solver that the flow has no view for.
+        ValueError: a solver for which the method of the flow has no view.
     """
-    how, common = settings.marginals, settings.common
-    view = "flow_map" if how.solver == samplers.FLOW_MAP else "velocity"
+    sets, common = settings.marginals, settings.common
+    view = "flow_map" if sets.solver == samplers.FLOW_MAP else "velocity"
     if getattr(plan.method, view) is None:
-        raise refusal("solver", how.solver, f"the flow's method has no {view.replace('_', ' ')}", "Take another solver")
+        raise refusal(
+            "solver", sets.solver, f"the flow's method has no {view.replace('_', ' ')}", "Take another solver"
+        )
     x, cond = data.train.x, assemble.conditions(common, data)
-    rows = np.arange(how.forward_examples) % len(x)
+    rows = np.arange(sets.forward_examples) % len(x)
     local = sum(d.process_index == jax.process_index() for d in plan.mesh.devices.flat)
-    shared = {"solver": how.solver, "mesh": plan.mesh, "batch": max(1, BATCH // local) * local}
+    shared = {"solver": sets.solver, "mesh": plan.mesh, "batch": max(1, BATCH // local) * local}
     take = lambda index: jax.tree.map(lambda a: np.asarray(a)[index], cond)
     forward = {
-        "direction": "forward", "count": how.forward_examples, "shape": x.shape[1:], "seed": common.seed,
+        "direction": "forward", "count": sets.forward_examples, "shape": x.shape[1:], "seed": common.seed,
         "cond": take(rows),
     }  # fmt: skip
     along = build.path(common.path)
     if (alpha := drawing.source_scale(along)) != 1:
-        forward["start"] = functools.partial(scaled_noise, alpha=alpha)
+        forward["start"] = functools.partial(_scaled_noise, alpha=alpha)
     both = lambda a: np.concatenate([a, a])
     backward = {
         "direction": "backward",
         "data": np.concatenate([x, x[:, :, ::-1]]) if common.flip else x,
         "cond": jax.tree.map(both, cond) if common.flip else cond,
-        "backward_map": how.backward_map,
+        "backward_map": sets.backward_map,
     }
-    named = {name: getattr(how, name) for name in ("solver", "solver_steps", "backward_map", "forward_examples")}
+    named = {name: getattr(sets, name) for name in ("solver", "solver_steps", "backward_map", "forward_examples")}
     fields = named | {"guidance": common.guidance, "seed": common.seed, "flip": common.flip}
     return Recipe(
         getattr(plan.method, view),
-        samplers.time_grid(None, how.solver_steps, along),
+        samplers.time_grid(None, sets.solver_steps, along),
         {"forward": forward | shared, "backward": backward | shared},
         fields,
         (x[:MEASURED], take(slice(MEASURED))),
     )
 
 
-def scaled_noise(keys, shape: tuple[int, ...], *, alpha: float):
+def _scaled_noise(keys, shape: tuple[int, ...], *, alpha: float):
     """Return ``alpha`` times standard normal noise ``[B, *shape]``: the source of a path with ``alpha_0 = alpha``."""
     return alpha * normal(keys, shape)
 
@@ -155,16 +157,16 @@ def main(
 ) -> None:
     """Build the marginals of the averaged flow in a run folder, and print cost, round-trip error and straightness.
 
-    Continues where a killed build stopped. Each of several processes builds its part.
+    A killed build continues where it stopped. Each of several processes builds a part.
 
     Args:
         settings: the config.
         path: the run folder.
         direction: ``"forward"``, ``"backward"`` or ``"both"``.
-        out: folder of the sets; by default ``path/marginals``.
+        out: folder of the marginals; by default ``path/marginals``.
         keep: indices of the grid to store; by default all.
-        dtype: of the stored numbers.
-        tol: tolerance of inverse steps.
+        dtype: dtype of the stored numbers.
+        tol: largest residual of an inverse step.
 
     Raises:
         ValueError: a config whose marginals cannot be built.
@@ -182,9 +184,9 @@ def main(
     out = workdir.begin_stage(path, "marginals", plans.fields) if out is None else Path(out)
     first = jax.process_index() == 0
     for name in directions:
-        estimate = correction.estimate_cost(plans.view, flow, plans.ts, **sizes(plans.options[name]), **stored)
+        estimate = correction.estimate_cost(plans.view, flow, plans.ts, **_build_sizes(plans.options[name]), **stored)
         if first:
-            print(f"{name}: {sentence(estimate)}, into {out / name}", flush=True)
+            print(f"{name}: {_sentence(estimate)}, into {out / name}", flush=True)
     plans.build(flow, out, directions=directions, tol=tol, **stored)
     if first:
         x, cond = plans.measured
@@ -200,16 +202,16 @@ def main(
         print(f"straightness defect {', '.join(f'{s:.3g}' for s in defect)} along the grid")
 
 
-def sizes(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``build_marginals`` as ``estimate_cost`` takes them."""
+def _build_sizes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``build_marginals`` in the form that ``estimate_cost`` takes."""
     options = dict(options)
     if "data" in options:
         options |= {"count": len(options["data"]), "shape": options["data"].shape[1:]}
     return {name: value for name, value in options.items() if name not in ("data", "seed", "start")}
 
 
-def sentence(estimate) -> str:
-    """Return an estimate of a build in words."""
+def _sentence(estimate) -> str:
+    """Return the estimated cost of a build in words."""
     unit, scale = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if estimate.bytes >= s or u == "kB")
     words = f"{estimate.count} examples, at most {estimate.bytes / scale:.3g} {unit}"
     if estimate.nfe is None:
@@ -219,7 +221,15 @@ def sentence(estimate) -> str:
 
 
 def with_bar(build_set: Callable[..., Any], direction: str) -> Any:
-    """Call ``build_set(progress=...)`` under a progress bar of examples."""
+    """Build a set under a progress bar of examples.
+
+    Args:
+        build_set: ``build_set(progress=...)``; ``progress(done, total)`` is called during the build.
+        direction: ``"forward"`` or ``"backward"``, for the label of the bar.
+
+    Returns:
+        The result of ``build_set``.
+    """
     with logs.bar(f"{direction} marginals", 0, unit="example") as bar:
 
         def tick(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""The networks of a config: their training plans, and what samplers draw with."""
+"""The networks of a config: training plans, and trained networks for samplers."""
 
 from __future__ import annotations
 
@@ -24,42 +24,55 @@ Plans = Mapping[str, loop.Plan]
 
 
 def plans(settings: Settings, data: Dataset) -> dict[str, loop.Plan]:
-    """Return the training plans of a config by network: the flow, its flow map, and each corrector.
+    """Return the training plans of a config by network: the flow, the flow map, and each corrector.
 
     Args:
         settings: the config.
         data: its data set.
 
+    Returns:
+        The plans; names of networks are ``"flow"``, ``"flow_map"`` and the names of the correctors.
+
     Raises:
         ValueError: one line, for anything that cannot work.
     """
-    found = {FLOW: assemble.flow_plan(settings, data)}
-    found |= {name: assemble.corrector_plan(settings, name, data) for name in settings.correctors}
-    return found | ({FLOW_MAP: assemble.flow_map_plan(settings, data)} if settings.flow_map else {})
+    training_plans = {FLOW: assemble.flow_plan(settings, data)}
+    training_plans |= {name: assemble.corrector_plan(settings, name, data) for name in settings.correctors}
+    return training_plans | ({FLOW_MAP: assemble.flow_map_plan(settings, data)} if settings.flow_map else {})
 
 
 def stage_name(network: str) -> str:
-    """Return the stage that trains a network: a corrector's is ``"correctors.NAME"``."""
+    """Return the stage that trains a network.
+
+    Args:
+        network: ``"flow"``, ``"flow_map"``, or the name of a corrector.
+
+    Returns:
+        The name itself, or ``"correctors.NAME"``.
+    """
     return network if network in (FLOW, FLOW_MAP) else f"correctors.{network}"
 
 
 def models(settings: Settings, plans: Plans, params: Mapping[str, Params]) -> Models:
-    """Return what samplers draw with.
+    """Return trained networks in the form that samplers use.
 
-    A flow whose own method learned a map jumps with it where no flow map is trained apart.
+    If no separate flow map is trained and the method of the flow has a flow map, that map is used.
 
     Args:
         settings: the config.
         plans: the plans by network.
-        params: their averaged parameters, and ``"drift"`` for the stored marginals ``p`` and ``q``.
+        params: averaged parameters by network, and under ``"drift"`` the stored marginals ``p`` and ``q``.
+
+    Returns:
+        The networks.
     """
-    return combine(settings, {name: plan.method for name, plan in plans.items()}, dict(params), plans[FLOW].data.shape)
+    return _combine(settings, {name: plan.method for name, plan in plans.items()}, dict(params), plans[FLOW].data.shape)
 
 
-def combine(
+def _combine(
     settings: Settings, methods: dict[str, Method], params: dict[str, Params], shape: tuple[int, ...]
 ) -> Models:
-    """Return what samplers draw with, of methods and parameters by network; see ``models``."""
+    """Return methods and parameters by network in the form that samplers use; see ``models``."""
     if FLOW_MAP not in methods and methods[FLOW].flow_map is not None:
         methods[FLOW_MAP], params[FLOW_MAP] = methods[FLOW], params[FLOW]
     path = build.path(settings.common.path)
@@ -67,7 +80,15 @@ def combine(
 
 
 def shapes(settings: Settings, plans: Plans) -> Models:
-    """Return what samplers draw with before anything is trained: shapes in place of parameters."""
+    """Return untrained networks in the form that samplers use, for the checks before training.
+
+    Args:
+        settings: the config.
+        plans: the plans by network.
+
+    Returns:
+        The networks, with ``jax.ShapeDtypeStruct`` in place of the arrays of the parameters.
+    """
     params = {name: jax.eval_shape(lambda plan=plan: loop.initial_parameters(plan)) for name, plan in plans.items()}
     shape = (4, settings.marginals.solver_steps + 1, *plans[FLOW].data.shape)
     rows, labels = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((4,), np.int32)
@@ -78,7 +99,15 @@ def shapes(settings: Settings, plans: Plans) -> Models:
 
 
 def bank(forward: correction.Marginals, backward: correction.Marginals) -> Params:
-    """Return two marginals as the kernel drift takes them."""
+    """Return two sets of marginals as the arguments of ``correction.kernel_drift``.
+
+    Args:
+        forward: examples of ``p_n``.
+        backward: examples of ``q_n``.
+
+    Returns:
+        ``p`` and ``q``, ``[n, steps, ...]``, and with conditions ``p_labels`` and ``q_labels``, ``[n]``.
+    """
     banks = {"p": jnp.asarray(forward.x), "q": jnp.asarray(backward.x)}
     if forward.cond is None:
         return banks
@@ -86,14 +115,14 @@ def bank(forward: correction.Marginals, backward: correction.Marginals) -> Param
 
 
 def picture(settings: Settings, plan: loop.Plan) -> Callable[[Params], Any] | None:
-    """Return what draws the samples of a picture while a flow trains: a jump of its own map, or 16 Euler steps.
+    """Return a function that draws the samples of a picture while a flow trains: one jump, or 16 Euler steps.
 
     Args:
         settings: the config.
         plan: the flow's plan.
 
     Returns:
-        ``draw(params) -> [n, ...]``, from the noise of the run's samples; ``None`` for data that are not drawn.
+        ``draw(params) -> [n, ...]``, from the noise of the run's samples; ``None`` for data that cannot be shown.
     """
     kind = pictures.writer_for(plan.data.shape)
     if kind is None:
@@ -101,27 +130,34 @@ def picture(settings: Settings, plan: loop.Plan) -> Callable[[Params], Any] | No
     jumps = plan.method.flow_map is not None
     sampler = Sampler("picture", "picture", FLOW_MAP if jumps else "euler", 1 if jumps else 16)
     methods = {FLOW: plan.method} | ({FLOW_MAP: plan.method} if jumps else {})
-    program = drawing.program(sampler, combine(settings, methods, {FLOW: None, FLOW_MAP: None}, plan.data.shape))
-    keys = drawing.example_keys(settings.common.seed, 0, kind.count)
+    program = drawing.program(sampler, _combine(settings, methods, {FLOW: None, FLOW_MAP: None}, plan.data.shape))
+    keys = drawing.sample_keys(settings.common.seed, 0, kind.count)
     cond = jax.tree.map(lambda a: np.asarray(a)[np.arange(kind.count) % len(a)], plan.data.cond)
     return lambda params: program({FLOW: params, FLOW_MAP: params}, keys, cond)
 
 
 def example_facts(path: Path) -> dict[str, Any]:
-    """Return what is recorded of the data of a run: shape, kind, classes, levels, name."""
+    """Return the recorded facts of the data set of a run.
+
+    Args:
+        path: the run folder.
+
+    Returns:
+        ``shape`` of an example, ``kind``, ``classes``, ``levels`` and ``name`` of the data set.
+    """
     folder = workdir.network_folder(path)
     return files.read_json(folder / workdir.STAGE)["data"]
 
 
-def load(settings: Settings, path: Path) -> tuple[Models, str, int]:
-    """Read the networks of a run folder, as far as they are trained; its data set is not needed.
+def load_models(settings: Settings, path: Path) -> tuple[Models, str, int]:
+    """Read the trained networks of a run folder; the data set is not needed.
 
     Args:
         settings: the config.
         path: the folder of a flow, of a pipeline, or of a converted network.
 
     Returns:
-        What samplers draw with, the digest of the parameters, and the flow's step.
+        The networks in the form that samplers use, the digest of the parameters, and the training step of the flow.
 
     Raises:
         WorkdirError: no flow is trained there.
@@ -130,22 +166,23 @@ def load(settings: Settings, path: Path) -> tuple[Models, str, int]:
     shape, classes = tuple(facts["shape"]), facts["classes"] if settings.common.conditional else 0
     average = lambda: np.zeros(shape, np.float32)
     parts = {FLOW: settings.flow} | settings.correctors | ({FLOW_MAP: settings.flow_map} if settings.flow_map else {})
-    methods, found = {}, {}
+    methods, params = {}, {}
     for name, part in parts.items():
-        if (folder := trained_folder(path, name)) is not None:
-            _, params, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
+        if (folder := _trained_folder(path, name)) is not None:
+            _, params[name], _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
             net = part.net or settings.flow.net
-            _, methods[name] = assemble.network(stage_name(name), settings.common, part, net, classes, average)
-            found[name] = params
+            _, methods[name] = assemble.network_and_method(
+                stage_name(name), settings.common, part, net, classes, average
+            )
     step = checkpoint.latest_step(workdir.network_folder(path) / "checkpoints")
-    identity = checkpoint.digest(found)
-    if (banks := stored_bank(path)) is not None:
-        found[DRIFT] = banks
-    return combine(settings, methods, found, shape), identity, step
+    identity = checkpoint.digest(params)
+    if (banks := _stored_bank(path)) is not None:
+        params[DRIFT] = banks
+    return _combine(settings, methods, params, shape), identity, step
 
 
-def trained_folder(path: Path, name: str) -> Path | None:
-    """Return the folder of a network's checkpoints, or ``None`` where it is not trained."""
+def _trained_folder(path: Path, name: str) -> Path | None:
+    """Return the folder of a network's checkpoints; ``None`` where the network is not trained."""
     if name == FLOW:
         return workdir.network_folder(path)
     folder = workdir.stage_folder(path, stage_name(name))
@@ -154,8 +191,8 @@ def trained_folder(path: Path, name: str) -> Path | None:
     return folder if checkpoint.latest_step(folder / "checkpoints") is not None else None
 
 
-def stored_bank(path: Path) -> Params | None:
-    """Return the marginals of a run folder as the kernel drift takes them, or ``None`` where they are not complete."""
+def _stored_bank(path: Path) -> Params | None:
+    """Return the marginals of a run folder as arguments of the kernel drift; ``None`` where they are incomplete."""
     folders = [workdir.stage_folder(path, "marginals") / direction for direction in ("forward", "backward")]
     if not all(folder.is_dir() for folder in folders):
         return None

@@ -1,4 +1,4 @@
-"""What the report of a pipeline or of an evaluation shows."""
+"""The contents of the report of a pipeline."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from fmjax.experiments.samplers import FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.metrics import mean_se, sliced_w2
 
-ROWS = 8  # trajectories shown
-DRAWN = ("image", "points")  # kinds of data whose trajectories are drawn
+ROWS = 8  # number of trajectories shown
+DRAWN = ("image", "points")  # kinds of data whose trajectories are shown
 NOTES = [
-    "Backward marginals q_n start at the training examples and follow the flow back in time; forward marginals p_n "
-    "start at noise. For a perfect flow both are the same distribution.",
-    "A correction is judged by paired differences over runs; a correction that adds noise against that noise alone.",
+    "Forward marginals p_n start at noise and follow the flow; backward marginals q_n start at the training examples "
+    "and follow the flow back in time. For a perfect flow p_n and q_n are the same distribution.",
+    "Each correction is compared with its baseline by paired differences over runs.",
 ]
 
 
 class Page(NamedTuple):
-    """A report.
+    """A report and its numbers.
 
     Attributes:
-        contents: what the page shows.
+        contents: the contents of the HTML page.
         record: the same numbers as plain values.
-        lines: what a person reads first.
+        lines: the summary, also printed by the command.
     """
 
     contents: report.Contents
@@ -52,7 +52,7 @@ def pipeline(
     Args:
         settings: the config.
         data: its data set.
-        draws: how many samples each sampler drew.
+        draws: number of runs and of samples per run.
         names: the samplers.
         results: the results of all other stages.
         path: the run folder.
@@ -65,21 +65,21 @@ def pipeline(
     rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
     lines = [*comparison.best_lines(rows), *([report.count_line(verdicts)] if verdicts else [])]
     facts, gaps, trajectories = comparison.facts(settings, data, metrics), {}, {}
-    record = comparison.as_json(rows, verdicts) | {"environment": workdir.environment()}
+    record = comparison.as_record(rows, verdicts) | {"environment": workdir.environment()}
     networks = {name: params for name, params in models.params.items() if name in models.methods}
-    facts["parameters"] = stages.sizes(networks)
+    facts["parameters"] = stages.parameter_counts(networks)
     spread = {"test data": np.asarray(data.test.x)} | {s.name: drawn[s.name] for s in names}
-    record["variance"] = {name: total_variance(x, data.train.x.shape[1:]) for name, x in spread.items()}
+    record["variance"] = {name: _total_variance(x, data.train.x.shape[1:]) for name, x in spread.items()}
     facts["summed variance"] = "; ".join(f"{name}: {v:.3g}" for name, v in record["variance"].items())
     for name in settings.correctors:
         if (areas := results[f"correctors.{name}"].value[1]) is not None:
-            facts[f"AUC of the {name} on held-out marginals"] = numbers(areas) + " along the grid"
+            facts[f"AUC of the {name} on held-out marginals"] = _numbers(areas) + " along the grid"
             record.setdefault("auc", {})[name] = areas
     if "marginals" in results:
         forward, backward = results["marginals"].value
-        gaps = distances_of_marginals(forward, backward, draws.seeds)
+        gaps = _distances_of_marginals(forward, backward, draws.seeds)
         straightness = correction.straightness_defect(backward)
-        facts["straightness defect"] = numbers(straightness) + " along the grid"
+        facts["straightness defect"] = _numbers(straightness) + " along the grid"
         record["straightness"] = straightness
         record["gaps"] = {n: dict(zip(("t", "distance", "se"), gap, strict=True)) for n, gap in gaps.items()}
         trajectories = (
@@ -90,7 +90,7 @@ def pipeline(
                 "backward: from training data along the flow (noise first)": backward.x[:ROWS].swapaxes(0, 1),
             }
         )
-    trajectories |= jumps(names, models, draws) if data.kind in DRAWN else {}
+    trajectories |= _jumps(names, models, draws) if data.kind in DRAWN else {}
     contents = report.Contents(
         title=f"fmjax: {data.name}", summary=lines, rows=rows, verdicts=verdicts, grids=comparison.grids(data, drawn),
         trajectories=trajectories, curves=stages.curves(path, results), gaps=gaps, facts=facts,
@@ -99,28 +99,28 @@ def pipeline(
     return Page(contents, record, lines)
 
 
-def jumps(names: Sequence[Sampler], models: Models, draws: Draws) -> dict[str, np.ndarray]:
-    """Return the states of the plain flow-map sampler with most steps, for a few examples."""
+def _jumps(names: Sequence[Sampler], models: Models, draws: Draws) -> dict[str, np.ndarray]:
+    """Return the states of the plain flow-map sampler with the most steps, for a few examples."""
     plain = [s for s in names if s.solver == FLOW_MAP and not s.at]
     if not plain:
         return {}
     longest = max(plain, key=lambda s: s.steps)
-    keys = drawing.example_keys(draws.seed, 0, min(ROWS, draws.samples))
+    keys = drawing.sample_keys(draws.seed, 0, min(ROWS, draws.samples))
     cond = drawing.first(draws.cond, len(keys))
     states = drawing.program(longest, models, trajectory=True)(models.params, keys, cond)
     return {longest.name: np.asarray(states)}
 
 
-def distances_of_marginals(
+def _distances_of_marginals(
     forward: correction.Marginals, backward: correction.Marginals, runs: int
 ) -> dict[str, tuple]:
-    """Return the sliced W2 distance of p_n to q_n along the grid, with its error over parts of p_n, and its floor."""
+    """Return the sliced W2 distance of p_n to q_n along the grid, with errors over parts of p_n, and its floor."""
     size = len(forward.x) // runs
     p = np.asarray(forward.x[: size * runs]).reshape(runs, size, *forward.x.shape[1:])
     rest = lambda i, n: np.delete(p[:, :, n], i, 0).reshape(-1, *p.shape[3:])
     pairs = {"p_n and q_n": lambda i, n: np.asarray(backward.x[:, n])}
     if runs > 1:
-        pairs["floor: p_n and more of p_n"] = rest
+        pairs["floor: p_n and other samples of p_n"] = rest
     gaps = {}
     for name, other in pairs.items():
         each = [[sliced_w2(p[i, :, n], other(i, n)) for i in range(runs)] for n in range(len(forward.ts))]
@@ -129,11 +129,11 @@ def distances_of_marginals(
     return gaps
 
 
-def total_variance(x: np.ndarray, shape: tuple[int, ...]) -> float:
+def _total_variance(x: np.ndarray, shape: tuple[int, ...]) -> float:
     """Return the variance of examples, summed over their dimensions."""
     return float(np.asarray(x).reshape(-1, int(np.prod(shape))).var(0).sum())
 
 
-def numbers(values) -> str:
-    """Return numbers as a list for a person."""
+def _numbers(values) -> str:
+    """Return numbers as text with three digits."""
     return ", ".join(f"{v:.3g}" for v in values)

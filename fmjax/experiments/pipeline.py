@@ -21,7 +21,7 @@ from fmjax.training import loop
 
 @workdir.owner
 def main(settings: Settings, path: Path) -> None:
-    """Run what is left of the pipeline in a run folder and write its report.
+    """Run the missing stages of the pipeline in a run folder and write the report.
 
     Args:
         settings: the config.
@@ -35,11 +35,11 @@ def main(settings: Settings, path: Path) -> None:
     plans = networks.plans(settings, data)
     trained = training_stages(settings, data, plans)
     names = comparison.read_samplers(settings, flow_map=FLOW_MAP in networks.shapes(settings, plans).methods)
-    every = [*trained, *comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
-    stages.check(every)
+    every = [*trained, *_comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
+    stages.check_stages(every)
     path = workdir.open_workdir(path, settings.config, {stage.name: stage.fields for stage in trained})
     began = time.perf_counter()
-    results = stages.run(every, path)
+    results = stages.run_all(every, path)
     if jax.process_index() == 0:
         for line in results["comparison"].value:
             print(f"      {line}")
@@ -55,28 +55,34 @@ def training_stages(settings: Settings, data: Dataset, plans: Plans) -> list[Sta
         plans: its training plans by network.
 
     Returns:
-        The stages, each after those that it needs.
+        The stages; every stage comes after the stages that it needs.
     """
-    found = [flow_stage(settings, data, plans[FLOW])]
+    trained = [flow_stage(settings, data, plans[FLOW])]
     if settings.correctors:
-        found.append(stages.marginal_sets(settings, plans[FLOW], data))
-        found += [stages.corrector(settings, name, plans[name]) for name in settings.correctors]
+        trained.append(stages.marginal_sets(settings, plans[FLOW], data))
+        trained += [stages.corrector(settings, name, plans[name]) for name in settings.correctors]
     if FLOW_MAP in plans:
         plan = plans[FLOW_MAP]
         start = lambda results: loop.merge_parameters(plan, results[FLOW].value, "the flow")
         frozen = lambda results: start(results) if plan.target == "frozen" else None
         fields = assemble.stage_fields(settings, FLOW_MAP)
-        found.append(stages.trained(plan, fields, needs=(FLOW,), start=start, teacher=frozen))
-    return found
+        trained.append(stages.trained(plan, fields, needs=(FLOW,), start=start, teacher=frozen))
+    return trained
 
 
 def flow_stage(settings: Settings, data: Dataset, plan: loop.Plan | None = None) -> Stage:
-    """Return the stage that trains the flow, from the parameters of ``init`` and with the target of ``teacher``.
+    """Return the stage that trains the flow, with the initial parameters of ``init`` and the teacher of ``teacher``.
 
     Args:
         settings: the config.
         data: its data set.
         plan: the flow's plan; by default assembled here.
+
+    Returns:
+        The stage; its value is the averaged parameters.
+
+    Raises:
+        ValueError: one line, for anything that cannot work.
     """
     plan = plan or assemble.flow_plan(settings, data)
     begin, teacher = (assemble.start_of(plan, settings, field) for field in ("init", "teacher"))
@@ -88,24 +94,13 @@ def flow_stage(settings: Settings, data: Dataset, plan: loop.Plan | None = None)
     )  # fmt: skip
 
 
-def comparing_stages(
+def _comparing_stages(
     settings: Settings, data: Dataset, plans: Plans, names: Sequence[Sampler], needs: Sequence[str]
 ) -> list[Stage]:
-    """Return the stages that draw the samples and compare them.
-
-    Args:
-        settings: the config.
-        data: its data set.
-        plans: its training plans by network.
-        names: the samplers.
-        needs: the stages that train the networks.
-
-    Returns:
-        The stages ``"samples"`` and ``"comparison"``.
-    """
+    """Return the stages ``"samples"`` and ``"comparison"``; ``needs`` are the stages that train the networks."""
     draws = comparison.draws_of(settings, data)
     fields = {"samplers": [sampler._asdict() for sampler in names], "draws": draws[:3], "metrics": settings.metrics}
-    samples = samples_stage(settings, plans, names, draws, fields, needs)
+    samples = _samples_stage(settings, plans, names, draws, fields, needs)
 
     def check() -> None:
         for metric in comparison.distances(settings, data, data.test):
@@ -113,7 +108,7 @@ def comparing_stages(
 
     def write(results: dict[str, Result], folder: Path) -> Result:
         page = pages.pipeline(settings, data, draws, names, results, folder.parent)
-        report.write(folder.parent / "report.html", page.contents)
+        report.write_report(folder.parent / "report.html", page.contents)
         digest = stage.digest(results)
         files.write_json(folder.parent / "metrics.json", page.record | {"digest": digest, "lines": page.lines})
         return Result(page.lines, digest, f"{len(page.contents.rows)} rows in metrics.json")
@@ -131,7 +126,7 @@ def comparing_stages(
     return [samples, stage]
 
 
-def samples_stage(
+def _samples_stage(
     settings: Settings, plans: Plans, names: Sequence[Sampler], draws: Draws, fields, needs: Sequence[str]
 ) -> Stage:
     """Return the stage that draws the samples of all samplers; its value is ``(samples, costs, models)``."""
@@ -139,7 +134,7 @@ def samples_stage(
     def check() -> None:
         models = networks.shapes(settings, plans)
         for sampler in names:
-            drawing.check(sampler, models, cond=draws.cond)
+            drawing.check_sampler(sampler, models, cond=draws.cond)
 
     def run(results: dict[str, Result], folder: Path) -> Result:
         value = {name: results[networks.stage_name(name)].value for name in plans}
@@ -148,7 +143,7 @@ def samples_stage(
             params[DRIFT] = networks.bank(*results["marginals"].value)
         models, identity = networks.models(settings, plans, params), checkpoint.digest(params)
         drawn = comparison.draw_all(names, models, draws, directory=folder, identity=identity)
-        costs = {sampler.name: drawing.cost(sampler, models) for sampler in names}
+        costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
         summary = f"{len(drawn)} samplers x {draws.seeds} runs x {draws.samples} samples"
         return Result((drawn, costs, models), identity, summary)
 

@@ -1,4 +1,4 @@
-"""Reflow and half-straightening: a teacher, its trajectories, students on their chords, and a comparison, as stages."""
+"""Reflow and half-straightening: a teacher, trajectories of the teacher, students on the chords, and a comparison."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from fmjax import correction, straightening
+from fmjax.checks import refusal
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, comparison, report, specs, stages, straightened, workdir
 from fmjax.experiments.marginals import with_bar
 from fmjax.experiments.samplers import FLOW
 from fmjax.experiments.settings import Settings, Straighten
-from fmjax.experiments.specs import refusal
 from fmjax.experiments.stages import Result, Stage
 from fmjax.storage import checkpoint, files
 from fmjax.straightening import TEACHER, SegmentedModel
@@ -28,7 +28,7 @@ Students = Mapping[str, tuple[loop.Plan, dict[str, Any]]]
 
 @workdir.owner
 def main(settings: Settings, path: Path) -> None:
-    """Train what is missing of teacher and students in a run folder, compare them, and write the report.
+    """Train teacher and students in a run folder, compare teacher and students, and write the report.
 
     Args:
         settings: the config, with ``straighten``.
@@ -39,22 +39,25 @@ def main(settings: Settings, path: Path) -> None:
         WorkdirError: a folder of another config.
     """
     data = build.data(settings.common.data)
-    trained, students, models = training_stages(settings, data)
+    trained, students, models = student_stages(settings, data)
     flow = assemble.flow_plan(settings, data)
-    every = [*trained, comparing_stage(settings, data, flow, students, models, [stage.name for stage in trained])]
-    stages.check(every)
+    every = [*trained, _comparing_stage(settings, data, flow, students, models, [stage.name for stage in trained])]
+    stages.check_stages(every)
     path = workdir.open_workdir(path, settings.config, {stage.name: stage.fields for stage in trained})
-    results = stages.run(every, path)
+    results = stages.run_all(every, path)
     if jax.process_index() == 0:
         print(f"{results['comparison'].summary}; open {path / 'report.html'}")
 
 
-def training_stages(settings: Settings, data: Dataset) -> tuple[list[Stage], Students, list[SegmentedModel]]:
-    """Return the stages that train, the students by name, and the models of the comparison.
+def student_stages(settings: Settings, data: Dataset) -> tuple[list[Stage], Students, list[SegmentedModel]]:
+    """Return the stages that train teacher and students.
 
     Args:
         settings: the config, with ``straighten``.
         data: its data set.
+
+    Returns:
+        The stages, the students (plan and options of the method) by name, and the models of the comparison.
 
     Raises:
         ValueError: one line, for anything that cannot work.
@@ -68,15 +71,15 @@ def training_stages(settings: Settings, data: Dataset) -> tuple[list[Stage], Stu
         raise refusal("straighten.bounds", s.bounds, "samples go from 0 to 1", "Begin with 0 and end with 1")
     models, options = straightening.comparison_models(s.bounds, s.parts, s.sharing, full=s.full)
     flow = assemble.flow_plan(settings, data)
-    students = {name: (student(settings, name, option, data), option) for name, option in options.items()}
+    students = {name: (_student(settings, name, option, data), option) for name, option in options.items()}
     fields, facts, every = assemble.flow_fields(settings), assemble.data_facts(data), settings.common.sample_every
-    found = [stages.trained(flow, fields, pictures=every, data=facts), trajectories(settings, flow, data)]
-    found += [student_stage(settings, data, plan, option) for plan, option in students.values()]
-    return found, students, models
+    trained = [stages.trained(flow, fields, pictures=every, data=facts), _trajectories(settings, flow, data)]
+    trained += [_student_stage(settings, data, plan, option) for plan, option in students.values()]
+    return trained, students, models
 
 
-def student(settings: Settings, name: str, options: Mapping[str, Any], data: Dataset) -> loop.Plan:
-    """Return the plan of a student, with batches of the right shapes for the checks."""
+def _student(settings: Settings, name: str, options: Mapping[str, Any], data: Dataset) -> loop.Plan:
+    """Return the training plan of a student, with batches of the right shapes for the checks."""
     part, s = settings.straighten
     method = {**dict(part.method.items() if hasattr(part.method, "items") else {"name": part.method}), **options}
     part = dataclasses.replace(part, method=method)
@@ -85,10 +88,10 @@ def student(settings: Settings, name: str, options: Mapping[str, Any], data: Dat
     return assemble.plan(f"straighten.{name}", settings.common, part, net, data, batch=batch, seed=s.seed)
 
 
-def student_stage(settings: Settings, data: Dataset, plan: loop.Plan, options: Mapping[str, Any]) -> Stage:
-    """Return the stage that trains a student on the teacher's trajectories, from the teacher's parameters.
+def _student_stage(settings: Settings, data: Dataset, plan: loop.Plan, options: Mapping[str, Any]) -> Stage:
+    """Return the stage that trains a student on trajectories of the teacher, from the teacher's parameters.
 
-    Half of each batch is real data in the kept segments, where the student is held to the teacher.
+    Half of each batch is real data in the kept segments, where the loss compares the student with the teacher.
     """
     _, s = settings.straighten
     keep = tuple(options.get("keep", ()))
@@ -108,17 +111,17 @@ def student_stage(settings: Settings, data: Dataset, plan: loop.Plan, options: M
         return stages.read_trained(plan, folder, {"params": flow, "teacher": flow})
 
     fields = assemble.stage_fields(settings, "straighten") | {"student": plan.name}
-    return Stage(plan.name, (FLOW, "trajectories"), training_only(fields), lambda: None, work, complete)
+    return Stage(plan.name, (FLOW, "trajectories"), _training_only(fields), lambda: None, work, complete)
 
 
-def training_only(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a student but for those that only the comparison depends on."""
+def _training_only(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a student without the fields that only the comparison depends on."""
     compared = ("allocations", "reference_steps", "baselines", "probes", "parts", "sharing", "full")
     return {k: v for k, v in fields.items() if not any(k.startswith(f"straighten.{name}") for name in compared)}
 
 
-def trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
-    """Return the stage that solves the teacher from noise and keeps its states at the bounds."""
+def _trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
+    """Return the stage that solves the teacher's ODE from noise and stores the states at the bounds."""
     _, s = settings.straighten
     ts, index = straightened.teacher_grid(s.grid, s.grid_steps, s.bounds)
     cond = assemble.conditions(settings.common, data)
@@ -129,9 +132,9 @@ def trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
     }  # fmt: skip
 
     def read(folder: Path, digest: str) -> Result:
-        found = correction.read_marginals(folder, expect={"flow": digest, "ts": ts})
-        words = f"{len(found.x)} of the teacher, at {', '.join(f'{t:g}' for t in found.ts)}"
-        return Result(found, str(hash(repr(found.manifest))), words)
+        states = correction.read_marginals(folder, expect={"flow": digest, "ts": ts})
+        words = f"{len(states.x)} of the teacher, at {', '.join(f'{t:g}' for t in states.ts)}"
+        return Result(states, str(hash(repr(states.manifest))), words)
 
     def work(results: dict[str, Result], folder: Path) -> Result:
         params = results[FLOW].value
@@ -158,10 +161,10 @@ def trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
     return Stage("trajectories", (FLOW,), fields, check, work, complete)
 
 
-def comparing_stage(
+def _comparing_stage(
     settings: Settings, data: Dataset, flow: loop.Plan, students: Students, models: list[SegmentedModel], needs
 ) -> Stage:
-    """Return the stage that compares teacher and students; it writes ``straightened.json`` and the report."""
+    """Return the stage that compares teacher and students and writes ``straightened.json`` and the report."""
     _, s = settings.straighten
     methods = {TEACHER: flow.method} | {name: plan.method for name, (plan, _) in students.items()}
     draws = comparison.draws_of(settings, data)
@@ -176,10 +179,12 @@ def comparing_stage(
         path = folder.parent
         params = {TEACHER: results[FLOW].value}
         params |= {name: results[plan.name].value for name, (plan, _) in students.items()}
-        page = straightened.compare(settings, data, draws, models, methods, params, stages.curves(path, results))
+        page = straightened.compare_students(
+            settings, data, draws, models, methods, params, stages.curves(path, results)
+        )
         digest = stage.digest(results)
         files.write_json(path / "straightened.json", page.record | {"digest": digest})
-        report.write(path / "report.html", page.contents)
+        report.write_report(path / "report.html", page.contents)
         return Result(None, digest, f"{len(page.record['rows'])} samplers")
 
     def read(results: dict[str, Result], folder: Path) -> Result | None:

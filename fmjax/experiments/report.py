@@ -1,7 +1,7 @@
-"""One self-contained HTML file a run: distances, verdicts, samples, trajectories, losses. It opens without a network.
+"""Write a report: one self-contained HTML file with distances, verdicts, samples, trajectories and losses.
 
-Pure data in (``Contents``), one file out (``write``); equal contents give equal bytes. Pictures are those of
-``fmjax.figures``, in the file itself.
+``Contents`` holds the data and ``write_report`` writes the file. Equal contents give equal bytes. All figures are
+inside the file, so that the page opens without an internet connection.
 """
 
 from __future__ import annotations
@@ -17,18 +17,26 @@ from typing import NamedTuple
 import numpy as np
 
 from fmjax.experiments import figures
+from fmjax.experiments.charts import DARK, LIGHT
 from fmjax.experiments.figures import REFERENCE, Row
 from fmjax.storage import images
 from fmjax.storage.files import write_bytes
 
-FAMILIES = ("euler", "rk4", "rk4 + corrections", "flow map", "flow map + corrections")  # others follow, "data" is last
+# order of the rows; other families follow, and "data" is last
+FAMILIES = ("euler", "rk4", "rk4 + corrections", "flow map", "flow map + corrections")
 VERDICTS = ("helps", "no difference seen", "harms")
 
 
 class Verdict(NamedTuple):
-    """A correction against the same sampler without one: ``difference`` of the distances, with minus without.
+    """The comparison of a corrected sampler with the same sampler without the correction.
 
-    ``verdict`` is one of ``VERDICTS``: a distance that falls helps.
+    Attributes:
+        name: the corrected sampler.
+        baseline: the sampler without the correction.
+        metric: the distance.
+        difference: mean over seeds of the distance with the correction minus the distance without.
+        se: standard error of ``difference``.
+        verdict: one of ``VERDICTS``; a correction helps if the distance falls.
     """
 
     name: str
@@ -40,14 +48,22 @@ class Verdict(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a report shows; an empty part is left out of the page.
+    """The contents of a report; an empty part is left out of the page.
 
-    * ``summary``, ``notes``: plain sentences, shown first and last.
-    * ``grids``: caption -> images ``[n, H, W, C]`` in [-1, 1], or points ``[n, 2]``.
-    * ``trajectories``: caption -> ``[T, n, H, W, C]`` (an example a row, time to the right), or ``[T, n, 2]`` (lines).
-    * ``curves``: stage -> (step, loss). ``gaps``: name -> (``t_n``, distance of ``p_n`` to ``q_n``, its error or 0);
-      ``influence`` likewise, the distance of samples that were corrected at ``t_n`` alone.
-    * ``facts``: name -> value; long values are folded.
+    Attributes:
+        title: the title.
+        summary: sentences that are shown first.
+        rows: the rows of the table.
+        verdicts: the verdicts on corrections.
+        grids: examples by caption: images ``[n, H, W, C]`` in [-1, 1], points ``[n, 2]``, series or vectors.
+        trajectories: trajectories by caption: ``[T, n, H, W, C]`` (one example per row, time to the right) or
+            ``[T, n, 2]`` (lines).
+        curves: (step, loss) by stage.
+        gaps: (``t_n``, distance of ``p_n`` to ``q_n``, standard error or 0) by name of the line.
+        facts: text by name of the fact; long text is folded.
+        notes: sentences that are shown last.
+        influence: (``t_n``, distance, standard error or 0) by name of the line, for samples that are corrected only at
+            ``t_n``.
     """
 
     title: str
@@ -63,55 +79,77 @@ class Contents(NamedTuple):
     influence: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
 
-def write(path: str | os.PathLike, contents: Contents) -> Path:
-    """Writes the report whole or not at all and returns its path.
+def write_report(path: str | os.PathLike, contents: Contents) -> Path:
+    """Write a report; a failure leaves an earlier file as it is.
 
-    Raises ``ValueError``, before anything is drawn, for images or curves of wrong shape, images that are not finite, a
-    verdict of a row that is not there or against its own sign; ``FileNotFoundError`` for a folder that is not there.
+    Args:
+        path: the HTML file.
+        contents: what the report shows.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: contents that cannot be shown, see ``check_contents``; nothing is drawn.
+        FileNotFoundError: the folder of ``path`` does not exist.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist; make it before writing {path.name}")
-    check(contents)
+    check_contents(contents)
     write_bytes(path, render(contents).encode())
     return path
 
 
 def render(contents: Contents) -> str:
-    """The page as text; ``contents`` must have passed ``check``."""
+    """Return the page of a report.
+
+    Args:
+        contents: what the report shows, checked by ``check_contents``.
+
+    Returns:
+        HTML.
+    """
     import jinja2
 
     rows = in_order(contents.rows)
     metrics = list(dict.fromkeys(m for row in rows for m in row.distances))
     best = {m: best_row(rows, m) for m in metrics}
-    charts = [figures.distances(m, rows, _chart_words(m, row)) for m, row in best.items() if row]
+    charts = [figures.distance_chart(m, rows, _chart_words(m, row)) for m, row in best.items() if row]
     clouds = [x for x in contents.grids.values() if np.ndim(x) == 2 and np.shape(x)[1] == 2]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = (importlib.resources.files("fmjax.experiments") / "report.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(
         title=contents.title,
-        schemes=(figures.LIGHT, figures.DARK),
+        schemes=(LIGHT, DARK),
         summary=contents.summary,
         metrics=metrics,
         rows=_table(rows, best),
         charts=charts,
         count=count_line(contents.verdicts),
         verdicts=_verdict_groups(contents.verdicts, {row.name: row for row in rows}),
-        grids=[figures.samples(caption, np.asarray(x), clouds) for caption, x in contents.grids.items()],
-        trajectories=[figures.trajectory(caption, np.asarray(x)) for caption, x in contents.trajectories.items()],
-        curves=[figures.curve(name, *curve) for name, curve in contents.curves.items()],
-        gaps=[figures.gaps(contents.gaps)] if contents.gaps else [],
-        influence=[figures.influence(contents.influence)] if contents.influence else [],
+        grids=[figures.sample_figure(caption, np.asarray(x), clouds) for caption, x in contents.grids.items()],
+        trajectories=[figures.trajectory_figure(name, np.asarray(x)) for name, x in contents.trajectories.items()],
+        curves=[figures.loss_chart(name, *curve) for name, curve in contents.curves.items()],
+        gaps=[figures.gap_chart(contents.gaps)] if contents.gaps else [],
+        influence=[figures.influence_chart(contents.influence)] if contents.influence else [],
         facts=contents.facts,
         notes=contents.notes,
     )
 
 
 def plus_minus(mean: float, se: float) -> str:
-    """``mean ± se``: the error with one or two digits, the mean to the same place; nan prints as n/a.
+    """Return ``mean ± se`` with one or two digits of the error and the mean to the same place.
 
-    The rule of the Particle Data Group: two digits of an error that begins with 100 to 354, one up to 949, and above
-    that it is rounded up to 1000 and keeps two. Below 1e-4 and from 1e6 on both share a power of ten.
+    The rule of the Particle Data Group: two digits of an error that begins with 100 to 354, one digit up to 949; above
+    949 the error is rounded up to 1000 and keeps two digits. Numbers below 1e-4 and from 1e6 get a common power of ten.
+
+    Args:
+        mean: the mean.
+        se: the standard error; nan is shown as n/a.
+
+    Returns:
+        The text.
 
     >>> plus_minus(0.82731, 0.1193), plus_minus(0.82731, 0.3672), plus_minus(0.5, float("nan"))
     ('0.83 ± 0.12', '0.8 ± 0.4', '0.500 ± n/a')
@@ -119,7 +157,7 @@ def plus_minus(mean: float, se: float) -> str:
     if not math.isfinite(mean):
         return "n/a" if math.isnan(mean) else "∞" if mean > 0 else "−∞"
     error = abs(se) if math.isfinite(se) else 0.0
-    if error < 1e-6 * abs(mean):  # rounding of equal values, or no error known
+    if error < 1e-6 * abs(mean):  # rounding of equal values, or an unknown error
         error = 0.0
     size = max(abs(mean), error)
     power = 0 if size == 0 or 1e-4 <= size < 1e6 else math.floor(math.log10(size))
@@ -135,7 +173,14 @@ def plus_minus(mean: float, se: float) -> str:
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
-    """Rows by family (``FAMILIES`` first, then others as they come, the reference last), then NFE and corrections."""
+    """Return rows by family, then NFE and corrections.
+
+    Args:
+        rows: rows in any order.
+
+    Returns:
+        The rows: families of ``FAMILIES`` first, then other families in their order, then the training data.
+    """
     rows = list(rows)
     order = {family: i for i, family in enumerate(dict.fromkeys([*FAMILIES, *(row.family for row in rows)]))}
     order[REFERENCE] = len(order)
@@ -143,18 +188,39 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
 
 
 def best_row(rows: Iterable[Row], metric: str) -> Row | None:
-    """The sampler with the smallest finite mean of a metric; None where there is none. Data rows do not compete."""
+    """Return the sampler with the smallest finite mean of a metric; rows of training data do not compete.
+
+    Args:
+        rows: the rows of the table.
+        metric: the metric.
+
+    Returns:
+        The row; ``None`` where no sampler has a finite mean.
+    """
     rows = [r for r in rows if r.family != REFERENCE and math.isfinite(r.distances.get(metric, (math.nan,))[0])]
     return min(rows, key=lambda row: row.distances[metric][0], default=None)
 
 
 def verdict(name: str, baseline: str, metric: str, with_, without) -> Verdict:
-    """Judges a correction by paired distances, one a seed: ``with_[i]`` and ``without[i]`` share noise and data.
+    """Compare a correction with its baseline by paired distances, one per seed.
 
-    ``difference`` is the mean of ``d_i = with_[i] - without[i]`` over ``k`` seeds and ``se`` its standard error. The
-    verdict is Student's two-sided paired test at level 0.05 (``scipy.stats.ttest_rel``): beyond the 0.975 quantile of
-    ``k - 1`` degrees of freedom a fall helps and a rise harms; else, and always with one seed (``se`` is then nan) or a
-    distance that is not finite, no difference is seen. Raises ``ValueError`` for lists of different length or none.
+    ``difference`` is the mean of ``d_i = with_[i] - without[i]`` over ``k`` seeds and ``se`` is the standard error of
+    the mean. The verdict is Student's two-sided paired test at level 0.05 (``scipy.stats.ttest_rel``): beyond the 0.975
+    quantile of ``k - 1`` degrees of freedom a lower distance helps and a higher distance harms. Otherwise, and always
+    with one seed (``se`` is then nan) or a distance that is not finite, the verdict is that no difference is seen.
+
+    Args:
+        name: the corrected sampler.
+        baseline: the sampler without the correction.
+        metric: the distance.
+        with_: distances with the correction, one per seed.
+        without: distances without the correction, of the same seeds in the same order.
+
+    Returns:
+        The verdict.
+
+    Raises:
+        ValueError: lists that are empty or differ in length.
     """
     from scipy.special import stdtrit
 
@@ -162,7 +228,7 @@ def verdict(name: str, baseline: str, metric: str, with_, without) -> Verdict:
     if a.shape != b.shape or a.ndim != 1 or not a.size:
         raise ValueError(
             f"{name!r} against {baseline!r} has distances of shapes {a.shape} with and {b.shape} without corrections; "
-            "give one a seed for both, of the same seeds in the same order"
+            "give one per seed for both, of the same seeds in the same order"
         )
     d, k = a - b, len(a)
     if k == 1 or not np.isfinite(d).all():
@@ -173,22 +239,39 @@ def verdict(name: str, baseline: str, metric: str, with_, without) -> Verdict:
 
 
 def count_line(verdicts: Sequence[Verdict]) -> str:
-    """How often corrections help, harm and do nothing, in one sentence."""
-    helps, nothing, harms = (sum(v.verdict == kind for v in verdicts) or "none" for kind in VERDICTS)
-    many = f"{len(verdicts)} comparisons" if len(verdicts) != 1 else "1 comparison"
-    told = f"corrections or their noise help in {helps}, harm in {harms}"
-    return f"Of {many}, {told}, and no difference is seen in {nothing}."
+    """Return one sentence: how often corrections lower the distance, raise it, or make no difference.
+
+    Args:
+        verdicts: the verdicts.
+
+    Returns:
+        The sentence.
+    """
+    helps, nothing, harms = (sum(v.verdict == kind for v in verdicts) for kind in VERDICTS)
+    comparisons = f"{len(verdicts)} paired comparison{'' if len(verdicts) == 1 else 's'}"
+    return (
+        f"Corrections and noise controls lower the distance in {helps} of {comparisons}, raise the distance in "
+        f"{harms}, and make no significant difference in {nothing}."
+    )
 
 
-def verdict_words(v: Verdict) -> str:
-    """What happened to the metric, in words: ``FD-small is lower by 0.12 ± 0.03``."""
+def _verdict_words(v: Verdict) -> str:
+    """Return the change of the metric in words: ``FD-small is lower by 0.12 ± 0.03``."""
     if v.verdict == "no difference seen":
         return f"{v.metric} differs by {plus_minus(v.difference, v.se)}"
     return f"{v.metric} is {'lower' if v.verdict == 'helps' else 'higher'} by {plus_minus(abs(v.difference), v.se)}"
 
 
-def check(contents: Contents) -> None:
-    """Raises ``ValueError`` with one sentence for contents that cannot be shown; draws nothing."""
+def check_contents(contents: Contents) -> None:
+    """Refuse contents that cannot be shown; nothing is drawn.
+
+    Args:
+        contents: what the report shows.
+
+    Raises:
+        ValueError: arrays of the wrong shape, images that are not finite, a verdict on a row that does not exist, or a
+            verdict against the sign of its difference.
+    """
     rows: dict[str, Row] = {}
     for row in contents.rows:
         if row.name in rows:
@@ -201,7 +284,7 @@ def check(contents: Contents) -> None:
         for metric, (_, se) in row.distances.items():
             if se < 0:
                 raise ValueError(
-                    f"row {row.name!r}, {metric}: the standard error {se} is negative; give 0, more or nan"
+                    f"row {row.name!r}, {metric}: the standard error {se} is negative; give 0, more, or nan"
                 )
         rows[row.name] = row
     for v in contents.verdicts:
@@ -221,7 +304,7 @@ def check(contents: Contents) -> None:
     for name, gap in (contents.gaps | contents.influence).items():
         _check_lines(f"gap {name!r}", gap, "(t_n, distance, se)")
         if (np.asarray(gap[2]) < 0).any():
-            raise ValueError(f"gap {name!r} has a negative standard error; give zeros where there is none")
+            raise ValueError(f"gap {name!r} has a negative standard error; give zeros for an unknown error")
 
 
 def _check_verdict(v: Verdict, rows: dict[str, Row]) -> None:
@@ -241,10 +324,10 @@ def _check_verdict(v: Verdict, rows: dict[str, Row]) -> None:
         )
 
 
-def _check_lines(name: str, arrays: Sequence, wanted: str) -> None:
+def _check_lines(name: str, arrays: Sequence, fields: str) -> None:
     shapes = [np.shape(a) for a in arrays]
-    if len(shapes) != wanted.count(",") + 1 or len(set(shapes)) != 1 or len(shapes[0]) != 1 or not shapes[0][0]:
-        raise ValueError(f"{name} has shapes {shapes}; give {wanted}, each [n] of one length n >= 1")
+    if len(shapes) != fields.count(",") + 1 or len(set(shapes)) != 1 or len(shapes[0]) != 1 or not shapes[0][0]:
+        raise ValueError(f"{name} has shapes {shapes}; give {fields}, each [n] of one length n >= 1")
 
 
 def _table(rows: list[Row], best: dict[str, Row | None]) -> list[dict]:
@@ -261,19 +344,19 @@ def _table(rows: list[Row], best: dict[str, Row | None]) -> list[dict]:
 
 def _chart_words(metric: str, best: Row) -> str:
     return (
-        f"Chart of {metric} against NFE with error bars, one line a family; the smallest is "
-        f"{plus_minus(*best.distances[metric])} for {best.name} at {best.nfe} NFE. The table has all values."
+        f"Chart of {metric} against NFE with error bars, one line per family; the smallest is "
+        f"{plus_minus(*best.distances[metric])} for {best.name} at {best.nfe} NFE. The table shows all values."
     )
 
 
 def _verdict_groups(verdicts: Sequence[Verdict], rows: dict[str, Row]) -> list[tuple[str, int, list]]:
-    """``(kind, count, [(corrected row, baseline row, [words])])``: metrics of one comparison stand together."""
+    """Return ``(kind, count, [(corrected row, baseline row, [words])])``, the metrics of one comparison together."""
     groups = []
     for kind in VERDICTS:
         pairs: dict[tuple[str, str], list[str]] = {}
         for v in verdicts:
             if v.verdict == kind:
-                pairs.setdefault((v.name, v.baseline), []).append(verdict_words(v))
+                pairs.setdefault((v.name, v.baseline), []).append(_verdict_words(v))
         entries = [(rows[name], rows[baseline], words) for (name, baseline), words in pairs.items()]
         if entries:
             groups.append((kind, sum(len(words) for _, _, words in entries), entries))
@@ -281,7 +364,7 @@ def _verdict_groups(verdicts: Sequence[Verdict], rows: dict[str, Row]) -> list[t
 
 
 def _fixed(x: float, place: int) -> str:
-    """``x`` rounded to a multiple of ``10**place``, a true minus sign, no negative zero."""
+    """Return ``x`` rounded to a multiple of ``10**place``, with a true minus sign and no negative zero."""
     text = f"{round(x, -place):.{max(0, -place)}f}"
     return text.replace("-", "−") if float(text) else text.lstrip("-")
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import sampling
+from fmjax.checks import refusal
 from fmjax.experiments import drawing, networks, samplers, settings, workdir
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
-from fmjax.experiments.specs import refusal
 from fmjax.types import Cond, Method, Params
 
 SOLVER, STEPS = "rk4", 16
@@ -46,8 +46,8 @@ class Run:
     """A trained run.
 
     Attributes:
-        settings: its config, read and checked.
-        path: its folder.
+        settings: the config, read and checked.
+        path: the run folder.
     """
 
     settings: Settings
@@ -59,11 +59,11 @@ class Run:
 
     @functools.cached_property
     def _loaded(self) -> tuple[Models, str, int]:
-        return networks.load(self.settings, self.path)
+        return networks.load_models(self.settings, self.path)
 
     @property
     def models(self) -> Models:
-        """The networks, as samplers draw with them."""
+        """The trained networks in the form that samplers use."""
         return self._loaded[0]
 
     @property
@@ -108,15 +108,14 @@ class Run:
 
         Args:
             n: number of samples.
-            seed: of their noise.
+            seed: seed of the noise.
             label: one label for all samples.
-            cond: conditions ``[n, ...]``; by default labels one after the other, where there are labels.
+            cond: conditions ``[n, ...]``; by default labels one after the other, if the run has labels.
             guidance: guidance scale; by default the config's.
-            solver: a solver, or ``"flow_map"``; by default the flow map with its least steps where there is one, else
-                ``"rk4"``.
+            solver: a solver, or ``"flow_map"``; by default the flow map if the run has one, else ``"rk4"``.
             steps: number of steps; by default 16, and 4 for a flow map.
             grid: time grid; by default the uniform one.
-            corrections: ``{"at": steps, "by": corrector, ...}`` as a config's ``corrections`` has it.
+            corrections: ``{"at": steps, "by": corrector, ...}`` as in ``corrections`` of a config.
             first: index of the first sample.
 
         Returns:
@@ -130,28 +129,49 @@ class Run:
         sampler = self.sampler(solver, steps, grid, corrections)
         models = self.guided(guidance)
         cond = self.conditions(n, label, cond, first)
-        drawing.check(sampler, models, cond=cond)
+        drawing.check_sampler(sampler, models, cond=cond)
         program = drawing.program(sampler, models)
-        keys = drawing.example_keys(seed, 0, first + n)[first:]
+        keys = drawing.sample_keys(seed, 0, first + n)[first:]
         return drawing.in_chunks(lambda keys, cond: program(models.params, keys, cond), keys, cond)
 
     def encode(self, x, *, cond: Cond = None, steps: int = 64) -> np.ndarray:
-        """Return the noise ``[B, ...]`` that the flow carries to ``x``: RK4 backwards in ``steps`` steps."""
+        """Return the noise that the flow carries to ``x``, by RK4 steps backwards.
+
+        Args:
+            x: examples ``[B, ...]``.
+            cond: conditions of the examples ``[B, ...]``.
+            steps: number of steps.
+
+        Returns:
+            Noise ``[B, ...]``.
+        """
         return self._solve(x, cond, np.linspace(1.0, 0.0, steps + 1, dtype=np.float32))
 
     def decode(self, z, *, cond: Cond = None, steps: int = 64) -> np.ndarray:
-        """Return where the flow carries the noise ``z: [B, ...]``: RK4 in ``steps`` steps."""
+        """Return the examples to which the flow carries noise, by RK4 steps.
+
+        Args:
+            z: noise ``[B, ...]``.
+            cond: conditions ``[B, ...]``.
+            steps: number of steps.
+
+        Returns:
+            Examples ``[B, ...]``.
+        """
         return self._solve(z, cond, np.linspace(0.0, 1.0, steps + 1, dtype=np.float32))
 
     def interpolate(self, a, b, n: int, *, cond: Cond = None, steps: int = 64) -> np.ndarray:
-        """Return ``n`` examples ``[n, ...]`` between two, along the great circle of their noise.
+        """Interpolate between two examples along the great circle of their noise.
 
         Args:
             a: first example, without a batch axis.
             b: last example.
             n: number of examples, both ends included.
             cond: condition of both, without a batch axis.
-            steps: solver steps each way.
+            steps: solver steps in each direction.
+
+        Returns:
+            Examples ``[n, ...]``.
         """
         add = lambda tree: None if tree is None else jax.tree.map(lambda v: jnp.asarray(v)[None], tree)
         za, zb = (self.encode(add(x), cond=add(cond), steps=steps)[0] for x in (a, b))
@@ -162,29 +182,32 @@ class Run:
         return self.decode(z.astype(np.float32), cond=rows, steps=steps)
 
     def log_prob(self, x, *, cond: Cond = None, seed: int = 0, probes: int | None = None) -> np.ndarray:
-        """Return ``log p(x)`` of the flow, ``[B]``, by an adaptive solve.
+        """Return the log-density of the flow, by an adaptive solver.
 
         Args:
             x: examples ``[B, ...]``.
-            cond: their conditions.
-            seed: of the probes.
+            cond: conditions of the examples.
+            seed: seed of the probes.
             probes: Hutchinson probes an example; by default the exact divergence up to 64 dimensions, else 1.
+
+        Returns:
+            ``log p(x)``, ``[B]``.
 
         Raises:
             ValueError: a path whose source is not standard normal.
-            RuntimeError: a solve that failed.
+            RuntimeError: the adaptive solver failed.
         """
         if drawing.source_scale(self.models.path) != 1:
             raise refusal("path", self.settings.common.path, "its source is not N(0, I)", "Use a path with alpha_0 = 1")
         x = jnp.asarray(x, jnp.float32)
         if probes is None and x[0].size > 64:
             probes = 1
-        key = None if probes is None else drawing.example_keys(seed, 0, len(x), purpose=5)
+        key = None if probes is None else drawing.sample_keys(seed, 0, len(x), purpose=5)
         density = jax.jit(functools.partial(sampling.log_density, self.velocity, probes=probes))(x, cond, key)
         return np.asarray(sampling.checked_density(density))
 
     def sampler(self, solver: Any, steps: int | None, grid: Any, corrections: Mapping[str, Any] | None) -> Sampler:
-        """Return the sampler of these choices, checked; see ``sample``."""
+        """Return the checked sampler for arguments of ``sample``."""
         if solver is None:
             solver = FLOW_MAP if FLOW_MAP in self.models.methods else SOLVER
         if solver == FLOW_MAP and FLOW_MAP not in self.models.methods:
@@ -202,7 +225,7 @@ class Run:
         if scale is None or scale == self.settings.common.guidance:
             return self.models
         common = dataclasses.replace(self.settings.common, guidance=float(scale))
-        return networks.load(self.settings._replace(common=common), self.path)[0]
+        return networks.load_models(self.settings._replace(common=common), self.path)[0]
 
     def conditions(self, n: int, label: int | None, cond: Cond, first: int = 0) -> Cond:
         """Return the conditions of ``n`` samples; see ``sample``."""

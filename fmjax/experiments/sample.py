@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from fmjax.checks import refusal
 from fmjax.experiments.drawing import CHUNK, hash_arrays
 from fmjax.experiments.run import Run
 from fmjax.experiments.settings import Settings
-from fmjax.experiments.specs import refusal
 from fmjax.storage import files, images
 from fmjax.training import logs, pictures, sharding
 
@@ -33,19 +33,19 @@ def main(
 ) -> None:
     """Draw samples and write them; a killed command continues where it stopped.
 
-    Of several processes each draws its part. Sample ``i`` of a seed does not depend on ``count``.
+    Each of several processes draws a part. Sample ``i`` of a seed does not depend on ``count``.
 
     Args:
         settings: the config of the run.
         path: the run folder.
         count: number of samples.
-        out: ``x.npz`` (``x`` and ``cond``), ``x.png`` (one picture), or a folder (an image a sample).
-        seed: of the noise.
+        out: ``x.npz`` (``x`` and ``cond``), ``x.png`` (one picture), or a folder (one image per sample).
+        seed: seed of the noise.
         label: one label for all samples; by default labels one after the other.
         guidance: guidance scale; by default the config's.
         solver: solver, as JSON or a name, or ``"flow_map"``.
         solver_steps: number of steps.
-        corrections: JSON of a correction, such as ``{"at": [0, 4], "by": "score", "alpha": 0.5}``.
+        corrections: a correction as JSON, such as ``{"at": [0, 4], "by": "score", "alpha": 0.5}``.
 
     Raises:
         ValueError: an output or an option that cannot work, before anything is drawn.
@@ -58,9 +58,9 @@ def main(
         raise refusal("count", count, "no samples", "Give at least 1")
     kind = target.suffix
     if kind not in (".npz", ".png", ""):
-        raise refusal("out", out, "ends in neither .npz nor .png, and is no folder", "Give samples.npz or grid.png")
+        raise refusal("out", out, "neither a .npz file, a .png file nor a folder", "Give samples.npz or grid.png")
     if kind == "" and len(run.models.shape) != 3:
-        raise refusal("out", out, "a folder holds images, and these samples are none", "Give samples.npz")
+        raise refusal("out", out, "a folder holds images, and these samples are not images", "Give samples.npz")
     sampler = run.sampler(options["solver"], solver_steps, None, options["corrections"])
     what = {"sampler": sampler.fields(), "seed": seed, "label": label, "guidance": guidance, "run": run.identity}
     parts = target.with_name(f".{target.name}.{hash_arrays([np.frombuffer(repr(what).encode(), np.uint8)])[:12]}")
@@ -76,19 +76,13 @@ def main(
     sharding.barrier("samples")
     if jax.process_index() == 0:
         x = np.concatenate([files.read_array(parts / f"{i}-{min(CHUNK, count - i)}.npy") for i in starts])
-        write(target, x, run.conditions(count, label, None))
+        _write(target, x, run.conditions(count, label, None))
         shutil.rmtree(parts)
         print(f"{count} samples of {sampler.name} in {target}")
 
 
-def write(target: Path, x: np.ndarray, cond: Any) -> None:
-    """Write samples as arrays, as one picture, or as a folder of images.
-
-    Args:
-        target: ``.npz``, ``.png`` or a folder.
-        x: samples ``[n, ...]``.
-        cond: their conditions, or ``None``.
-    """
+def _write(target: Path, x: np.ndarray, cond: Any) -> None:
+    """Write samples ``[n, ...]`` as arrays (``.npz``), as one picture (``.png``), or as a folder of images."""
     if target.suffix == ".npz":
         files.write_npz(target, {"x": x} | ({} if cond is None else {"cond": cond}))
     elif target.suffix == ".png":
@@ -104,7 +98,7 @@ def write(target: Path, x: np.ndarray, cond: Any) -> None:
 
 
 def _json(field: str, text: str | None) -> Any:
-    """A value as JSON, or a bare name."""
+    """Return a JSON value; a solver may be a bare name."""
     if text is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Samplers of a config: records that say what is drawn, read and checked before anything is drawn."""
+"""Read the samplers of a config into records, and check every sampler before anything is drawn."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmjax import correction, paths
+from fmjax.checks import refusal
 from fmjax.correction import correctors
-from fmjax.experiments import build, specs
-from fmjax.experiments.specs import Kind, refusal
+from fmjax.experiments import build, places, specs
+from fmjax.experiments.specs import Kind
 from fmjax.sampling import grids
 from fmjax.types import stated
 
 FLOW, FLOW_MAP, DRIFT, NOISE = "flow", "flow_map", "drift", "noise"
 GRID = Kind("time grid", "sampling", ("n",))
-OPTIONS = ("solver", "steps", "grid", "at", "by", "parallel")  # fields of a correction that are no options of 'by'
-SOURCES = ("direction", "score", "step", "velocity", "log_density")  # what a corrector's factory may take
+OPTIONS = ("solver", "steps", "grid", "at", "by", "parallel")  # fields of a correction that are not options of 'by'
+SOURCES = ("direction", "score", "step", "velocity", "log_density")  # positional arguments of a corrector's factory
 
 
 class Sampler(NamedTuple):
@@ -26,16 +27,16 @@ class Sampler(NamedTuple):
 
     Attributes:
         name: unique among the samplers that are compared.
-        family: samplers that differ in their number of steps only share a family.
+        family: samplers that differ only in their number of steps have the same family.
         solver: spec of a step of ``fmjax.sampling``, or ``"flow_map"`` for jumps of the learned map.
         steps: number of steps.
         grid: spec of a time grid; ``None`` for the uniform one.
         at: the steps before which the state is corrected; ``steps`` itself corrects the end.
         by: a trained corrector's name, ``"drift"`` (kernel drift between the marginals), ``"noise"`` (the noise of a
             correction alone, a control) or a corrector of ``fmjax.correction``.
-        options: of the corrector; ``alpha`` and ``beta`` may be one number a corrected step.
+        options: options of the corrector; ``alpha`` and ``beta`` may have one number per corrected step.
         parallel: evaluate step and correction on the same input.
-        baseline: name of the sampler that this one is judged against.
+        baseline: name of the sampler that this sampler is compared with.
     """
 
     name: str
@@ -66,7 +67,7 @@ def plain_samplers(samplers: Mapping[str, Any]) -> list[Sampler]:
     Raises:
         ValueError: a solver or grid that does not exist, or steps that are not positive whole numbers.
     """
-    found = []
+    plain = []
     for name, entry in samplers.items():
         field = f"samplers.{name}"
         spec = dict(entry.items()) if hasattr(entry, "items") else {"solver": name, "steps": entry}
@@ -75,12 +76,12 @@ def plain_samplers(samplers: Mapping[str, Any]) -> list[Sampler]:
         if "steps" not in spec:
             raise ValueError(f"{field}: has no steps. Give numbers of steps, such as (4, 8).")
         solver, steps = spec.get("solver", name), spec["steps"]
-        check_solver(solver, field=f"{field}.solver" if hasattr(entry, "items") else field)
+        _check_solver(solver, field=f"{field}.solver" if hasattr(entry, "items") else field)
         for n in steps if isinstance(steps, (list, tuple)) else (steps,):
             grid = spec.get("grid")
             time_grid(grid, _count(n, field), field=f"{field}.grid")
-            found.append(Sampler(_words(solver, n, grid), _family(solver, grid), solver, int(n), grid))
-    return found
+            plain.append(Sampler(_words(solver, n, grid), _family(solver, grid), solver, int(n), grid))
+    return plain
 
 
 def corrected_samplers(
@@ -88,47 +89,53 @@ def corrected_samplers(
 ) -> list[Sampler]:
     """Return the corrected samplers of a config's ``corrections``, and their controls.
 
-    A correction that adds noise comes with a control, the same noise without the push, and is judged against it:
-    noise alone can help a flow that is too narrow. The control, and a correction without noise, are judged against the
-    plain sampler.
+    A correction that adds noise is compared with a control, the same noise without the corrector, because noise alone
+    can help a flow that is too narrow. The control, and a correction without noise, are compared with the plain
+    sampler.
 
     Args:
         corrections: name -> ``{"solver", "steps", "grid", "at", "by", "parallel"}`` and the options of the corrector.
-        plain: the plain samplers, which must have the one that is corrected.
+        plain: the plain samplers; the sampler that is corrected must be among them.
         trained: names of the trained correctors.
 
     Returns:
-        The corrected samplers and controls, those with fewer corrections first.
+        The corrected samplers and controls, fewer corrections first.
 
     Raises:
         ValueError: an unknown solver or corrector, steps ``at`` outside ``0 .. steps``, options of another corrector, a
-            correction that does nothing, or a plain sampler that is not drawn.
+            correction without effect, or a plain sampler that is not drawn.
     """
-    found: list[Sampler] = []
+    corrected: list[Sampler] = []
     for key, entry in corrections.items():
         for sampler in _corrected(f"corrections.{key}", dict(entry.items()), plain, trained):
-            if sampler not in found:
-                found.append(sampler)
-    names = [s.name for s in (*plain, *found)]
+            if sampler not in corrected:
+                corrected.append(sampler)
+    names = [s.name for s in (*plain, *corrected)]
     if repeated := sorted({n for n in names if names.count(n) > 1}):
         raise refusal("corrections", repeated[0], "two samplers have this name", "Drop one of them")
-    return sorted(found, key=lambda s: (str(s.solver), str(s.by), len(s.at), s.at, s.baseline is None))
+    return sorted(corrected, key=lambda s: (str(s.solver), str(s.by), len(s.at), s.at, s.baseline is None))
 
 
-def check_solver(spec: Any, *, field: str) -> None:
-    """Refuse a solver that does not exist, or an option that it does not have; ``"flow_map"`` is one."""
+def _check_solver(spec: Any, *, field: str) -> None:
+    """Refuse a solver that does not exist, or an unknown option; ``"flow_map"`` is a solver."""
     if spec != FLOW_MAP:
         build.step(spec, field=field)
 
 
 def time_grid(spec: Any, n: int, path: paths.Path = paths.linear(), *, field: str = "grid") -> np.ndarray:
-    """Return the time grid ``[n + 1]`` of a spec; ``None`` is uniform where the velocity of the path is finite.
+    """Return the time grid of a spec.
 
     Args:
-        spec: a grid of ``fmjax.sampling``, or ``None``.
+        spec: a grid of ``fmjax.sampling``; ``None`` for the uniform grid, which starts where the velocity is finite.
         n: number of steps.
         path: the flow's interpolant.
         field: the config field, for messages.
+
+    Returns:
+        Times ``[n + 1]``, float32.
+
+    Raises:
+        ValueError: an unknown grid or option.
     """
     if spec is None:
         return grids.default_grid(path, n)
@@ -136,7 +143,7 @@ def time_grid(spec: Any, n: int, path: paths.Path = paths.linear(), *, field: st
 
 
 def _corrected(field: str, c: dict[str, Any], plain: Sequence[Sampler], trained: Sequence[str]) -> list[Sampler]:
-    """The sampler of one correction, after its control if it adds noise."""
+    """Return the sampler of one correction, after the control if the correction adds noise."""
     if missing := [name for name in ("solver", "steps", "at", "by") if name not in c]:
         raise ValueError(f"{field}: has no {missing[0]!r}. A correction has solver, steps, at, by and options.")
     n, grid = _count(c["steps"], field), c.get("grid")
@@ -162,7 +169,7 @@ def _corrected(field: str, c: dict[str, Any], plain: Sequence[Sampler], trained:
 
 
 def _options(field: str, by: Any, options: dict[str, Any], at, trained: Sequence[str], ts) -> dict[str, Any]:
-    """The options of a correction, complete and checked by those who take them."""
+    """Return the options of a correction with defaults, checked against the corrector."""
     if by in (*trained, DRIFT):
         known = {"alpha", "beta"} | ({"bandwidth"} if by == DRIFT else set())
         required = known - {"beta"}
@@ -176,7 +183,7 @@ def _options(field: str, by: Any, options: dict[str, Any], at, trained: Sequence
     if missing := sorted(required - options.keys()):
         raise ValueError(f"{field}.{missing[0]}: {by!r} needs it. Give {missing[0]}.")
     if not at:
-        raise refusal(f"{field}.at", tuple(at), "corrects at no step", "Give steps, such as (0, 4)")
+        raise refusal(f"{field}.at", tuple(at), "names no step", "Give steps, such as (0, 4)")
     options = {name: _strength(f"{field}.{name}", value, at) for name, value in options.items()}
     if "alpha" in known:
         if not np.any(options["alpha"]):
@@ -191,8 +198,20 @@ def _options(field: str, by: Any, options: dict[str, Any], at, trained: Sequence
 
 
 def corrector_factory(field: str, by: Any, trained: Sequence[str]) -> Callable:
-    """The factory of a corrector that needs no training."""
-    if specs.is_outside(by):
+    """Return the factory of a training-free corrector.
+
+    Args:
+        field: the config field of the correction, for messages.
+        by: a corrector of ``fmjax.correction``, or a place outside the package.
+        trained: names of the trained correctors, for messages.
+
+    Returns:
+        The factory; its positional arguments are among ``SOURCES``.
+
+    Raises:
+        ValueError: no such corrector, with the nearest.
+    """
+    if places.is_outside(by):
         return specs.resolve(Kind("corrector", "correction"), by, field=f"{field}.by")[0]
     offered = {
         name: getattr(correction, name)
@@ -214,14 +233,14 @@ def _takes(function: Callable) -> bool:
 
 
 def _strength(field: str, value: Any, at: Sequence[int]) -> Any:
-    """A number, or one for each corrected step."""
+    """Return a number, or a tuple with one number per corrected step."""
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, (list, tuple)):
         if len(value) != len(at):
-            raise refusal(field, value, f"has {len(value)} numbers for {len(at)} corrected steps", "Give one a step")
+            raise refusal(field, value, f"has {len(value)} numbers for {len(at)} corrected steps", "Give one per step")
         return tuple(_strength(field, v, ()) for v in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-        raise refusal(field, value, "is no finite number", "Give a number, or one a corrected step")
+        raise refusal(field, value, "is not a finite number", "Give a number, or one per corrected step")
     return value
 
 
@@ -229,7 +248,7 @@ def _steps(field: str, value: Any, n: int) -> tuple[int, ...]:
     at = tuple(value) if isinstance(value, (list, tuple, range)) else (value,)
     for i in at:
         if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i <= n:
-            raise refusal(field, i, f"is no step: {n} steps can be corrected at 0 .. {n}", "Give whole numbers")
+            raise refusal(field, i, f"not a step: {n} steps can be corrected at 0 .. {n}", "Give whole numbers")
     if sorted(set(at)) != list(at):
         raise refusal(field, at, "the steps do not rise", "Give each step once, in order")
     return tuple(int(i) for i in at)
@@ -237,7 +256,7 @@ def _steps(field: str, value: Any, n: int) -> tuple[int, ...]:
 
 def _count(n: Any, field: str) -> int:
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= 100_000:
-        raise refusal(f"{field}.steps", n, "is no number of steps", "Give a whole number in 1 .. 100000")
+        raise refusal(f"{field}.steps", n, "not a number of steps", "Give a whole number in 1 .. 100000")
     return int(n)
 
 
@@ -253,8 +272,8 @@ def _family(solver: Any, grid: Any) -> str:
 def _title(solver: Any) -> str:
     name = specs.name_of(solver)
     options = {k: v for k, v in solver.items() if k != "name"} if hasattr(solver, "items") else {}
-    told = ", ".join(f"{k}={v}" for k, v in options.items())
-    return {FLOW_MAP: "flow map"}.get(name, name) + (f" ({told})" if told else "")
+    text = ", ".join(f"{k}={v}" for k, v in options.items())
+    return {FLOW_MAP: "flow map"}.get(name, name) + (f" ({text})" if text else "")
 
 
 def _list(names) -> str:

@@ -1,4 +1,4 @@
-"""Read a config once, into typed and checked pieces; after ``read`` no part of the library sees a config."""
+"""Read a config once into typed and checked records; after ``read`` no part of the library uses a config."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fmjax import checks
-from fmjax.checks import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Range
-from fmjax.experiments import specs
-from fmjax.experiments.specs import refusal
+from fmjax.checks import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Range, refusal
+from fmjax.experiments import places, specs
 
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Count = Annotated[int, Range(1, 1e9)]
@@ -18,10 +17,7 @@ Decay = Annotated[float, Range(0, 1, open_high=True)]
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """Fields that all stages share; ``configs/base.py`` explains each.
-
-    Attributes are the config's fields of the same names.
-    """
+    """Fields common to all stages; ``configs/base.py`` explains each field of the same name."""
 
     seed: Seed
     data: Any
@@ -42,9 +38,9 @@ class Common:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """Fields of one training stage; ``configs/base.py`` explains each.
+    """Fields of one training stage; ``configs/base.py`` explains each field of the same name.
 
-    Attributes are the config's fields of the same names; ``net=None`` stands for the flow's network.
+    ``net=None`` stands for the network of the flow.
     """
 
     net: Any
@@ -65,7 +61,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class MarginalSets:
-    """How the marginals p_n and q_n are built; ``configs/base.py`` explains each field."""
+    """Fields of the marginals p_n and q_n; ``configs/base.py`` explains each field of the same name."""
 
     solver: str
     solver_steps: Annotated[int, Range(1, 1e5)]
@@ -75,7 +71,12 @@ class MarginalSets:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How many samples are compared: ``seeds`` runs of ``samples`` each."""
+    """Number of samples that are compared.
+
+    Attributes:
+        seeds: number of runs; standard errors are over runs.
+        samples: samples per run.
+    """
 
     seeds: Annotated[int, Range(1, 1e6)]
     samples: Annotated[int, Range(2, 1e9)]
@@ -83,7 +84,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Straighten:
-    """What half-straightening trains and compares beside its training fields, see ``configs/base.py``."""
+    """Fields of half-straightening in addition to the fields of a training stage; ``configs/base.py`` explains them."""
 
     seed: Seed
     bounds: Sequence[float]
@@ -101,20 +102,20 @@ class Straighten:
 
 
 class Settings(NamedTuple):
-    """A config, checked: what each stage holds of it.
+    """A checked config, one record per section.
 
     Attributes:
-        common: what all stages share.
+        common: fields common to all stages.
         flow: training of the flow.
         correctors: training of each corrector, by name.
         flow_map: training of the flow map, or ``None``.
-        marginals: how the marginals are built.
-        sampling: how many samples are compared.
+        marginals: fields of the marginals.
+        sampling: number of samples that are compared.
         samplers: solvers and their numbers of steps, or samplers by name.
         corrections: corrected samplers by name.
         metrics: specs of the distances; empty for the defaults of the data's kind.
-        straighten: training of the students and what is compared, or ``None``.
-        config: all of it as plain JSON values.
+        straighten: training of the students and fields of the comparison, or ``None``.
+        config: the whole config as plain values.
     """
 
     common: Common
@@ -134,18 +135,18 @@ SECTIONS = ("correctors", "flow_map", "sampling", "samplers", "corrections", "me
 
 
 def read(config: Any) -> Settings:
-    """Read a config.
+    """Read and check a config.
 
     Args:
         config: a ``ConfigDict`` or a mapping with the fields of ``configs/base.py``.
 
     Returns:
-        Its pieces, each value checked by type and range.
+        The records; every value is checked by type and range.
 
     Raises:
         ValueError: a field that is unknown, missing, of another type or out of range; one line that names it.
     """
-    tree = specs.absolute(config)
+    tree = places.absolute(config)
     flat = {name: value for name, value in tree.items() if name not in SECTIONS}
     common, flow, marginals = (_take(kind, flat) for kind in (Common, Training, MarginalSets))
     if flat:
@@ -168,7 +169,7 @@ def read(config: Any) -> Settings:
 
 
 def _take(kind: type, fields: dict[str, Any]) -> Any:
-    """The piece ``kind`` of a flat config; its fields are taken out of ``fields``."""
+    """Remove the fields of the record ``kind`` from ``fields`` and return the record."""
     names = [field.name for field in dataclasses.fields(kind)]
     if missing := [name for name in names if name not in fields]:
         raise ValueError(f"{missing[0]}: the config has no such field. Start from configs/base.py, which has them all.")

@@ -1,4 +1,4 @@
-"""Resolve what a config says of an object: a name, a name with options, a place outside the package, or the object.
+"""Build objects from specs of a config: a name, a name with options, a place outside the package, or the object.
 
 A spec is one of
 
@@ -16,40 +16,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import numbers
-import os
-import re
-import reprlib
-import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fmjax import checks, paths
+from fmjax.checks import refusal
+from fmjax.experiments import places
 
 Spec = Any  # a ConfigDict is no Mapping, and an object may be anything
-OUTSIDE = re.compile(r"(.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
-LENGTH = 300  # characters of a refusal at most
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
 
 
 class Kind(NamedTuple):
     """A kind of object that a config can name.
 
     Attributes:
-        noun: the word for it in messages.
+        noun: the word for the object in messages.
         package: module or package below ``fmjax`` whose public names are offered.
         takes: names of the positional arguments of a factory.
-        returns: the return annotation of a factory; empty for any.
+        returns: the return annotation of a factory; an empty string for any annotation.
     """
 
     noun: str
@@ -77,10 +68,10 @@ def build(kind: Kind, spec: Spec, *args: Any, field: str, **context: Any) -> Any
         spec: a name, a mapping, a place outside the package, or the object itself.
         *args: the positional arguments of the factory.
         field: the config field that holds the spec, for messages.
-        **context: options from other fields; a factory that does not take one does not get it.
+        **context: options from other fields; each option is passed only to a factory that takes the option.
 
     Returns:
-        ``factory(*args, **options)``; an object that is no factory is returned as it is.
+        ``factory(*args, **options)``; an object that is not a factory is returned unchanged.
 
     Raises:
         ValueError: an unknown name, an option that is unknown, missing or out of range, or an option that another
@@ -119,8 +110,8 @@ def resolve(kind: Kind, spec: Spec, *, field: str) -> tuple[Callable, dict[str, 
     name, options = parse(spec, field=field)
     if not isinstance(name, str):
         return name, options
-    if is_outside(name):
-        factory = _outside(name, field)
+    if places.is_outside(name):
+        factory = places.load_factory(name, field=field)
         if kind.takes and _positional(factory) != kind.takes:
             takes = ", ".join(kind.takes)
             raise refusal(field, name, f"a {kind.noun} factory takes ({takes}, *, options)", "Change its arguments")
@@ -142,10 +133,10 @@ def call(factory: Callable, options: dict[str, Any], *args: Any, field: str) -> 
         field: the config field, for messages.
 
     Returns:
-        What the factory returns.
+        The object that the factory returns.
 
     Raises:
-        ValueError: an option that is unknown, missing or out of range, or what the factory itself refuses.
+        ValueError: an option that is unknown, missing or out of range, or a value that the factory refuses.
     """
     return factory(*args, **checked(factory, options, field=field))
 
@@ -212,7 +203,13 @@ def parse(spec: Spec, *, field: str) -> tuple[Any, dict[str, Any]]:
 
 
 def name_of(spec: Spec) -> str:
-    """Return the name in a spec; of an object its class or function name.
+    """Return the name in a spec; for an object the name of its class or function.
+
+    Args:
+        spec: a spec.
+
+    Returns:
+        The name.
 
     >>> name_of({"name": "edm", "sigma_data": 0.5}), name_of("linear")
     ('edm', 'linear')
@@ -225,7 +222,7 @@ def offers(kind: Kind) -> dict[str, Callable]:
     """Return the factories of this package that a config can name, by name.
 
     Args:
-        kind: what is looked for.
+        kind: the kind of object.
 
     Returns:
         Functions whose positional arguments and return annotation are the kind's; for networks the Flax modules, by
@@ -233,19 +230,30 @@ def offers(kind: Kind) -> dict[str, Callable]:
     """
     module = importlib.import_module(f"fmjax.{kind.package}")
     names = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
-    found = {}
+    factories = {}
     for name in names:
         value = getattr(module, name)
         if kind is NET:
             if inspect.isclass(value) and dataclasses.is_dataclass(value) and hasattr(value, "apply"):
-                found[_snake(value)] = value
+                factories[_snake(value)] = value
         elif inspect.isfunction(value) and value.__module__.startswith("fmjax.") and _fits(kind, value):
-            found[name] = value
-    return found
+            factories[name] = value
+    return factories
 
 
 def options_of(factory: Callable) -> dict[str, Any]:
-    """Return the options of a factory with their defaults: keyword-only arguments, or a Flax module's own fields."""
+    """Return the options of a factory with their defaults.
+
+    Args:
+        factory: a function, whose options are its keyword-only arguments, or a Flax module, whose options are its
+            fields.
+
+    Returns:
+        Defaults by name; ``inspect.Parameter.empty`` for a required option.
+
+    >>> options_of(paths.vp)["beta_max"]
+    20.0
+    """
     if inspect.isclass(factory) and dataclasses.is_dataclass(factory):
         fields = (f for f in dataclasses.fields(factory) if f.init and f.name not in ("parent", "name"))
         empty = inspect.Parameter.empty
@@ -255,90 +263,36 @@ def options_of(factory: Callable) -> dict[str, Any]:
 
 
 def is_spec(value: Any) -> bool:
-    """Return whether a value is a name or a mapping, and no object."""
+    """Return whether a value is a name or a mapping, and not an object.
+
+    Args:
+        value: any value.
+
+    Returns:
+        Whether the value has to be resolved.
+    """
     return isinstance(value, str) or hasattr(value, "items")
 
 
-def is_outside(name: Any) -> bool:
-    """Return whether a name is a place outside the package.
-
-    >>> is_outside("pkg.nets:make"), is_outside("folder/nets.py:make"), is_outside("unet")
-    (True, True, False)
-    """
-    return isinstance(name, str) and OUTSIDE.fullmatch(name) is not None
-
-
-def outside_places(tree: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every field of a config that names code outside the package, with the place that it names."""
-    if is_outside(tree):
-        yield field, tree
-    children = tree.items() if hasattr(tree, "items") else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-    for name, value in children:
-        yield from outside_places(value, f"{field}.{name}" if field else str(name))
-
-
-def absolute(tree: Any) -> Any:
-    """Return a config as plain dicts in which places in files have absolute paths, so that a run folder is enough."""
-    if hasattr(tree, "items"):
-        return {name: absolute(value) for name, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(absolute(value) for value in tree)
-    match = OUTSIDE.fullmatch(tree) if isinstance(tree, str) else None
-    return f"{Path(match[1]).absolute()}:{match[2]}" if match and match[1].endswith(".py") else tree
-
-
-def refusal(field: str, value: Any, wrong: str, way_out: str) -> ValueError:
-    """Return the error ``<field>=<value>: <what is wrong>. <what to do>.``, cut to ``LENGTH`` characters."""
-    line = " ".join(f"{field}={_SHORT.repr(value)}: {wrong}. {way_out}.".split()).replace("?.", "?")
-    return ValueError(line if len(line) <= LENGTH else line[: LENGTH - 2] + " …")
-
-
 def label(factory: Callable) -> str:
-    """Return a factory's name as a config has it."""
+    """Return the name by which a config refers to a factory.
+
+    Args:
+        factory: a function or a Flax module class.
+
+    Returns:
+        The name.
+    """
     return _snake(factory) if inspect.isclass(factory) else getattr(factory, "__name__", repr(factory))
 
 
 def _like(default: Callable, spec: Spec, field: str) -> Callable:
-    """A function like ``default`` from the same module, with its options bound."""
+    """Return a function from the module of ``default`` with the same signature, its options bound."""
     returns = inspect.signature(default).return_annotation
     kind = Kind("choice", default.__module__.removeprefix("fmjax."), _positional(default), str(returns))
     function, options = resolve(kind, spec, field=field)
     options = checked(function, options, field=field)
     return functools.partial(function, **options) if options else function
-
-
-def _outside(place: str, field: str) -> Callable:
-    module_name, name = OUTSIDE.fullmatch(place).groups()
-    try:
-        module = _module_of_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
-    except (ImportError, OSError) as error:
-        raise refusal(
-            field, place, f"cannot be imported ({error})", "Install the package, or run where it lies"
-        ) from error
-    if not callable(getattr(module, name, None)):
-        known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-        near = checks.nearest(name, known)
-        raise refusal(
-            field, place, f"{module_name} has no factory {name!r}{near}", f"It has {', '.join(known) or 'none'}"
-        )
-    return getattr(module, name)
-
-
-def _module_of_file(file: str) -> types.ModuleType:
-    path = Path(file).absolute()
-    name = f"fmjax_file_{hashlib.sha256(os.fspath(path).encode()).hexdigest()[:12]}"
-    if name not in sys.modules:
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path}")
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
 
 
 def _fits(kind: Kind, function: Callable) -> bool:
@@ -362,7 +316,7 @@ def _snake(factory: type) -> str:
 
 
 def _convert(field: str, value: Any, hint: Any) -> Any:
-    """The value as its type hint has it; a value without a hint is not judged."""
+    """Return a value converted to its type hint; a value without a hint is returned unchanged."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     value = value.item() if isinstance(value, np.generic) else value
     for kind in kinds:

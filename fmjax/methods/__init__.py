@@ -1,4 +1,8 @@
-"""Training objectives: one factory ``name(net, *, ...) -> Method`` a file."""
+"""Training objectives: one factory ``name(net, *, ...) -> Method`` a file.
+
+Losses are means over the elements of an example and over the batch, where most papers sum over the elements: a gradient
+clip of a paper must be rescaled.
+"""
 
 from fmjax.methods import attacks, common, views, weighting
 from fmjax.methods.align_your_flow import align_your_flow
