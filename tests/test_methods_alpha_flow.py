@@ -70,12 +70,9 @@ def test_its_gradient_is_eulerian_to_first_order_in_the_fraction(velocity, draw)
 
     limit = gradient_and_residual(eulerian(mlp, velocity=velocity, tangent=velocity, stop="all", diagonal=0.0))
     options = {"velocity": velocity} | PLAIN | {"diagonal": 0.0}
-    options = {"velocity": velocity} | PLAIN | {"diagonal": 0.0}
     errors = [
         [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(gradient_and_residual(m), limit, strict=True)]
-        for m in (
-            alpha_flow(mlp, velocity=velocity, fraction=constant(a), **PLAIN | {"diagonal": 0.0}) for a in (4e-3, 2e-3)
-        )
+        for m in (alpha_flow(mlp, fraction=constant(a), **options) for a in (4e-3, 2e-3))
     ]
     assert 0 < max(errors[1]) < 0.1
     np.testing.assert_allclose(np.log2(np.divide(*errors)), 1, atol=0.03)

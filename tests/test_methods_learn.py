@@ -120,7 +120,7 @@ class Learned(NamedTuple):
 
 LEARNED = {
     "flow_matching": Learned(methods.flow_matching, 0.18),
-    "edm": Learned(methods.edm, 0.19),
+    "edm": Learned(methods.edm, 0.18),
     "lagrangian": Learned(methods.lagrangian, 0.19, 0.23),
     "eulerian": Learned(methods.eulerian, 0.19, 0.26),
     "progressive": Learned(methods.progressive, 0.19, 0.27),
@@ -136,7 +136,7 @@ LEARNED = {
         functools.partial(methods.consistency_trajectory, teacher=teacher(LINEAR)), 0.20, 0.35
     ),
     "consistency": Learned(methods.consistency, None, 0.46, whole),
-    "continuous_consistency": Learned(methods.continuous_consistency, None, 0.5, whole, path=CIRCLE),
+    "continuous_consistency": Learned(methods.continuous_consistency, None, 0.41, whole, path=CIRCLE),
 }
 
 

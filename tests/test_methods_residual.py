@@ -105,7 +105,8 @@ def test_a_run_trains_it_on_a_base_that_stays_and_samples_the_sum(laboratory, tm
         train.main(read(**whole, method="residual"), tmp_path / "none")
     train.main(read(**whole, **more), tmp_path / "both")
     flow, sum_ = (
-        networks.load(read(**fields), tmp_path / name)[0] for fields, name in ((whole, "flow"), (whole | more, "both"))
+        networks.load_models(read(**fields), tmp_path / name)[0]
+        for fields, name in ((whole, "flow"), (whole | more, "both"))
     )
     base, both = flow.params["flow"], sum_.params["flow"]
     chex.assert_trees_all_equal(both["base"], base)
