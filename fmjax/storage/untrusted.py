@@ -14,6 +14,7 @@ import json
 import math
 import os
 import stat
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,11 +256,38 @@ class Unpacked(io.RawIOBase):
         """Return the place in the content."""
         return self._file.tell()
 
+    def readinto(self, buffer) -> int:
+        """Read bytes into a buffer; return how many."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
+
+
+@contextlib.contextmanager
+def open_tar(path: str | os.PathLike) -> Iterator[tarfile.TarFile]:
+    """Open a tar archive, packed by gzip or not, that ends with an error where it unpacks to more than is allowed.
+
+    Args:
+        path: the archive.
+
+    Yields:
+        The archive.
+
+    Raises:
+        ValueError: another kind of file, or too much content.
+    """
+    with open_file(path) as file:
+        content = Unpacked(file, os.fstat(file.fileno()).st_size, plain=True)
+        with tarfile.open(fileobj=io.BufferedReader(content, 2**16), mode="r:") as tar:
+            yield tar
 
 
 def read_header(file: io.IOBase, size: int) -> Header:
