@@ -234,7 +234,7 @@ def _downloaded(original: Original, dl_manager) -> dict[str, Path]:
         return {name: Path(path) for name, path in dl_manager.download(urls).items()}
     except Exception as error:  # the errors of requests, urllib and TFDS have no common type
         raise OSError(
-            f"cannot download {original.name} ({type(error).__name__}: {one_line(error)}). Fetch "
+            f"cannot download {original.name} ({type(error).__name__}: {one_line(error, 1000)}). Fetch "
             f"{', '.join(urls.values())} and set source_dir to their folder."
         ) from error
 
