@@ -1,6 +1,6 @@
 """Few-step flow models in JAX: flow matching, flow maps and marginal correction.
 
-The names of ``__all__`` are imported at first use: ``fmjax.sampling.rk4``, ``fmjax.sample`` and
+The names of ``__all__`` are imported on demand: ``fmjax.sampling.rk4``, ``fmjax.sample`` and
 ``from fmjax import methods`` all work after ``import fmjax``.
 """
 

@@ -1,8 +1,8 @@
-"""Lint of the language: ``python -m launch.language [FOLDER ...]`` prints each place that breaks a rule, one a line.
+"""Check the language rules: ``python -m launch.language [FOLDER ...]`` prints one line per breach.
 
-The rules: names are nouns of content; words of the field in prose; every public function has a docstring whose first
-line is one sentence, with its arguments, what it returns, and (where a package exports it) an example that runs;
-files have at most 400 lines.
+The rules: names are nouns of content; prose uses the words of the field; the docstring of every public function begins
+with one sentence on one line and has sections for arguments and result; functions that a package exports have an
+example that runs; files have at most 400 lines.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _python_files(path: Path) -> list[Path]:
 
 
 def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Names that the file itself gives: of functions, arguments and variables."""
+    """Yield line and name of every function, class, argument and variable of a file."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.lineno, node.name
@@ -81,7 +81,7 @@ def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def _prose(text: str) -> Iterator[tuple[int, str]]:
-    """Comments, and strings that hold more than one word, by line."""
+    """Yield line and text of comments and of strings with more than one word."""
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         kind = tokenize.tok_name[token.type]
         if kind == "COMMENT" or (kind in ("STRING", "FSTRING_MIDDLE") and " " in token.string):
@@ -90,7 +90,7 @@ def _prose(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _docstrings(file: Path, tree: ast.Module) -> Iterator[str]:
-    """Docstrings of public functions and classes: first line, arguments, returns, example."""
+    """Yield breaches in docstrings of public functions and classes: first line, arguments, result, example."""
     exported = _exported(file)
     for node in tree.body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
@@ -115,13 +115,13 @@ def _docstrings(file: Path, tree: ast.Module) -> Iterator[str]:
 
 
 def _section(doc: str, name: str) -> str:
-    """The lines of a Google-style section, or nothing."""
+    """Return the lines of a Google-style section, or an empty string."""
     match = re.search(rf"^{name}:\n((?:[ \t]+.*\n?|\n)+)", doc, re.MULTILINE)
     return match[1] if match else ""
 
 
 def _exported(file: Path) -> set[str]:
-    """The names that the ``__init__.py`` beside a file exports; of a module at the top, all functions in it."""
+    """Return the names that the ``__init__.py`` beside a file exports; of a top-level module, all functions."""
     face = file.parent / "__init__.py"
     if file.resolve().parent == ROOT / "fmjax":
         return {n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef)}

@@ -47,7 +47,7 @@ def close(got, want):
 @pytest.mark.parametrize("name", ["ddpmpp_uncond", "ncsnpp_cond_aug", "adm_cond"])
 def test_converted_weights_give_what_edm_computed(name):
     given, state, config = reference(name)
-    params, spec = edm.network(state, preconditioning=None)
+    params, spec = edm.network_parameters(state, preconditioning=None)
     assert spec["channels"] == config["model_channels"] and spec["multipliers"] == tuple(config["channel_mult"])
     assert spec["attention"] == tuple(config["attn_resolutions"]) and spec["classes"] == config["label_dim"]
     module = MODULES[spec.pop("name")](**spec)
@@ -70,7 +70,7 @@ def jitted(**fields):
 def test_preconditioned_networks_give_what_edm_computed(name):
     """As denoisers, and, at the levels that they know, as velocities."""
     given, state, _ = reference(f"precond_{name}precond")
-    params, spec = edm.network(state, preconditioning=name)
+    params, spec = edm.network_parameters(state, preconditioning=name)
     assert spec.pop("preconditioning") == name and spec.pop("name") == "song_unet"
     raw, how, sigma = jitted(**spec), getattr(preconditioning, name)(), jnp.asarray(given["sigma"])
     net = preconditioning.preconditioned(raw, how)
@@ -170,8 +170,8 @@ def test_the_published_networks_have_as_many_entries_as_the_names_say():
 @pytest.mark.parametrize("sizes", [TINY, NCSN, ADM], ids=["ddpm++", "ncsn++", "adm"])
 def test_all_of_a_state_dict_has_its_place_with_and_without_a_prefix(sizes):
     state = names(**sizes)
-    params, spec = edm.network({f"model.{name}": a for name, a in state.items()}, dropout=0.2)
-    again, same = edm.network(state, dropout=0.2)
+    params, spec = edm.network_parameters({f"model.{name}": a for name, a in state.items()}, dropout=0.2)
+    again, same = edm.network_parameters(state, dropout=0.2)
     assert spec == same and spec["preconditioning"] == "edm" and spec["dropout"] == 0.2
     jax.tree.map(np.testing.assert_array_equal, params, again)
     jump = params["TwoTimes_0"]["jump"]["kernel"].size
@@ -209,7 +209,7 @@ def test_labels_are_scaled_and_no_label_is_the_bias():
     """A SongUNet sees ``W onehot sqrt(n) + b``, an ADM ``W onehot``."""
     for sizes, root in ((NCSN, np.sqrt(2)), (ADM, 1.0)):
         state = names(**sizes)
-        table = edm.network(state)[0]["Embed_0"]["embedding"]
+        table = edm.network_parameters(state)[0]["Embed_0"]["embedding"]
         b = state.get("map_label.bias", 0 * state["map_label.weight"][:, 0])
         np.testing.assert_allclose(table[:-1], root * state["map_label.weight"].T + b, rtol=1e-6)
         np.testing.assert_allclose(table[-1], b)
@@ -221,11 +221,11 @@ def test_a_learned_variance_is_dropped_with_iddpm_and_refused_without():
         name = f"dec.8x8_aux_conv.{part}"
         state[name] = np.concatenate([state[name], 7 + state[name]])
     state["u"] = np.zeros(1001)
-    params, spec = edm.network(state, preconditioning={"name": "iddpm", "steps": 500})
+    params, spec = edm.network_parameters(state, preconditioning={"name": "iddpm", "steps": 500})
     np.testing.assert_array_equal(params["output"]["bias"], state["dec.8x8_aux_conv.bias"][:3])
     assert spec["preconditioning"] == {"name": "iddpm", "steps": 500}
     with pytest.raises(ValueError, match=r"\['output'\]\['bias'\] has shape \(6,\), and \(3,\)"):
-        edm.network(state)
+        edm.network_parameters(state)
 
 
 @pytest.mark.parametrize(
@@ -248,4 +248,4 @@ def test_what_is_no_such_network_is_refused_by_name(sizes, change, message):
     state = names(**sizes)
     change(state)
     with pytest.raises(ValueError, match=message):
-        edm.network(state)
+        edm.network_parameters(state)

@@ -143,14 +143,14 @@ def test_a_snapshot_is_read_and_its_source_is_not_executed(protocol, tmp_path, m
     monkeypatch.chdir(tmp_path)
     state = names(**NCSN)
     Path("a.pkl").write_bytes(snapshot(state, protocol=protocol))
-    got, how = edm.read("a.pkl")
+    got, how = edm.read_snapshot("a.pkl")
     assert how == {"preconditioning": {"name": "edm", "sigma_data": 0.5}, "dropout": 0.13}
     assert set(got) == {f"model.{name}" for name in state}
     for name, a in state.items():
         np.testing.assert_array_equal(got[f"model.{name}"], a)
     assert os.listdir() == ["a.pkl"]
-    params, spec = edm.network(got, **how)
-    want, same = edm.network(state, dropout=0.13)
+    params, spec = edm.network_parameters(got, **how)
+    want, same = edm.network_parameters(state, dropout=0.13)
     jax.tree.map(np.testing.assert_array_equal, params, want)
     assert spec == {**same, "preconditioning": how["preconditioning"]}
 
@@ -167,7 +167,7 @@ def test_a_snapshot_is_read_and_its_source_is_not_executed(protocol, tmp_path, m
 )  # fmt: skip
 def test_a_snapshot_tells_its_preconditioning(kind, given, want, tmp_path):
     (tmp_path / "a.pkl").write_bytes(snapshot({"w": np.zeros(1)}, kind=kind, given=given))
-    how = edm.read(tmp_path / "a.pkl")[1]["preconditioning"]
+    how = edm.read_snapshot(tmp_path / "a.pkl")[1]["preconditioning"]
     assert how == want
     name = how.pop("name")
     default = getattr(preconditioning, name)()
@@ -192,7 +192,7 @@ def test_a_snapshot_that_names_another_function_is_refused_unexecuted(call, name
     monkeypatch.chdir(tmp_path)
     Path("a.pkl").write_bytes(snapshot({"w": np.zeros(1)}, evil=call))
     with pytest.raises(ValueError, match=f"a.pkl cannot be read as weights: it names {name}, which does not rebuild"):
-        edm.read("a.pkl")
+        edm.read_snapshot("a.pkl")
     assert os.listdir() == ["a.pkl"]
 
 
@@ -215,7 +215,7 @@ def test_a_snapshot_that_names_another_function_is_refused_unexecuted(call, name
 def test_a_pickle_of_something_else_is_refused(data, message, tmp_path):
     (tmp_path / "a.pkl").write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        edm.read(tmp_path / "a.pkl")
+        edm.read_snapshot(tmp_path / "a.pkl")
     assert "update" not in vars(edm._Modules)
 
 
@@ -224,4 +224,4 @@ def test_a_truncated_snapshot_is_refused(fraction, tmp_path):
     data = snapshot(names(**TINY))
     (tmp_path / "a.pkl").write_bytes(data[: int(fraction * len(data))])
     with pytest.raises(ValueError, match="cannot be read as weights"):
-        edm.read(tmp_path / "a.pkl")
+        edm.read_snapshot(tmp_path / "a.pkl")

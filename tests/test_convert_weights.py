@@ -43,7 +43,7 @@ def same_kinds(kinds):
 
 
 def test_what_torch_saved_is_read_to_the_bit():
-    got = weights.read(HERE / "weights.pt")
+    got = weights.read_weights(HERE / "weights.pt")
     assert list(got) == "model parameter transposed shared empty scalar kinds step rest betas".split()
     assert type(got["model"]) is dict and list(got["model"]) == ["0.weight", "0.bias"]
     np.testing.assert_array_equal(got["model"]["0.weight"], [[0.5, 0.5]])
@@ -57,14 +57,14 @@ def test_what_torch_saved_is_read_to_the_bit():
 
 
 def test_what_safetensors_saved_is_read_to_the_bit():
-    got = weights.read(HERE / "weights.safetensors")
+    got = weights.read_weights(HERE / "weights.safetensors")
     assert set(got) == {*KINDS, "bfloat16", "a"}
     np.testing.assert_array_equal(got["a"], A)
     same_kinds(got)
 
 
 def test_what_pickle_dumped_is_read_to_the_bit():
-    got = weights.read(HERE / "weights.pkl")
+    got = weights.read_weights(HERE / "weights.pkl")
     assert list(got) == ["parameter", "transposed", "kinds", "step"] and got["step"] == 3
     np.testing.assert_array_equal(got["parameter"], A[0])
     np.testing.assert_array_equal(got["transposed"], A.swapaxes(1, 2))
@@ -72,9 +72,9 @@ def test_what_pickle_dumped_is_read_to_the_bit():
 
 
 def test_a_written_file_equals_the_file_of_safetensors_and_is_read_back(tmp_path):
-    arrays = weights.read(HERE / "weights.safetensors")
+    arrays = weights.read_weights(HERE / "weights.safetensors")
     weights.write(tmp_path / "a.safetensors", arrays, metadata={"format": "pt"})
-    again = weights.read(tmp_path / "a.safetensors")
+    again = weights.read_weights(tmp_path / "a.safetensors")
     assert set(again) == set(arrays) and all(again[name].dtype == arrays[name].dtype for name in arrays)
     for name, a in arrays.items():
         np.testing.assert_array_equal(again[name], a)
@@ -138,7 +138,7 @@ def test_a_file_that_names_another_function_is_refused_unexecuted(call, name, tm
     monkeypatch.chdir(tmp_path)
     file = archive(tmp_path / "evil.pt", pickle.dumps({"state": [call]}))
     with pytest.raises(ValueError, match=rf"cannot be read as weights: it names {name}, which"):
-        weights.read(file)
+        weights.read_weights(file)
     assert not (tmp_path / "ran").exists()
 
 
@@ -181,9 +181,11 @@ def test_a_program_that_reaches_beyond_tensors_is_refused(program, message, endi
     file = tmp_path / f"a.{ending}"
     archive(file, program) if ending == "pt" else file.write_bytes(program)
     with pytest.raises(ValueError, match=message):
-        weights.read(file)
+        weights.read_weights(file)
     assert not (tmp_path / "ran").exists()
-    np.testing.assert_array_equal(weights.read(HERE / "weights.pkl")["parameter"], A[0])  # the reader is what it was
+    np.testing.assert_array_equal(
+        weights.read_weights(HERE / "weights.pkl")["parameter"], A[0]
+    )  # the reader is what it was
 
 
 def test_what_a_pickle_repeats_is_made_once(tmp_path):
@@ -192,14 +194,14 @@ def test_what_a_pickle_repeats_is_made_once(tmp_path):
     for _ in range(20):
         value = [value, value]
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(value))
-    got = weights.read(tmp_path / "a.pkl")
+    got = weights.read_weights(tmp_path / "a.pkl")
     assert got[0] is got[1] and got[0][0] is got[1][1]
 
 
 def test_a_nest_too_deep_to_follow_is_refused(tmp_path):
     (tmp_path / "a.pkl").write_bytes(b"\x80\x02]" + 600 * b"]" + 600 * b"a" + b".")
     with pytest.raises(ValueError, match="it is nested more than 500 deep"):
-        weights.read(tmp_path / "a.pkl")
+        weights.read_weights(tmp_path / "a.pkl")
 
 
 def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
@@ -208,7 +210,7 @@ def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
         z.writestr("x/data/_0", bytes(100_000_000))
     assert (tmp_path / "a.pt").stat().st_size < 200_000
     with pytest.raises(ValueError, match="it unpacks to 100000[0-9]* bytes from [0-9]{5,6}, and PyTorch does not"):
-        weights.read(tmp_path / "a.pt")
+        weights.read_weights(tmp_path / "a.pt")
 
 
 def storage(
@@ -254,10 +256,10 @@ def test_a_storage_within_a_pickle_is_its_bytes_and_nothing_else(data, message, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.pkl").write_bytes(holding(data))
     if message is None:
-        np.testing.assert_array_equal(weights.read(tmp_path / "a.pkl"), [0, 1, 2, 3])
+        np.testing.assert_array_equal(weights.read_weights(tmp_path / "a.pkl"), [0, 1, 2, 3])
     else:
         with pytest.raises(ValueError, match=message):
-            weights.read(tmp_path / "a.pkl")
+            weights.read_weights(tmp_path / "a.pkl")
     assert not (tmp_path / "ran").exists()
 
 
@@ -266,12 +268,12 @@ def test_every_beginning_of_a_pickle_is_refused(tmp_path):
     for end in range(0, len(data) - 1, 37):
         (tmp_path / "a.pkl").write_bytes(data[:end])
         with pytest.raises(ValueError, match="cannot be read as weights"):
-            weights.read(tmp_path / "a.pkl")
+            weights.read_weights(tmp_path / "a.pkl")
 
 
 def test_extra_names_call_their_replacements(tmp_path):
     file = archive(tmp_path / "more.pt", pickle.dumps({"of": Calls(os.getenv, "HOME")}))
-    assert weights.read(file, extra={"os.getenv": lambda *a: a}) == {"of": ("HOME",)}
+    assert weights.read_weights(file, extra={"os.getenv": lambda *a: a}) == {"of": ("HOME",)}
 
 
 @pytest.mark.parametrize(
@@ -294,10 +296,10 @@ def test_extra_names_call_their_replacements(tmp_path):
 def test_a_damaged_archive_is_refused_and_no_tensor_leaves_its_storage(program, files, message, tmp_path):
     file = archive(tmp_path / "a.pt", program, **files)
     if message is None:
-        np.testing.assert_array_equal(weights.read(file), [1, 3])
+        np.testing.assert_array_equal(weights.read_weights(file), [1, 3])
     else:
         with pytest.raises(ValueError, match=message):
-            weights.read(file)
+            weights.read_weights(file)
 
 
 def test_a_flipped_byte_is_noticed(tmp_path):
@@ -305,7 +307,7 @@ def test_a_flipped_byte_is_noticed(tmp_path):
     data[data.index(FOUR) + 3] ^= 1
     (tmp_path / "a.pt").write_bytes(data)
     with pytest.raises(ValueError, match="CRC"):
-        weights.read(tmp_path / "a.pt")
+        weights.read_weights(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,7 @@ def test_a_flipped_byte_is_noticed(tmp_path):
 def test_another_format_is_refused(name, data, message, tmp_path):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        weights.read(tmp_path / name)
+        weights.read_weights(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -336,12 +338,12 @@ def test_a_safetensors_table_that_does_not_fit_its_bytes_is_refused(entry, messa
     head = f'{{"w":{entry}}}'.encode()
     (tmp_path / "a.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + FOUR[8:])
     if message is None:
-        np.testing.assert_array_equal(weights.read(tmp_path / "a.safetensors")["w"], [2, 3])
+        np.testing.assert_array_equal(weights.read_weights(tmp_path / "a.safetensors")["w"], [2, 3])
     else:
         with pytest.raises(ValueError, match=message):
-            weights.read(tmp_path / "a.safetensors")
+            weights.read_weights(tmp_path / "a.safetensors")
 
 
 def test_a_missing_file_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
-        weights.read(tmp_path / "none.pt")
+        weights.read_weights(tmp_path / "none.pt")

@@ -292,11 +292,11 @@ def test_the_columns_of_conditions_are_rebuilt_from_their_bytes():
     tree = (np.arange(4, dtype=np.uint8), None, {"b": np.ones((4, 2, 3), np.float16), "a": np.zeros(4, bool)})
     text = columns.describe(tree)
     assert text == '["uint8[]", null, {"a": "bool[]", "b": "float16[2,3]"}]' and columns.row_bytes(text) == 14
-    row = list(columns.rows(tree, 3, 4))[0]
+    row = list(columns.condition_rows(tree, 3, 4))[0]
     parts = [np.frombuffer(row[c.start : c.stop], c.dtype).reshape(c.shape) for c in columns.layout(text)]
     again = columns.rebuild(text, parts)
     assert again[1] is None and again[0] == 3 and again[2]["a"] == 0 and (again[2]["b"] == 1).all()
-    assert list(columns.rows(None, 0, 4)) == []
+    assert list(columns.condition_rows(None, 0, 4)) == []
 
 
 @pytest.mark.parametrize("tree", [False, True])

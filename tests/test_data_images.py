@@ -25,7 +25,7 @@ IMAGES = "train-images-idx3-ubyte.gz"
 LABELS = "t10k-labels-idx1-ubyte.gz"
 
 
-load = functools.partial(images.load, validation=5)
+load = functools.partial(images.load_images, validation=5)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def read(paths, split):
         yield example
 
 original = MNIST._replace(name="small", registered=sys.argv[1], read=read)
-images.load(original, source_dir=sys.argv[2], data_dir=sys.argv[3])
+images.load_images(original, source_dir=sys.argv[2], data_dir=sys.argv[3])
 """
 
 

@@ -37,7 +37,7 @@ def test_a_snapshot_of_edm_is_the_workdir_of_its_network(tmp_path):
     (tmp_path / "a.pkl").write_bytes(snapshot(state))
     told = convert.convert_file(tmp_path / "a.pkl", tmp_path / "w")
     assert told == json.loads((tmp_path / "w" / "converted.json").read_text(), object_hook=tupled)
-    want, spec = edm.network(state, dropout=0.13, preconditioning={"name": "edm", "sigma_data": 0.5})
+    want, spec = edm.network_parameters(state, dropout=0.13, preconditioning={"name": "edm", "sigma_data": 0.5})
     assert told["classes"] == spec.pop("classes") == 2 and told["net"] == spec
     assert (told["kind"], told["source"]) == ("edm", "a.pkl")
     assert told["parameters"] == sum(a.size for a in jax.tree.leaves(want))
@@ -92,7 +92,7 @@ def test_our_own_parameters_come_back_to_the_bit_with_their_network(tmp_path):
     told = convert.convert_file(tmp_path / "a.pkl", tmp_path / "w")
     count = convert.export(tmp_path / "w", tmp_path / "a.safetensors")
     assert count == told["parameters"]
-    assert "TwoTimes_0/jump/kernel" in weights.read(tmp_path / "a.safetensors")
+    assert "TwoTimes_0/jump/kernel" in weights.read_weights(tmp_path / "a.safetensors")
     again = convert.convert_file(tmp_path / "a.safetensors", tmp_path / "v")
     assert {**tupled(again), "net": tupled(again["net"])} == {**told, "kind": "safetensors", "source": "a.safetensors"}
     same(restored(tmp_path / "v"), restored(tmp_path / "w"))
@@ -103,7 +103,10 @@ def test_our_own_parameters_come_back_to_the_bit_with_their_network(tmp_path):
     [
         ({"kind": "torchcfm"}, "a.pkl is no file of kind 'torchcfm': its names are those of 'edm'"),
         ({"kind": "edn"}, "kind='edn' must be one of torchcfm, edm, safetensors; did you mean 'edm'"),
-        ({"options": {"dropuot": 0.1}}, "convert.edm.network has no option 'dropuot'; did you mean 'dropout'"),
+        (
+            {"options": {"dropuot": 0.1}},
+            "no option 'dropuot'; did you mean 'dropout'",
+        ),
         ({"options": {"preconditioning": "vpp"}}, "has no 'vpp'; did you mean 'vp'"),
     ],
 )
@@ -141,10 +144,10 @@ def test_a_run_is_given_the_velocity_of_the_published_denoiser(converted, tmp_pa
     state, changes = converted
     plan = assemble.assemble(config(**changes, init=str(tmp_path / "w")))
     given = loop.load_average(plan, tmp_path / "w")
-    same(given, edm.network(state)[0])
+    same(given, edm.network_parameters(state)[0])
     x, t = plan.data.batch(0).x1, jnp.linspace(0.1, 0.9, 8)
     v = jax.jit(plan.method.velocity(given))(x, t)
-    params, spec = edm.network(state, preconditioning=None)
+    params, spec = edm.network_parameters(state, preconditioning=None)
     raw = jax.jit(specs.net(spec).net)
 
     def denoise(x, sigma):

@@ -18,7 +18,7 @@ from fmjax.methods.consistency_trajectory import consistency_trajectory
 from fmjax.methods.continuous_consistency import angular, continuous_consistency
 from fmjax.methods.eulerian import eulerian
 from fmjax.methods.lagrangian import lagrangian
-from fmjax.nets.adapters import trigonometric
+from fmjax.nets.adapters import trigonometric_velocity
 from fmjax.sampling import heun
 from fmjax.types import Batch, Network
 
@@ -109,7 +109,7 @@ def test_what_consistency_cannot_do_is_refused():
 def test_the_continuous_gradient_is_eulerian_times_a_positive_factor(velocity, draw):
     """``(4 / pi^2) cos(a) / (sinc(a) sigma)``: ``g = (2 / pi) cos(a) g_E``, ``dF = -(1 - s) du / (sigma sin(a))``."""
     batch, keys, params, target = draw
-    sigma, path, net = 0.5, paths.trigonometric(), trigonometric(Network(mlp), sigma=0.5)
+    sigma, path, net = 0.5, paths.trigonometric_velocity(), trigonometric_velocity(Network(mlp), sigma=0.5)
     options = {"velocity": velocity, "path": path, "diagonal": 0.0}
     law = functools.partial(times.to_data, time=times.noise_angle)
     ours = continuous_consistency(net, normalise=0.0, sigma=sigma, **options)
@@ -131,8 +131,8 @@ def test_the_continuous_gradient_is_eulerian_times_a_positive_factor(velocity, d
 def test_the_warm_up_begins_at_the_velocity_and_the_tangent_is_normalised(draw):
     """``r = 0``: ``g = -cos^2(a) (sigma F - x')``; its gradient is ``-2 g / (|g| + c) / d``, times ``grad F``."""
     batch, keys, params, _ = draw
-    batch, path = batch._replace(progress=jnp.zeros(16)), paths.trigonometric()
-    method = continuous_consistency(trigonometric(Network(mlp)), warmup=0.5, normalise=0.1)
+    batch, path = batch._replace(progress=jnp.zeros(16)), paths.trigonometric_velocity()
+    method = continuous_consistency(trigonometric_velocity(Network(mlp)), warmup=0.5, normalise=0.1)
     aux = method.loss(params, None, batch, keys)[1]
     s = aux["s"]
     x, v = paths.with_velocity(path, batch.x0, batch.x1, s)
@@ -149,7 +149,7 @@ def test_the_warm_up_begins_at_the_velocity_and_the_tangent_is_normalised(draw):
 
 def test_the_derivative_vanishes_at_the_exact_map_of_a_gaussian(draw):
     batch, keys, _, _ = draw
-    path = paths.trigonometric()
+    path = paths.trigonometric_velocity()
     exact = oracles.average_velocity(oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD), path=path))
     residual = lambda net: continuous_consistency(net, velocity="own").loss(None, None, batch, keys)[1]["residual"]
     wrong = lambda params, x, s, t, *a: exact(params, x, s, t) + at(t - s)  # of the right velocity
@@ -160,7 +160,7 @@ def test_a_trigonometric_network_is_its_map_and_is_read_back_from_it(key):
     """``X_{s,t}(x) = cos(a) x - sin(a) sigma F``, ``v = -(pi / 2) sigma F``, with derivatives through ``s = t``."""
     params, sigma = jax.tree.map(lambda a: a.astype(jnp.float64), mlp_params()), 0.5
     x, s = 0.5 * jax.random.normal(key, (8, 2), jnp.float64), jnp.linspace(0, 0.7, 8)
-    net, gap = trigonometric(Network(mlp), sigma=sigma), jnp.array([0, 0, 1e-9, 1e-4, 0.1, 0.2, 0.25, 0.3])
+    net, gap = trigonometric_velocity(Network(mlp), sigma=sigma), jnp.array([0, 0, 1e-9, 1e-4, 0.1, 0.2, 0.25, 0.3])
     u, f, a = net(params, x, s, s + gap), mlp(params, x / sigma, s, s + gap), at(np.pi / 2 * gap)
     np.testing.assert_allclose(x + at(gap) * u, np.cos(a) * x - np.sin(a) * sigma * f, atol=1e-14)
     np.testing.assert_allclose(u[:2], -np.pi / 2 * sigma * f[:2], atol=1e-14)
@@ -169,7 +169,7 @@ def test_a_trigonometric_network_is_its_map_and_is_read_back_from_it(key):
     _, du = jax.jvp(end, (s,), (jnp.ones(8),))
     np.testing.assert_allclose(du, (end(s + 1e-5) - end(s - 1e-5)) / 2e-5, rtol=1e-6, atol=1e-8)
     with pytest.raises(ValueError, match="sigma=0"):
-        trigonometric(Network(mlp), sigma=0.0)
+        trigonometric_velocity(Network(mlp), sigma=0.0)
 
 
 def test_align_your_flows_lagrangian_form_stops_the_tangent(draw):

@@ -182,7 +182,7 @@ def test_a_trigonometric_network_turns_and_its_fields_stay():
     inner = Network(lambda params, x, s, t, cond=None, key=None: params * x, logit=True).replace(
         for_jvp=lambda params, x, s, t, cond=None, key=None: 3 * params * x
     )
-    net = nets.trigonometric(inner, sigma=0.5)
+    net = nets.trigonometric_velocity(inner, sigma=0.5)
     a = np.pi / 2 * (T - S)[:, None]
     turned = lambda f: np.cos(a) * X - np.sin(a) * f * X
     close(X + (T - S)[:, None] * net(0.4, X, S, T), turned(0.4))
@@ -191,7 +191,7 @@ def test_a_trigonometric_network_turns_and_its_fields_stay():
     assert net.logit
     for sigma in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"sigma={sigma}"):
-            nets.trigonometric(inner, sigma=sigma)
+            nets.trigonometric_velocity(inner, sigma=sigma)
 
 
 # --- Network

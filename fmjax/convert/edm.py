@@ -16,8 +16,8 @@ import flax.linen as nn
 import numpy as np
 
 from fmjax.convert import weights
-from fmjax.convert.pickles import Fixed
-from fmjax.convert.states import State, damage
+from fmjax.convert.budgets import Fixed
+from fmjax.convert.states import StateDict, damage
 from fmjax.nets.song_unet import SongUNet
 from fmjax.nets.unet import UNet, groups_of
 from fmjax.storage import untrusted
@@ -79,7 +79,7 @@ STAND_INS = {
 }
 
 
-def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_snapshot(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read the averaged network of a snapshot of EDM.
 
     Args:
@@ -87,12 +87,12 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     Returns:
         ``(state, options)``: the state dict of the ``ema`` module, and its preconditioning and dropout, so that
-        ``network(state, **options)`` converts it.
+        ``network_parameters(state, **options)`` converts it.
 
     Raises:
-        ValueError: the file cannot be read (``weights.read``), or holds something else.
+        ValueError: the file cannot be read (``weights.read_weights``), or holds something else.
     """
-    content = weights.read(path, extra=STAND_INS)
+    content = weights.read_weights(path, extra=STAND_INS)
     module = content.get("ema") if isinstance(content, dict) else None
     name = module.get("class") if isinstance(module, dict) else None
     if not isinstance(name, str) or name not in PRECONDITIONERS:
@@ -109,7 +109,7 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _other(path: str | Path, problem: str) -> ValueError:
-    line = f"{untrusted.name_of(path)}: not a snapshot of EDM, {untrusted.one_line(problem, 150)}."
+    line = f"{untrusted.short_path(path)}: not a snapshot of EDM, {untrusted.one_line(problem, 150)}."
     return ValueError(untrusted.one_line(line))
 
 
@@ -141,7 +141,7 @@ def _state_dict(module: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return state
 
 
-def network(
+def network_parameters(
     state: Mapping[str, Any], *, preconditioning: Any = "edm", dropout: float = 0.0
 ) -> tuple[Params, dict[str, Any]]:
     """Convert a state dict of EDM's network.
@@ -183,7 +183,7 @@ def _network(state: _State, preconditioning: Any, dropout: float) -> tuple[Param
     return params, spec if preconditioning is None else {**spec, "preconditioning": preconditioning}
 
 
-class _State(State):
+class _State(StateDict):
     """A state dict whose blocks become parameters of ``unet.Block`` (``film``) or ``song_unet.Block``."""
 
     def block(self, name: str, film: bool) -> Params:

@@ -31,7 +31,7 @@ def bare(name: str) -> str:
     return name[wrappers.end() if wrappers else 0 :].replace("_orig_mod.", "")
 
 
-def kind_of(state: Mapping[str, Any]) -> str | None:
+def network_kind(state: Mapping[str, Any]) -> str | None:
     """Return whose names a state dict has.
 
     Args:
@@ -76,7 +76,7 @@ def state_dict(content: Any, *, part: str | None = None) -> tuple[dict[str, np.n
         if part not in states:
             raise refusal("part", part, f"the file has no such state dict; it has {offered}", "Give one of its parts")
         return states[part], part
-    networks = [name for name, state in states.items() if kind_of(state)]
+    networks = [name for name, state in states.items() if network_kind(state)]
     chosen = networks or ([None] if None in states else list(states))
     if set(chosen) == TORCHCFM:
         chosen = ["ema_model"]

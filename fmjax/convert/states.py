@@ -46,6 +46,12 @@ def damage(source: str) -> Iterator[None]:
 
     Args:
         source: name of the network, for the message.
+
+    Yields:
+        Nothing.
+
+    Returns:
+        A context.
     """
     try:
         yield
@@ -55,7 +61,7 @@ def damage(source: str) -> Iterator[None]:
         ) from error
 
 
-class State:
+class StateDict:
     """Give out the tensors of a state dict in Flax's layout, each once.
 
     Attributes:

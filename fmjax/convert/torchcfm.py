@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from fmjax.convert.states import State, damage
+from fmjax.convert.states import StateDict, damage
 from fmjax.nets.unet import UNet
 from fmjax.types import Params
 
 
-class _State(State):
+class _State(StateDict):
     """A state dict whose blocks become parameters of ``unet.Block``."""
 
     def block(self, name: str, film: bool) -> Params:

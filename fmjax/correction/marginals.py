@@ -187,7 +187,9 @@ def build_marginals(
 
     for name, (first, stop) in parts.items():
         if name not in good:
-            good[name] = shards.write_shard(directory, name, records(first, stop), columns.rows(cond, first, stop))
+            good[name] = shards.write_shard(
+                directory, name, records(first, stop), columns.condition_rows(cond, first, stop)
+            )
             shards.write_manifest(directory, m, good, **process)
     known = {shard.file: shard for shard in getattr(shards.read_manifest(directory), "shards", ())} | good
     return m._replace(shards=tuple(known[name] for name in sorted(known)))

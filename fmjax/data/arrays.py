@@ -12,7 +12,7 @@ import numpy as np
 
 from fmjax.checks import NonNegative, Positive, Range, check_hints
 from fmjax.data.dataset import Dataset, Examples, Part, Rows, dataset, first_not_finite
-from fmjax.data.images import scaled
+from fmjax.data.images import scale_pixels
 from fmjax.storage import untrusted
 
 SPLITS = ("train", "validation", "test")
@@ -60,25 +60,29 @@ def arrays(
     ('points', 4, 32, 4)
     """
     check_hints(arrays, {"validation": validation, "test": test, "seed": seed, "levels": levels, "classes": classes})
-    content = _read(Path(path).expanduser(), stream)
-    x = {
-        name: _converted(array, stream, f"path={untrusted.name_of(path)}: {name:.30}")
-        for name, array in content.items()
-        if name.startswith("x")
-    }
+    file = Path(path).expanduser()
+    content = _read(file, stream)
+    try:
+        parts, raw = _parts(content, validation, test, seed, stream)
+        return dataset(*parts, levels=256 if levels is None and raw else levels, classes=classes, name=file.stem)
+    except ValueError as error:  # the file holds something else than examples
+        raise ValueError(untrusted.one_line(f"{error} The file is {untrusted.short_path(file)}.")) from error
+
+
+def _parts(
+    content: dict[str, np.ndarray], validation: float, test: float, seed: int, stream: bool
+) -> tuple[list[Examples], bool]:
+    """Return the three splits of the arrays of a file, and whether all of them are bytes."""
+    x = {name: array for name, array in content.items() if name.startswith("x")}
+    raw = all(array.dtype == np.uint8 for array in x.values())
+    x = {name: _converted(array, stream, f"{name:.30}") for name, array in x.items()}
     splits = [f"x_{split}" for split in SPLITS]
     if "x" in x:
-        parts = _divide(x["x"], content.get("y"), validation, test, seed)
-    elif all(name in x for name in splits):
-        parts = [Examples(x[f"x_{split}"], content.get(f"y_{split}")) for split in SPLITS]
-    else:
-        names = untrusted.one_line(", ".join(f"{name:.30}" for name in sorted(content)[:9]), 100) or "nothing"
-        raise ValueError(
-            f"path={untrusted.name_of(path)}: it holds {names}. Give x (and y), or all of {', '.join(splits)}."
-        )
-    if levels is None and all(content[name].dtype == np.uint8 for name in x):
-        levels = 256
-    return dataset(*parts, levels=levels, classes=classes, name=Path(path).stem)
+        return _divide(x["x"], content.get("y"), validation, test, seed), raw
+    if all(name in x for name in splits):
+        return [Examples(x[f"x_{split}"], content.get(f"y_{split}")) for split in SPLITS], raw
+    names = untrusted.one_line(", ".join(f"{name:.30}" for name in sorted(content)[:9]), 100) or "nothing"
+    raise ValueError(f"path: it holds {names}. Give x (and y), or all of {', '.join(splits)}.")
 
 
 class Mapped:
@@ -104,7 +108,7 @@ class Mapped:
     def __getitem__(self, rows) -> np.ndarray:
         """Read the rows of a slice, or of indices ``[k]``."""
         part = np.asarray(self.array[self.rows[rows]])
-        return scaled(part) if self.from_bytes else part.astype(np.float32)
+        return scale_pixels(part) if self.from_bytes else part.astype(np.float32)
 
 
 def _read(path: Path, stream: bool) -> dict[str, np.ndarray]:
@@ -120,15 +124,15 @@ def _read(path: Path, stream: bool) -> dict[str, np.ndarray]:
                     if stream
                     else untrusted.read_npy(file, size)
                 }
-            return _mapped_npz(path, file, size) if stream else untrusted.read_npz(file, size)
+            return _mapped_npz(path, file, size) if stream else untrusted.npz_arrays(file, size)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"path={untrusted.name_of(path)}: there is no such file. Give a .npz or .npy file."
+            f"path={untrusted.short_path(path)}: there is no such file. Give a .npz or .npy file."
         ) from error
     except Exception as error:  # a damaged file can fail anywhere
         line = untrusted.one_line(error, 100) or type(error).__name__
         raise ValueError(
-            f"path={untrusted.name_of(path)}: it cannot be read as arrays ({line}). Write it with np.savez."
+            f"path={untrusted.short_path(path)}: it cannot be read as arrays ({line}). Write it with np.savez."
         ) from error
 
 
@@ -183,4 +187,4 @@ def _converted(x: np.ndarray, stream: bool, field: str) -> Rows:
         raise ValueError(f"{field} is {x.dtype} [{sizes}]. Give floats, or uint8 images [n, H, W, C].")
     if stream:
         return Mapped(x)
-    return scaled(x) if x.dtype == np.uint8 else np.asarray(x, np.float32)
+    return scale_pixels(x) if x.dtype == np.uint8 else np.asarray(x, np.float32)

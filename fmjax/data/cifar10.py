@@ -23,7 +23,7 @@ def cifar10(
     verify: bool = True,
     stream: bool = False,
 ) -> Dataset:
-    """Load CIFAR-10 from ``cifar-10-binary.tar.gz`` (170 MB); see ``images.load``.
+    """Load CIFAR-10 from ``cifar-10-binary.tar.gz`` (170 MB); see ``images.load_images``.
 
     In memory the images take 0.74 GB.
 
@@ -42,7 +42,7 @@ def cifar10(
     Traceback (most recent call last):
     ValueError: validation=1: outside the allowed range. Give a finite number of at least 2.
     """
-    return images.load(
+    return images.load_images(
         CIFAR10, validation=validation, source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream
     )
 

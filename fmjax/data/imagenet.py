@@ -35,7 +35,7 @@ def imagenet32(
     verify: bool = True,
     stream: bool = True,
 ) -> Dataset:
-    """Load ImageNet at 32x32, read from disk batch by batch; see ``images.load``.
+    """Load ImageNet at 32x32, read from disk batch by batch; see ``images.load_images``.
 
     The files of ``"resized"`` are ``Imagenet32_train_npz.zip`` and ``Imagenet32_val_npz.zip`` (3.7 GB), the files of
     ``"downsampled"`` ``train_32x32.tar`` and ``valid_32x32.tar`` (4.3 GB). The records take 4 GB.
@@ -59,7 +59,7 @@ def imagenet32(
     Traceback (most recent call last):
     ValueError: archive='small': it must be one of resized, downsampled
     """
-    return images.load(
+    return images.load_images(
         archives(32, archive),
         validation=validation,
         source_dir=source_dir,
@@ -78,7 +78,7 @@ def imagenet64(
     verify: bool = True,
     stream: bool = True,
 ) -> Dataset:
-    """Load ImageNet at 64x64, read from disk batch by batch; see ``images.load``.
+    """Load ImageNet at 64x64, read from disk batch by batch; see ``images.load_images``.
 
     The files of ``"resized"`` are ``Imagenet64_train_part1_npz.zip``, ``Imagenet64_train_part2_npz.zip`` and
     ``Imagenet64_val_npz.zip`` (14 GB; preparing them takes 5 GB of memory), the files of ``"downsampled"``
@@ -103,7 +103,7 @@ def imagenet64(
     Traceback (most recent call last):
     ValueError: archive='resizd': it must be one of resized, downsampled; did you mean 'resized'?
     """
-    return images.load(
+    return images.load_images(
         archives(64, archive),
         validation=validation,
         source_dir=source_dir,
@@ -161,7 +161,7 @@ def read_npz(paths: Sequence[Path], split: str) -> Iterator[tuple[np.ndarray, in
             if not name.endswith(".npz"):
                 continue
             content = archive.read(name)
-            batch = untrusted.read_npz(io.BytesIO(content), len(content))
+            batch = untrusted.npz_arrays(io.BytesIO(content), len(content))
             data, labels = batch["data"], batch["labels"]
             if len(data) != len(labels):
                 raise ValueError(f"{name} has {len(data)} images, but {len(labels)} labels")

@@ -68,7 +68,7 @@ class Records:
         """Read the images of a slice, or of indices ``[k]``."""
         rows = range(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows).tolist()
         images = [record["image"] for record in self.source.__getitems__(rows)]
-        return scaled(np.stack(images)) if images else np.empty((0, *self.shape[1:]), np.float32)
+        return scale_pixels(np.stack(images)) if images else np.empty((0, *self.shape[1:]), np.float32)
 
     def part(self, start: int, stop: int) -> Records:
         """Return the records of the rows ``start .. stop - 1``."""
@@ -96,7 +96,7 @@ class _Part:
         return self.source.__getitems__([self.rows[row] for row in rows])
 
 
-def load(
+def load_images(
     original: Original,
     *,
     validation: Count = 5000,
@@ -131,7 +131,7 @@ def load(
         OSError: if a file cannot be downloaded (TFDS tries for minutes) or written.
         RuntimeError: for records that cannot be read.
     """
-    check_hints(load, {"validation": validation})
+    check_hints(load_images, {"validation": validation})
     if "://" in str(data_dir or ""):
         raise ValueError(f"data_dir={data_dir}: it is a URL. Give a folder of a local or mounted file system.")
     if not verify and source_dir is None:
@@ -142,7 +142,7 @@ def load(
         for split in ("train", "test"):
             x = Records(builder.as_data_source(split=split), original.shape)
             x[np.array([0, len(x) - 1])]  # a torn file shows when it is read; there are two at most
-            y = preparation.labels(Path(builder.data_path), split, x.source)
+            y = preparation.read_labels(Path(builder.data_path), split, x.source)
             splits[split] = Examples(x if stream else _in_memory(x), y if original.classes else None)
     except Exception as error:  # what TFDS and ArrayRecord raise for torn and missing files has no common type
         raise preparation.unreadable(builder.data_path, error) from error
@@ -171,7 +171,7 @@ def _in_memory(x: Records, chunk: int = 4096) -> np.ndarray:
     return out
 
 
-def scaled(pixels: np.ndarray) -> np.ndarray:
+def scale_pixels(pixels: np.ndarray) -> np.ndarray:
     """Scale 8-bit pixels to [-1, 1]: ``pixel / 127.5 - 1``.
 
     Args:

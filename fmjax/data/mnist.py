@@ -22,7 +22,7 @@ def mnist(
     verify: bool = True,
     stream: bool = False,
 ) -> Dataset:
-    """Load MNIST (LeCun, Cortes and Burges, 1998): handwritten digits; see ``images.load``.
+    """Load MNIST (LeCun, Cortes and Burges, 1998): handwritten digits; see ``images.load_images``.
 
     Args:
         validation: the number of images, the last of the training files, that are kept for validation.
@@ -38,7 +38,7 @@ def mnist(
     Traceback (most recent call last):
     ValueError: verify=False: a download is always verified. Set source_dir to the folder of the files.
     """
-    return images.load(
+    return images.load_images(
         MNIST, validation=validation, source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream
     )
 
@@ -51,7 +51,7 @@ def fashion_mnist(
     verify: bool = True,
     stream: bool = False,
 ) -> Dataset:
-    """Load Fashion-MNIST (arXiv 1708.07747): articles of clothing; see ``images.load``.
+    """Load Fashion-MNIST (arXiv 1708.07747): articles of clothing; see ``images.load_images``.
 
     Args:
         validation: the number of images, the last of the training files, that are kept for validation.
@@ -68,7 +68,7 @@ def fashion_mnist(
     Traceback (most recent call last):
     ValueError: data_dir=gs://bucket/data: it is a URL. Give a folder of a local or mounted file system.
     """
-    return images.load(
+    return images.load_images(
         FASHION_MNIST, validation=validation, source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream
     )
 

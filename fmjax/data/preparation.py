@@ -131,7 +131,7 @@ def _shards(original: Original, files: Mapping[str, Path], split: str, folder: P
                 labels.append(int(label))
                 example.clear()  # TFDS keeps what it has written, to count it: all images would stay in memory
         except Exception as error:  # what a hostile archive or image raises has no common type
-            names = ", ".join([untrusted.name_of(paths[0]), *(path.name for path in paths[1:])])
+            names = ", ".join([untrusted.short_path(paths[0]), *(path.name for path in paths[1:])])
             line = one_line(error, 100) or type(error).__name__
             raise ValueError(
                 f"{names}: damaged, or not the files of {original.name} ({line}). Fetch it again."
@@ -142,7 +142,7 @@ def _shards(original: Original, files: Mapping[str, Path], split: str, folder: P
     return [functools.partial(examples, paths) for paths in parts]
 
 
-def labels(folder: Path, split: str, source: Any) -> np.ndarray:
+def read_labels(folder: Path, split: str, source: Any) -> np.ndarray:
     """Read the labels of prepared records; labels that are damaged are made again from the records, which have them.
 
     Args:
@@ -186,7 +186,7 @@ def unreadable(folder: Any, error: Exception) -> RuntimeError:
         The error, to be raised.
     """
     line = one_line(error, 90) or type(error).__name__
-    name = untrusted.name_of(folder)
+    name = untrusted.short_path(folder)
     return RuntimeError(f"data_dir={name}: the records cannot be read ({line}). Remove this folder and start again.")
 
 

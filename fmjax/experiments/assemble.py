@@ -125,7 +125,7 @@ def plan(
     mesh, seed = sharding.make_mesh(), common.seed if seed is None else seed
     sharding.check_batch(part.batch_size, mesh)
     classes = _label_classes(common, data)
-    model, method = network(name, common, part, net, classes, functools.partial(mean, data.train.x))
+    model, method = network_and_method(name, common, part, net, classes, functools.partial(mean, data.train.x))
     if batch is None:
         batch = _data_batches(common, part, data, f"{prefix}coupling")
     rate = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
@@ -150,7 +150,7 @@ def plan(
     return ready
 
 
-def network(
+def network_and_method(
     name: str, common: Common, part: Training, net: Any, classes: int, average: Callable[[], np.ndarray] | None = None
 ) -> tuple[Model, Method]:
     """Return the network and the method of a stage; a data set is not needed.

@@ -78,7 +78,7 @@ def convert_file(
         kind: ``"torchcfm"``, ``"edm"`` or ``"safetensors"``; by default recognised by the names of the arrays.
         part: the entry of a checkpoint that is the state dict; by default the only one that can be meant
             (``fmjax.convert.parts``).
-        options: options of ``torchcfm.unet`` or ``edm.network``.
+        options: options of ``torchcfm.unet`` or ``edm.network_parameters``.
         shape: shape of one example, so that samples can be drawn from the folder alone.
 
     Returns:
@@ -97,7 +97,7 @@ def convert_file(
     except ValueError as error:
         if source.name in str(error):
             raise
-        raise ValueError(untrusted.one_line(f"{untrusted.name_of(source)}: {error}")) from error
+        raise ValueError(untrusted.one_line(f"{untrusted.short_path(source)}: {error}")) from error
     shape = None if shape is None else [int(n) for n in shape]
     record = {
         "kind": recognised, "source": source.name, "part": taken, "net": net, "classes": classes, "shape": shape,
@@ -160,11 +160,11 @@ def _network(source: Path, kind: str | None, part: str | None, options: dict[str
     """Read the network of a file: its kind, the entry that was taken, parameters, the config's net, label classes."""
     taken = None
     if source.suffix == ".pkl" and part is None:
-        state, origin = edm.read(source)
+        state, origin = edm.read_snapshot(source)
         recognised, options = "edm", {**origin, **options}
     else:
-        state, taken = parts.state_dict(weights.read(source), part=part)
-        recognised = parts.kind_of(state) or "safetensors"
+        state, taken = parts.state_dict(weights.read_weights(source), part=part)
+        recognised = parts.network_kind(state) or "safetensors"
     if kind not in (None, recognised):
         raise refusal("kind", kind, f"the names in {source.name} are names of {recognised!r}", "Leave kind out")
     params, net = _BY_KIND[recognised](state, source, options)
@@ -180,7 +180,7 @@ def _torchcfm(state, source: Path, options) -> tuple[Params, dict[str, Any]]:
 
 
 def _edm(state, source: Path, options) -> tuple[Params, dict[str, Any]]:
-    return specs.call(edm.network, options, state, field="options")
+    return specs.call(edm.network_parameters, options, state, field="options")
 
 
 def _own(state, source: Path, options) -> tuple[Params, dict[str, Any] | None]:

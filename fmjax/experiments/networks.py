@@ -171,7 +171,9 @@ def load_models(settings: Settings, path: Path) -> tuple[Models, str, int]:
         if (folder := _trained_folder(path, name)) is not None:
             _, params[name], _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
             net = part.net or settings.flow.net
-            _, methods[name] = assemble.network(stage_name(name), settings.common, part, net, classes, average)
+            _, methods[name] = assemble.network_and_method(
+                stage_name(name), settings.common, part, net, classes, average
+            )
     step = checkpoint.latest_step(workdir.network_folder(path) / "checkpoints")
     identity = checkpoint.digest(params)
     if (banks := _stored_bank(path)) is not None:

@@ -67,7 +67,7 @@ def pipeline(
     facts, gaps, trajectories = comparison.facts(settings, data, metrics), {}, {}
     record = comparison.as_record(rows, verdicts) | {"environment": workdir.environment()}
     networks = {name: params for name, params in models.params.items() if name in models.methods}
-    facts["parameters"] = stages.sizes(networks)
+    facts["parameters"] = stages.parameter_counts(networks)
     spread = {"test data": np.asarray(data.test.x)} | {s.name: drawn[s.name] for s in names}
     record["variance"] = {name: _total_variance(x, data.train.x.shape[1:]) for name, x in spread.items()}
     facts["summed variance"] = "; ".join(f"{name}: {v:.3g}" for name, v in record["variance"].items())

@@ -36,10 +36,10 @@ def main(settings: Settings, path: Path) -> None:
     trained = training_stages(settings, data, plans)
     names = comparison.read_samplers(settings, flow_map=FLOW_MAP in networks.shapes(settings, plans).methods)
     every = [*trained, *_comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
-    stages.check(every)
+    stages.check_stages(every)
     path = workdir.open_workdir(path, settings.config, {stage.name: stage.fields for stage in trained})
     began = time.perf_counter()
-    results = stages.run(every, path)
+    results = stages.run_all(every, path)
     if jax.process_index() == 0:
         for line in results["comparison"].value:
             print(f"      {line}")

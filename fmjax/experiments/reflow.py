@@ -42,9 +42,9 @@ def main(settings: Settings, path: Path) -> None:
     trained, students, models = student_stages(settings, data)
     flow = assemble.flow_plan(settings, data)
     every = [*trained, _comparing_stage(settings, data, flow, students, models, [stage.name for stage in trained])]
-    stages.check(every)
+    stages.check_stages(every)
     path = workdir.open_workdir(path, settings.config, {stage.name: stage.fields for stage in trained})
-    results = stages.run(every, path)
+    results = stages.run_all(every, path)
     if jax.process_index() == 0:
         print(f"{results['comparison'].summary}; open {path / 'report.html'}")
 
@@ -179,7 +179,9 @@ def _comparing_stage(
         path = folder.parent
         params = {TEACHER: results[FLOW].value}
         params |= {name: results[plan.name].value for name, (plan, _) in students.items()}
-        page = straightened.compare(settings, data, draws, models, methods, params, stages.curves(path, results))
+        page = straightened.compare_students(
+            settings, data, draws, models, methods, params, stages.curves(path, results)
+        )
         digest = stage.digest(results)
         files.write_json(path / "straightened.json", page.record | {"digest": digest})
         report.write_report(path / "report.html", page.contents)

@@ -1,4 +1,4 @@
-"""Stages of a run: each is checked before the first one works, and read where it is complete."""
+"""The stages of a run: all stages are checked before the first stage runs, and complete stages are read."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from fmjax.storage import checkpoint, files
 from fmjax.training import hooks, logs, loop
 from fmjax.types import Params
 
-HELD_OUT = 5  # one of so many marginal examples is kept from a classifier, to measure it and to stop early
+HELD_OUT = 5  # 1 of 5 marginal examples is held out from a classifier, for its score and for early stopping
 
 
 class Result(NamedTuple):
-    """What a stage gives.
+    """The result of a stage.
 
     Attributes:
-        value: the result: parameters, marginals, samples.
-        digest: of its numbers, for the stages that need it.
-        summary: one line for a person.
+        value: parameters, marginals or samples.
+        digest: digest of the numbers, for the stages that need the result.
+        summary: one line for the log.
     """
 
     value: Any
@@ -42,12 +42,12 @@ class Stage(NamedTuple):
 
     Attributes:
         name: unique in the run, such as ``"correctors.score"``.
-        needs: names of the stages whose results it takes.
-        fields: the config fields that its numbers depend on, by dotted name.
-        check: refuses, before any stage works, what this one would refuse.
-        run: ``run(results, folder) -> Result``: does the work, or what is left of it.
-        read: ``read(results, folder) -> Result | None``: the complete result, if there is one.
-        data: what samplers must know of the data that the stage trains on.
+        needs: names of the stages whose results the stage takes.
+        fields: the config fields that the result depends on, by dotted name.
+        check: raises for fields that cannot work; called before any stage runs.
+        run: ``run(results, folder) -> Result`` does the work, or the missing part of the work.
+        read: ``read(results, folder) -> Result | None`` reads a complete result.
+        data: facts of the data set that samplers need, see ``assemble.data_facts``.
     """
 
     name: str
@@ -59,13 +59,13 @@ class Stage(NamedTuple):
     data: Mapping[str, Any] | None = None
 
     def digest(self, results: Mapping[str, Result]) -> str:
-        """Return the digest of what the stage depends on: its fields and the results that it needs."""
-        what = [self.name, workdir.plain(self.fields), [results[name].digest for name in self.needs]]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        """Return the digest of the fields and of the results that the stage depends on."""
+        parts = [self.name, workdir.plain(self.fields), [results[name].digest for name in self.needs]]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def check(stages: Sequence[Stage]) -> None:
-    """Check all stages, before anything is written.
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Check all stages before anything is written.
 
     Args:
         stages: all stages of the run.
@@ -77,11 +77,11 @@ def check(stages: Sequence[Stage]) -> None:
         stage.check()
 
 
-def run(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
-    """Run the stages in order; a complete one is read. Print a line a stage.
+def run_all(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
+    """Run stages in order and read complete stages; print one line per stage.
 
     Args:
-        stages: in an order in which each comes after the stages that it needs.
+        stages: the stages; every stage comes after the stages that it needs.
         path: the run folder.
 
     Returns:
@@ -101,7 +101,7 @@ def run(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
 
 
 def run_one(stages: Sequence[Stage], name: str, path: Path) -> Result:
-    """Run one stage; the stages that it needs are read and must be complete.
+    """Run one stage; the stages that the stage needs are read and must be complete.
 
     Args:
         stages: all stages of the run.
@@ -113,29 +113,21 @@ def run_one(stages: Sequence[Stage], name: str, path: Path) -> Result:
 
     Raises:
         ValueError: no such stage.
-        WorkdirError: a stage that it needs is not complete.
+        WorkdirError: a stage that the stage needs is not complete.
     """
     by_name = {stage.name: stage for stage in stages}
     if name not in by_name:
         near = checks.nearest(name, by_name)
         raise ValueError(f"stage={name!r}: this config has no such stage{near}. It has {', '.join(by_name)}.")
-    results = read(stages, by_name[name].needs, path)
+    results = _read_complete(stages, by_name[name].needs, path)
     return by_name[name].run(results, workdir.begin_stage(path, name, by_name[name].fields, by_name[name].data))
 
 
-def read(stages: Sequence[Stage], names: Iterable[str], path: Path) -> dict[str, Result]:
-    """Read complete stages and the stages that they need.
-
-    Args:
-        stages: all stages of the run.
-        names: the stages that are wanted.
-        path: the run folder.
-
-    Returns:
-        Their results.
+def _read_complete(stages: Sequence[Stage], names: Iterable[str], path: Path) -> dict[str, Result]:
+    """Return the results of complete stages and of the stages that they need.
 
     Raises:
-        WorkdirError: a stage that is not complete, with the command that completes it.
+        WorkdirError: a stage that is not complete, with the command that completes the stage.
     """
     by_name = {stage.name: stage for stage in stages}
     results: dict[str, Result] = {}
@@ -173,22 +165,22 @@ def trained(
 
     Args:
         plan: the training, which was checked when it was assembled.
-        fields: the config fields that it depends on.
+        fields: the config fields that the training depends on.
         needs: the stages whose results ``start`` and ``teacher`` take.
-        start: parameters to begin with, by default drawn.
+        start: initial parameters; by default drawn at random.
         teacher: parameters of a frozen target.
-        pictures: a picture of samples every so many steps; 0 draws none.
+        pictures: number of steps between pictures of samples; 0 draws none.
         picture: draws the samples of a picture; by default from N(0, I).
-        data: what samplers must know of the data.
+        data: facts of the data set that samplers need.
 
     Returns:
         The stage; its value is the averaged parameters.
     """
 
     def work(results: dict[str, Result], folder: Path) -> Result:
-        given = {"params": start(results), "teacher": teacher(results)}
+        initial = {"params": start(results), "teacher": teacher(results)}
         watchers = [hooks.draw_samples(plan, folder, every=pictures, draw=picture)] if pictures else []
-        return finished(loop.train(plan, folder, hooks=watchers, **given).ema, plan, folder)
+        return finished(loop.train(plan, folder, hooks=watchers, **initial).ema, plan, folder)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
         return read_trained(plan, folder, {"params": start(results), "teacher": teacher(results)})
@@ -199,19 +191,19 @@ def trained(
 def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence[str] = ("flow", "marginals")) -> Stage:
     """Return the stage that trains a corrector on pairs of marginals.
 
-    The averaged parameters of a classifier are the best of its training by the held-out cross-entropy; its held-out
-    area under the curve, one a time, is part of the result.
+    For a classifier, the result holds the averaged parameters with the best held-out cross-entropy of the training, and
+    the held-out area under the curve (AUC) at every time.
 
     Args:
         settings: the config.
         name: the corrector.
-        plan: its training, with batches of the right shapes.
+        plan: the training plan, with batches of the right shapes.
         needs: the stages of the flow and of its marginals.
 
     Returns:
-        The stage; its value is ``(averaged parameters, areas or None)``.
+        The stage; its value is ``(averaged parameters, AUC by time or None)``.
     """
-    classifies = is_classifier(plan)
+    classifies = _is_classifier(plan)
 
     def batch(results: dict[str, Result], examples=None) -> loop.Plan:
         forward, backward = results[needs[1]].value
@@ -225,7 +217,7 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
 
     def areas(results: dict[str, Result], params: Params):
         forward, backward = results[needs[1]].value
-        rows = held_out(forward, backward)
+        rows = _held_out(forward, backward)
         x = backward.x[rows.stop :], forward.x[rows.stop :]
         return classifier.by_step(plan.model.net, params, *x, forward.ts)
 
@@ -233,7 +225,7 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
         if not classifies:
             params = loop.train(batch(results), folder, teacher=frozen(results)).ema
             return finished((params, None), plan, folder)
-        rows = held_out(*results[needs[1]].value)
+        rows = _held_out(*results[needs[1]].value)
         keep = hooks.keep_best(folder / "best", lambda ema: float(areas(results, ema).bce.mean()))
         loop.train(batch(results, rows), folder, teacher=frozen(results), hooks=[keep])
         params = loop.load_average(plan, folder / "best", name)
@@ -267,57 +259,66 @@ def marginal_sets(settings: Settings, plan: loop.Plan, data, *, needs: Sequence[
         return report(recipe.build(results[needs[0]].value, folder))
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
-        found = recipe.read(results[needs[0]].value, folder)
-        return found and report(found)
+        pair = recipe.read(results[needs[0]].value, folder)
+        return pair and report(pair)
 
-    def report(found) -> Result:
-        forward, backward = found
-        digest = recipe.digest(found)
+    def report(pair) -> Result:
+        forward, backward = pair
+        digest = recipe.digest(pair)
         summary = f"{len(forward.x)} forward, {len(backward.x)} backward on {len(recipe.ts)} times"
-        return Result(found, digest, summary)
+        return Result(pair, digest, summary)
 
     return Stage("marginals", tuple(needs), recipe.fields, recipe.check, work, complete)
 
 
-def held_out(forward, backward) -> slice:
-    """Return the rows of two marginals that a classifier trains on; the rest measures it."""
+def _held_out(forward, backward) -> slice:
+    """Return the rows of two marginals that a classifier trains on; the other rows are held out."""
     cut = lambda m: -(len(m.x) // HELD_OUT)
     return slice(None, max(cut(forward), cut(backward)))
 
 
-def is_classifier(plan: loop.Plan) -> bool:
-    """Return whether a corrector is a classifier: its network gives a logit."""
+def _is_classifier(plan: loop.Plan) -> bool:
+    """Return whether the network of a plan outputs one logit per example."""
     return bool(getattr(plan.model.net, "logit", False))
 
 
 def finished(value: Any, plan: loop.Plan, folder: Path) -> Result:
-    """Return the result of a training."""
+    """Return the result of a training.
+
+    Args:
+        value: the averaged parameters, or a tuple that begins with them.
+        plan: the training.
+        folder: the folder of the stage, for the last recorded loss.
+
+    Returns:
+        The result, with the digest of the parameters.
+    """
     params = value[0] if isinstance(value, tuple) and not hasattr(value, "_fields") else value
     records = files.read_jsonl(folder / "metrics.jsonl")
     loss = f", loss {records[-1]['loss']:.4f}" if records else ""
     return Result(value, checkpoint.digest(params), f"{plan.schedule.steps} steps of {plan.data.batch_size}{loss}")
 
 
-def read_trained(plan: loop.Plan, folder: Path, given: Mapping[str, Params | None]) -> Result | None:
-    """Return the result of a training that has reached its last step.
+def read_trained(plan: loop.Plan, folder: Path, inputs: Mapping[str, Params | None]) -> Result | None:
+    """Read the result of a training that has reached the last step.
 
     Args:
         plan: the training.
-        folder: its folder.
-        given: parameters that it began with and of its teacher, which must be those of now.
+        folder: the folder of the stage.
+        inputs: ``"params"`` (initial parameters) and ``"teacher"``; they must equal the recorded ones.
 
     Returns:
-        The result, or ``None`` where steps are left.
+        The result; ``None`` where steps are missing.
 
     Raises:
-        WorkdirError: the training began with other parameters or another teacher.
+        WorkdirError: the training had other initial parameters or another teacher.
     """
     step = checkpoint.latest_step(folder / "checkpoints")
     if step is None or step < plan.schedule.steps:
         return None
     _, params, metadata = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
     recorded = metadata.get("given", {})
-    for what, value in given.items():
+    for what, value in inputs.items():
         if value is not None and recorded.get(what) not in (None, checkpoint.digest(value)):
             raise WorkdirError(
                 f"workdir={folder}: {plan.name!r} was trained with another flow ({what}). Delete this folder to train "
@@ -327,17 +328,32 @@ def read_trained(plan: loop.Plan, folder: Path, given: Mapping[str, Params | Non
 
 
 def curves(path: Path, names: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the loss curves ``(step, loss)`` of the stages that have records, for the report."""
-    found = {}
+    """Return the loss curves of the stages that have records, for the report.
+
+    Args:
+        path: the run folder.
+        names: names of the stages.
+
+    Returns:
+        (step, loss), each ``[n]``, by name of the network.
+    """
+    losses = {}
     for name in names:
         records = files.read_jsonl(workdir.stage_folder(path, name) / "metrics.jsonl")
         if records:
             label = name.rpartition(".")[2].replace("_", " ")
-            found[label] = tuple(np.array([r[key] for r in records]) for key in ("step", "loss"))
-    return found
+            losses[label] = tuple(np.array([r[key] for r in records]) for key in ("step", "loss"))
+    return losses
 
 
-def sizes(params: Mapping[str, Params]) -> str:
-    """Return how many parameters each network has, in words."""
+def parameter_counts(params: Mapping[str, Params]) -> str:
+    """Return the number of parameters of each network as text.
+
+    Args:
+        params: parameters by name of the network.
+
+    Returns:
+        The text.
+    """
     count = lambda tree: sum(a.size for a in jax.tree.leaves(tree))
     return ", ".join(f"{name} {count(tree):,}" for name, tree in params.items())

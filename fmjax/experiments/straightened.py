@@ -1,4 +1,4 @@
-"""Compare a teacher with its straightened students: distances, paired errors, spectra and straightness."""
+"""Compare a teacher with straightened students: distances, paired errors, spectra and straightness."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ from fmjax.straightening import FULL, TEACHER, SegmentedModel
 from fmjax.training import logs
 from fmjax.types import Method, Params, stated
 
-GITS = {"n": 60, "examples": 256, "growth": 1.15}  # of the grid that dynamic programming chooses
-SHOWN = 12  # examples of each sampler, from the same noise
-COLUMNS = ("family", "name", "NFE", "counts", "drift")  # fields of a row that are no distances
+GITS = {
+    "n": 60,
+    "examples": 256,
+    "growth": 1.15,
+}  # fine grid, examples and option of the search for a time grid by dynamic programming
+SHOWN = 12  # examples of each sampler in the report, from the same noise
+COLUMNS = ("family", "name", "NFE", "counts", "drift")  # fields of a row that are not distances
 NOTES = [
-    "Paired error: the mean square difference of a sample from the teacher's own, of the same noise and many steps.",
-    "(m, n): m Euler steps in the first segment and n in the second; a step is one evaluation.",
+    "Paired error: mean squared difference from the sample of the teacher with the same noise and many steps.",
+    "(m, n): m Euler steps in the first segment and n in the second segment; one evaluation per step.",
 ]
 
 
@@ -36,12 +40,12 @@ class Compared(NamedTuple):
     """A sampler of the comparison.
 
     Attributes:
-        family: what is sampled.
-        name: how.
-        step_of: parameters -> the step.
-        ts: the time grid, from ``ts[0]`` with ``1 - ts[0]`` times the noise.
-        nfe: network evaluations a sample.
-        counts: Euler steps in each segment, where there are segments.
+        family: the network and the solver.
+        name: the time grid, in words.
+        step_of: the solver step as a function of the parameters.
+        ts: the time grid; the state at ``ts[0]`` is ``1 - ts[0]`` times the noise.
+        nfe: network evaluations per sample.
+        counts: Euler steps in each segment; empty for a sampler without segments.
     """
 
     family: str
@@ -52,7 +56,7 @@ class Compared(NamedTuple):
     counts: tuple[int, ...] = ()
 
 
-def compare(
+def compare_students(
     settings: Settings,
     data: Dataset,
     draws: Draws,
@@ -61,13 +65,13 @@ def compare(
     params: Mapping[str, Params],
     curves: Mapping[str, Any],
 ) -> Page:
-    """Measure teacher and students, all from the same noise.
+    """Measure teacher and students; all samplers start from the same noise.
 
     Args:
         settings: the config, with ``straighten``.
         data: its data set.
-        draws: runs and samples, over which means and errors are taken.
-        models: what is compared.
+        draws: number of runs and of samples per run.
+        models: the models that are compared.
         methods: methods by network.
         params: averaged parameters by network.
         curves: losses by network, for the report.
@@ -83,7 +87,7 @@ def compare(
     flow = methods[TEACHER].velocity
     ts, index = teacher_grid(s.grid, s.reference_steps, s.bounds)
     solve = lambda params: build.step(s.solver)(flow(params[TEACHER]))
-    reference = states_at(solve, params, noise, cond, ts, index)
+    reference = _states_at(solve, params, noise, cond, ts, index)
     metrics = comparison.distances(settings, data, data.test)
     by_run = lambda x: x.reshape(draws.seeds, draws.samples, *x.shape[1:])
     rows, spectra = [], {}
@@ -101,11 +105,11 @@ def compare(
             inner = zip(states[1:-1], reference[1:-1], strict=True)
             rows[-1]["drift"] = [float(np.mean((a - b) ** 2)) for a, b in inner]
 
-    samplers = [*allocated(s, models, methods), *baselines(s, methods, params, noise, cond)]
+    samplers = [*_allocated(s, models, methods), *_baselines(s, methods, params, noise, cond)]
     with logs.bar("samplers", len(samplers), unit="sampler") as progress:
         for sampler in samplers:
             at = tuple(np.cumsum((0, *sampler.counts))) if sampler.counts else (len(sampler.ts) - 1,)
-            states = states_at(sampler.step_of, params, noise, cond, sampler.ts, at)
+            states = _states_at(sampler.step_of, params, noise, cond, sampler.ts, at)
             measure(sampler, states)
             shown[f"{sampler.family}, {sampler.name}"] = states[-1]
             if data.kind == "image" and sampler.counts:
@@ -115,9 +119,9 @@ def compare(
     measure(many, reference[-1:])
     floor = comparison.measure(comparison.training_runs(data, draws), metrics)
     floor = {name: mean_se(values) for name, values in floor.items()}
-    along = measures(settings, data, draws, models, methods, params, reference, cond)
+    along = _segment_measures(settings, data, draws, models, methods, params, reference, cond)
     record = {"rows": rows, "floor": floor, "segments": along, "spectra": spectra}
-    facts = facts_of(along, spectra) | comparison.facts(settings, data, metrics)
+    facts = _facts(along, spectra) | comparison.facts(settings, data, metrics)
     table = [
         Row(f"{r['family']} {r['name']}", r["family"], r["NFE"], 0, {k: v for k, v in r.items() if k not in COLUMNS})
         for r in rows
@@ -131,19 +135,22 @@ def compare(
 
 
 def teacher_grid(kind: str, steps: int, bounds) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Return the teacher's grid from 0 to 1, even or EDM's, with the bounds among its points, and their indices.
+    """Return the time grid of the teacher from 0 to 1, with the bounds of the segments among its points.
 
     Args:
-        kind: ``"even"`` or ``"edm"``.
+        kind: ``"even"``, or ``"edm"`` for the grid of EDM.
         steps: number of steps before the bounds are inserted.
         bounds: bounds of the segments.
+
+    Returns:
+        Times ``[n + 1]``, and the indices of the bounds.
     """
     ts = grids.uniform_grid(steps) if kind == "even" else np.append(np.float32(0), grids.edm_grid(steps))
     return straightening.inserted(ts, bounds)
 
 
-def states_at(step_of, params, noise, cond, ts, at) -> np.ndarray:
-    """Return the states ``[len(at), n, ...]`` at the indices ``at`` of the grid, from ``(1 - ts[0])`` times noise."""
+def _states_at(step_of, params, noise, cond, ts, at) -> np.ndarray:
+    """Return the states ``[len(at), n, ...]`` at the indices ``at`` of the grid, from ``1 - ts[0]`` times the noise."""
     alone = tuple(at) == (len(ts) - 1,)
 
     @jax.jit
@@ -154,9 +161,9 @@ def states_at(step_of, params, noise, cond, ts, at) -> np.ndarray:
     return np.moveaxis(drawing.in_chunks(states, noise, cond), 1, 0)
 
 
-def allocated(s: Straighten, models: Sequence[SegmentedModel], methods) -> list[Compared]:
+def _allocated(s: Straighten, models: Sequence[SegmentedModel], methods) -> list[Compared]:
     """Return every model with every allocation of Euler steps."""
-    found = []
+    compared = []
     for model in models:
         family = model.sharing if model.sharing in (TEACHER, FULL) else f"{model.part}, {model.sharing}"
 
@@ -166,25 +173,25 @@ def allocated(s: Straighten, models: Sequence[SegmentedModel], methods) -> list[
 
         for counts in map(tuple, s.allocations):
             grid, words = straightening.segment_grid(s.bounds, counts), ", ".join(map(str, counts))
-            found.append(Compared(family, f"({words})", step_of, grid, sum(counts), counts))
-    return found
+            compared.append(Compared(family, f"({words})", step_of, grid, sum(counts), counts))
+    return compared
 
 
-def baselines(s: Straighten, methods, params, noise, cond) -> list[Compared]:
+def _baselines(s: Straighten, methods, params, noise, cond) -> list[Compared]:
     """Return other samplers of the teacher, and Euler steps of the full reflow, at equal numbers of evaluations."""
     if not s.baselines:
         return []
     flow, fine = methods[TEACHER].velocity, grids.edm_grid(GITS["n"])
     of = lambda make: lambda params: make(flow(params[TEACHER]))
     few = GITS["examples"]
-    along = states_at(of(sampling.edm_heun), params, noise[:few], drawing.first(cond, few), fine, range(len(fine)))
+    along = _states_at(of(sampling.edm_heun), params, noise[:few], drawing.first(cond, few), fine, range(len(fine)))
     jump_costs = lambda params, xs, cond: sampling.jump_costs(sampling.ddim(flow(params)), xs, fine, cond=cond)
     costs = np.asarray(jax.jit(jump_costs)(params[TEACHER], along, drawing.first(cond, few)))
-    found = []
+    compared = []
     for n in s.baselines:
         even, levels, heun = grids.uniform_grid(n), grids.edm_grid(n), grids.edm_grid((n + 1) // 2)
         best = fine[list(sampling.best_steps(costs, n, growth=GITS["growth"]))]
-        found += [
+        compared += [
             Compared(f"{TEACHER}, Euler", f"{n} even steps", of(sampling.euler), even, n),
             Compared(f"{TEACHER}, Euler on EDM's grid", f"of {n}", of(sampling.euler), levels, n),
             Compared(
@@ -195,11 +202,13 @@ def baselines(s: Straighten, methods, params, noise, cond) -> list[Compared]:
         ]
         if s.full:
             reflowed = lambda params: sampling.euler(methods[FULL].velocity(params[FULL]))
-            found.append(Compared(f"{FULL}, Euler", f"{n} even steps", reflowed, even, n))
-    return found
+            compared.append(Compared(f"{FULL}, Euler", f"{n} even steps", reflowed, even, n))
+    return compared
 
 
-def measures(settings: Settings, data, draws: Draws, models, methods, params, reference, cond) -> list[dict[str, Any]]:
+def _segment_measures(
+    settings: Settings, data, draws: Draws, models, methods, params, reference, cond
+) -> list[dict[str, Any]]:
     """Return ``straightening.segment_measures`` of every model."""
     _, s = settings.straighten
     count = min(s.probes, data.train.count, reference.shape[1])
@@ -219,8 +228,8 @@ def measures(settings: Settings, data, draws: Draws, models, methods, params, re
     return [model._asdict() | of(model) for model in models]
 
 
-def facts_of(along: Sequence[Mapping[str, Any]], spectra: Mapping[str, Any]) -> dict[str, str]:
-    """Return the measures along the time axis and of the spectra, in words."""
+def _facts(along: Sequence[Mapping[str, Any]], spectra: Mapping[str, Any]) -> dict[str, str]:
+    """Return the measures of the segments and of the spectra as text."""
     words = lambda m: "; ".join(
         f"{n} {', '.join(f'{v:.3g}' for v in m[n])}" for n in ("straightness", "jump", "departure")
     )

@@ -14,7 +14,7 @@ from fmjax.experiments.stages import Stage
 
 @workdir.owner
 def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | None = None) -> None:
-    """Train a stage; the stages that it needs must be complete in the folder. Continue where it stopped.
+    """Train a stage, or continue a training; the stages that the stage needs must be complete in the folder.
 
     Args:
         settings: the config.
@@ -25,11 +25,11 @@ def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | Non
 
     Raises:
         ValueError: one line, before anything is written.
-        WorkdirError: a folder of another config, or a stage that is needed and not complete.
+        WorkdirError: a folder of another config, or a needed stage that is not complete.
     """
     data = build.data(settings.common.data)
-    every = [pipeline.flow_stage(settings, data)] if stage == "flow" else trained_stages(settings, data)
-    stages.check(every)
+    every = [pipeline.flow_stage(settings, data)] if stage == "flow" else _trained_stages(settings, data)
+    stages.check_stages(every)
     workdir.open_workdir(path, settings.config, {s.name: s.fields for s in every})
     if fork:
         workdir.fork(fork, path, stage)
@@ -38,9 +38,9 @@ def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | Non
         print(f"{stage}: {result.summary}, in {workdir.stage_folder(path, stage)}")
 
 
-def trained_stages(settings: Settings, data: Dataset) -> list[Stage]:
-    """Return all stages of a config that train: those of the pipeline, and those of half-straightening."""
-    found = pipeline.training_stages(settings, data, networks.plans(settings, data))
+def _trained_stages(settings: Settings, data: Dataset) -> list[Stage]:
+    """Return all stages of a config that train: the stages of the pipeline and of half-straightening."""
+    trained = pipeline.training_stages(settings, data, networks.plans(settings, data))
     if settings.straighten is None:
-        return found
-    return found + [s for s in reflow.student_stages(settings, data)[0] if s.name != "flow"]
+        return trained
+    return trained + [s for s in reflow.student_stages(settings, data)[0] if s.name != "flow"]

@@ -1,6 +1,6 @@
-"""Choose where and how strongly the corrections of a finished run are made.
+"""Choose the steps and the strengths of the corrections of a finished run.
 
-Strengths and steps are chosen on validation examples and reported on test examples, each with other noise.
+Steps and strengths are chosen on validation examples and reported on test examples, with different noise.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from fmjax.sampling import grids
 from fmjax.storage import files
 from fmjax.training import logs
 
-ALPHAS = {True: (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0), False: (0.1, 0.25, 0.5, 0.75, 1.0)}  # by whether it classifies
-BETAS = (0.0, 0.5, 1.0, 2.0)  # times a score corrector's noise level
-TUNING = 4  # purpose of the keys that strengths are chosen with
-NOTE = "Steps, alpha and beta were chosen on validation data and other noise than the table's."
+ALPHAS = {
+    True: (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0),
+    False: (0.1, 0.25, 0.5, 0.75, 1.0),
+}  # by whether the corrector is a classifier
+BETAS = (0.0, 0.5, 1.0, 2.0)  # multiples of the noise level of a score corrector
+TUNING = 4  # purpose of the keys of the search
+NOTE = "Steps, alpha and beta were chosen on validation data with other noise than in the table."
 
 
 @workdir.owner
@@ -47,25 +50,25 @@ def main(
 ) -> None:
     """Tune a corrector of a finished run for one plain sampler.
 
-    Finds the best single correction of every step over ``alphas x betas``, then adds steps greedily
-    (``correction.choose``), by the mean of a distance over ``seeds`` runs of ``sampling.samples``; then compares the
-    winner, its noise alone and no correction on ``sampling.seeds`` other runs. All of it lies in ``path/tuning`` and
-    continues after a kill. Prints what a config's ``corrections`` take.
+    The search evaluates single corrections of every step over ``alpha x beta``, then adds steps greedily
+    (``correction.choose``), by the mean of a distance over ``seeds`` runs of ``sampling.samples``. The winner, its
+    noise without the corrector, and the sampler without correction are then compared on ``sampling.seeds`` other runs.
+    Results lie in ``path/tuning``, and a killed search continues. Prints the entry for ``corrections`` of a config.
 
     Args:
         settings: the config.
         path: the run folder.
         by: the corrector.
         solver: the solver, or ``"flow_map"``.
-        solver_steps: its number of steps.
+        solver_steps: number of steps of the solver.
         metric: name of the distance; by default the first of the config's.
         most: largest number of corrections.
-        seeds: runs that a value is the mean of.
+        seeds: number of runs per mean.
         alpha: candidate strengths.
         beta: candidate noise levels.
 
     Raises:
-        ValueError: a corrector or a distance that does not exist (with the nearest), or too few runs.
+        ValueError: a corrector or distance that does not exist (with the nearest), or too few runs.
         WorkdirError: a run that is not complete.
     """
     data = build.data(settings.common.data)
@@ -74,17 +77,17 @@ def main(
         raise refusal("by", by, f"no such corrector{near}", f"There are {', '.join(settings.correctors)}")
     if settings.sampling.seeds < 3:
         raise refusal("sampling.seeds", settings.sampling.seeds, "errors need more runs", "Give 3 or more")
-    steps, space = solver_steps, search_space(settings, by, solver_steps, alpha or (), beta or ())
+    steps, space = solver_steps, _search_space(settings, by, solver_steps, alpha or (), beta or ())
     everywhere = Sampler("tuned", "tuned", solver, steps, None, space.steps, by, {"alpha": 1.0, "beta": 0.0})
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
     models, identity, _ = networks.load_models(settings, path)
     if by not in models.methods:
         raise workdir.WorkdirError(f"workdir={path}: its corrector {by!r} is not trained. Complete launch.pipeline.")
-    distance = chosen_metric(comparison.distances(settings, data, data.validation), metric)
+    distance = _chosen_metric(comparison.distances(settings, data, data.validation), metric)
     plain = samplers.plain_samplers({solver: (steps,)})[0]
     folder = path / "tuning" / files.slug(f"{by} {plain.name} {distance.name}")
     draws = comparison.draws_of(settings, data)
-    choice = choose(everywhere, models, draws, distance, space, most, seeds, folder, identity)
+    choice = _search(everywhere, models, draws, distance, space, most, seeds, folder, identity)
     best = choice.chosen.placement
     entry = {"solver": solver, "steps": steps, "by": by, **{k: list(v) for k, v in best._asdict().items()}}
     tuned = samplers.corrected_samplers({"tuned": entry} if best.at else {}, [plain], [by])
@@ -93,7 +96,7 @@ def main(
     costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
     metrics = comparison.distances(settings, data, data.test)
     rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
-    contents = page(data, choice, distance.name, plain.name, rows, verdicts, drawn, entry)
+    contents = _page(data, choice, distance.name, plain.name, rows, verdicts, drawn, entry)
     report.write_report(folder / "report.html", contents)
     for sentence in contents.summary:
         print(sentence)
@@ -101,8 +104,8 @@ def main(
     print(f"open {folder / 'report.html'}")
 
 
-def search_space(settings: Settings, by: str, steps: int, alphas, betas) -> correction.Space:
-    """Return the steps, strengths and noise levels that are tried; refuse a negative noise level."""
+def _search_space(settings: Settings, by: str, steps: int, alphas, betas) -> correction.Space:
+    """Return the steps, strengths and noise levels of the search; refuse a negative noise level."""
     part = settings.correctors[by]
     classifies = assemble.gives_logit(part.net or settings.flow.net)
     method = part.method
@@ -113,8 +116,8 @@ def search_space(settings: Settings, by: str, steps: int, alphas, betas) -> corr
     return correction.Space(steps, tuple(range(steps + 1)), tuple(alphas) or ALPHAS[classifies], betas)
 
 
-def chosen_metric(metrics: Sequence[Metric], name: str | None) -> Metric:
-    """Return the distance of a name, or the first."""
+def _chosen_metric(metrics: Sequence[Metric], name: str | None) -> Metric:
+    """Return the metric of a name, by default the first."""
     by_name = {metric.name: metric for metric in metrics}
     if name is None:
         return metrics[0]
@@ -124,10 +127,10 @@ def chosen_metric(metrics: Sequence[Metric], name: str | None) -> Metric:
     return by_name[name]
 
 
-def choose(
+def _search(
     everywhere: Sampler, models: Models, draws: Draws, metric: Metric, space, most, seeds: int, folder: Path, identity
 ):
-    """Search the space; values lie in ``folder`` and are not computed twice."""
+    """Search the space; values are stored in ``folder`` and are not computed twice."""
     program, steps = drawing.program(everywhere, models), everywhere.steps
     runs = len(space.steps) * len(space.alpha) * len(space.beta) * seeds
     words = f"{draws.samples} samples for single corrections, then the runs of the greedy search"
@@ -150,12 +153,12 @@ def choose(
         return correction.choose(value, space, most=most, record=folder / "choice.json")
 
 
-def page(data: Dataset, choice, metric: str, sampler: str, rows, verdicts, drawn, entry) -> report.Contents:
+def _page(data: Dataset, choice, metric: str, sampler: str, rows, verdicts, drawn, entry) -> report.Contents:
     """Return the report of a search."""
     ts, best, level = grids.uniform_grid(len(choice.influence) - 1), choice.chosen.placement, choice.path[0].value
     where = "; ".join(f"alpha {a:g}, beta {b:g} at step {i}" for i, a, b in zip(*best, strict=True)) or "none"
     alone = np.array([trial.value for trial in choice.influence])
-    lines = {"one correction, its best strength": alone, "none": np.full(len(ts), level)}
+    lines = {"one correction of best strength": alone, "no correction": np.full(len(ts), level)}
     with_error = lambda r: report.plus_minus(r.mean, r.error)
     return report.Contents(
         title=f"fmjax: corrections of {sampler}",

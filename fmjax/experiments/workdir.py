@@ -1,4 +1,4 @@
-"""The run folder: its config, its environment, and one folder a stage, each with the fields that it depends on."""
+"""The run folder: config, environment, and one folder per stage with the config fields that the stage depends on."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fmjax.storage import checkpoint, files, lock
 PACKAGES = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 ABSENT = "absent"
 CONFIG, STAGE, CONVERTED = "config.json", "stage.json", "converted.json"
-GROWS = "steps"  # a training may be continued to more steps where the schedule does not depend on their number
+GROWS = "steps"  # a training may get more steps if the schedule does not depend on their number
 
 
 class WorkdirError(RuntimeError):
-    """A folder that cannot be written, that is no run folder, or whose stages belong to another config."""
+    """A folder that cannot be written, is not a run folder, or has stages of another config."""
 
 
 def open_workdir(path: str | Path, config: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Make the folder of a run, or check that what is in it belongs to this config.
+    """Create the folder of a run, or check that an existing folder belongs to this config.
 
     Writes ``config.json`` and ``environment.json`` (versions, devices; earlier ones under ``earlier``). Fields that no
     existing stage depends on may change, and the steps of a training with a constant learning rate may grow.
@@ -36,7 +36,7 @@ def open_workdir(path: str | Path, config: Mapping[str, Any], stages: Mapping[st
     Args:
         path: the folder.
         config: the config as plain values.
-        stages: stage -> the fields (dotted names) that its result depends on, with their values.
+        stages: fields that the result of a stage depends on, with their values by dotted name; by stage.
 
     Returns:
         The absolute path.
@@ -61,10 +61,16 @@ def open_workdir(path: str | Path, config: Mapping[str, Any], stages: Mapping[st
 
 
 def owner(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate ``main(settings, path, ...)`` so that it owns the run folder while it works.
+    """Decorate ``main(settings, path, ...)`` so that one process owns the run folder while it works.
+
+    Args:
+        main: the command.
+
+    Returns:
+        The command under the lock of the folder.
 
     Raises:
-        storage.lock.Owned: another process works there; the message names its host and process id.
+        storage.lock.Owned: another process works in the folder; the message names its host and process id.
     """
 
     @functools.wraps(main)
@@ -82,13 +88,13 @@ def owner(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def begin_stage(path: Path, name: str, fields: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Path:
-    """Make the folder of a stage and record the fields that its result depends on.
+    """Create the folder of a stage and record the fields that the result depends on.
 
     Args:
         path: the run folder.
         name: the stage, such as ``"correctors.score"``.
         fields: dotted names of config fields with their values.
-        data: what samplers must know of the data: shape, kind, classes, levels, name.
+        data: facts of the data set that samplers need, see ``assemble.data_facts``.
 
     Returns:
         The folder of the stage.
@@ -101,7 +107,15 @@ def begin_stage(path: Path, name: str, fields: Mapping[str, Any], data: Mapping[
 
 
 def stage_folder(path: str | Path, name: str) -> Path:
-    """Return the folder of a stage: ``"correctors.score"`` lies in ``correctors/score``."""
+    """Return the folder of a stage.
+
+    Args:
+        path: the run folder.
+        name: the stage; ``"correctors.score"`` lies in ``correctors/score``.
+
+    Returns:
+        The folder.
+    """
     first, _, rest = name.partition(".")
     return Path(path) / first / files.slug(rest) if rest else Path(path) / first
 
@@ -124,12 +138,12 @@ def read_config(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
         what = "is the folder of a stage" if (path / STAGE).exists() else "is no run folder (it has no config.json)"
         raise WorkdirError(f"workdir={path}: {what}. Give the folder that launch.train or launch.pipeline wrote.")
     config = files.read_json(path / CONFIG)
-    refuse_outside(config, path, trust=trust)
+    _refuse_outside(config, path, trust=trust)
     return config
 
 
-def refuse_outside(config: Mapping[str, Any], path: str | Path, *, trust: bool) -> None:
-    """Refuse a run folder whose config names code outside the package, unless its owner is trusted."""
+def _refuse_outside(config: Mapping[str, Any], path: str | Path, *, trust: bool) -> None:
+    """Refuse a run folder whose config names code outside the package, unless ``trust``."""
     if not trust:
         for field, place in places.outside_places(config):
             raise WorkdirError(
@@ -183,7 +197,11 @@ def fork(source: str | Path, target: Path, stage: str = "flow") -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Return what the run runs on: package versions, git commit (``+`` where changed), Python, platform, devices."""
+    """Return versions, commit and devices of this process.
+
+    Returns:
+        Versions of packages, git commit (with ``+`` for uncommitted changes), Python, platform, devices, processes.
+    """
     devices = jax.devices()
     return {
         "versions": {name: _version(name) for name in PACKAGES},
@@ -196,23 +214,47 @@ def environment() -> dict[str, Any]:
 
 
 def local(path: str | Path) -> Path:
-    """Return a folder's absolute path, ``~`` expanded; refuse a URL."""
+    """Return the absolute path of a folder, with ``~`` expanded; refuse a URL.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        WorkdirError: a URL.
+    """
     if "://" in str(path):
         raise WorkdirError(f"workdir={path}: is a URL. Give a folder of a local or mounted file system.")
     return Path(path).expanduser().absolute()
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config as JSON has it: tuples are lists, objects their names.
+    """Return a config as JSON values: tuples become lists, objects become their names.
+
+    Args:
+        config: the config.
+
+    Returns:
+        Plain values.
 
     Raises:
-        ValueError: an object that only Python holds, which a later command could not find again.
+        ValueError: an object without a name, which a later command could not restore.
     """
     return json.loads(json.dumps(dict(config), default=_as_json))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the fields of a nested config by dotted name."""
+    """Return the fields of a nested config by dotted name.
+
+    Args:
+        tree: the config.
+        prefix: prefix of the names.
+
+    Returns:
+        Values by dotted name.
+    """
     fields: dict[str, Any] = {}
     for name, value in tree.items():
         if hasattr(value, "items") and value:
@@ -236,11 +278,11 @@ def _check_stage(path: Path, name: str, new: dict[str, Any]) -> None:
             differing.remove(field)
     if not differing:
         return
-    told = "; ".join(f"{f} is {show(a, f)} there, {show(b, f)} here" for f in differing[:5])
+    differences = "; ".join(f"{f} is {show(a, f)} there, {show(b, f)} here" for f in differing[:5])
     more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
     raise WorkdirError(
-        f"workdir={path}: its stage {name!r} was begun with another config: {told}{more}. Set these back, or give "
-        f"another --workdir (with --fork={path} it starts from this state)."
+        f"workdir={path}: its stage {name!r} was begun with another config: {differences}{more}. Restore these "
+        f"fields, or give another --workdir (--fork={path} starts it from this state)."
     )
 
 
@@ -254,7 +296,7 @@ def _as_json(value: Any) -> Any:
     except TypeError:
         kind = type(value).__name__
         raise ValueError(
-            f"config: holds a {kind}, which config.json cannot name. Give 'package.module:factory', or call "
+            f"config: holds a {kind}, which config.json cannot store. Give 'package.module:factory', or call "
             "experiments.assemble and training.train without a run folder."
         ) from None
 
@@ -279,7 +321,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(package: Path) -> str | None:
-    """The commit of the checkout that is the package's own; a package installed below another checkout has none."""
+    """Return the commit of the package's checkout; ``None`` for a package installed inside another checkout."""
     git = lambda *args: subprocess.run(
         ["git", "-C", str(package), *args], capture_output=True, text=True, check=True, timeout=10
     ).stdout.strip()

@@ -43,7 +43,7 @@ def continuous_consistency(
 
     Args:
         net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``, from which ``F`` is read
-            (``angular``); ``nets.adapters.trigonometric`` makes one of a network ``F``. Dropout acts on the diagonal.
+            (``angular``); ``nets.trigonometric_velocity`` makes one of a network ``F``. Dropout acts on the diagonal.
         path: interpolant ``I_t``; the trigonometric path by default.
         time: distribution of ``s``, and of ``t`` on the diagonal, ``key: [B] -> [B]``.
         diagonal: fraction of the batch with the flow-matching loss ``|u(I_t, t, t) - dI_t|^2``.

@@ -1,7 +1,15 @@
 """Networks, and adapters from the modules of other libraries."""
 
 from fmjax.nets import embedding, preconditioning, remat
-from fmjax.nets.adapters import Model, from_equinox, from_linen, from_nnx, one_time, trigonometric, with_encoder
+from fmjax.nets.adapters import (
+    Model,
+    from_equinox,
+    from_linen,
+    from_nnx,
+    one_time,
+    trigonometric_velocity,
+    with_encoder,
+)
 from fmjax.nets.dit import DiT
 from fmjax.nets.encoder import Encoder
 from fmjax.nets.mlp import MLP
@@ -11,5 +19,5 @@ from fmjax.nets.unet import UNet
 
 __all__ = [
     "DiT", "Encoder", "MLP", "Model", "Plain", "SongUNet", "UNet", "embedding", "from_equinox", "from_linen",
-    "from_nnx", "one_time", "preconditioning", "remat", "trigonometric", "with_encoder",
+    "from_nnx", "one_time", "preconditioning", "remat", "trigonometric_velocity", "with_encoder",
 ]  # fmt: skip

@@ -210,7 +210,7 @@ def with_encoder(model: Model, encoder: Model) -> Model:
     return Model(init, network(model.net).wrap(without_encoder).replace(encoder=second))
 
 
-def trigonometric(net: Network, *, sigma: float = 1.0) -> Network:
+def trigonometric_velocity(net: Network, *, sigma: float = 1.0) -> Network:
     """Return a network ``F`` as the average velocity of ``X_{s,t}(x) = cos(a) x - sin(a) sigma F(x / sigma, s, t)``.
 
     ``a = pi / 2 (t - s)``. This is sCM's parametrisation, for data and a source of standard deviation ``sigma`` on
@@ -229,7 +229,7 @@ def trigonometric(net: Network, *, sigma: float = 1.0) -> Network:
     Source: arXiv 2410.11081.
 
     >>> import jax.numpy as jnp
-    >>> net = trigonometric(one_time(lambda params, x, t: 0 * x))
+    >>> net = trigonometric_velocity(one_time(lambda params, x, t: 0 * x))
     >>> jump = jnp.ones((1, 1)) + net(None, jnp.ones((1, 1)), 0.0, 1.0)  # X_{0,1}(1) = cos(pi / 2)
     >>> bool(jnp.abs(jump[0, 0]) < 1e-6)
     True

@@ -118,7 +118,7 @@ def row_bytes(description: str | None) -> int:
     return max((column.stop for column in layout(description)), default=0) if description is not None else 0
 
 
-def rows(cond: Any, start: int, stop: int) -> Iterator[bytes]:
+def condition_rows(cond: Any, start: int, stop: int) -> Iterator[bytes]:
     """Yield the bytes of the conditions of the examples ``start .. stop - 1``; nothing without conditions.
 
     Args:

@@ -39,7 +39,7 @@ class DamagedFile(ValueError):
 
     def __init__(self, path: str | Path, problem: str):
         self.path, self.problem = Path(path), untrusted.one_line(problem, 110)
-        name = untrusted.name_of(path)
+        name = untrusted.short_path(path)
         super().__init__(f"{name} {self.problem}. Restore it from a copy, or delete it and run the command again.")
 
 

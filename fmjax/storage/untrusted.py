@@ -17,7 +17,6 @@ import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +65,7 @@ def one_line(message: Any, limit: int = LINE) -> str:
     return text if len(text) <= limit else text[: limit - 2] + " …"
 
 
-def name_of(path: str | os.PathLike) -> str:
+def short_path(path: str | os.PathLike) -> str:
     """Return a path for a message: one line, the beginning of a long path left out.
 
     Args:
@@ -75,7 +74,7 @@ def name_of(path: str | os.PathLike) -> str:
     Returns:
         The whole path, or its last ``PATH`` characters.
 
-    >>> name_of("runs/a/config.json")
+    >>> short_path("runs/a/config.json")
     'runs/a/config.json'
     """
     text = one_line(os.fspath(path), 10**5)
@@ -354,7 +353,7 @@ def read_npy(file: io.IOBase, size: int) -> np.ndarray:
     return array.reshape(header.shape, order="F" if header.columns_first else "C")
 
 
-def read_npz(file: io.IOBase, size: int) -> dict[str, np.ndarray]:
+def npz_arrays(file: io.IOBase, size: int) -> dict[str, np.ndarray]:
     """Read the arrays of an ``.npz`` file, compressed or not.
 
     Args:
@@ -376,34 +375,3 @@ def read_npz(file: io.IOBase, size: int) -> dict[str, np.ndarray]:
                 except ValueError as error:
                     raise ValueError(f"{one_line(info.filename, 40)}: {error}") from error
     return arrays
-
-
-def refusal(path: str | os.PathLike, problem: Any, advice: str) -> ValueError:
-    """Return the error ``<path>: <what is wrong>. <what to do>.`` as one line of at most 300 characters.
-
-    Args:
-        path: the file.
-        problem: what is wrong, or the exception that says so.
-        advice: what the user can do, without the full stop.
-
-    Returns:
-        The error, to be raised.
-    """
-    name, text = name_of(path), str(problem) or type(problem).__name__
-    room = max(40, LINE - len(name) - len(advice) - 5)
-    return ValueError(one_line(f"{name}: {one_line(text, room).rstrip('.')}. {advice}."))
-
-
-def is_file(path: str | os.PathLike) -> bool:
-    """Return whether a path leads to a regular file; a path that cannot exist leads to none.
-
-    Args:
-        path: the path.
-
-    Returns:
-        True for a regular file, or a link to one.
-    """
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):
-        return False
