@@ -11,15 +11,16 @@ import jax
 import numpy as np
 import originals
 import pytest
+from ml_collections import config_dict
 
-from fmjax.experiments import assemble, command_line, reflow, specs, workdir
+from fmjax.experiments import assemble, build, command_line, networks, reflow, settings
 from fmjax.storage import checkpoint, files
 from fmjax.training import loop, sharding
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "configs").is_dir():
     pytest.skip("needs the repository's configs", allow_module_level=True)
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "base")
 STRAIGHTENED = {"half_straightening_digits": "digits", "half_straightening_mnist": "mnist"}
 SETS = ("mnist", "fashion_mnist", "cifar10", "imagenet64")
 WRITE = {"cifar10": originals.cifar10, "imagenet64": originals.imagenet_npz}
@@ -31,18 +32,10 @@ def get(name):
     return importlib.import_module(f"configs.{name}").get_config()
 
 
-def parse(monkeypatch, name, *overrides):
-    """The config of a command line, as launch.train parses it."""
-    from absl import flags
-    from ml_collections import config_flags
-
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True)
-    argv = ["train", f"--config={ROOT / 'configs' / name}.py", *(f"--config.{o}" for o in overrides)]
-    monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(flags, "FLAGS", values)
-    command_line.parse_flags(argv)
-    return values.config
+def read(name, *overrides):
+    """The settings of a command line, as launch.train reads them."""
+    arguments = [f"--config={ROOT / 'configs' / name}.py", *(f"--config.{o}" for o in overrides)]
+    return settings.read(command_line._read_config(arguments, Path("unused")))
 
 
 def tiny(name, folder):
@@ -61,28 +54,32 @@ def one_device(plan):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_is_locked_flat_and_tells_its_command(name):
+def test_a_config_is_locked_and_states_its_command(name):
     c = get(name)
     assert c.is_locked
     documented = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
     launcher = "reflow" if name in STRAIGHTENED else "train"
     assert re.search(rf"^python -m launch\.{launcher} --config=configs/{name}\.py --workdir=\S+", documented, re.M)
     assert c.data.name == STRAIGHTENED.get(name, name)
-    # fields of the flow are those of the digits: no config lacks one, none has one of its own
-    stages = {"correctors", "flow_map", "corrections", "solver", "solver_steps", "backward_map", "straighten"}
-    assert set(c) - stages == set(get("digits")) - stages
+    assert set(c) == set(get("base")), "every field is stated in configs/base.py"
+    checked = settings.read(c)
+    assert checked.correctors and checked.flow_map and checked.samplers, "every config can be corrected and compared"
+
+
+def test_every_field_of_the_base_config_has_a_comment():
+    text = (ROOT / "configs" / "base.py").read_text()
+    lines = re.findall(r"^    c\.(\w+) = (.*)$", text[: text.index("return c")], re.M)
+    assert {name for name, _ in lines} == set(get("base"))
+    assert not [name for name, rest in lines if "  # " not in rest]
 
 
 # test_launch.py trains on the digits
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("digits", *STRAIGHTENED)])
-def test_a_config_trains_on_its_data_from_the_first_step(name, tmp_path, monkeypatch):
+def test_a_config_trains_on_its_data_from_the_first_step(name, tmp_path):
     """The network starts at zero, so the first loss is the mean of ``|x1 - x0|^2``, known from the batch."""
-    conditions = ["classes=10"] if name == "imagenet64" else []
-    cfg = parse(monkeypatch, name, "steps=20", *SHRUNK[name], *tiny(name, tmp_path), *conditions)
-    if name in SETS:
-        with cfg.unlocked():
-            cfg.net.middle = False  # attention over all pixels of the only level
-    plan = one_device(assemble.assemble(cfg))
+    middle = ["net.middle=False"] if name in ("cifar10", "imagenet64") else []  # attention over all pixels
+    chosen = read(name, "steps=20", *SHRUNK[name], *tiny(name, tmp_path), *middle)
+    plan = one_device(assemble.flow_plan(chosen, build.data(chosen.common.data)))
     state = loop.train(plan, tmp_path / "w")
     records = files.read_jsonl(tmp_path / "w" / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(1, 21)) and int(state.step) == 20
@@ -94,22 +91,28 @@ def test_a_config_trains_on_its_data_from_the_first_step(name, tmp_path, monkeyp
         assert records[0]["loss"] == pytest.approx(np.mean((batch.x1 - batch.x0) ** 2), rel=1e-5)
 
 
+def test_every_stage_of_the_digits_assembles():
+    chosen = read("digits", "correctors.score.batch_size=128")
+    plans = networks.plans(chosen, build.data(chosen.common.data))
+    assert set(plans) == {"flow", "score", "classifier", "flow_map"}
+
+
 @pytest.mark.parametrize("name", sorted(STRAIGHTENED))
-def test_a_comparison_of_straightened_flows_is_complete(name, tmp_path, monkeypatch):
-    """What is checked before any work: teacher, students, grids and numbers; and the flow alone can be trained."""
+def test_a_comparison_of_straightened_flows_is_complete(name, tmp_path):
+    """What is checked before any work: teacher, students, grids and numbers."""
     overrides = ["batch_size=8", "straighten.batch_size=8", "sampling.samples=5"]
-    cfg = parse(monkeypatch, name, *overrides, *tiny(STRAIGHTENED[name], tmp_path))
-    ready = reflow.setup(cfg)
-    assert len(ready.models) == 2 + 3 * len(cfg.straighten.sharing) and ready.flow.steps == cfg.steps
+    chosen = read(name, *overrides, *tiny(STRAIGHTENED[name], tmp_path))
+    stages, students, models = reflow.student_stages(chosen, build.data(chosen.common.data))
+    _, straighten = chosen.straighten
+    assert len(models) == 2 + 3 * len(straighten.sharing) and len(stages) == 2 + len(students)
     parts = {"noise half", "data half", "both halves"}
-    assert {m.part for m in ready.models} == {"none", "all as one", *parts} and set(cfg.straighten.parts) == parts
-    assert [tuple(a) for a in cfg.straighten.allocations] == [(1, 1), (1, 9), (9, 1), (9, 9)]
+    assert {m.part for m in models} == {"none", "all as one", *parts} and set(straighten.parts) == parts
+    assert [tuple(a) for a in straighten.allocations] == [(1, 1), (1, 9), (9, 1), (9, 9)]
 
 
 def test_the_network_of_cifar10_is_torchcfms(key):
     """35,746,307 parameters beside those of the second time, as torchcfm's network has."""
-    c = get("cifar10")
-    params = jax.eval_shape(specs.net(c.net).init, key, np.zeros((1, 32, 32, 3), np.float32))
+    params = jax.eval_shape(build.net(get("cifar10").net).init, key, np.zeros((1, 32, 32, 3), np.float32))
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert count(params) - count(params["TwoTimes_0"]["jump"]) == 35_746_307
 
@@ -118,28 +121,23 @@ class Interrupt(Exception):
     pass
 
 
-def test_a_run_that_streams_resumes_to_the_same_bits_and_refuses_another_batch_size(tmp_path, monkeypatch):
-    overrides = ["steps=7", "save_every=3", "classes=0", "label_dropout=0.0", *SHRUNK["imagenet64"]]
-    cfg = parse(monkeypatch, "imagenet64", *overrides, *tiny("imagenet64", tmp_path))
-    with cfg.unlocked(), cfg.ignore_type():
-        cfg.net = {"name": "mlp", "width": 8, "depth": 1}
-    whole = loop.train(one_device(assemble.assemble(cfg)), tmp_path / "whole")
+def test_a_run_that_streams_resumes_to_the_same_bits(tmp_path):
+    overrides = ["steps=7", "save_every=3", "conditional=False", "label_dropout=0.0", *SHRUNK["imagenet64"]]
+    chosen = read("imagenet64", *overrides, *tiny("imagenet64", tmp_path))
+    small = chosen._replace(flow=settings.dataclasses.replace(chosen.flow, net={"name": "mlp", "width": 8, "depth": 1}))
+    data = build.data(small.common.data)
+    plan = lambda: one_device(assemble.flow_plan(small, data))
+    whole = loop.train(plan(), tmp_path / "whole")
 
     def kill(n, state):
         if n == 5:
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        loop.train(one_device(assemble.assemble(cfg)), tmp_path / "parts", hooks=[kill])
+        loop.train(plan(), tmp_path / "parts", hooks=[kill])
     assert checkpoint.latest_step(tmp_path / "parts" / "checkpoints") == 3
-    resumed = loop.train(
-        one_device(assemble.assemble(cfg)), tmp_path / "parts"
-    )  # all that a new process has is the step
+    resumed = loop.train(plan(), tmp_path / "parts")  # all that a new process has is the step
     assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (whole, resumed)), strict=True))
-    workdir.open_workdir(tmp_path / "w", cfg.to_dict())
-    cfg.batch_size = 16
-    with pytest.raises(workdir.WorkdirError, match="batch_size is 8 there, 16 here"):
-        assemble.fit(cfg, tmp_path / "w")
 
 
 @pytest.mark.slow
@@ -152,5 +150,21 @@ def test_the_real_sets_train_with_their_whole_network(name, tmp_path):
     command = [sys.executable, "-m", "launch.train", f"--config=configs/{name}.py", f"--workdir={tmp_path / 'w'}"]
     command += [f"--config.{field}={value}" for field, value in fields.items()]
     subprocess.run(command, cwd=ROOT, check=True, timeout=1200)
-    losses = [r["loss"] for r in files.read_jsonl(tmp_path / "w" / "metrics.jsonl")]
+    losses = [r["loss"] for r in files.read_jsonl(tmp_path / "w" / "flow" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_two_fields_of_a_config_share_their_value(name):
+    """Two fields with one placeholder would both change where one is set."""
+    c, references = get(name), []
+
+    def visit(tree):
+        for value in tree._fields.values():
+            if hasattr(value, "_fields"):
+                visit(value)
+            elif isinstance(value, config_dict.FieldReference):
+                references.append(id(value))
+
+    visit(c)
+    assert len(set(references)) == len(references)

@@ -179,5 +179,5 @@ def test_a_config_has_the_encoder_as_an_option_of_the_net(key):
         build.net({**spec, "noise_encoder": "encoder"})
     with pytest.raises(ValueError, match="net.noise_encoder=.mpl."):
         build.net({**spec, "noise_encoder": "mpl"})
-    with pytest.raises(ValueError, match="outputs=2"):
+    with pytest.raises(ValueError, match="net.noise_encoder.outputs=2"):
         build.net({**spec, "noise_encoder": {"name": "mlp", "outputs": 2}})

@@ -17,7 +17,6 @@ from fmjax.experiments import build, specs, workdir
 from fmjax.experiments.settings import SECTIONS, Common, Settings, Training
 from fmjax.methods import weighting
 from fmjax.nets import Model
-from fmjax.sampling import guidance
 from fmjax.storage import files
 from fmjax.training import loop, sharding
 from fmjax.types import Batch, Cond, Method, Params
@@ -208,11 +207,11 @@ def _conditional(method: Method, common: Common, classes: int, guided: bool) -> 
     if common.label_dropout:
         method = sampling.label_dropout(method, rate=common.label_dropout, null=classes)
     if guided:
-        at = lambda view: view and (lambda params: guidance.at_scale(view(params), common.guidance))
+        at = lambda view: view and (lambda params: sampling.at_scale(view(params), common.guidance))
         return method._replace(velocity=at(method.velocity), flow_map=at(method.flow_map), score=None)
     if common.guidance == 1 or method.velocity is None:
         return method
-    guide = lambda params: guidance.classifier_free(method.velocity(params), null=classes, scale=common.guidance)
+    guide = lambda params: sampling.classifier_free(method.velocity(params), null=classes, scale=common.guidance)
     return method._replace(velocity=guide)
 
 

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmjax import couplings, paths, transport
+from fmjax import couplings, paths, sampling, transport
 from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, check_hints, nearest, refusal
 from fmjax.data import Dataset, Rows
 from fmjax.experiments import places, specs
 from fmjax.experiments.specs import Spec
 from fmjax.metrics import Metric
 from fmjax.nets import adapters, preconditioning
-from fmjax.sampling import guidance
 from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Multistep, Net, VelocityFn
 
 SEMIDISCRETE = "semidiscrete"  # a coupling that is fitted to the data set
@@ -108,7 +107,7 @@ def method(
     if getattr(net, "logit", False) and typing.get_type_hints(factory).get("net") is not LogitNet:
         raise refusal(field, specs.label(factory), "needs a network of x's shape, not of logits", "Set net.logit=False")
     options = specs.options_of(factory)
-    teacher = None if null is None or "null" in options else guidance.guided_teacher(net, null=null)
+    teacher = None if null is None or "null" in options else sampling.guided_teacher(net, null=null)
     context = {"path": path, "null": null, "teacher": teacher, "mean": mean() if mean and "mean" in options else None}
     context = {name: value for name, value in context.items() if value is not None}
     if not specs.is_spec(spec):

@@ -270,6 +270,8 @@ def _check_stage(path: Path, name: str, new: dict[str, Any]) -> None:
     if not file.exists():
         return
     a, b = flat(files.read_json(file)["fields"]), flat(new)
+    if not a:  # a converted network depends on no field
+        return
     show = lambda fields, field: json.dumps(fields[field]) if field in fields else ABSENT
     differing = [field for field in sorted(a.keys() | b.keys()) if show(a, field) != show(b, field)]
     grown = [f for f in differing if f.rpartition(".")[2] == GROWS and f in a and f in b and b[f] > a[f]]
