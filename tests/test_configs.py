@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import originals
 import pytest
+from ml_collections import config_dict
 
 from fmjax.experiments import assemble, build, command_line, networks, reflow, settings
 from fmjax.storage import checkpoint, files
@@ -44,7 +45,7 @@ def tiny(name, folder):
     source = folder / "source"
     source.mkdir()
     WRITE.get(name, originals.idx)(source)
-    return [f"data.source_dir={source}", f"data.data_dir={folder / 'records'}", "data.verify=False"]
+    return [f"data.source_dir={source}", f"data.data_dir={folder / 'records'}", "data.verify=False", "data.validation=4"]
 
 
 def one_device(plan):
@@ -151,3 +152,19 @@ def test_the_real_sets_train_with_their_whole_network(name, tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, timeout=1200)
     losses = [r["loss"] for r in files.read_jsonl(tmp_path / "w" / "flow" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_two_fields_of_a_config_share_their_value(name):
+    """Two fields with one placeholder would both change where one is set."""
+    c, references = get(name), []
+
+    def visit(tree):
+        for value in tree._fields.values():
+            if hasattr(value, "_fields"):
+                visit(value)
+            elif isinstance(value, config_dict.FieldReference):
+                references.append(id(value))
+
+    visit(c)
+    assert len(set(references)) == len(references)

@@ -90,11 +90,11 @@ def _corrector(sampler: Sampler, models: Models, params: dict[str, Params], opti
         sampler: the sampler.
         models: the networks.
         params: parameters by name of the network.
-        options: replace the options of the sampler; values may be traced arrays with one number per grid point.
+        options: replace options of the sampler; values may be traced arrays with one number per grid point.
     """
     if not sampler.at:
         return None
-    options = dict(sampler.options if options is None else options)
+    options = {**sampler.options, **(options or {})}
     ts = time_grid(sampler.grid, sampler.steps, models.path)[list(sampler.at)]
     over = lambda value: grids.per_step(ts, jnp.asarray(value)) if np.ndim(value) else value
     options = {name: over(value) for name, value in options.items()}
@@ -136,7 +136,7 @@ def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Ca
     Returns:
         A function of parameters by name, keys ``[B]`` and conditions ``[B, ...]`` that returns samples ``[B, ...]``.
         The noise depends on the keys alone, so that samplers can be compared example by example. ``options`` replaces
-        the options of the corrector, so that a search over strengths compiles one program.
+        options of the corrector, so that a search over strengths compiles one program.
     """
     ts = time_grid(sampler.grid, sampler.steps, models.path)
 
@@ -144,7 +144,7 @@ def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Ca
     def draw(params: dict[str, Params], keys, cond=None, options=None):
         return sampling.sample(
             solver_step(sampler, models, params),
-            _source(models.path, keys, models.shape, ts[0]),
+            _source(models.path, keys, models.shape, float(ts[0])),
             ts,
             key=fold_in(keys, 1),
             cond=cond,
