@@ -4,7 +4,22 @@ import shutil
 
 import numpy as np
 import pytest
-from laboratory import CLASSIFIER, MAP, SCORE, digest, no_checkpoint, numbers, read, records, run, stamps
+from laboratory import (
+    CLASSIFIER,
+    CORRECTIONS,
+    MAP,
+    RK4,
+    SCORE,
+    WHOLE,
+    digest,
+    no_checkpoint,
+    numbers,
+    read,
+    records,
+    run,
+    stamps,
+    whole_run,
+)
 from laboratory import laboratory as laboratory  # a fixture
 
 from fmjax import correction
@@ -12,25 +27,12 @@ from fmjax.experiments import build, pipeline, workdir
 from fmjax.storage import checkpoint, files
 
 pytestmark = pytest.mark.usefixtures("laboratory")
-RK4, JUMP = {"solver": "rk4", "steps": 2}, {"solver": "flow_map", "steps": 2}
-CORRECTIONS = {
-    "end": {**RK4, "at": (2,), "by": "score", "alpha": 0.5, "beta": 0.1},
-    "apart": {**RK4, "at": (1, 2), "by": "classifier", "alpha": 0.1},
-    "drift": {**JUMP, "at": (2,), "by": "drift", "alpha": 0.5, "bandwidth": 1.0},
-    "restart": {**JUMP, "at": (1,), "by": "restart", "to": 0.25},
-}
-WHOLE = {
-    "correctors": {"score": SCORE, "classifier": CLASSIFIER}, "flow_map": MAP, "corrections": CORRECTIONS,
-    "samplers": {"euler": (2,), "rk4": (2,), "flow_map": (1, 2)},
-}  # fmt: skip
 TRAINED = ("flow", "correctors/score", "correctors/classifier", "flow_map")
 
 
 @pytest.fixture(scope="module")
 def finished(laboratory, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pipeline")
-    pipeline.main(read(**WHOLE), path)
-    return path
+    return whole_run(tmp_path_factory)
 
 
 def test_every_stage_leaves_its_work(finished):
@@ -79,10 +81,11 @@ def test_the_page_stands_alone_and_names_every_sampler(finished):
         assert part in page
 
 
-def test_a_second_run_reads_everything(finished, capsys):
-    before = stamps(finished)
-    pipeline.main(read(**WHOLE), finished)
-    changed = {str(p) for p, time in stamps(finished).items() if before.get(p) != time}
+def test_a_second_run_reads_everything(finished, tmp_path, capsys):
+    path = shutil.copytree(finished, tmp_path / "w")
+    before = stamps(path)
+    pipeline.main(read(**WHOLE), path)
+    changed = {str(p) for p, time in stamps(path).items() if before.get(p) != time}
     assert changed <= {"environment.json", "config.json", "samples/stage.json"}
     assert "[7/7] comparison: complete" in capsys.readouterr().out
 
