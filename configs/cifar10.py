@@ -19,7 +19,7 @@ from configs import base
 def get_config():
     """Return the experiment."""
     c = base.get_config()
-    text = lambda: config_dict.placeholder(str)  # one each: fields that share a placeholder share their value
+    text = lambda: config_dict.placeholder(str)  # one per field: a common placeholder would be one value
     c.data = {"name": "cifar10", "source_dir": text(), "data_dir": text(), "verify": True, "stream": False}
     c.flip = True
     c.log_every, c.save_every, c.sample_every, c.keep = 200, 5000, 20_000, 3
