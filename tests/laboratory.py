@@ -1,4 +1,4 @@
-"""Small runs of the laboratory: configs that differ from `configs.base` by dotted names, and commands in process."""
+"""Small runs of the laboratory: configs that differ from ``configs/base.py`` by dotted names; commands in process."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler, co
 from fmjax.keys import as_keys, fold_in
 from fmjax.sampling import grids
 from fmjax.storage import files
-from fmjax.types import Cond, FlowMapFn, Method, Multistep, Params
+from fmjax.types import Cond, Costed, FlowMapFn, Method, Multistep, Params
 
 CHUNK = 512  # examples per call of a program; no sample depends on this number
 
@@ -99,7 +99,7 @@ def _corrector(sampler: Sampler, models: Models, params: dict[str, Params], opti
     over = lambda value: grids.per_step(ts, jnp.asarray(value)) if np.ndim(value) else value
     options = {name: over(value) for name, value in options.items()}
     if sampler.by == NOISE:
-        direction = lambda x, t, cond=None: x
+        direction = Costed(lambda x, t, cond=None: jnp.zeros_like(x), 0)
     elif sampler.by == DRIFT:
         bank, bandwidth = params[DRIFT], options.pop("bandwidth")
         labels = bank.get("p_labels"), bank.get("q_labels")
@@ -189,12 +189,14 @@ def check_sampler(sampler: Sampler, models: Models, *, cond: Cond = None) -> Non
     """
     if sampler.solver == FLOW_MAP and FLOW_MAP not in models.methods:
         raise refusal("samplers.flow_map", sampler.steps, "no flow map is trained here", "Take it out")
+    if sampler.by == DRIFT and DRIFT not in models.params:
+        raise refusal("by", DRIFT, "this run folder has no marginals", "Build them by launch.marginals")
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *np.shape(a)[1:]), np.asarray(a).dtype), cond)
     keys = jax.eval_shape(lambda: as_keys(jax.random.key(0), 2))
     try:
         jax.eval_shape(program(sampler, models), models.params, keys, rows)
     except ValueError as error:
-        raise ValueError(f"{sampler.name}: {error}") from error
+        raise ValueError(f"{'corrections' if sampler.at else 'samplers'}[{sampler.name!r}]: {error}") from error
 
 
 def draw(sampler: Sampler, models: Models, draws: Draws, *, directory: Path, identity: str) -> np.ndarray:
