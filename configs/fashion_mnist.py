@@ -17,7 +17,7 @@ from configs import base
 def get_config():
     """Return the experiment."""
     c = base.get_config()
-    text = lambda: config_dict.placeholder(str)  # one each: fields that share a placeholder share their value
+    text = lambda: config_dict.placeholder(str)  # one per field: a common placeholder would be one value
     c.data = {"name": "fashion_mnist", "source_dir": text(), "data_dir": text(), "verify": True}
     c.data.update({"stream": False, "validation": 5000})  # the last training images choose strengths
     c.log_every, c.save_every, c.sample_every = 50, 250, 500

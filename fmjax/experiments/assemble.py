@@ -59,7 +59,7 @@ def flow_plan(settings: Settings, data: Dataset) -> loop.Plan:
     ready = plan("flow", common, part, part.net, data)
     if ready.method.frozen and not common.teacher:
         way = "Set teacher to a run folder and target='frozen'"
-        raise refusal("method", specs.name_of(part.method), "corrects a frozen flow, and there is none", way)
+        raise refusal("method", specs.name_of(part.method), "corrects a frozen flow, and no teacher is named", way)
     return ready
 
 
