@@ -61,11 +61,11 @@ def read(**changes) -> settings.Settings:
     return settings.read(config(**changes))
 
 
-@functools.cache
 def whole_run(factory: pytest.TempPathFactory) -> Path:
     """Run the pipeline on points once a process; tests copy the folder, or only read it."""
-    path = factory.mktemp("pipeline")
-    pipeline.main(read(**WHOLE), path)
+    path = factory.getbasetemp() / "whole-pipeline"
+    if not path.exists():
+        pipeline.main(read(**WHOLE), path)
     return path
 
 
