@@ -87,6 +87,8 @@ def flow_stage(settings: Settings, data: Dataset, plan: loop.Plan | None = None)
     """
     plan = plan or assemble.flow_plan(settings, data)
     begin, teacher = (assemble.start_of(plan, settings, field) for field in ("init", "teacher"))
+    if plan.method.frozen and begin is None:  # the teacher's parameters are part of the network's
+        begin = teacher
     pictures = {"pictures": settings.common.sample_every, "picture": networks.picture(settings, plan)}
     origin = {"start": lambda results: begin, "teacher": lambda results: teacher}
     return stages.trained(

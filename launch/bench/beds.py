@@ -214,7 +214,8 @@ def residual(b: Bed) -> tuple[Method, Params]:
     fields = {"method": "residual", "target": "frozen", "teacher": str(b.folder / "flow")}
     config = configured(b.problem, steps=b.problem.steps["residual"], learning_rate=1e-3, **fields)
     plan = assemble.flow_plan(config, b.data)
-    return plan.method, loop.train(plan, b.folder / "residual", teacher=b.flow).ema
+    start = loop.merge_parameters(plan, {"base": b.flow})
+    return plan.method, loop.train(plan, b.folder / "residual", params=start, teacher=start).ema
 
 
 def networks(b: Bed, methods: Mapping[str, Method] = {}, params: Mapping[str, Params] = {}, *, ts=None) -> Models:

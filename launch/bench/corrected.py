@@ -5,7 +5,7 @@ from typing import Any
 from fmjax import correction, sampling
 from fmjax.experiments import assemble
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP
-from fmjax.sampling import grids, guidance
+from fmjax.sampling import grids
 from fmjax.training import loop
 from launch.bench import beds
 from launch.bench.beds import ALL, AT, LANGEVIN, LONG, SHORT, SIGMA, Bed, Row, bed, corrected, flops, plain, row, sets
@@ -25,7 +25,7 @@ def table(name: str) -> list[dict]:
     flow = beds.networks(b)
     rows = [row(b, label("none", n), plain("rk4", n), flow, 4 * n) for n in b.problem.base]
     field, params = beds.residual(b)
-    both = lambda p: guidance.added(velocity(p["flow"]), field.velocity(p["residual"]))
+    both = lambda p: field.velocity(p["residual"])  # the base is among its parameters
     method = b.plan.method._replace(velocity=both, score=None)
     added = beds.networks(b, {FLOW: method}, {FLOW: {"flow": b.flow, "residual": params}})
     rows.append(row(b, label("residual", SHORT), plain("rk4", SHORT), added, 8 * SHORT, "residual"))
