@@ -151,7 +151,7 @@ def test_a_loaded_run_encodes_decodes_interpolates_and_has_a_density(trained):
     between = trained.interpolate(x[0], x[1], 3, steps=32)
     np.testing.assert_allclose(between[[0, -1]], x[:2], atol=1e-3)
     assert trained.velocity(x, 0.5).shape == x.shape
-    assert repr(trained).startswith(f"Run({str(trained.path)!r}: flow, score, classifier, flow_map, step 8")
+    assert repr(trained).startswith(f"Run({str(trained.path)!r}: flow, classifier, score, flow_map, step 8")
     log_p = trained.log_prob(x)
     shift = np.eye(2, dtype=np.float32) * 1e-2  # its gradient by differences, against a far point: p falls outwards
     assert log_p.shape == (4,) and (trained.log_prob(x * 0 + 9 + shift[0]) < log_p.min()).all()

@@ -74,10 +74,8 @@ def _write(settings: Settings, path: Path, data, metrics, drawn, names, models: 
 
 def _drawable(names: list[Sampler], models: Models, correctors: Iterable[str]) -> list[Sampler]:
     """Return the samplers whose networks are trained, with their baselines; print how many are left out."""
-    available, networks_of_config = {*models.methods, *models.params}, {FLOW_MAP, DRIFT, *correctors}
-    drawn = [
-        s for s in names if networks_of_config & {s.solver if isinstance(s.solver, str) else "", s.by} <= available
-    ]
+    missing = {FLOW_MAP, DRIFT, *correctors} - {*models.methods, *models.params}
+    drawn = [s for s in names if s.by not in missing and not (s.solver == FLOW_MAP and FLOW_MAP in missing)]
     kept = {s.name for s in drawn}
     drawn = [s for s in drawn if s.baseline in (None, *kept)]
     controlled = {s.baseline for s in drawn}
