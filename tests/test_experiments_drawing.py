@@ -1,4 +1,4 @@
-"""Drawing, on a Gaussian whose flow is known: paired noise, corrections by formula, costs, and files of samples."""
+"""Drawing from a Gaussian whose flow is known: paired noise, corrections by their formula, costs, files of samples."""
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def test_every_corrector_costs_what_it_evaluates(models):
         "euler, 4 steps": (4, 0), "rk4, 2 steps": (8, 0), "flow map, 2 steps": (2, 0),
         "euler_maruyama, 5 steps": (5, 0),
         "flow map, 2 steps, drift at 1, 2": (2, 2), "flow map, 2 steps, restart at 1, 2": (8, 2),
-        "rk4, 2 steps, classifier at 0, 2": (12, 2), "rk4, 2 steps, restart at 2": (16, 1),
+        "rk4, 2 steps, classifier at 0, 2": (10, 2), "rk4, 2 steps, restart at 2": (16, 1),
         "rk4, 2 steps, noise 0.1 at 2": (8, 1), "rk4, 2 steps, score at 2": (9, 1),
     }  # fmt: skip
 

@@ -1,145 +1,235 @@
-"""``launch.evaluate``: the samplers of a run folder, their costs and distances, and what is refused."""
+"""The folder of a pipeline is enough for every later command, and all draw the same samples."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
-from laboratory import WHOLE, numbers, read, refused, run, whole_run
+from laboratory import RK4, WHOLE, config_file, numbers, read, refused, run, stamps, whole_run
 from laboratory import laboratory as laboratory  # a fixture
+from PIL import Image
 
-import fmjax
-from fmjax.experiments import comparison, drawing, evaluate, samplers, train, workdir
-from fmjax.metrics import Metric
+from fmjax.experiments import evaluate, sample
+from fmjax.experiments.run import load
+from fmjax.experiments.workdir import WorkdirError
 from fmjax.storage import files
 
 pytestmark = pytest.mark.usefixtures("laboratory")
-LABELS = {
-    "data": {"name": "eight_gaussians", "train": 240, "validation": 80, "test": 120, "labels": True},
-    "conditional": True, "label_dropout": 0.2, "net": {"name": "mlp", "width": 8, "depth": 1},
-}  # fmt: skip
+DRAWS = "euler, 2 steps"
 
 
 @pytest.fixture(scope="module")
-def finished(laboratory, tmp_path_factory):
-    path = tmp_path_factory.mktemp("copy") / "w"
-    shutil.copytree(whole_run(tmp_path_factory), path)
-    evaluate.main(read(**WHOLE), path)
-    return path
+def whole(laboratory, tmp_path_factory):
+    return shutil.copytree(whole_run(tmp_path_factory), tmp_path_factory.mktemp("whole") / "w")
 
 
-def test_a_pipeline_s_folder_gives_the_pipeline_s_numbers(finished):
-    """The same networks, keys and samplers: the same table."""
-    ours, theirs = (
-        {r["name"]: r["distances"] for r in numbers(finished, name)["rows"]}
-        for name in ("evaluation.json", "metrics.json")
-    )
-    assert ours.keys() == theirs.keys()
-    for name, distances in theirs.items():
-        np.testing.assert_allclose([*ours[name].values()], [*distances.values()], rtol=1e-6)
-    assert (finished / "evaluation.html").exists()
+@pytest.fixture(scope="module")
+def evaluated(whole):
+    run("evaluate", f"--workdir={whole}")
+    return whole
 
 
-def test_a_second_evaluation_draws_nothing(finished, monkeypatch):
-    monkeypatch.setattr(drawing, "in_chunks", None)  # a draw would fail
-    before = numbers(finished, "evaluation.json")
-    evaluate.main(read(**WHOLE), finished)
-    assert numbers(finished, "evaluation.json") == before
+@pytest.fixture(scope="module")
+def trained(whole):
+    return load(whole)
 
 
-def test_damaged_samples_are_drawn_again_and_that_is_said(finished, capsys):
-    before = numbers(finished, "evaluation.json")
-    file = next((finished / "draws").rglob("0.npy"))
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(bytes(data))
-    evaluate.main(read(**WHOLE), finished)
-    assert "drawn again" in capsys.readouterr().out
-    assert numbers(finished, "evaluation.json") == before
+def drawn(path, name):
+    """The samples ``[seeds, samples, ...]`` that an evaluation kept."""
+    (folder,) = (path / "draws").glob(f"{files.slug(name)}-" + "[0-9a-f]" * 12)
+    return np.stack([files.read_array(folder / f"{i}.npy") for i in range(2)])
 
 
-def test_samples_are_the_same_by_every_way(finished, tmp_path):
-    """Sample i of seed 0: by the object with any n, by the command, and in the draws of the evaluation."""
-    trained = fmjax.load(finished)
-    alone = trained.sample(3, solver="euler", steps=2, first=5)
-    many = trained.sample(9, solver="euler", steps=2)
-    np.testing.assert_array_equal(alone, many[5:8])
-    drawn = next((finished / "draws").glob("euler--2-steps-*/0.npy"))
-    np.testing.assert_allclose(files.read_array(drawn)[:9], many, atol=1e-6)
-    out = tmp_path / "x.npz"
-    run("sample", f"--workdir={finished}", "--count=9", f"--out={out}", "--solver=euler", "--solver_steps=2")
-    with np.load(out) as stored:
-        np.testing.assert_array_equal(stored["x"], many)
+def test_an_evaluation_of_a_pipeline_gives_the_numbers_of_its_table(evaluated):
+    rows = {r["name"]: r for r in numbers(evaluated, "evaluation.json")["rows"]}
+    table = {r["name"]: r for r in numbers(evaluated)["rows"]}
+    assert rows.keys() == table.keys() and json.loads((evaluated / "evaluation.json").read_text())["step"] == 8
+    for name, row in rows.items():
+        assert (row["nfe"], row["corrections"]) == (table[name]["nfe"], table[name]["corrections"])
+        for metric, (mean, se) in row["distances"].items():
+            assert (mean, se) == pytest.approx(table[name]["distances"][metric], rel=1e-5)
+    assert (evaluated / "evaluation.html").exists() and numbers(evaluated)["verdicts"]
 
 
-def test_a_flow_alone_leaves_out_what_is_not_trained(laboratory, tmp_path, capsys):
-    settings = read(**WHOLE)
-    train.main(settings, tmp_path)
-    evaluate.main(settings, tmp_path)
-    said = capsys.readouterr().out
-    names = [r["name"] for r in numbers(tmp_path, "evaluation.json")["rows"]]
-    assert "euler, 2 steps" in names and not [n for n in names if "flow map" in n or "score" in n]
-    assert "left out" in said
+def test_fields_that_no_training_depends_on_may_change(evaluated, tmp_path, capsys):
+    """A drift takes the stored marginals with their own times, whatever the new number of solver steps."""
+    path = shutil.copytree(evaluated, tmp_path / "w")
+    name = "flow map, 2 steps, drift at 2"
+    before, drift = stamps(path), drawn(path, name)
+    shutil.rmtree(next((path / "draws").glob(f"{files.slug(name)}*")))
+    changes = ["sampling.seeds=3", "log_every=3", "samplers.euler=(4,)", "solver_steps=5"]
+    run("evaluate", f"--workdir={path}", *(f"--config.{c}" for c in changes))
+    assert "euler, 4 steps" in {r["name"] for r in numbers(path, "evaluation.json")["rows"]}
+    np.testing.assert_array_equal(drawn(path, name), drift)
+    after = stamps(path)
+    trained = ("flow", "flow_map", "correctors", "marginals")
+    assert all(after[p] == t for p, t in before.items() if p.parts[0] in trained)
+    assert json.loads((path / "config.json").read_text())["log_every"] == 3
 
 
-def test_labels_and_guidance_are_conditions_of_the_samples(laboratory, tmp_path):
-    settings = read(**LABELS)
-    train.main(settings, tmp_path)
-    evaluate.main(settings, tmp_path)
-    evaluate.main(read(**LABELS, guidance=2.0), tmp_path)
-    rows = {r["name"]: r["nfe"] for r in json.loads((tmp_path / "evaluation.json").read_text())["rows"]}
-    assert rows["euler, 2 steps"] == 4 and rows["rk4, 2 steps"] == 16  # a guided evaluation is two
-    trained = fmjax.load(tmp_path)
-    three, four = (trained.sample(4, label=label, solver="euler", steps=2) for label in (3, 4))
-    assert np.abs(three - four).max() > 0
-    for changes, line in (({"label": 8}, "label=8"), ({"label": -1}, "label=-1")):
-        with pytest.raises(ValueError, match=f"^{line}"):
-            trained.sample(2, **changes)
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_sample_i_of_a_seed_is_the_same_by_every_way(n, evaluated, trained, tmp_path):
+    euler = {"solver": "euler", "steps": 2}
+    expected = drawn(evaluated, DRAWS)[0]
+    np.testing.assert_allclose(trained.sample(n, **euler), expected[:n], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(trained.sample(2, first=n - 1, **euler)[0], expected[n - 1], rtol=1e-5, atol=1e-6)
+    file = tmp_path / "x.npz"
+    run("sample", f"--workdir={evaluated}", f"--count={n}", f"--out={file}", "--solver=euler", "--solver_steps=2")
+    with np.load(file) as content:
+        assert list(content) == ["x"]
+        np.testing.assert_allclose(content["x"], expected[:n], rtol=1e-5, atol=1e-6)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+    assert np.abs(trained.sample(n, seed=1, **euler) - expected[:n]).min() > 1e-4
+
+
+@pytest.mark.parametrize("by", ["end", "apart", "drift", "restart"])
+def test_a_correction_of_the_config_is_drawn_alike_by_a_run(by, evaluated, trained):
+    entry = {k: v for k, v in WHOLE["corrections"][by].items() if k not in ("solver", "steps")}
+    solver = "rk4" if by in ("end", "apart") else "flow_map"
+    name = {
+        "end": "rk4, 2 steps, score at 2", "apart": "rk4, 2 steps, classifier at 1, 2",
+        "drift": "flow map, 2 steps, drift at 2", "restart": "flow map, 2 steps, restart at 1",
+    }[by]  # fmt: skip
+    x = trained.sample(5, solver=solver, steps=2, corrections=entry)
+    np.testing.assert_allclose(x, drawn(evaluated, name)[0, :5], rtol=1e-4, atol=1e-5)
+
+
+def test_noise_that_comes_with_a_correction_is_not_taken_for_it(trained):
+    """In the order of the names "classifier" comes before "noise"."""
+    entry = {"at": (1,), "by": "classifier", "alpha": 0.5, "beta": 0.1}
+    assert trained.sampler("rk4", 2, None, entry).by == "classifier"
+
+
+def test_a_command_samples_with_corrections_and_draws_a_picture(evaluated, trained, tmp_path, monkeypatch):
+    text = json.dumps({"at": [2], "by": "score", "alpha": 0.5, "beta": 0.1})
+    arguments = ["--count=7", f"--workdir={evaluated}", "--solver=rk4", "--solver_steps=2", f"--corrections={text}"]
+    run("sample", *arguments, f"--out={tmp_path / 'x.npz'}")
+    expected = drawn(evaluated, "rk4, 2 steps, score at 2")[0, :7]
+    np.testing.assert_allclose(np.load(tmp_path / "x.npz")["x"], expected, rtol=1e-5, atol=1e-6)
+    run("sample", f"--workdir={evaluated}", "--count=7", f"--out={tmp_path / 'x.png'}")
+    assert Image.open(tmp_path / "x.png").format == "PNG"
+
+
+def test_a_killed_sampling_goes_on_where_it_stopped(evaluated, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "CHUNK", 4)
+    calls = []
+    write = files.write_array
+
+    def write_twice(path, array):
+        calls.append(path.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write(path, array)
+
+    arguments = [
+        f"--workdir={evaluated}",
+        "--count=10",
+        "--solver=euler",
+        "--solver_steps=2",
+        f"--out={tmp_path}/x.npz",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_array", write_twice)
+        with pytest.raises(KeyboardInterrupt):
+            run("sample", *arguments)
+        run("sample", *arguments)
+    assert calls == ["0-4.npy", "4-4.npy", "8-2.npy", "8-2.npy"]
+    np.testing.assert_allclose(np.load(tmp_path / "x.npz")["x"], drawn(evaluated, DRAWS)[0, :10], rtol=1e-5, atol=1e-6)
+
+
+def test_the_default_sampler_is_the_flow_map_and_any_solver_can_be_named(trained):
+    assert trained.sampler(None, None, None, None).name == "flow map, 4 steps"
+    levels = trained.sampler({"name": "dpmpp_2m"}, 3, "edm_grid", None)
+    assert trained.sample(2, solver=levels.solver, steps=3, grid=levels.grid).shape == (2, 2)
+
+
+def test_a_loaded_run_encodes_decodes_interpolates_and_has_a_density(trained):
+    x = trained.sample(4, solver="rk4", steps=32)
+    z = trained.encode(x, steps=32)
+    np.testing.assert_allclose(trained.decode(z, steps=32), x, atol=1e-4)
+    between = trained.interpolate(x[0], x[1], 3, steps=32)
+    np.testing.assert_allclose(between[[0, -1]], x[:2], atol=1e-3)
+    assert trained.velocity(x, 0.5).shape == x.shape
+    assert repr(trained).startswith(f"Run({str(trained.path)!r}: flow, classifier, score, flow_map, step 8")
+    log_p = trained.log_prob(x)
+    shift = np.eye(2, dtype=np.float32) * 1e-2  # its gradient by differences, against a far point: p falls outwards
+    assert log_p.shape == (4,) and (trained.log_prob(x * 0 + 9 + shift[0]) < log_p.min()).all()
+
+
+def test_marginals_of_a_pipeline_are_complete(evaluated, capsys):
+    before = stamps(evaluated / "marginals")
+    run("marginals", f"--workdir={evaluated}")
+    after = stamps(evaluated / "marginals")
+    assert {str(p) for p in after if before.get(p) != after[p]} <= {"stage.json"}
+    assert "flow of step 8" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("override", "line"),
+    ("command", "arguments", "message"),
     [
-        ("samplers.euler=(0,)", "samplers.euler"),
-        ("sampling.samples=241", "sampling.samples=241"),
-        ("sampling.samples=1", "sampling.samples=1"),
-        ("sampling.seeds=0", "sampling.seeds=0"),
-        ("metrics=('sliced',)", "metrics='sliced'"),
-        ("seed=1", "workdir="),
+        ("sample", ["--count=0"], "count=0"),
+        ("sample", ["--seed=-1"], "seed=-1"),
+        ("sample", ["--seed=4294967296"], "seed=4294967296"),
+        ("sample", ["--out=x.jpg"], "out='x.jpg'"),
+        ("sample", ["--out=folder"], "out='folder'"),
+        ("sample", ["--label=3"], "label=3"),
+        ("sample", ["--guidance=2"], "guidance=2.0"),
+        ("sample", ["--solver=rk5"], "samplers.sample.solver='rk5'"),
+        ("sample", ["--solver_steps=0"], "samplers.sample.steps=0"),
+        ("sample", ["--corrections={"], "corrections='{'"),
+        ("sample", ["--corrections=3"], "corrections='3'"),
+        ("sample", ['--corrections={"at": [9], "by": "score", "alpha": 1}'], "corrections.sample.at=9"),
+        ("evaluate", ["--config.net.width=9"], "workdir="),
+        ("evaluate", ["--config.samplers.euler=(0,)"], "samplers.euler.steps=0"),
+        ("evaluate", ["--config.sampling.samples=1000"], "sampling.samples=1000"),
+        ("evaluate", ["--config.metrics=('far',)"], "metrics='far'"),
+        ("marginals", ["--config.solver_steps=3"], "workdir="),
+        ("marginals", ["--direction=sideways"], "argument --direction"),
+        ("tune", ["--by=scor"], "by='scor': .*did you mean 'score'"),
+        ("pipeline", ["--config.backward_map=revers"], "backward_map='revers'"),
     ],
-)
-def test_what_cannot_be_evaluated_is_refused_in_one_line(override, line, finished):
-    assert refused("evaluate", f"--workdir={finished}", f"--config.{override}").startswith(line)
+)  # fmt: skip
+def test_what_cannot_work_on_a_run_folder_is_one_line(command, arguments, message, whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = stamps(whole)
+    line = refused(command, f"--workdir={whole}", *arguments)
+    assert re.match(message, line) and len(line) <= 300, line
+    assert stamps(whole) == before and not list(tmp_path.iterdir())
 
 
-def test_stochastic_steps_need_the_independent_coupling():
-    settings = read(samplers={"euler_maruyama": (4,)}, coupling="minibatch_ot")
-    with pytest.raises(ValueError, match="^samplers.euler_maruyama.*coupling"):
-        evaluate._check_scores(settings)
-    evaluate._check_scores(read(samplers={"euler_maruyama": (4,)}))
-
-
-def test_no_flow_is_said(tmp_path):
-    with pytest.raises(workdir.WorkdirError, match="no checkpoint"):
-        evaluate.main(read(), tmp_path / "w")
-
-
-def test_rows_and_judgements_are_of_paired_runs():
-    """Two runs, one distance: means, standard errors, and the judgement of a correction against its baseline."""
-    plain = samplers.Sampler("plain", "f", "euler", 2)
-    fixed = samplers.Sampler("fixed", "f + corrections", "euler", 2, at=(2,), by="noise", baseline="plain")
-    runs = lambda *means: np.stack([np.full((3, 1), m) for m in means])
-    mean = Metric("mean", lambda x: float(x.mean()), {})
-    costs, floor = dict.fromkeys(("plain", "fixed"), fmjax.sampling.cost(1, 2)), runs(1.0, 1.0, 1.0)
-    drawn = {"plain": runs(3.0, 5.0, 4.0), "fixed": runs(2.0, 4.1, 2.9)}
-    rows, (verdict,) = comparison.compare(
-        [plain, fixed], drawn, dict.fromkeys(drawn, cost), [mean], runs(1.0, 1.0, 1.0)
+def test_a_folder_of_a_stage_is_refused_and_the_run_folder_is_the_way_on(whole, tmp_path):
+    line = refused("evaluate", f"--workdir={whole / 'flow'}")
+    assert line.startswith(f"workdir={whole / 'flow'}: is the folder of a stage") and "launch.pipeline wrote" in line
+    assert refused("sample", f"--workdir={tmp_path / 'typo'}").startswith(
+        f"workdir={tmp_path / 'typo'}: is no run folder"
     )
-    assert rows[0].distances["mean"] == pytest.approx((4.0, 1 / np.sqrt(3)))
-    assert rows[-1].name == "training data" and rows[-1].distances["mean"] == (1.0, 0.0)
-    assert verdict.difference == pytest.approx(-1.0) and verdict.verdict == "helps"
-    drawn["fixed"][1, 0] = np.nan
-    rows, (verdict,) = comparison.compare(
-        [plain, fixed], drawn, dict.fromkeys(drawn, cost), [mean], runs(1.0, 1.0, 1.0)
-    )
-    assert np.isinf(rows[1].distances["mean"][0]) and verdict.verdict == "no difference seen"
+    file = config_file(tmp_path, **WHOLE | {"sampling.seeds": 3})
+    for command in ("evaluate", "marginals", "tune", "sample"):
+        line = refused(command, f"--config={file}", f"--workdir={tmp_path / 'typo'}")
+        assert line.startswith(f"workdir={tmp_path / 'typo'}: has no checkpoint of a flow"), (command, line)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_an_sde_sampler_needs_a_velocity_that_has_the_score(tmp_path):
+    changes = {"samplers": {"euler_maruyama": (4,)}, "coupling": "minibatch_ot"}
+    with pytest.raises(ValueError, match="^samplers.euler_maruyama=4: .*coupling='independent'"):
+        evaluate.main(read(**changes), tmp_path / "w")
+    with pytest.raises(WorkdirError, match="no checkpoint of a flow"):  # the way on is accepted
+        evaluate.main(read(**changes | {"coupling": "independent"}), tmp_path / "w")
+
+
+def test_samplers_whose_network_is_not_trained_are_left_out(whole, tmp_path, capsys):
+    path = tmp_path / "w"
+    shutil.copytree(whole / "flow", path / "flow")
+    shutil.copy(whole / "config.json", path)
+    run("evaluate", f"--workdir={path}")
+    rows = [r["name"] for r in numbers(path, "evaluation.json")["rows"]]
+    assert rows == ["euler, 2 steps", "rk4, 2 steps", "training data"]
+    assert "7 samplers of the config" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="^solver='flow_map'"):
+        load(path).sample(1, solver="flow_map")
+    with pytest.raises(ValueError, match="^by='drift': .*launch.marginals"):
+        load(path).sample(1, solver="rk4", steps=2, corrections=WHOLE["corrections"]["drift"] | RK4)
+    run("marginals", f"--workdir={path}")  # the way on
+    assert load(path).sample(1, solver="rk4", steps=2, corrections=WHOLE["corrections"]["drift"] | RK4).shape == (1, 2)
