@@ -11,8 +11,7 @@ image-net.org gives the archives to registered users only: put them into a folde
 from __future__ import annotations
 
 import io
-import tarfile
-import zipfile
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,8 +20,10 @@ import numpy as np
 from fmjax.checks import nearest
 from fmjax.data import images
 from fmjax.data.dataset import Count, Dataset
+from fmjax.storage import untrusted
 
 ARCHIVES = ("resized", "downsampled")
+LARGEST = 64  # pixels: the side of an image
 
 
 def imagenet32(
@@ -152,12 +153,16 @@ def read_npz(paths: Sequence[Path], split: str) -> Iterator[tuple[np.ndarray, in
     Raises:
         ValueError: for a file whose numbers of images and labels differ.
     """
-    with zipfile.ZipFile(paths[0]) as archive:
+    with (
+        untrusted.open_file(paths[0]) as file,
+        untrusted.open_zip(file, os.fstat(file.fileno()).st_size, packed=True) as archive,
+    ):
         for name in archive.namelist():
             if not name.endswith(".npz"):
                 continue
-            with np.load(io.BytesIO(archive.read(name)), allow_pickle=False) as batch:
-                data, labels = batch["data"], batch["labels"]
+            content = archive.read(name)
+            batch = untrusted.npz_arrays(io.BytesIO(content), len(content))
+            data, labels = batch["data"], batch["labels"]
             if len(data) != len(labels):
                 raise ValueError(f"{name} has {len(data)} images, but {len(labels)} labels")
             size = round((data.shape[1] / 3) ** 0.5)
@@ -177,9 +182,11 @@ def read_tar(paths: Sequence[Path], split: str) -> Iterator[tuple[np.ndarray, in
     """
     from PIL import Image
 
-    with tarfile.open(paths[0]) as tar:
+    with untrusted.open_tar(paths[0]) as tar:
         for member in tar:
-            if member.name.endswith(".png"):
-                with Image.open(tar.extractfile(member)) as image:
+            if member.isfile() and member.name.endswith(".png"):
+                with Image.open(tar.extractfile(member), formats=["PNG"]) as image:
+                    if max(image.size) > LARGEST:  # a small file can unpack to gigabytes
+                        raise ValueError(f"{member.name:.60} is an image of {image.size} pixels")
                     yield np.array(image.convert("RGB")), 0
             tar.members = []  # tarfile remembers every member it has read

@@ -141,16 +141,11 @@ def load_images(
     try:
         for split in ("train", "test"):
             x = Records(builder.as_data_source(split=split), original.shape)
-            y = np.load(Path(builder.data_path) / f"{split}-labels.npy")
             x[np.array([0, len(x) - 1])]  # a torn file shows when it is read; there are two at most
-            if len(y) != len(x):
-                raise ValueError(f"{len(x)} images, but {len(y)} labels")
+            y = preparation.read_labels(Path(builder.data_path), split, x.source)
             splits[split] = Examples(x if stream else _in_memory(x), y if original.classes else None)
     except Exception as error:  # what TFDS and ArrayRecord raise for torn and missing files has no common type
-        line = preparation.one_line(error)
-        raise RuntimeError(
-            f"data_dir={builder.data_path}: the records cannot be read ({line}). Remove this folder and start again."
-        ) from error
+        raise preparation.unreadable(builder.data_path, error) from error
     train, held_out = _divide(splits["train"], validation, original.name)
     classes = original.classes or None
     return dataset(train, held_out, splits["test"], levels=256, classes=classes, name=original.name)
@@ -185,4 +180,7 @@ def scale_pixels(pixels: np.ndarray) -> np.ndarray:
     Returns:
         float32 of the same shape.
     """
-    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    out = pixels.astype(np.float32)
+    out /= np.float32(127.5)
+    out -= np.float32(1)
+    return out

@@ -240,17 +240,30 @@ def gives_logit(net: Any) -> bool:
     return bool(hasattr(net, "items") and dict(net.items()).get("logit", False))
 
 
-def data_facts(data: Dataset) -> dict[str, Any]:
+def data_facts(settings: Settings, data: Dataset) -> dict[str, Any]:
     """Return what a sampler needs to know of a data set.
 
     Args:
+        settings: the config.
         data: the data set.
 
     Returns:
-        Plain values by name: ``shape`` of an example, ``kind``, ``classes``, ``levels`` and ``name``.
+        Plain values by name: ``shape`` of an example, ``kind``, ``classes``, ``levels``, ``name``, and ``mean`` of the
+        training examples where a method of the config takes it.
     """
     shape = list(data.train.x.shape[1:])
-    return {"shape": shape, "kind": data.kind, "classes": data.classes, "levels": data.levels, "name": data.name}
+    facts = {"shape": shape, "kind": data.kind, "classes": data.classes, "levels": data.levels, "name": data.name}
+    parts = [settings.flow, *settings.correctors.values(), *([settings.flow_map] if settings.flow_map else [])]
+    needed = any(_takes_mean(part.method) for part in parts)
+    return facts | ({"mean": np.asarray(mean(data.train.x), np.float64).tolist()} if needed else {})
+
+
+def _takes_mean(method: Any) -> bool:
+    """Return whether the method of a spec takes the mean of the training examples."""
+    if isinstance(method, Method):
+        return False
+    factory = specs.resolve(specs.METHOD, method, field="method")[0] if specs.is_spec(method) else method
+    return "mean" in specs.options_of(factory)
 
 
 def _takes_scale(net: Any) -> bool:

@@ -38,14 +38,14 @@ def main(settings: Settings, path: Path) -> None:
     data = build.data(settings.common.data)
     draws = comparison.draws_of(settings, data)
     _check_scores(settings)
+    names = comparison.read_samplers(settings, flow_map=True)
+    workdir.network_folder(path)
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
-    models, identity, step = networks.load_models(settings, path)
-    names = _drawable(comparison.read_samplers(settings, flow_map=True), models)
+    models, identity, step = networks.load_models(settings, path, drift=any(s.by == DRIFT for s in names))
+    names = _drawable(names, models)
     for sampler in names:
         drawing.check_sampler(sampler, models, cond=draws.cond)
-    drawn = comparison.draw_all(
-        names, models, draws, directory=path / "draws", identity=f"{identity} guidance {settings.common.guidance}"
-    )
+    drawn = comparison.draw_all(names, models, draws, directory=path / "draws", identity=identity)
     if jax.process_index() == 0:
         _write(settings, path, _in_memory_data(data, settings), drawn, names, models, step)
     sharding.barrier("evaluation")

@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, comparison, drawing, networks, pages, report, stages, workdir
+from fmjax.experiments import assemble, build, comparison, drawing, marginals, networks, pages, report, stages, workdir
 from fmjax.experiments.drawing import Draws
 from fmjax.experiments.networks import Plans
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Result, Stage
-from fmjax.storage import checkpoint, files
+from fmjax.storage import files
 from fmjax.training import loop
 
 
@@ -59,8 +59,9 @@ def training_stages(settings: Settings, data: Dataset, plans: Plans) -> list[Sta
     """
     trained = [flow_stage(settings, data, plans[FLOW])]
     if settings.correctors:
-        trained.append(stages.marginal_sets(settings, plans[FLOW], data))
-        trained += [stages.corrector(settings, name, plans[name]) for name in settings.correctors]
+        recipe = marginals.recipe(settings, plans[FLOW], data)
+        trained.append(stages.marginal_sets(recipe))
+        trained += [stages.corrector(settings, name, plans[name], recipe) for name in settings.correctors]
     if FLOW_MAP in plans:
         plan = plans[FLOW_MAP]
         start = lambda results: loop.merge_parameters(plan, results[FLOW].value, "the flow")
@@ -88,10 +89,11 @@ def flow_stage(settings: Settings, data: Dataset, plan: loop.Plan | None = None)
     begin, teacher = (assemble.start_of(plan, settings, field) for field in ("init", "teacher"))
     if plan.method.frozen and begin is None:  # the teacher's parameters are part of the network's
         begin = teacher
+    pictures = {"pictures": settings.common.sample_every, "picture": networks.picture(settings, plan)}
+    origin = {"start": lambda results: begin, "teacher": lambda results: teacher}
     return stages.trained(
-        plan, assemble.flow_fields(settings), start=lambda results: begin, teacher=lambda results: teacher,
-        pictures=settings.common.sample_every, picture=networks.picture(settings, plan), data=assemble.data_facts(data),
-    )  # fmt: skip
+        plan, assemble.flow_fields(settings), **origin, **pictures, data=assemble.data_facts(settings, data)
+    )
 
 
 def _comparing_stages(
@@ -107,10 +109,10 @@ def _comparing_stages(
             metric.distance(data.train.x[: draws.samples])
 
     def write(results: dict[str, Result], folder: Path) -> Result:
-        page = pages.pipeline(settings, data, draws, names, results, folder.parent)
-        report.write_report(folder.parent / "report.html", page.contents)
-        digest = stage.digest(results)
-        files.write_json(folder.parent / "metrics.json", page.record | {"digest": digest, "lines": page.lines})
+        page, digest = pages.pipeline(settings, data, draws, names, results, folder.parent), stage.digest(results)
+        if jax.process_index() == 0:
+            report.write_report(folder.parent / "report.html", page.contents)
+            files.write_json(folder.parent / "metrics.json", page.record | {"digest": digest, "lines": page.lines})
         return Result(page.lines, digest, f"{len(page.contents.rows)} rows in metrics.json")
 
     def read(results: dict[str, Result], folder: Path) -> Result | None:
@@ -122,7 +124,7 @@ def _comparing_stages(
         print("other samplers or networks than in metrics.json: the comparison is computed again")
         return None
 
-    stage = Stage("comparison", (*needs, "samples"), fields, check, write, read)
+    stage = Stage("comparison", (*needs, "samples"), fields, check, write, read, derived=True)
     return [samples, stage]
 
 
@@ -141,10 +143,10 @@ def _samples_stage(
         params = {name: v[0] if name in settings.correctors else v for name, v in value.items()}
         if "marginals" in results:
             params[DRIFT] = networks.bank(*results["marginals"].value)
-        models, identity = networks.models(settings, plans, params), checkpoint.digest(params)
+        models, identity = networks.models(settings, plans, params), networks.identity(settings, params)
         drawn = comparison.draw_all(names, models, draws, directory=folder, identity=identity)
         costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
         summary = f"{len(drawn)} samplers x {draws.seeds} runs x {draws.samples} samples"
         return Result((drawn, costs, models), identity, summary)
 
-    return Stage("samples", tuple(needs), fields, check, run, lambda results, folder: None)
+    return Stage("samples", tuple(needs), fields, check, run, lambda results, folder: None, derived=True)

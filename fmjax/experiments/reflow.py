@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ import numpy as np
 from fmjax import correction, straightening
 from fmjax.checks import refusal
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, comparison, report, specs, stages, straightened, workdir
+from fmjax.experiments import assemble, build, comparison, pipeline, report, specs, stages, straightened, workdir
 from fmjax.experiments.marginals import with_bar
 from fmjax.experiments.samplers import FLOW
 from fmjax.experiments.settings import Settings, Straighten
 from fmjax.experiments.stages import Result, Stage
 from fmjax.storage import checkpoint, files
 from fmjax.straightening import TEACHER, SegmentedModel
-from fmjax.training import loop
+from fmjax.training import loop, sharding
 
 Students = Mapping[str, tuple[loop.Plan, dict[str, Any]]]
 
@@ -65,15 +66,14 @@ def student_stages(settings: Settings, data: Dataset) -> tuple[list[Stage], Stud
     if settings.straighten is None:
         raise ValueError("straighten: the config has none. Add straighten(c), as configs/half_straightening_digits.py.")
     part, s = settings.straighten
-    if settings.common.path != "linear":
+    if specs.name_of(settings.common.path) != "linear":
         raise refusal("path", settings.common.path, "the comparison is on the linear path", "Set path='linear'")
     if s.bounds[0] != 0 or s.bounds[-1] != 1:
         raise refusal("straighten.bounds", s.bounds, "samples go from 0 to 1", "Begin with 0 and end with 1")
     models, options = straightening.comparison_models(s.bounds, s.parts, s.sharing, full=s.full)
     flow = assemble.flow_plan(settings, data)
     students = {name: (_student(settings, name, option, data), option) for name, option in options.items()}
-    fields, facts, every = assemble.flow_fields(settings), assemble.data_facts(data), settings.common.sample_every
-    trained = [stages.trained(flow, fields, pictures=every, data=facts), _trajectories(settings, flow, data)]
+    trained = [pipeline.flow_stage(settings, data, flow), _trajectories(settings, flow, data)]
     trained += [_student_stage(settings, data, plan, option) for plan, option in students.values()]
     return trained, students, models
 
@@ -103,7 +103,10 @@ def _student_stage(settings: Settings, data: Dataset, plan: loop.Plan, options: 
         batch = straightening.segment_batches(
             ends, options["bounds"], batch_size=plan.data.batch_size, seed=s.seed, **(real if keep else {})
         )
-        state = loop.train(plan.replace(batch=batch), folder, params=flow, teacher=flow)
+        size = plan.data.batch_size // jax.process_count()
+        part = slice(jax.process_index() * size, (jax.process_index() + 1) * size)  # all draw the whole batch
+        ready = plan.replace(batch=lambda step: jax.tree.map(lambda a: a[part], batch(step)))
+        state = loop.train(ready, folder, params=flow, teacher=flow)
         return stages.finished(state.ema, plan, folder)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
@@ -134,7 +137,7 @@ def _trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
     def read(folder: Path, digest: str) -> Result:
         states = correction.read_marginals(folder, expect={"flow": digest, "ts": ts})
         words = f"{len(states.x)} of the teacher, at {', '.join(f'{t:g}' for t in states.ts)}"
-        return Result(states, str(hash(repr(states.manifest))), words)
+        return Result(states, hashlib.sha256(repr(states.manifest).encode()).hexdigest(), words)
 
     def work(results: dict[str, Result], folder: Path) -> Result:
         params = results[FLOW].value
@@ -143,12 +146,16 @@ def _trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
             correction.build_marginals, flow.method.velocity, params, ts, directory=folder, flow=digest, **options
         )
         with_bar(make, "forward")
+        sharding.barrier("trajectories")
         return read(folder, digest)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
         try:
             return read(folder, checkpoint.digest(results[FLOW].value))
         except FileNotFoundError:
+            return None
+        except RuntimeError as error:  # a shard is missing or torn
+            print(f"{error}")
             return None
 
     def check() -> None:
@@ -183,8 +190,9 @@ def _comparing_stage(
             settings, data, draws, models, methods, params, stages.curves(path, results)
         )
         digest = stage.digest(results)
-        files.write_json(path / "straightened.json", page.record | {"digest": digest})
-        report.write_report(path / "report.html", page.contents)
+        if jax.process_index() == 0:
+            report.write_report(path / "report.html", page.contents)
+            files.write_json(path / "straightened.json", page.record | {"digest": digest})
         return Result(None, digest, f"{len(page.record['rows'])} samplers")
 
     def read(results: dict[str, Result], folder: Path) -> Result | None:
@@ -195,5 +203,5 @@ def _comparing_stage(
         complete = record.get("digest") == stage.digest(results)
         return Result(None, record["digest"], "complete") if complete else None
 
-    stage = Stage("comparison", tuple(needs), fields, check, work, read)
+    stage = Stage("comparison", tuple(needs), fields, check, work, read, derived=True)
     return stage

@@ -16,7 +16,7 @@ from fmjax import sampling
 from fmjax.checks import refusal
 from fmjax.experiments import drawing, networks, samplers, settings, workdir
 from fmjax.experiments.drawing import Models
-from fmjax.experiments.samplers import FLOW, FLOW_MAP, Sampler
+from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.types import Cond, Method, Params
 
@@ -128,6 +128,8 @@ class Run:
             raise refusal("n", n, "no samples", "Give at least 1")
         sampler = self.sampler(solver, steps, grid, corrections)
         models = self.guided(guidance)
+        if sampler.by == DRIFT and (banks := networks.stored_bank(self.path)) is not None:
+            models = models._replace(params=models.params | {DRIFT: banks[0]}, ts=banks[1])
         cond = self.conditions(n, label, cond, first)
         drawing.check_sampler(sampler, models, cond=cond)
         program = drawing.program(sampler, models)
@@ -218,7 +220,7 @@ class Run:
             return plain[0]
         entry = {"solver": solver, "steps": steps, "grid": grid, **corrections}
         trained = [name for name in self.models.methods if name not in (FLOW, FLOW_MAP)]
-        return samplers.corrected_samplers({"sample": entry}, plain, trained)[-1]
+        return next(s for s in samplers.corrected_samplers({"sample": entry}, plain, trained) if s.by != NOISE)
 
     def guided(self, scale: float | None) -> Models:
         """Return the networks with another guidance scale."""
@@ -239,6 +241,9 @@ class Run:
         if cond is not None:
             if not self.settings.common.conditional:
                 raise refusal("cond", type(cond).__name__, "this run takes no conditions", "Leave cond out")
+            if any(np.shape(leaf)[:1] != (n,) for leaf in jax.tree.leaves(cond)):
+                shapes = [np.shape(leaf) for leaf in jax.tree.leaves(cond)]
+                raise refusal("cond", shapes, f"not {n} conditions", "Give arrays [n, ...]")
             return cond
         if not self.settings.common.conditional:
             return None

@@ -29,7 +29,7 @@ def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | Non
     """
     data = build.data(settings.common.data)
     every = [pipeline.flow_stage(settings, data)] if stage == "flow" else _trained_stages(settings, data)
-    stages.check_stages(every)
+    stages.check_stages(every, stage)
     workdir.open_workdir(path, settings.config, {s.name: s.fields for s in every})
     if fork:
         workdir.fork(fork, path, stage)

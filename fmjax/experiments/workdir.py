@@ -19,7 +19,9 @@ from fmjax.storage import checkpoint, files, lock
 
 PACKAGES = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 ABSENT = "absent"
-CONFIG, STAGE, CONVERTED = "config.json", "stage.json", "converted.json"
+CONFIG, STAGE = "config.json", "stage.json"
+FORGOTTEN = ("given", "step", "digest", "leaves")  # metadata of a state that a run that starts from it drops
+SHOWN = 120  # characters of a refusal that name fields that differ
 GROWS = "steps"  # a training may get more steps if the schedule does not depend on their number
 
 
@@ -76,18 +78,30 @@ def owner(main: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(main)
     def owned_main(settings: Any, path: str | Path, *args: Any, **kwargs: Any) -> Any:
         path = local(path)
+        new = not path.exists()
         try:
             with lock.owned(path):
                 return main(settings, path, *args, **kwargs)
         except OSError as error:
             if error.filename is None or not str(error.filename).startswith(str(path)):
                 raise
-            raise WorkdirError(f"workdir={path}: cannot be written: {error.strerror} ({error.filename}).") from error
+            raise WorkdirError(
+                f"workdir={path}: cannot be written: {error.strerror} ({error.filename}). Choose another."
+            ) from error
+        finally:
+            if new and path.is_dir() and not any(path.iterdir()):  # refused before anything was written
+                path.rmdir()
 
     return owned_main
 
 
-def begin_stage(path: Path, name: str, fields: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Path:
+def begin_stage(
+    path: Path,
+    name: str,
+    fields: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    needs: Mapping[str, str] | None = None,
+) -> Path:
     """Create the folder of a stage and record the fields that the result depends on.
 
     Args:
@@ -95,6 +109,7 @@ def begin_stage(path: Path, name: str, fields: Mapping[str, Any], data: Mapping[
         name: the stage, such as ``"correctors.score"``.
         fields: dotted names of config fields with their values.
         data: facts of the data set that samplers need, see ``assemble.data_facts``.
+        needs: digests of the results that the stage is made from, by the names of their stages.
 
     Returns:
         The folder of the stage.
@@ -102,8 +117,31 @@ def begin_stage(path: Path, name: str, fields: Mapping[str, Any], data: Mapping[
     folder = stage_folder(path, name)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / STAGE, {"stage": name, "fields": plain(fields), "data": dict(data or {})})
+        record = {"stage": name, "fields": plain(fields), "data": dict(data or {}), "needs": dict(needs or {})}
+        files.write_json(folder / STAGE, record)
     return folder
+
+
+def check_needs(path: Path, name: str, needs: Mapping[str, str]) -> None:
+    """Refuse a stage that was begun with other results of the stages that it needs.
+
+    Args:
+        path: the run folder.
+        name: the stage.
+        needs: digests of the results that it needs now, by the names of their stages.
+
+    Raises:
+        WorkdirError: one of them has changed since.
+    """
+    folder = stage_folder(path, name)
+    if (folder / STAGE).exists():
+        before = files.read_json(folder / STAGE).get("needs", {})
+        changed = [need for need, digest in needs.items() if before.get(need, digest) != digest]
+        if changed:
+            raise WorkdirError(
+                f"workdir={path}: its stage {name!r} was made from another result of {changed[0]!r}. Delete {folder} "
+                "to make it again, or take another --workdir."
+            )
 
 
 def stage_folder(path: str | Path, name: str) -> Path:
@@ -188,12 +226,15 @@ def fork(source: str | Path, target: Path, stage: str = "flow") -> None:
     origin = stage_folder(local(source), stage)
     if checkpoint.latest_step(origin / "checkpoints") is None:
         raise WorkdirError(f"fork={source}: has no checkpoint of {stage!r}. Give the folder of a run that was trained.")
-    step, state, _ = checkpoint.restore(origin / "checkpoints", fallback=True)
+    step, state, metadata = checkpoint.restore(origin / "checkpoints", fallback=True)
+    kept = {key: value for key, value in metadata.items() if key not in FORGOTTEN}
+    if (origin / "metrics.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(origin / "metrics.jsonl", folder / "metrics.jsonl")
+    if (origin / "best").exists():
+        shutil.copytree(origin / "best", folder / "best", dirs_exist_ok=True)
     with checkpoint.writer(folder / "checkpoints") as manager:
-        checkpoint.save(manager, step, state, metadata={"stage": stage, "forked": str(origin)})
-    records = origin / "metrics.jsonl"
-    if records.exists():
-        shutil.copy(records, folder / "metrics.jsonl")
+        checkpoint.save(manager, step, state, metadata=kept | {"forked": str(origin)})
 
 
 def environment() -> dict[str, Any]:
@@ -278,14 +319,27 @@ def _check_stage(path: Path, name: str, new: dict[str, Any]) -> None:
     for field in grown:
         if b.get(field.removesuffix(GROWS) + "schedule") == "constant":
             differing.remove(field)
+            _refuse_dependents(path, name, field, b[field])
     if not differing:
         return
-    differences = "; ".join(f"{f} is {show(a, f)} there, {show(b, f)} here" for f in differing[:5])
-    more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+    gaps = [f"{field} is {show(a, field)} there, {show(b, field)} here" for field in differing]
+    shown = [gap for i, gap in enumerate(gaps) if sum(map(len, gaps[: i + 1])) <= SHOWN] or [f"{differing[0]} differs"]
+    more = f"; and {len(gaps) - len(shown)} more" if len(gaps) > len(shown) else ""
     raise WorkdirError(
-        f"workdir={path}: its stage {name!r} was begun with another config: {differences}{more}. Restore these "
-        f"fields, or give another --workdir (--fork={path} starts it from this state)."
+        f"workdir={path}: its stage {name!r} was begun with another config: {'; '.join(shown)}{more}. Set this back, "
+        "or start from its state by launch.train with --fork and another --workdir."
     )
+
+
+def _refuse_dependents(path: Path, name: str, field: str, steps: int) -> None:
+    """Refuse more steps of a stage that other stages were made from."""
+    records = [files.read_json(file) for pattern in ("*", "*/*") for file in sorted(path.glob(f"{pattern}/{STAGE}"))]
+    built = [record["stage"] for record in records if name in record.get("needs", {})]
+    if built:
+        raise WorkdirError(
+            f"{field}={steps}: {', '.join(built)} in {path} are made from fewer steps of {name!r}. Delete their "
+            "folders, or start from its state by launch.train with --fork and another --workdir."
+        )
 
 
 def _as_json(value: Any) -> Any:

@@ -15,11 +15,13 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from fmjax.storage import untrusted
 
 CHUNK = 2**24  # bytes written at a time
 ABANDONED = 24 * 3600  # seconds: no write takes longer
@@ -36,8 +38,9 @@ class DamagedFile(ValueError):
     """
 
     def __init__(self, path: str | Path, problem: str):
-        self.path, self.problem = Path(path), problem
-        super().__init__(f"{path} {problem}. Restore it from a copy, or delete it and run the command again.")
+        self.path, self.problem = Path(path), untrusted.one_line(problem, 110)
+        name = untrusted.short_path(path)
+        super().__init__(f"{name} {self.problem}. Restore it from a copy, or delete it and run the command again.")
 
 
 def cache_folder() -> Path:
@@ -104,11 +107,11 @@ def read_json(path: str | Path, *, kind: type = dict) -> Any:
     {'steps': 100}
     """
     with _open(Path(path)) as file:
-        content = file.read()
+        content = file.read(untrusted.JSON_BYTES + 1)
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(path, f"is not JSON ({str(error)[:80]})") from error
+        value = untrusted.parse_json(content)
+    except ValueError as error:
+        raise DamagedFile(path, f"is not JSON ({error})") from error
     if not isinstance(value, kind):
         raise DamagedFile(path, f"holds a {type(value).__name__} where a {kind.__name__} is expected")
     return value
@@ -174,20 +177,15 @@ def read_array(path: str | Path, *, digest: str | None = None) -> np.ndarray:
     """
     path = Path(path)
     with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
         try:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("another version of the format")
-            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
-        except (ValueError, EOFError) as error:
-            raise DamagedFile(path, "is not an array that was written here") from error
-        start, count = file.tell(), math.prod(shape)
-        expected = start + count * dtype.itemsize + len(_MARK) + 64
-        if dtype.kind not in NUMBERS or columns_first or min(shape, default=0) < 0:
-            raise DamagedFile(path, f"holds an array of {dtype} that was not written here")
-        if path.stat().st_size != expected:
-            raise DamagedFile(path, f"has {path.stat().st_size} bytes where its header says {expected}")
-        array = np.fromfile(file, dtype, count).reshape(shape)
-        mark = file.read()
+            shape, columns_first, dtype, start = untrusted.read_header(file, size - len(_MARK) - 64)
+        except ValueError as error:
+            raise DamagedFile(path, f"is not an array that was written here ({error})") from error
+        if columns_first:
+            raise DamagedFile(path, "holds an array in Fortran's order, which was not written here")
+        array = np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
+        mark = file.read(len(_MARK) + 65)
         file.seek(0)
         actual = _sha256([file.read(start), *_chunks(array)])
     if mark != _MARK + actual.encode():
@@ -220,7 +218,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         DamagedFile: a line before the last is not a JSON object; the message names the line.
     """
-    return [json.loads(line) for line in _lines(Path(path))]
+    return [record for _, record in _records(Path(path))]
 
 
 def truncate_jsonl(path: str | Path, step: int) -> None:
@@ -234,8 +232,8 @@ def truncate_jsonl(path: str | Path, step: int) -> None:
     """
     path = Path(path)
     if path.exists():
-        kept = [line for line in _lines(path) if json.loads(line).get("step", step) <= step]
-        write_bytes(path, "".join(line + "\n" for line in kept).encode())
+        kept = [line for line, record in _records(path) if record.get("step", step) <= step]
+        write_bytes(path, b"".join(kept))
 
 
 def sync(path: str | Path) -> None:
@@ -322,29 +320,37 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         raise
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.IOBase:
+    """Open a regular file; a pipe or a device would never end."""
     try:
-        return open(path, "rb")
+        return untrusted.open_file(path)
     except FileNotFoundError as error:
         raise DamagedFile(path, "is missing") from error
-    except IsADirectoryError as error:
-        raise DamagedFile(path, "is a folder") from error
+    except ValueError as error:
+        raise DamagedFile(path, str(error)) from error
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file of JSON objects."""
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the whole lines of a file of JSON objects, and the objects."""
     if not path.exists():
-        return []
-    *whole, torn = path.read_bytes().split(b"\n")
-    for number, line in enumerate(whole, 1):
-        try:
-            if not isinstance(json.loads(line), dict):
-                raise ValueError
-        except (ValueError, RecursionError) as error:
-            if number == len(whole) and not torn:
-                return [line.decode() for line in whole[:-1]]
-            raise DamagedFile(path, f"line {number} is not a JSON object: {line[:80]!r}") from error
-    return [line.decode() for line in whole]
+        return
+    with _open(path) as file:
+        line = file.readline(untrusted.JSON_BYTES + 1)
+        number = 1
+        while line:
+            following = file.readline(untrusted.JSON_BYTES + 1)
+            if not following and not line.endswith(b"\n"):  # torn
+                return
+            try:
+                record = untrusted.parse_json(line)
+                if not isinstance(record, dict):
+                    raise ValueError("another kind")
+            except ValueError as error:
+                if not following:
+                    return
+                raise DamagedFile(path, f"line {number} is not a JSON object: {line[:60]!r}") from error
+            yield line, record
+            line, number = following, number + 1
 
 
 def _chunks(array: np.ndarray) -> list[memoryview]:
