@@ -26,9 +26,11 @@ MEANS = np.array([[2.0, 0.0], [-1.0, 1.5], [-1.0, -1.5], [0.5, 0.8]]) / 1.5
 STEPS, SIZE, RATE = 3000, 128, 4e-3
 
 
-@functools.cache
-def mixture(path):
-    return oracles.mixture(jnp.asarray(MEANS), 0.35, jnp.array([0.5, 0.25, 0.15, 0.1]), path=path)
+ORACLES = {
+    path: oracles.mixture(jnp.asarray(MEANS), 0.35, jnp.array([0.5, 0.25, 0.15, 0.1]), path=path)
+    for path in (LINEAR, CIRCLE)
+}
+mixture = ORACLES.__getitem__
 
 
 def teacher(path):
