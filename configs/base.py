@@ -75,7 +75,7 @@ TRAINING = (
 def stage(c: ConfigDict, **changes) -> dict:
     """Return the fields of a training stage: the flow's fields with ``changes``; ``net=None`` is the flow's network."""
     fields = {"net": None, "weighting": None, **{name: c[name] for name in TRAINING}}
-    text = lambda: config_dict.placeholder(str)  # one each: fields that share a placeholder share their value
+    text = lambda: config_dict.placeholder(str)  # one per field: a common placeholder would be one value
     return {name: text() if value is None else value for name, value in {**fields, **changes}.items()}
 
 

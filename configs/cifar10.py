@@ -19,8 +19,9 @@ from configs import base
 def get_config():
     """Return the experiment."""
     c = base.get_config()
-    text = lambda: config_dict.placeholder(str)  # one each: fields that share a placeholder share their value
-    c.data = {"name": "cifar10", "source_dir": text(), "data_dir": text(), "verify": True, "stream": False}
+    text = lambda: config_dict.placeholder(str)  # one per field: a common placeholder would be one value
+    c.data = {"name": "cifar10", "source_dir": text(), "data_dir": text(), "verify": True}
+    c.data.update({"stream": False, "validation": 5000})  # the last training images choose strengths
     c.flip = True
     c.log_every, c.save_every, c.sample_every, c.keep = 200, 5000, 20_000, 3
     c.net = {"name": "unet", "channels": 128, "multipliers": (1, 2, 2, 2), "blocks": 2, "attention": (16,)}

@@ -17,8 +17,9 @@ from configs import base
 def get_config():
     """Return the experiment."""
     c = base.get_config()
-    text = lambda: config_dict.placeholder(str)  # one each: fields that share a placeholder share their value
-    c.data = {"name": "fashion_mnist", "source_dir": text(), "data_dir": text(), "verify": True, "stream": False}
+    text = lambda: config_dict.placeholder(str)  # one per field: a common placeholder would be one value
+    c.data = {"name": "fashion_mnist", "source_dir": text(), "data_dir": text(), "verify": True}
+    c.data.update({"stream": False, "validation": 5000})  # the last training images choose strengths
     c.log_every, c.save_every, c.sample_every = 50, 250, 500
     c.net = {"name": "unet", "channels": 16, "multipliers": (1, 2, 4), "blocks": 1, "attention": (7,)}
     c.batch_size, c.steps, c.learning_rate, c.beta2, c.ema = 64, 2500, 1e-3, 0.999, 0.998

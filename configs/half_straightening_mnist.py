@@ -12,8 +12,9 @@ from configs import base
 def get_config():
     """Return the experiment: 16 tokens an image; noise half [0, 0.5], data half [0.5, 1]."""
     c = base.get_config()
-    text = lambda: config_dict.placeholder(str)  # one each: fields that share a placeholder share their value
-    c.data = {"name": "mnist", "source_dir": text(), "data_dir": text(), "verify": True, "stream": False}
+    text = lambda: config_dict.placeholder(str)  # one per field: a common placeholder would be one value
+    c.data = {"name": "mnist", "source_dir": text(), "data_dir": text(), "verify": True}
+    c.data.update({"stream": False, "validation": 5000})  # the last training images choose strengths
     c.log_every, c.save_every, c.sample_every = 50, 250, 0
     c.net = {"name": "dit", "width": 128, "depth": 4, "heads": 4, "patch": 7}
     c.batch_size, c.steps, c.beta2, c.ema = 64, 5000, 0.999, 0.998

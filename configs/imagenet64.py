@@ -19,9 +19,9 @@ from configs import base
 def get_config():
     """Return the experiment."""
     c = base.get_config()
-    text = lambda: config_dict.placeholder(str)  # one each: fields that share a placeholder share their value
+    text = lambda: config_dict.placeholder(str)  # one per field: a common placeholder would be one value
     c.data = {"name": "imagenet64", "source_dir": text(), "data_dir": text(), "archive": "resized", "verify": True}
-    c.data.stream = True
+    c.data.update({"stream": True, "validation": 50_000})  # the last training images choose strengths
     c.flip, c.conditional, c.label_dropout, c.fsdp, c.coupling = True, True, 0.1, True, "independent"
     c.log_every, c.save_every, c.sample_every, c.keep = 100, 2500, 10_000, 3
     c.net = {"name": "unet", "channels": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "attention": (32, 16, 8)}

@@ -245,6 +245,9 @@ class LossFn(Protocol):
     def __call__(self, params: Params, target: Params, batch: Batch, key) -> tuple[Array, Aux]: ...
 
 
+BATCHES = ("data", "marginals", "ends", "trajectories")
+
+
 class Method(NamedTuple):
     """A training objective and the functions that its trained parameters define: the views of the method.
 
@@ -259,6 +262,10 @@ class Method(NamedTuple):
         direction: ``direction(params)(x, t, cond) -> [B, ...]``, where a corrector pushes ``x``.
         score: ``score(params)(x, t, cond) -> [B, ...]``, ``grad log p_t(x)``, which an SDE step needs beside the
             velocity.
+        batches: which batches the loss takes, one of ``BATCHES``. ``"data"``: data in ``x1``. ``"marginals"``: at all
+            times ``t`` of a grid, a backward example in ``x1`` and a forward example in ``x0``. ``"ends"``: data in
+            ``x1`` and generated examples in ``x0``. ``"trajectories"``: states of a teacher's trajectory.
+        frozen: names of the entries of the parameters, a dictionary, that are given and not trained.
 
     >>> Method(loss=lambda params, target, batch, key: (0.0, {}), velocity=lambda params: lambda x, t, cond=None: x)
     Method(loss, velocity)
@@ -269,9 +276,11 @@ class Method(NamedTuple):
     flow_map: Callable[[Params], FlowMapFn] | None = None
     direction: Callable[[Params], DirectionFn] | None = None
     score: Callable[[Params], VelocityFn] | None = None
+    batches: str = "data"
+    frozen: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        names = (name for name, function in zip(self._fields, self, strict=True) if function is not None)
+        names = (name for name, function in zip(self._fields, self, strict=True) if callable(function))
         return f"{type(self).__name__}({', '.join(names)})"
 
 

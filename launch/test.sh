@@ -8,4 +8,5 @@ install_fmjax "test${FMJAX_EXTRAS:+,$FMJAX_EXTRAS}"
 cd "$root"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+"$python" -m launch.language
 exec "$python" -m pytest -n "${FMJAX_TEST_WORKERS:-2}" --dist worksteal "$@"

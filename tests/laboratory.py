@@ -1,4 +1,4 @@
-"""Small runs of the laboratory: configs that differ from `configs.base` by dotted names, and commands in process."""
+"""Small runs of the laboratory: configs that differ from ``configs/base.py`` by dotted names; commands in process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from fmjax.experiments import settings, workdir
+from fmjax.experiments import pipeline, settings, workdir
 from fmjax.storage import checkpoint, files
 from fmjax.training import sharding
 
@@ -31,6 +31,18 @@ CLASSIFIER = {
 }  # fmt: skip
 MAP = {"method": {"name": "lagrangian", "diagonal": 0.75}}
 
+RK4, JUMP = {"solver": "rk4", "steps": 2}, {"solver": "flow_map", "steps": 2}
+CORRECTIONS = {
+    "end": {**RK4, "at": (2,), "by": "score", "alpha": 0.5, "beta": 0.1},
+    "apart": {**RK4, "at": (1, 2), "by": "classifier", "alpha": 0.1},
+    "drift": {**JUMP, "at": (2,), "by": "drift", "alpha": 0.5, "bandwidth": 1.0},
+    "restart": {**JUMP, "at": (1,), "by": "restart", "to": 0.25},
+}
+WHOLE = {
+    "correctors": {"score": SCORE, "classifier": CLASSIFIER}, "flow_map": MAP, "corrections": CORRECTIONS,
+    "samplers": {"euler": (2,), "rk4": (2,), "flow_map": (1, 2)},
+}  # fmt: skip
+
 
 def config(*, correctors=None, flow_map=None, **changes):
     """Return a small config of points; dotted names change fields, and stages get the fields of the flow."""
@@ -47,6 +59,14 @@ def config(*, correctors=None, flow_map=None, **changes):
 def read(**changes) -> settings.Settings:
     """Return the settings of a small config."""
     return settings.read(config(**changes))
+
+
+def whole_run(factory: pytest.TempPathFactory) -> Path:
+    """Run the pipeline on points once a process; tests copy the folder, or only read it."""
+    path = factory.getbasetemp() / "whole-pipeline"
+    if not path.exists():
+        pipeline.main(read(**WHOLE), path)
+    return path
 
 
 def config_file(folder: Path, **changes) -> Path:

@@ -45,7 +45,12 @@ def tiny(name, folder):
     source = folder / "source"
     source.mkdir()
     WRITE.get(name, originals.idx)(source)
-    return [f"data.source_dir={source}", f"data.data_dir={folder / 'records'}", "data.verify=False"]
+    return [
+        f"data.source_dir={source}",
+        f"data.data_dir={folder / 'records'}",
+        "data.verify=False",
+        "data.validation=4",
+    ]
 
 
 def one_device(plan):

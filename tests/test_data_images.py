@@ -227,9 +227,12 @@ def test_a_second_process_waits_for_the_one_that_prepares(small, tmp_path):
     ("name", "change"),
     [
         ("*-test.array_record*", lambda data: data[:100]),
-        ("train-labels.npy", lambda data: data[:100]),
-        ("train-labels.npy", lambda data: None),
-        ("train-labels.npy", lambda data: originals.npy(np.zeros(19, np.int32))),
+        ("dataset_info.json", lambda data: b""),
+        ("dataset_info.json", lambda data: b"[]"),
+        ("dataset_info.json", lambda data: b'{"splits": 3}'),
+        ("dataset_info.json", lambda data: 100_000 * b"["),
+        ("dataset_info.json", lambda data: data.replace(b"20", b"99999999999")),
+        ("features.json", lambda data: b"\xff"),
     ],
 )
 def test_torn_records_are_refused_with_their_folder(name, change, stream, small, tmp_path):
@@ -239,8 +242,44 @@ def test_torn_records_are_refused_with_their_folder(name, change, stream, small,
     (file,) = (tmp_path / "d").rglob(name)
     data = change(file.read_bytes())
     file.unlink() if data is None else file.write_bytes(data)
-    with pytest.raises(RuntimeError, match=r"data_dir=.*fmjax_small.*: the records cannot be read"):
+    with pytest.raises(RuntimeError, match=r"data_dir=.*fmjax_small.*: the records cannot be read") as caught:
         load(original, stream=stream, **where)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:100],
+        lambda data: None,
+        lambda data: data[:-70] + bytes([data[-70] ^ 1]) + data[-69:],
+        lambda data: originals.npy(np.zeros(20, np.int32)),
+        lambda data: originals.npy(np.zeros(19, np.int32)),
+    ],
+)
+def test_damaged_labels_are_made_again_from_the_records(change, small, tmp_path, caplog):
+    original, folder, written = small
+    where = {"source_dir": str(folder), "data_dir": str(tmp_path / "d")}
+    load(original, **where)
+    (file,) = (tmp_path / "d").rglob("train-labels.npy")
+    good = file.read_bytes()
+    data = change(good)
+    file.unlink() if data is None else file.write_bytes(data)
+    assert_is(load(original, **where), written)
+    assert "made again from the records" in caplog.text and "train-labels.npy" in caplog.text
+    assert file.read_bytes() == good
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "train-labels.npy"])
+def test_a_pipe_among_records_is_refused_and_not_waited_for(name, small, tmp_path):
+    original, folder, _ = small
+    where = {"source_dir": str(folder), "data_dir": str(tmp_path / "d")}
+    load(original, **where)
+    (file,) = (tmp_path / "d").rglob(name)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(RuntimeError, match="the records cannot be read .is a pipe"):
+        load(original, **where)
 
 
 @pytest.mark.parametrize("couple", [None, couplings.minibatch_ot(by_class=False)])

@@ -122,7 +122,7 @@ def test_weights_of_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="source='a.safetensors'.*layer.weight"):
         convert.convert_file(tmp_path / "a.safetensors", tmp_path / "w")
     archive(tmp_path / "a.pt", pickle.dumps([1]))
-    with pytest.raises(ValueError, match="part=.*a.pt.*none"):
+    with pytest.raises(ValueError, match="a.pt: part=None: the file has no state dict"):
         convert.convert_file(tmp_path / "a.pt", tmp_path / "w")
     with pytest.raises(ValueError, match="to=.*a.npz.*safetensors"):
         convert.export(tmp_path, tmp_path / "a.npz")

@@ -125,17 +125,29 @@ def test_a_fork_that_cannot_work_names_a_way_that_does_and_writes_no_checkpoint(
     assert "fork=" in refusal(*marginals)
 
 
-def test_marginals_of_a_flow_that_was_trained_longer_are_built_again_as_advised(short, tmp_path):
+def test_a_flow_that_others_are_made_from_is_trained_longer_as_advised(short, tmp_path):
     path = Path(shutil.copytree(short, tmp_path / "w"))
     launch("launch.train", f"--workdir={path}", "--stage=marginals")
+    line = refusal("launch.train", f"--workdir={path}", "--config.steps=6")
+    assert "steps=6: marginals" in line and "Delete their folders" in line
+    shutil.rmtree(path / "marginals")
     launch("launch.train", f"--workdir={path}", "--config.steps=6")
-    line = refusal("launch.train", f"--workdir={path}", "--stage=correctors.score")
-    place = path / "marginals"
-    assert f"Delete {place}" in line
-    shutil.rmtree(place)
     launch("launch.train", f"--workdir={path}", "--stage=marginals")
     launch("launch.train", f"--workdir={path}", "--stage=correctors.score")
-    assert digest(path, "correctors/score")[0] == 4
+    assert digest(path)[0] == 6 and digest(path, "correctors/score")[0] == 4
+
+
+def test_marginals_of_another_flow_are_built_again_as_advised(short, tmp_path):
+    path, other = Path(shutil.copytree(short, tmp_path / "w")), tmp_path / "other"
+    launch("launch.train", f"--workdir={path}", "--stage=marginals")
+    launch("launch.train", CONFIG, f"--workdir={other}", "--config.seed=1")
+    shutil.rmtree(path / "flow")
+    shutil.copytree(other / "flow", path / "flow")
+    train = ("launch.train", f"--workdir={path}", "--config.seed=1", "--stage=marginals")
+    assert "seed is 0 there, 1 here" in refusal(*train)
+    assert "seed is 1 there, 0 here" in refusal("launch.train", f"--workdir={path}", "--stage=marginals")
+    shutil.rmtree(path / "marginals")
+    launch(*train)
 
 
 def test_a_folder_deleted_while_its_run_works_ends_with_one_line(tmp_path, monkeypatch):
@@ -176,8 +188,8 @@ def test_a_full_disk_is_one_line_with_the_path_and_costs_no_checkpoint(tmp_path)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert str(path) in line and len(said.splitlines()) <= 2, said
     assert digest(path) == before
-    launch("launch.train", *wide, "--config.steps=6")
-    assert digest(path)[0] == 6
+    launch("launch.train", *wide, "--config.steps=40")
+    assert digest(path)[0] == 40
 
 
 def test_a_disk_that_fills_while_a_run_writes_json_is_one_line(short, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from test_methods import mlp, mlp_params
 
 from fmjax import oracles, paths, times
 from fmjax.keys import example_keys
-from fmjax.methods.align_your_flow import align_your_flow
+from fmjax.methods.align_your_flow import GAP, align_your_flow
 from fmjax.methods.alpha_flow import alpha_flow
 from fmjax.methods.consistency import consistency, consistency_cost
 from fmjax.methods.consistency_trajectory import consistency_trajectory
@@ -91,7 +91,7 @@ def test_what_consistency_cannot_do_is_refused():
     for options, message in (
         ({"distance": "lpips"}, "distance='lpips'.*pseudo_huber.*squared"),
         ({"weight": "snr"}, "weight='snr'.*gap.*none"),
-        ({"scale": 0.0}, "scale=0.0"),
+        ({"scale": -1.0}, "scale=-1.0"),
     ):
         with pytest.raises(ValueError, match=message):
             consistency_cost(**options)
@@ -109,10 +109,10 @@ def test_what_consistency_cannot_do_is_refused():
 def test_the_continuous_gradient_is_eulerian_times_a_positive_factor(velocity, draw):
     """``(4 / pi^2) cos(a) / (sinc(a) sigma)``: ``g = (2 / pi) cos(a) g_E``, ``dF = -(1 - s) du / (sigma sin(a))``."""
     batch, keys, params, target = draw
-    sigma, path, net = 0.5, paths.trigonometric_velocity(), trigonometric_velocity(Network(mlp), sigma=0.5)
+    sigma, path, net = 0.5, paths.trigonometric(), trigonometric_velocity(Network(mlp), sigma=0.5)
     options = {"velocity": velocity, "path": path, "diagonal": 0.0}
-    law = functools.partial(times.to_data, time=times.noise_angle)
-    ours = continuous_consistency(net, normalise=0.0, sigma=sigma, **options)
+    law = functools.partial(times.to_data, time=functools.partial(times.noise_angle, sigma=0.5))
+    ours = continuous_consistency(net, normalise=0.0, sigma=sigma, warmup=0.0, **options)
     theirs = eulerian(net, pair=law, tangent=velocity, stop="all", **options)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -131,7 +131,7 @@ def test_the_continuous_gradient_is_eulerian_times_a_positive_factor(velocity, d
 def test_the_warm_up_begins_at_the_velocity_and_the_tangent_is_normalised(draw):
     """``r = 0``: ``g = -cos^2(a) (sigma F - x')``; its gradient is ``-2 g / (|g| + c) / d``, times ``grad F``."""
     batch, keys, params, _ = draw
-    batch, path = batch._replace(progress=jnp.zeros(16)), paths.trigonometric_velocity()
+    batch, path = batch._replace(progress=jnp.zeros(16)), paths.trigonometric()
     method = continuous_consistency(trigonometric_velocity(Network(mlp)), warmup=0.5, normalise=0.1)
     aux = method.loss(params, None, batch, keys)[1]
     s = aux["s"]
@@ -149,9 +149,11 @@ def test_the_warm_up_begins_at_the_velocity_and_the_tangent_is_normalised(draw):
 
 def test_the_derivative_vanishes_at_the_exact_map_of_a_gaussian(draw):
     batch, keys, _, _ = draw
-    path = paths.trigonometric_velocity()
+    path = paths.trigonometric()
     exact = oracles.average_velocity(oracles.gaussian(jnp.asarray(MEAN), jnp.asarray(STD), path=path))
-    residual = lambda net: continuous_consistency(net, velocity="own").loss(None, None, batch, keys)[1]["residual"]
+    residual = lambda net: continuous_consistency(net, velocity="own", warmup=0.0).loss(None, None, batch, keys)[1][
+        "residual"
+    ]
     wrong = lambda params, x, s, t, *a: exact(params, x, s, t) + at(t - s)  # of the right velocity
     assert np.max(residual(exact)) < 1e-12 < 1e-3 < np.mean(residual(wrong))
 
@@ -173,7 +175,7 @@ def test_a_trigonometric_network_is_its_map_and_is_read_back_from_it(key):
 
 
 def test_align_your_flows_lagrangian_form_stops_the_tangent(draw):
-    other = lagrangian(mlp, stop="tangent", diagonal=0.0, pair=times.gap_pair)
+    other = lagrangian(mlp, stop="tangent", diagonal=0.0, pair=GAP)
     assert_same_method(align_your_flow(mlp, form="lagrangian"), other, *draw)
     with pytest.raises(ValueError, match="form='lmd'.*eulerian.*lagrangian"):
         align_your_flow(mlp, form="lmd")

@@ -47,7 +47,7 @@ def test_without_a_head_it_is_eulerian_with_its_own_tangent():
     laws = {"time": functools.partial(times.earlier, time=law), "pair": functools.partial(times.ordered_pair, time=law)}
     same = eulerian(net, velocity="conditional", tangent="own", stop="all", diagonal=0.5, **laws)
     first, second = (
-        graded(improved_mean_flow(net), ONE, batch, keys),
+        graded(improved_mean_flow(net, power=1.0), ONE, batch, keys),
         graded(weighting.adaptive(same), ONE, batch, keys),
     )
     jax.tree.map(np.testing.assert_array_equal, first, second)
@@ -60,7 +60,7 @@ def test_its_gradient_is_that_of_the_published_loss_in_noise_time(head, x64):
     label, w = jnp.arange(N) % 3, jnp.linspace(1.0, 6.0, N)
     params = PARAMS if head else ONE
     batch, keys = setting((label, w))
-    method = improved_mean_flow(net, head=head, null=NULL, low=0.2, high=0.8)
+    method = improved_mean_flow(net, head=head, null=NULL, low=0.2, high=0.8, power=1.0)
     (value, aux), actual = graded(method, params, batch, keys)
     tau, r = 1 - aux["s"], 1 - aux["t"]
     z, v_t = expand(1 - tau, batch.x1) * batch.x1 + expand(tau, batch.x1) * batch.x0, batch.x0 - batch.x1

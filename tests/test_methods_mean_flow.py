@@ -50,7 +50,10 @@ def test_it_is_eulerian_with_conditional_velocities_and_adaptive_weight():
         "diagonal": 0.75,
     }
     same = eulerian(net, velocity="conditional", tangent="conditional", stop="all", **drawn)
-    first, second = graded(mean_flow(net, path=path), batch, keys), graded(weighting.adaptive(same), batch, keys)
+    first, second = (
+        graded(mean_flow(net, path=path, power=1.0), batch, keys),
+        graded(weighting.adaptive(same), batch, keys),
+    )
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
@@ -59,7 +62,7 @@ def test_its_gradient_is_that_of_the_published_loss_in_noise_time(options, x64):
     """``|u - sg[v_g - (tau - r) (d/d tau + v_g . grad) u]|^2 / sg[.. + 0.01]`` of ``-net`` at ``1 - tau, 1 - r``."""
     cond = jnp.arange(16) % 3 if options else None
     batch, keys = setting(cond=cond)
-    (_, aux), actual = graded(mean_flow(net, **options), batch, keys)
+    (_, aux), actual = graded(mean_flow(net, power=1.0, **options), batch, keys)
     tau, r = 1 - aux["s"], 1 - aux["t"]
     z, v = expand(1 - tau, batch.x1) * batch.x1 + expand(tau, batch.x1) * batch.x0, batch.x0 - batch.x1
     mf = lambda p, z, r, tau, cond: -net(p, z, 1 - tau, 1 - r, cond)

@@ -47,7 +47,7 @@ def test_without_guidance_it_is_the_lagrangian_residual_plus_flow_matching():
     second = flow_matching(net, path=path, time=law).loss
 
     def both(p):
-        k_jump, k_diagonal = split(keys, 2)
+        _, k_jump, k_diagonal = split(keys, 3)
         a, b = first(p, TARGET, batch, k_jump), second(p, TARGET, batch, k_diagonal)
         return a[0] + b[0], a[1]["per_example"]
 

@@ -83,14 +83,14 @@ def test_conditions_reach_the_velocity(x64):
 def test_the_gradient_of_the_density_is_the_score(x64, key):
     oracle = mixture()
     x = oracle.sample(key, 3)
-    got = jax.grad(lambda x: exact(oracle.velocity, x).log_p.sum())(x)
+    got = jax.jit(jax.grad(lambda x: exact(oracle.velocity, x).log_p.sum()))(x)
     np.testing.assert_allclose(got, oracle.score(x, 1.0), atol=1e-6)
 
 
 def test_the_gradient_in_a_parameter_is_that_of_the_closed_form(x64):
     """``d log N(x; 0, s^2) / ds = x^2 / s^3 - 1 / s``."""
     x, s = jnp.array([[0.4], [-1.5]]), 0.7
-    got = jax.jacrev(lambda s: exact(oracles.gaussian(0.0, s).velocity, x).log_p)(s)
+    got = jax.jit(jax.jacrev(lambda s: exact(oracles.gaussian(0.0, s).velocity, x).log_p))(s)
     np.testing.assert_allclose(got, x[:, 0] ** 2 / s**3 - 1 / s, atol=1e-6)
 
 

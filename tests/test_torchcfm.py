@@ -100,7 +100,7 @@ def test_conditional_flow_matching(sigma):
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.5])
-def test_optimal_transport_flow_matching_draws_its_pairs_from_our_permutation(sigma):
+def test_optimal_transport_pairs_are_drawn_from_our_permutation(sigma):
     """torchcfm draws B pairs from the plan with replacement; labels follow their target, as conditions here do."""
     x0, x1 = batch()
     t = times()
@@ -174,7 +174,7 @@ def test_variance_preserving_flow_matching(sigma):
 
 
 @pytest.mark.parametrize("sigma", SIGMAS[:3])
-def test_the_score_weight_lambda_makes_of_noise_half_the_diffusion_times_the_score(sigma):
+def test_the_score_weight_is_that_of_half_the_diffusion_times_the_score(sigma):
     """[SF]2M (arXiv 2307.03672): ``|lambda s + eps|^2`` is least at ``s = -eps / lambda = (sigma^2 / 2) grad log p``.
 
     ``lambda_t = 2 sigma_t / sigma^2``; torchcfm has ``sigma^2 + 1e-8`` for it. The conditional score is ours:

@@ -16,10 +16,11 @@ import flax.linen as nn
 import numpy as np
 
 from fmjax.convert import weights
-from fmjax.convert.pickles import Fixed
-from fmjax.convert.states import StateDict
+from fmjax.convert.budgets import Fixed
+from fmjax.convert.states import StateDict, damage
 from fmjax.nets.song_unet import SongUNet
 from fmjax.nets.unet import UNet, groups_of
+from fmjax.storage import untrusted
 from fmjax.types import Params
 
 # EDM's preconditioners: name and options in nets.preconditioning
@@ -29,6 +30,9 @@ PRECONDITIONERS = {
     "VEPrecond": ("ve", {"sigma_min": "sigma_min", "sigma_max": "sigma_max"}),
     "iDDPMPrecond": ("iddpm", {"M": "steps", "C_1": "least_ratio", "C_2": "shift"}),
 }
+
+
+MOST = 10_000  # modules, and tensors, of a network
 
 
 class _Modules(dict):
@@ -54,8 +58,12 @@ class _Dtype(Fixed):
 
 
 def _persistent(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The class name and state of an object of ``torch_utils.persistence``, without its source code."""
-    return {"class": meta["class_name"], **meta["state"]}
+    """The state of an object of ``torch_utils.persistence`` with its class name, without its source code."""
+    state = meta["state"]
+    if type(state) is not dict:
+        raise ValueError("it holds a module whose state is not a dictionary")
+    state["class"] = meta["class_name"]
+    return state
 
 
 def _number(dtype: _Dtype, data: bytes) -> int | float | bool:
@@ -86,25 +94,50 @@ def read_snapshot(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, An
     """
     content = weights.read_weights(path, extra=STAND_INS)
     module = content.get("ema") if isinstance(content, dict) else None
-    if not isinstance(module, dict) or module.get("class") not in PRECONDITIONERS:
-        ema = f"an ema of class {module['class']!r}" if isinstance(module, dict) and "class" in module else "no ema"
-        raise ValueError(f"{path}: not a snapshot of EDM, it holds {ema}. Known are {', '.join(PRECONDITIONERS)}.")
+    name = module.get("class") if isinstance(module, dict) else None
+    if not isinstance(name, str) or name not in PRECONDITIONERS:
+        ema = f"an ema of class {name[:40]!r}" if isinstance(name, str) else "no ema"
+        raise _other(path, f"it holds {ema}. Known are {', '.join(PRECONDITIONERS)}")
     try:
-        state, inner = _state_dict(module), module["_modules"]["model"]
-        name, attributes = PRECONDITIONERS[module["class"]]
-        options = {ours: module[theirs] for theirs, ours in attributes.items()}
-        dropout = inner["_init_kwargs"].get("dropout", 0.1)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a snapshot of EDM, its network lacks {error}.") from error
-    return state, {"preconditioning": {"name": name, **options}, "dropout": dropout}
+        state = _state_dict(module)
+        ours, attributes = PRECONDITIONERS[name]
+        options = {option: _finite(module[theirs]) for theirs, option in attributes.items()}
+        dropout = _finite(module["_modules"]["model"]["_init_kwargs"].get("dropout", 0.1))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _other(path, f"its network lacks {error}") from error
+    return state, {"preconditioning": {"name": ours, **options}, "dropout": dropout}
 
 
-def _state_dict(module: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    arrays = {**module["_parameters"], **module["_buffers"]}
-    state = {f"{prefix}{name}": a for name, a in arrays.items() if a is not None}
-    for name, inner in module["_modules"].items():
-        if inner is not None:
-            state |= _state_dict(inner, f"{prefix}{name}.")
+def _other(path: str | Path, problem: str) -> ValueError:
+    line = f"{untrusted.short_path(path)}: not a snapshot of EDM, {untrusted.one_line(problem, 150)}."
+    return ValueError(untrusted.one_line(line))
+
+
+def _finite(value: Any) -> int | float:
+    if type(value) not in (int, float) or not -1e12 < value < 1e12:
+        raise ValueError("a finite number among its options")
+    return value
+
+
+def _state_dict(module: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of a module and of the modules in it, by the names of the state dict.
+
+    A module that is used in several places has several names; modules and arrays together are at most ``MOST``.
+    """
+    state, left, count = {}, [("", module)], 0
+    while left:
+        prefix, inner = left.pop()
+        parts = [*inner["_parameters"].items(), *inner["_buffers"].items()]
+        modules = inner["_modules"]
+        count += 1 + len(parts) + len(modules)
+        if count > MOST or len(prefix) > 500 or any(type(name) is not str for name in (*dict(parts), *modules)):
+            raise ValueError(f"a bound: it has more than {MOST} modules or names that are too long")
+        for name, a in parts:
+            if isinstance(a, np.ndarray):
+                state[f"{prefix}{name[:100]}"] = a
+            elif a is not None:
+                raise ValueError("tensors: it has other parameters")
+        left += [(f"{prefix}{name[:100]}.", part) for name, part in reversed(modules.items()) if part is not None]
     return state
 
 
@@ -117,7 +150,8 @@ def network_parameters(
     variance (``"iddpm"``) is dropped.
 
     Args:
-        state: arrays by the names of the state dict, with or without the prefix ``model.``; they determine the sizes.
+        state: arrays by the names of the state dict; they determine the sizes. Prefixes of wrappers (``model.``,
+            ``module.``, ``_orig_mod.``) are dropped.
         preconditioning: a spec of ``nets.preconditioning``, as which the network was trained; ``None``: the network
             without a preconditioner.
         dropout: dropout of the network, in training.
@@ -130,7 +164,11 @@ def network_parameters(
         ValueError: a tensor is missing, left over (a decoder or an encoder of skips, an ADM of augmentations), or of
             another shape.
     """
-    state = _State(state, "EDM's U-Nets", prefix="model.")
+    with damage("EDM's U-Nets"):
+        return _network(_State(state, "EDM's U-Nets"), preconditioning, dropout)
+
+
+def _network(state: _State, preconditioning: Any, dropout: float) -> tuple[Params, dict[str, Any]]:
     state.left.pop("u", None)  # the levels of iDDPM, which follow from its options
     adm = "out_norm.weight" in state
     size, fields = _fields(state, adm)
@@ -165,7 +203,7 @@ class _State(StateDict):
 
 def _fields(state: _State, adm: bool) -> tuple[int, dict[str, Any]]:
     """The height of the images, and the fields that a state dict determines: all but the dropout."""
-    first = [match for name in state.left if (match := re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name))]
+    first = [match for name in state.left if (match := re.fullmatch(r"enc\.(\d{1,4})x\1_conv\.weight", name))]
     if len(first) != 1:
         state.shape("enc.32x32_conv.weight")  # raises
     size = int(first[0][1])

@@ -2,8 +2,8 @@
 
 A pickle is a program for a small machine. Python's own machine calls every function that the program names, and a few
 bytes can keep it busy for hours: they build tuples of tuples as keys, or keys that collide. This machine has the same
-stack and memo, but a name stands for a replacement that only stores data, every opcode has a price in units of about
-100 bytes, and a program that spends more than ``BUDGET`` is refused.
+stack and memo, but a name stands for a replacement that only stores data, every opcode has a price, and a program that
+spends more than its budget (``convert.budgets``) is refused.
 """
 
 from __future__ import annotations
@@ -13,68 +13,17 @@ import io
 import struct
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-BUDGET = 400_000  # units of work and memory; an EDM snapshot takes about 100,000
-DEEPEST = 500  # containers inside containers
-LARGEST_TREE = 2**22  # parts of the result, where shared parts count each time
+from fmjax.convert.budgets import CONTAINERS, Budget, Call, Fixed, check_result
+
 LONGEST_TEXT = 2**20  # bytes of one string
 LONGEST_NUMBER = 128  # bytes of one integer
 CALL = 8  # units of a call, which may build a tensor
-CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
-class Fixed:
-    """An object that a pickle may hold and whose state it may not set."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state):
-        """Refuse the state."""
-        raise ValueError("it changes a function that rebuilds its tensors")
-
-
-class Call(Fixed):
-    """A function that a pickle may call.
-
-    Attributes:
-        function: the replacement, which gets the pickled arguments.
-    """
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-
-@typing.no_type_check  # called once an opcode
-class Budget:
-    """What a file may still spend while it is read.
-
-    Attributes:
-        units: units of work and memory.
-        bytes: bytes of all tensors together; a storage may be seen by several tensors.
-    """
-
-    def __init__(self, size: int):
-        """Allow a file of ``size`` bytes ``BUDGET`` units, and tensors of twice its size."""
-        self.units, self.bytes = BUDGET, 2 * size + 2**20
-
-    def spend(self, units: int) -> None:
-        """Take units away; ``ValueError`` where there are not enough."""
-        self.units -= units
-        if self.units < 0:
-            raise ValueError(f"it takes more work than weights do (over {BUDGET} units)")
-
-    def spend_bytes(self, count: int) -> None:
-        """Take bytes of tensors away; ``ValueError`` where there are not enough."""
-        self.bytes -= count
-        if self.bytes < 0:
-            raise ValueError("its tensors together are more than twice as large as the file")
-
-
-def load(
+def load_pickle(
     file: io.IOBase,
     end: int,
     known: Mapping[str, Any],
@@ -102,7 +51,7 @@ def load(
         value = _Machine(file, end, known, budget, fetch).run()
     except IndexError as error:
         raise ValueError("it takes more from the stack than is there") from error
-    _check_result(value)
+    check_result(value)
     return value
 
 
@@ -141,7 +90,7 @@ class _Machine:
         text = self.file.readline(4400)
         if text[-1:] != b"\n":
             raise ValueError("a line of it is too long")
-        return text[:-1].decode()
+        return text[:-1].decode("latin1")
 
     def to_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.marks.pop()
@@ -181,7 +130,7 @@ class _Machine:
         text = self.line().strip()
         if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
             raise ValueError("it holds a string without quotes")
-        self.push(codecs.escape_decode(text[1:-1])[0].decode())
+        self.push(codecs.escape_decode(text[1:-1].encode("latin1"))[0].decode())
 
     # containers
 
@@ -375,7 +324,7 @@ STEPS: dict[bytes, tuple[Callable[[_Machine], None], int]] = {
     b"\x8a": (lambda m: m.long(1), 2),
     b"\x8b": (lambda m: m.long(4), 2),
     b"S": (_Machine.quoted, 2),
-    b"V": (lambda m: m.push(codecs.raw_unicode_escape_decode(m.line())[0]), 2),
+    b"V": (lambda m: m.push(codecs.raw_unicode_escape_decode(m.line().encode("latin1"))[0]), 2),
     b"T": (lambda m: m.text(4), 2),
     b"U": (lambda m: m.text(1), 2),
     b"X": (lambda m: m.text(4), 2),
@@ -429,43 +378,3 @@ STEPS: dict[bytes, tuple[Callable[[_Machine], None], int]] = {
     b"\x80": (lambda m: m.take(1), 1),
     b"\x95": (lambda m: m.take(8), 1),
 }
-
-
-@typing.no_type_check
-def _parts(value: Any) -> Iterator[Any]:
-    return iter(value.values() if isinstance(value, dict) else value)
-
-
-@typing.no_type_check
-def _check_result(value: Any) -> None:
-    """Refuse a result that contains itself, is nested too deep, repeats its parts too often, or holds a function."""
-    done: dict[int, tuple[int, int]] = {}  # size and depth of the containers that were followed, by id
-    frames = [[None, iter([value]), 0, 0]]  # container, parts that are left, size and depth so far
-    inside: set[int] = set()
-    while frames:
-        frame = frames[-1]
-        for part in frame[1]:
-            if isinstance(part, Fixed):
-                raise ValueError("it holds a function that rebuilds tensors, not called")
-            size, depth = 1, 0
-            if isinstance(part, CONTAINERS) and part:
-                if id(part) in inside:
-                    raise ValueError("it holds a container that contains itself")
-                if id(part) not in done:
-                    inside.add(id(part))
-                    frames.append([part, _parts(part), 1, 1])
-                    break
-                size, depth = done[id(part)]
-            frame[2], frame[3] = frame[2] + size, max(frame[3], depth + 1)
-        else:
-            container, _, size, depth = frames.pop()
-            if container is None:
-                return
-            inside.remove(id(container))
-            done[id(container)] = size, depth
-            if size > LARGEST_TREE:
-                raise ValueError(f"it repeats its parts until they are more than {LARGEST_TREE}")
-            frames[-1][2] += size
-            frames[-1][3] = max(frames[-1][3], depth + 1)
-        if len(frames) > DEEPEST or frames[-1][3] > DEEPEST:
-            raise ValueError(f"it is nested more than {DEEPEST} deep")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +12,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmjax.convert.parts import bare
 from fmjax.nets.adapters import from_linen
 from fmjax.types import Params
+
+MOST_TENSORS = 2000  # a network of more tensors takes too long to trace
+
+
+def check_tensor(name: str, array: np.ndarray) -> None:
+    """Refuse a tensor that is empty or has values that are not finite in float32.
+
+    Args:
+        name: name of the tensor, for the message.
+        array: the tensor.
+
+    Raises:
+        ValueError: an empty tensor, another kind of values, or values that are not finite.
+    """
+    try:
+        with np.errstate(over="ignore"):
+            values = array.astype(np.float32, copy=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"state: {name:.60} holds no numbers. Give a state dict of tensors.") from error
+    if array.dtype.kind == "c" or not array.size:
+        raise ValueError(f"state: {name:.60} is complex or empty. Give a state dict of real weights.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"state: {name:.60} has values that are not finite. Give a checkpoint of an earlier step.")
+
+
+@contextlib.contextmanager
+def damage(source: str) -> Iterator[None]:
+    """Turn what a state dict of impossible shapes causes into one refusal.
+
+    Args:
+        source: name of the network, for the message.
+
+    Yields:
+        Nothing.
+
+    Returns:
+        A context.
+    """
+    try:
+        yield
+    except (ArithmeticError, LookupError, AttributeError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(
+            f"state: its tensors do not make a network ({type(error).__name__}). Give a state dict of {source}, whole."
+        ) from error
 
 
 class StateDict:
@@ -23,10 +69,18 @@ class StateDict:
         source: name of the network, for messages.
     """
 
-    def __init__(self, state: Mapping[str, Any], source: str, prefix: str = "module."):
-        """Take a state dict and drop ``prefix`` from its names."""
-        self.left = {name.removeprefix(prefix): np.asarray(a) for name, a in state.items()}
-        self.source = source
+    def __init__(self, state: Mapping[str, Any], source: str):
+        """Take a state dict of finite numbers and drop the prefixes of wrappers from its names."""
+        if len(state) > MOST_TENSORS:
+            raise ValueError(f"state: it has {len(state)} tensors. Give a state dict of {source} alone.")
+        self.left, self.source = {}, source
+        for name, a in state.items():
+            inner = bare(name)
+            if inner in self.left:
+                raise ValueError(f"state: two tensors are named {inner:.60}. Give the state dict of one network.")
+            check_tensor(name, self.left.setdefault(inner, np.asarray(a)))
+        if "n_averaged" in self.left and self.left["n_averaged"].size == 1:  # the counter of torch's AveragedModel
+            del self.left["n_averaged"]
 
     def __contains__(self, name: str) -> bool:
         return name in self.left
@@ -76,7 +130,7 @@ class StateDict:
             raise ValueError(
                 f"state: {_first(self.left)} has no place in {network}. Give a state dict of {self.source} alone."
             )
-        x = jnp.zeros((1, size, size, params["input"]["kernel"].shape[2]))
+        x = jax.ShapeDtypeStruct((1, size, size, params["input"]["kernel"].shape[2]), jnp.float32)
         cond = jnp.zeros(1, "int32") if module.classes else None
         shapes = lambda tree: {jax.tree_util.keystr(k): a.shape for k, a in jax.tree_util.tree_leaves_with_path(tree)}
         expected, actual = shapes(jax.eval_shape(from_linen(module).init, jax.random.key(0), x, cond)), shapes(params)
@@ -94,7 +148,7 @@ def _first(names) -> str:
     names = sorted(names)
     if not names:
         return "nothing left"
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(f"{name:.60}" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _describe(module: nn.Module) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fmjax.convert.states import StateDict
+from fmjax.convert.states import StateDict, damage
 from fmjax.nets.unet import UNet
 from fmjax.types import Params
 
@@ -45,7 +45,7 @@ def unet(
     zeros, unless ``null_class`` is set.
 
     Args:
-        state: arrays by the names of the state dict; a prefix ``module.`` is dropped.
+        state: arrays by the names of the state dict; prefixes of wrappers (``module.``, ``_orig_mod.``) are dropped.
         size: height of the images, in pixels.
         heads: torchcfm's ``num_heads``.
         head_channels: torchcfm's ``num_head_channels``; if positive, it replaces ``heads``.
@@ -58,7 +58,14 @@ def unet(
     Raises:
         ValueError: a tensor is missing, left over, or of a shape that ``UNet`` does not have.
     """
-    state = _State(state, "torchcfm's U-Net")
+    with damage("torchcfm's U-Net"):
+        state = _State(state, "torchcfm's U-Net")
+        return _unet(state, size, heads, head_channels, new_attention_order, null_class)
+
+
+def _unet(
+    state: _State, size: int, heads: int, head_channels: int, new_attention_order: bool, null_class: bool
+) -> tuple[Params, dict[str, Any]]:
     fields = _fields(state, size, heads, head_channels, null_class)
     net = UNet(**fields)
     params = {"TwoTimes_0": {"source": state.dense("time_embed.0"), "mix": state.dense("time_embed.2")}}

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from fmjax.convert import pickles
-from fmjax.convert.pickles import Budget, Fixed
+from fmjax.convert.budgets import Budget, Call, Fixed
 from fmjax.storage import untrusted
 from fmjax.storage.files import write_bytes
 
@@ -81,7 +81,7 @@ def read_weights(path: str | Path, *, extra: Mapping[str, Callable] | None = Non
     """Read a file written by ``torch.save``, ``pickle.dump`` or ``safetensors``.
 
     Nothing in the file is executed. Reading takes at most four times the size of the file plus 64 MB of memory, and a
-    pickle that takes more work than weights do is refused (``pickles.BUDGET``). Keys are text or numbers. A ``device``
+    pickle that takes more work than weights do is refused (``convert.budgets``). Keys are text or numbers. A ``device``
     or a ``dtype`` becomes its name.
 
     Args:
@@ -107,7 +107,7 @@ def read_weights(path: str | Path, *, extra: Mapping[str, Callable] | None = Non
                 return _safetensors(file, size)[0]
             if path.suffix == ".pkl":
                 known.setdefault("torch.storage._load_from_bytes", functools.partial(_storage, budget))
-                return pickles.load(file, size, known, budget)
+                return pickles.load_pickle(file, size, known, budget)
             if not zipfile.is_zipfile(file):
                 raise ValueError("not a zip archive. Save it by torch.save of PyTorch 1.6 or newer, or as .safetensors")
             with untrusted.open_zip(file, size, packed=False) as archive:
@@ -122,7 +122,7 @@ def read_weights(path: str | Path, *, extra: Mapping[str, Callable] | None = Non
 
 def _unreadable(path: Path | str, error: Exception) -> ValueError:
     problem = untrusted.one_line(error, 200) or type(error).__name__
-    return ValueError(untrusted.one_line(f"{untrusted.name_of(path)} cannot be read as weights: {problem}"))
+    return ValueError(untrusted.one_line(f"{untrusted.short_path(path)} cannot be read as weights: {problem}"))
 
 
 def _check_beginning(file: io.IOBase) -> None:
@@ -189,7 +189,7 @@ def _parameter(data, requires_grad=True, hooks=None, state=None) -> np.ndarray:
 
 def _subclass(function, kind, args, state) -> np.ndarray:
     """A tensor with attributes, which are left out."""
-    if type(function) is not pickles.Call or type(args) is not tuple or len(args) > 9:
+    if type(function) is not Call or type(args) is not tuple or len(args) > 9:
         raise ValueError("it calls something that is not a function")
     return _parameter(function.function(*args))
 
@@ -242,7 +242,7 @@ def _storage(budget: Budget, data: bytes) -> _Storage:
     if type(data) is not bytes:
         raise ValueError(f"a storage is bytes, got {type(data).__name__}")
     file = io.BytesIO(data)
-    load = lambda fetch=None: pickles.load(file, len(data), TYPES, budget, fetch=fetch)
+    load = lambda fetch=None: pickles.load_pickle(file, len(data), TYPES, budget, fetch=fetch)
     if load() != 0x1950A86A20F9469CFC6C or load() != 1001:
         raise ValueError("a storage begins with another magic number or version than PyTorch's")
     machine = load()
@@ -280,7 +280,7 @@ def _archive(archive: zipfile.ZipFile, known: Mapping[str, Any], budget: Budget)
         return _Storage(np.frombuffer(raw, dtype))
 
     program = archive.read(programs[0])
-    return pickles.load(io.BytesIO(program), len(program), known, budget, fetch=fetch)
+    return pickles.load_pickle(io.BytesIO(program), len(program), known, budget, fetch=fetch)
 
 
 def _table(file: io.IOBase, size: int) -> tuple[dict[str, Any], dict[str, str], int]:

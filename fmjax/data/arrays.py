@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import zipfile
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +14,7 @@ from fmjax.checks import Positive, Range, Seed, check_hints
 from fmjax.data.dataset import Dataset, Examples, Part, Rows, dataset, first_not_finite
 from fmjax.data.images import scale_pixels
 from fmjax.keys import generator
+from fmjax.storage import untrusted
 from fmjax.storage.files import local_path
 
 SPLITS = ("train", "validation", "test")
@@ -42,7 +45,7 @@ def arrays(
         levels: the number of grey levels of a pixel; ``None`` takes 256 for uint8, and none for floats.
         classes: the number of label classes; ``None`` takes the largest label plus one.
         stream: whether the examples stay on disk, memory-mapped, and are read batch by batch. The file must not be
-            compressed: ``np.savez`` or ``np.save``.
+            compressed: ``np.savez`` or ``np.save``. A compressed file may unpack to three times its size plus 32 MB.
 
     Returns:
         The data set, in float32.
@@ -59,19 +62,29 @@ def arrays(
     ('points', 4, 32, 4)
     """
     check_hints(arrays, {"validation": validation, "test": test, "seed": seed, "levels": levels, "classes": classes})
-    content = _read(local_path("path", path), stream)
-    x = {name: _converted(array, stream, f"path={path}: {name}") for name, array in content.items() if name[0] == "x"}
+    file = local_path("path", path)
+    content = _read(file, stream)
+    try:
+        parts, raw = _parts(content, validation, test, seed, stream)
+        return dataset(*parts, levels=256 if levels is None and raw else levels, classes=classes, name=file.stem)
+    except ValueError as error:  # the file holds something else than examples
+        raise ValueError(untrusted.one_line(f"{error} The file is {untrusted.short_path(file)}.")) from error
+
+
+def _parts(
+    content: dict[str, np.ndarray], validation: float, test: float, seed: int, stream: bool
+) -> tuple[list[Examples], bool]:
+    """Return the three splits of the arrays of a file, and whether all of them are bytes."""
+    x = {name: array for name, array in content.items() if name.startswith("x")}
+    raw = all(array.dtype == np.uint8 for array in x.values())
+    x = {name: _converted(array, stream, f"{name:.30}") for name, array in x.items()}
     splits = [f"x_{split}" for split in SPLITS]
     if "x" in x:
-        parts = _divide(x["x"], content.get("y"), validation, test, seed)
-    elif all(name in x for name in splits):
-        parts = [Examples(x[f"x_{split}"], content.get(f"y_{split}")) for split in SPLITS]
-    else:
-        names = ", ".join(sorted(content)) or "nothing"
-        raise ValueError(f"path={path}: it holds {names}. Give x (and y), or all of {', '.join(splits)}.")
-    if levels is None and all(content[name].dtype == np.uint8 for name in x):
-        levels = 256
-    return dataset(*parts, levels=levels, classes=classes, name=Path(path).stem)
+        return _divide(x["x"], content.get("y"), validation, test, seed), raw
+    if all(name in x for name in splits):
+        return [Examples(x[f"x_{split}"], content.get(f"y_{split}")) for split in SPLITS], raw
+    names = untrusted.one_line(", ".join(f"{name:.30}" for name in sorted(content)[:9]), 100) or "nothing"
+    raise ValueError(f"path: it holds {names}. Give x (and y), or all of {', '.join(splits)}.")
 
 
 class Mapped:
@@ -101,34 +114,54 @@ class Mapped:
 
 
 def _read(path: Path, stream: bool) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise FileNotFoundError(f"path={path}: there is no such file. Give a .npz or .npy file.")
+    """Read the arrays of a file; with ``stream`` its examples are mapped. Nothing in the file is executed."""
     try:
-        if path.suffix == ".npy":
-            return {"x": np.load(path, mmap_mode="r" if stream else None, allow_pickle=False)}
-        with np.load(path, allow_pickle=False) as file:
-            if not stream:
-                return {name: file[name] for name in file.files}
-            return {name: _mapped(path, name) if name.startswith("x") else file[name] for name in file.files}
-    except (OSError, EOFError, AttributeError, zipfile.BadZipFile, ValueError) as error:
-        line = " ".join(str(error).split())[:120]
-        raise ValueError(f"path={path}: it cannot be read as arrays ({line}). Write it with np.savez.") from error
+        with untrusted.open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            single = file.read(6) == b"\x93NUMPY"
+            file.seek(0)
+            if single:
+                return {
+                    "x": _mapped(path, 0, untrusted.read_header(file, size))
+                    if stream
+                    else untrusted.read_npy(file, size)
+                }
+            return _mapped_npz(path, file, size) if stream else untrusted.npz_arrays(file, size)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"path={untrusted.short_path(path)}: there is no such file. Give a .npz or .npy file."
+        ) from error
+    except Exception as error:  # a damaged file can fail anywhere
+        line = untrusted.one_line(error, 100) or type(error).__name__
+        raise ValueError(
+            f"path={untrusted.short_path(path)}: it cannot be read as arrays ({line}). Write it with np.savez."
+        ) from error
 
 
-def _mapped(path: Path, name: str) -> np.ndarray:
-    """Return a member of an uncompressed npz file as a memory-mapped array."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-        info = archive.getinfo(f"{name}.npy")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{name} is compressed, which stream=True cannot map")
-        version = np.lib.format.read_magic(member)
-        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = header(member)
-        start = member.tell()
-    with open(path, "rb") as file:  # the local header of a member: 30 bytes, its name, an extra field
-        file.seek(info.header_offset + 26)
-        start += info.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
-    return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
+def _mapped_npz(path: Path, file: io.IOBase, size: int) -> dict[str, np.ndarray]:
+    """Return the arrays of an uncompressed npz file, the examples among them memory-mapped."""
+    arrays = {}
+    with untrusted.open_zip(file, size, packed=True) as archive:
+        for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            with archive.open(info) as member:
+                if not name.startswith("x"):
+                    arrays[name] = untrusted.read_npy(member, info.file_size)
+                    continue
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"{name:.40} is compressed, which stream=True cannot map")
+                header = untrusted.read_header(member, info.file_size)
+            file.seek(info.header_offset + 26)  # the local header of a member: 30 bytes, its name, an extra field
+            start = info.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
+            if start + info.file_size > size:
+                raise ValueError(f"{name:.40} ends beyond the file")
+            arrays[name] = _mapped(path, start, header)
+    return arrays
+
+
+def _mapped(path: Path, start: int, header: untrusted.Header) -> np.ndarray:
+    order = "F" if header.columns_first else "C"
+    return np.memmap(path, header.dtype, "r", start + header.start, header.shape, order)
 
 
 def _divide(x: Rows, y: np.ndarray | None, validation: float, test: float, seed: int) -> list[Examples]:

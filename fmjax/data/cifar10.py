@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fmjax.data import images
+from fmjax.data import images, preparation
 from fmjax.data.dataset import Count, Dataset
+from fmjax.storage import untrusted
 
 SHAPE = (32, 32, 3)
 FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
@@ -57,14 +57,14 @@ def read_binary(paths: Sequence[Path], split: str) -> Iterator[tuple[np.ndarray,
     Yields:
         Pairs of an image ``[32, 32, 3]`` uint8 and a label, in the order of the files.
     """
-    with tarfile.open(paths[0]) as tar:
+    with untrusted.open_tar(paths[0]) as tar:
         contents = {Path(member.name).name: tar.extractfile(member).read() for member in tar if member.isfile()}
     for name in FILES[split]:
         for record in np.frombuffer(contents[name], np.uint8).reshape(-1, 1 + np.prod(SHAPE)):
             yield record[1:].reshape(SHAPE[2], *SHAPE[:2]).transpose(1, 2, 0), record[0]
 
 
-CIFAR10 = images.Original(
+CIFAR10 = preparation.Original(
     name="cifar10",
     registered="url_checksums/cifar10.txt",
     train=(("cifar-10-binary.tar.gz",),),

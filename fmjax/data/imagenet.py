@@ -11,18 +11,19 @@ image-net.org gives the archives to registered users only: put them into a folde
 from __future__ import annotations
 
 import io
-import tarfile
-import zipfile
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fmjax.checks import nearest
-from fmjax.data import images
+from fmjax.data import images, preparation
 from fmjax.data.dataset import Count, Dataset
+from fmjax.storage import untrusted
 
 ARCHIVES = ("resized", "downsampled")
+LARGEST = 64  # pixels: the side of an image
 
 
 def imagenet32(
@@ -112,7 +113,7 @@ def imagenet64(
     )
 
 
-def archives(size: int, archive: str) -> images.Original:
+def archives(size: int, archive: str) -> preparation.Original:
     """Return the description of the archives of one size and one set.
 
     Args:
@@ -129,13 +130,13 @@ def archives(size: int, archive: str) -> images.Original:
     if archive == "downsampled":
         train, test = (((f"{split}_{size}x{size}.tar",),) for split in ("train", "valid"))
         table = "datasets/downsampled_imagenet/checksums.tsv"
-        return images.Original(f"downsampled_imagenet{size}", table, train, test, shape, read_tar)
+        return preparation.Original(f"downsampled_imagenet{size}", table, train, test, shape, read_tar)
     if archive == "resized":
         parts = ("train_part1", "train_part2") if size == 64 else ("train",)
         train = tuple((f"Imagenet{size}_{part}_npz.zip",) for part in parts)
         test = ((f"Imagenet{size}_val_npz.zip",),)
         table = "datasets/imagenet_resized/checksums.tsv"
-        return images.Original(f"imagenet{size}", table, train, test, shape, read_npz, classes=1000)
+        return preparation.Original(f"imagenet{size}", table, train, test, shape, read_npz, classes=1000)
     raise ValueError(f"archive={archive!r}: it must be one of {', '.join(ARCHIVES)}{nearest(archive, ARCHIVES)}")
 
 
@@ -152,12 +153,16 @@ def read_npz(paths: Sequence[Path], split: str) -> Iterator[tuple[np.ndarray, in
     Raises:
         ValueError: for a file whose numbers of images and labels differ.
     """
-    with zipfile.ZipFile(paths[0]) as archive:
+    with (
+        untrusted.open_file(paths[0]) as file,
+        untrusted.open_zip(file, os.fstat(file.fileno()).st_size, packed=True) as archive,
+    ):
         for name in archive.namelist():
             if not name.endswith(".npz"):
                 continue
-            with np.load(io.BytesIO(archive.read(name)), allow_pickle=False) as batch:
-                data, labels = batch["data"], batch["labels"]
+            content = archive.read(name)
+            batch = untrusted.npz_arrays(io.BytesIO(content), len(content))
+            data, labels = batch["data"], batch["labels"]
             if len(data) != len(labels):
                 raise ValueError(f"{name} has {len(data)} images, but {len(labels)} labels")
             size = round((data.shape[1] / 3) ** 0.5)
@@ -177,9 +182,11 @@ def read_tar(paths: Sequence[Path], split: str) -> Iterator[tuple[np.ndarray, in
     """
     from PIL import Image
 
-    with tarfile.open(paths[0]) as tar:
+    with untrusted.open_tar(paths[0]) as tar:
         for member in tar:
-            if member.name.endswith(".png"):
-                with Image.open(tar.extractfile(member)) as image:
+            if member.isfile() and member.name.endswith(".png"):
+                with Image.open(tar.extractfile(member), formats=["PNG"]) as image:
+                    if max(image.size) > LARGEST:  # a small file can unpack to gigabytes
+                        raise ValueError(f"{member.name:.60} is an image of {image.size} pixels")
                     yield np.array(image.convert("RGB")), 0
             tar.members = []  # tarfile remembers every member it has read

@@ -1,13 +1,12 @@
 """Published image sets: arrays, or records on disk, made from the original files.
 
-What an image set adds (its files and how they are read) is an ``Original`` beside its factory: see ``mnist.py``.
+What an image set adds (its files and how they are read) is an ``Original`` of ``preparation.py`` beside its factory:
+see ``mnist.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,34 +14,6 @@ from fmjax.checks import check_hints
 from fmjax.data import preparation
 from fmjax.data.dataset import Count, Dataset, Examples, dataset
 from fmjax.storage.files import local_path
-
-
-class Original(NamedTuple):
-    """An image set as it was published.
-
-    Attributes:
-        name: the name of the set.
-        registered: the file of the package ``tensorflow_datasets`` that lists addresses, sizes and SHA-256 of the set's
-            files.
-        train: the training files, one tuple of names for each ArrayRecord file that is made of them.
-        test: the test files, in the same form.
-        shape: the shape ``[H, W, C]`` of one image, uint8.
-        read: ``read(paths, split)`` yields ``(image, label)`` in order, for the files of one such tuple; the label is 0
-            in a set without labels.
-        classes: the number of label classes, 0 for a set without labels.
-    """
-
-    name: str
-    registered: str
-    train: tuple[tuple[str, ...], ...]
-    test: tuple[tuple[str, ...], ...]
-    shape: tuple[int, int, int]
-    read: Callable[[Sequence[Path], str], Iterable[tuple[np.ndarray, int]]]
-    classes: int = 0
-
-    def files(self) -> list[str]:
-        """Return the names of all files, each once."""
-        return list(dict.fromkeys(name for names in self.train + self.test for name in names))
 
 
 class Records:
@@ -98,7 +69,7 @@ class _Part:
 
 
 def load_images(
-    original: Original,
+    original: preparation.Original,
     *,
     validation: Count = 5000,
     source_dir: str | None = None,
@@ -141,16 +112,11 @@ def load_images(
     try:
         for split in ("train", "test"):
             x = Records(builder.as_data_source(split=split), original.shape)
-            y = np.load(Path(builder.data_path) / f"{split}-labels.npy")
             x[np.array([0, len(x) - 1])]  # a torn file shows when it is read; there are two at most
-            if len(y) != len(x):
-                raise ValueError(f"{len(x)} images, but {len(y)} labels")
+            y = preparation.read_labels(Path(builder.data_path), split, x.source)
             splits[split] = Examples(x if stream else _in_memory(x), y if original.classes else None)
     except Exception as error:  # what TFDS and ArrayRecord raise for torn and missing files has no common type
-        line = preparation.one_line(error)
-        raise RuntimeError(
-            f"data_dir={builder.data_path}: the records cannot be read ({line}). Remove this folder and start again."
-        ) from error
+        raise preparation.unreadable(builder.data_path, error) from error
     train, held_out = _divide(splits["train"], validation, original.name)
     classes = original.classes or None
     return dataset(train, held_out, splits["test"], levels=256, classes=classes, name=original.name)
@@ -185,4 +151,7 @@ def scale_pixels(pixels: np.ndarray) -> np.ndarray:
     Returns:
         float32 of the same shape.
     """
-    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    out = pixels.astype(np.float32)
+    out /= np.float32(127.5)
+    out -= np.float32(1)
+    return out

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fmjax.data import images
+from fmjax.data import images, preparation
 from fmjax.data.dataset import Count, Dataset
+from fmjax.storage import untrusted
 
 
 def mnist(
@@ -92,16 +93,16 @@ def read_idx(paths: Sequence[Path], split: str) -> Iterable[tuple[np.ndarray, in
 
 
 def _idx(path: Path, axes: int) -> np.ndarray:
-    with gzip.open(path) as file:
-        data = file.read()
+    with untrusted.open_file(path) as file:
+        data = untrusted.Unpacked(file, os.fstat(file.fileno()).st_size).read()
     head = 4 * (1 + axes)
     magic, *shape = np.frombuffer(data[:head], ">u4").tolist() if len(data) >= head else (None,)
-    if magic != 0x0800 + axes or len(data) != head + int(np.prod(shape)):
+    if magic != 0x0800 + axes or len(data) != head + math.prod(shape):
         raise ValueError(f"{os.path.basename(path)} is no idx file of unsigned bytes with {axes} axes")
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 
 
-MNIST = images.Original(
+MNIST = preparation.Original(
     name="mnist",
     registered="url_checksums/mnist.txt",
     train=(("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),),

@@ -8,24 +8,50 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 import shutil
 import sys
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from fmjax.storage import files as storage_files
+from fmjax.storage import untrusted
 from fmjax.storage.files import local_path
-
-if TYPE_CHECKING:
-    from fmjax.data.images import Original
+from fmjax.storage.untrusted import one_line
 
 RECORDS = "1.0.0"  # the version of the records: a change of their content needs another
-DAMAGED = (EOFError, OSError, tarfile.TarError, zipfile.BadZipFile, zlib.error, ValueError, KeyError)
+log = logging.getLogger(__name__)
+
+
+class Original(NamedTuple):
+    """An image set as it was published.
+
+    Attributes:
+        name: the name of the set.
+        registered: the file of the package ``tensorflow_datasets`` that lists addresses, sizes and SHA-256 of the set's
+            files.
+        train: the training files, one tuple of names for each ArrayRecord file that is made of them.
+        test: the test files, in the same form.
+        shape: the shape ``[H, W, C]`` of one image, uint8.
+        read: ``read(paths, split)`` yields ``(image, label)`` in order, for the files of one such tuple; the label is 0
+            in a set without labels.
+        classes: the number of label classes, 0 for a set without labels.
+    """
+
+    name: str
+    registered: str
+    train: tuple[tuple[str, ...], ...]
+    test: tuple[tuple[str, ...], ...]
+    shape: tuple[int, int, int]
+    read: Callable[[Sequence[Path], str], Iterable[tuple[np.ndarray, int]]]
+    classes: int = 0
+
+    def files(self) -> list[str]:
+        """Return the names of all files, each once."""
+        return list(dict.fromkeys(name for names in self.train + self.test for name in names))
 
 
 def prepare(original: Original, *, source_dir: str | None, data_dir: str | None, verify: bool):
@@ -97,7 +123,24 @@ def _builder(original: Original, name: str, source_dir: str | None, verify: bool
 
     Images.name = f"fmjax_{name}"
     Images.url_infos = dict(registered(original).values())  # what the download manager verifies by
-    return Images(data_dir=data_dir, file_format="array_record")
+    folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / Images.name / RECORDS
+    try:
+        _check_records(folder)
+        return Images(data_dir=data_dir, file_format="array_record")
+    except Exception as error:  # what TFDS raises for damaged descriptions has no common type
+        if not folder.exists():
+            raise
+        raise unreadable(folder, error) from error
+
+
+def _check_records(folder: Path) -> None:
+    """Refuse prepared records whose descriptions are not small JSON files, or that hold something else than files."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.name.startswith("."):
+            untrusted.open_file(path).close()
+    for name in ("dataset_info.json", "features.json"):
+        if (folder / name).exists():
+            storage_files.read_json(folder / name, sealed=False)
 
 
 def _shards(original: Original, files: Mapping[str, Path], split: str, folder: Path) -> list[Callable[[], Iterator]]:
@@ -113,13 +156,64 @@ def _shards(original: Original, files: Mapping[str, Path], split: str, folder: P
                 yield len(labels), example
                 labels.append(int(label))
                 example.clear()  # TFDS keeps what it has written, to count it: all images would stay in memory
-        except DAMAGED as error:
-            names = ", ".join(map(str, paths))
-            raise ValueError(f"{names}: damaged, or not the files of {original.name} ({one_line(error)})") from error
-        np.save(folder / f"{split}-labels.npy", np.array(labels, np.int32))
+        except Exception as error:  # what a hostile archive or image raises has no common type
+            names = ", ".join([untrusted.short_path(paths[0]), *(path.name for path in paths[1:])])
+            line = one_line(error, 100) or type(error).__name__
+            raise ValueError(
+                f"{names}: damaged, or not the files of {original.name} ({line}). Fetch it again."
+            ) from error
+        storage_files.write_array(folder / _labels_file(split), np.array(labels, np.int32))
 
     parts = [[files[name] for name in names] for names in getattr(original, split)]
     return [functools.partial(examples, paths) for paths in parts]
+
+
+def read_labels(folder: Path, split: str, source: Any) -> np.ndarray:
+    """Read the labels of prepared records; labels that are damaged are made again from the records, which have them.
+
+    Args:
+        folder: the folder of the records.
+        split: ``"train"`` or ``"test"``.
+        source: the data source of the split.
+
+    Returns:
+        Labels ``[n]`` int32.
+
+    Raises:
+        ValueError: records without labels.
+    """
+    file = folder / _labels_file(split)
+    try:
+        y = storage_files.read_array(file)
+        if y.shape != (len(source),) or y.dtype != np.int32:
+            raise storage_files.DamagedFile(file, f"holds {y.dtype} {list(y.shape)}, not {len(source)} labels")
+        return y
+    except storage_files.DamagedFile as error:
+        log.warning("%s: made again from the records", one_line(error))
+    rows = [range(start, min(start + 4096, len(source))) for start in range(0, len(source), 4096)]
+    y = np.array([record["label"] for part in rows for record in source.__getitems__(list(part))], np.int32)
+    with contextlib.suppress(OSError):  # a folder that cannot be written: made again each time
+        storage_files.write_array(file, y)
+    return y
+
+
+def _labels_file(split: str) -> str:
+    return f"{split}-labels.npy"
+
+
+def unreadable(folder: Any, error: Exception) -> RuntimeError:
+    """Return the error of prepared records that cannot be read.
+
+    Args:
+        folder: the folder of the records.
+        error: what reading them raised.
+
+    Returns:
+        The error, to be raised.
+    """
+    line = one_line(error, 90) or type(error).__name__
+    name = untrusted.short_path(folder)
+    return RuntimeError(f"data_dir={name}: the records cannot be read ({line}). Remove this folder and start again.")
 
 
 def _prepare(builder) -> None:
@@ -166,7 +260,7 @@ def _downloaded(original: Original, dl_manager) -> dict[str, Path]:
         return {name: Path(path) for name, path in dl_manager.download(urls).items()}
     except Exception as error:  # the errors of requests, urllib and TFDS have no common type
         raise OSError(
-            f"cannot download {original.name} ({type(error).__name__}: {one_line(error)}). Fetch "
+            f"cannot download {original.name} ({type(error).__name__}: {one_line(error, 1000)}). Fetch "
             f"{', '.join(urls.values())} and set source_dir to their folder."
         ) from error
 
@@ -180,18 +274,6 @@ def _verify(original: Original, files: Mapping[str, Path]) -> None:
                 f"{path}: {size} bytes of SHA-256 {sha256}, but the published file has {info.size:d} bytes of "
                 f"{info.checksum}. Fetch it again, or set verify=False for another copy."
             )
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of an error on one line.
-
-    Args:
-        error: any exception.
-
-    Returns:
-        The message, with single spaces.
-    """
-    return " ".join(str(error).split())
 
 
 def _fingerprint(files: Mapping[str, Path]) -> str:

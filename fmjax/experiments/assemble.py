@@ -16,13 +16,16 @@ from fmjax.data import Dataset, batches, mean
 from fmjax.experiments import build, specs, workdir
 from fmjax.experiments.settings import SECTIONS, Common, Settings, Training
 from fmjax.methods import weighting
+from fmjax.methods.residual import BASE, with_base
 from fmjax.nets import Model
-from fmjax.storage import files
+from fmjax.storage import checkpoint, files
 from fmjax.training import loop, sharding
 from fmjax.types import Batch, Cond, Method, Params
 
 # the view that the method of a stage must have
 NEEDS = {"flow": "velocity", "correctors": "direction", "flow_map": "flow_map", "straighten": "velocity"}
+# the batches that a stage gives; guidance by a discriminator, which takes others, is a velocity and no corrector
+BATCHES = {"flow": "data", "correctors": "marginals", "flow_map": "data", "straighten": "trajectories"}
 PREDICTIONS = ("denoising",)  # methods whose network predicts noise, data or v, not a velocity
 FREE = ("log_every", "save_every", "sample_every", "keep")  # no number depends on these
 SAMPLING = (
@@ -53,7 +56,11 @@ def flow_plan(settings: Settings, data: Dataset) -> loop.Plan:
     if (part.target == "frozen") != bool(common.teacher):
         way = "Set teacher to a run folder, or another target" if not common.teacher else "Set target='frozen'"
         raise refusal("target", part.target, f"with teacher={common.teacher!r}", way)
-    return plan("flow", common, part, part.net, data)
+    ready = plan("flow", common, part, part.net, data)
+    if ready.method.frozen and not common.teacher:
+        way = "Set teacher to a run folder and target='frozen'"
+        raise refusal("method", specs.name_of(part.method), "corrects a frozen flow, and no teacher is named", way)
+    return ready
 
 
 def flow_map_plan(settings: Settings, data: Dataset) -> loop.Plan:
@@ -134,7 +141,7 @@ def plan(
         model=model,
         method=method,
         optimiser=loop.Optimiser(
-            build.optimiser(learning_rate=part.learning_rate, **decay, **rate),
+            build.unfrozen(build.optimiser(learning_rate=part.learning_rate, **decay, **rate), method.frozen),
             functools.partial(build.learning_rate_at, peak=part.learning_rate, **rate),
         ),
         data=loop.TrainingData(batch, part.batch_size, data.train.x.shape[1:], _example_conditions(common, data)),
@@ -174,6 +181,12 @@ def network_and_method(
         part.method, model.net, path=build.path(common.path), mean=average, null=classes if guided else None,
         field=f"{prefix}method",
     )  # fmt: skip
+    if method.batches != BATCHES[kind]:
+        wrong = f"trains on batches of {method.batches}, and the stage {name!r} gives {BATCHES[kind]}"
+        way = "Take another method, or state Method(batches=...) in a method of your own"
+        raise refusal(f"{prefix}method", specs.name_of(part.method), wrong, way)
+    if method.frozen:
+        model = with_base(model)
     if part.weighting:
         method = specs.build(specs.WEIGHTING, part.weighting, method, field=f"{prefix}weighting")
         if specs.name_of(part.weighting) == "learned":
@@ -227,17 +240,30 @@ def gives_logit(net: Any) -> bool:
     return bool(hasattr(net, "items") and dict(net.items()).get("logit", False))
 
 
-def data_facts(data: Dataset) -> dict[str, Any]:
+def data_facts(settings: Settings, data: Dataset) -> dict[str, Any]:
     """Return what a sampler needs to know of a data set.
 
     Args:
+        settings: the config.
         data: the data set.
 
     Returns:
-        Plain values by name: ``shape`` of an example, ``kind``, ``classes``, ``levels`` and ``name``.
+        Plain values by name: ``shape`` of an example, ``kind``, ``classes``, ``levels``, ``name``, and ``mean`` of the
+        training examples where a method of the config takes it.
     """
     shape = list(data.train.x.shape[1:])
-    return {"shape": shape, "kind": data.kind, "classes": data.classes, "levels": data.levels, "name": data.name}
+    facts = {"shape": shape, "kind": data.kind, "classes": data.classes, "levels": data.levels, "name": data.name}
+    parts = [settings.flow, *settings.correctors.values(), *([settings.flow_map] if settings.flow_map else [])]
+    needed = any(_takes_mean(part.method) for part in parts)
+    return facts | ({"mean": np.asarray(mean(data.train.x), np.float64).tolist()} if needed else {})
+
+
+def _takes_mean(method: Any) -> bool:
+    """Return whether the method of a spec takes the mean of the training examples."""
+    if isinstance(method, Method):
+        return False
+    factory = specs.resolve(specs.METHOD, method, field="method")[0] if specs.is_spec(method) else method
+    return "mean" in specs.options_of(factory)
 
 
 def _takes_scale(net: Any) -> bool:
@@ -319,6 +345,9 @@ def start_of(plan: loop.Plan, settings: Settings, field: str) -> Params | None:
     if len(kinds) > 1 and kinds & set(PREDICTIONS):
         wrong = f"networks of {' and '.join(sorted(kinds))} predict different things"
         raise refusal(field, place, wrong, "sampling.as_flow converts a prediction to a flow, in Python")
+    if field == "teacher" and plan.method.frozen:
+        _, base, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
+        return loop.merge_parameters(plan, {BASE: base}, f"{field}={str(place)!r}")
     return loop.load_average(plan, folder, field)
 
 

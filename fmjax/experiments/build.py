@@ -251,6 +251,22 @@ def optimiser(
     return optax.chain(first, adam or optax.adam(rate, b2=beta2))
 
 
+def unfrozen(tx: optax.GradientTransformation, frozen: tuple[str, ...]) -> optax.GradientTransformation:
+    """Return an optimiser that leaves some entries of the parameters as they are.
+
+    Args:
+        tx: the optimiser of the other entries.
+        frozen: names of entries of the parameters, a dictionary (``Method.frozen``).
+
+    Returns:
+        ``tx`` itself where nothing is frozen.
+    """
+    if not frozen:
+        return tx
+    label = lambda params: {name: "frozen" if name in frozen else "trained" for name in params}
+    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, label)
+
+
 def learning_rate_at(n, *, peak: float, steps: int, warmup: int, schedule: str):
     """Return the learning rate of a step (see ``optimiser``).
 

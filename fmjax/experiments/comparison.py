@@ -12,7 +12,7 @@ import numpy as np
 from fmjax import metrics
 from fmjax.checks import refusal
 from fmjax.data import Dataset, Examples
-from fmjax.experiments import build, drawing, report, samplers, workdir
+from fmjax.experiments import build, drawing, report, samplers, specs, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.report import Row, Verdict
 from fmjax.experiments.samplers import FLOW_MAP, NOISE, Sampler
@@ -22,6 +22,7 @@ from fmjax.metrics import Metric, mean_se
 from fmjax.training import logs
 from fmjax.types import Cond
 
+SDE = ("euler_maruyama", "stochastic_heun")  # steps that need the score
 SHOWN = 36  # examples in a grid of samples
 NOTES = [
     "NFE: network evaluations per sample. All samplers of a run start from the same noise.",
@@ -51,7 +52,22 @@ def read_samplers(settings: Settings, *, flow_map: bool) -> list[Sampler]:
         raise refusal("samplers.flow_map", settings.samplers[FLOW_MAP], "no flow map is trained", "Take it out")
     if not plain:
         raise refusal("samplers", settings.samplers, "nothing to draw", "Give a solver, such as {'euler': (8,)}")
+    _check_scores(settings, plain)
     return plain + samplers.corrected_samplers(settings.corrections, plain, list(settings.correctors))
+
+
+def _check_scores(settings: Settings, plain: Sequence[Sampler]) -> None:
+    """Refuse stochastic steps under a coupling for which the velocity does not determine the score."""
+    path = build.path(settings.common.path)
+    independent = specs.name_of(settings.flow.coupling) == "independent"
+    for sampler in plain:
+        name = specs.name_of(sampler.solver)
+        if name in SDE and path.gamma is None and not independent:
+            raise refusal(
+                f"samplers.{name}", sampler.steps,
+                f"takes its score from the velocity, which has it for coupling='independent', not "
+                f"{settings.flow.coupling!r}", "Take a solver of the ODE, or learn the score (stochastic_interpolant)",
+            )  # fmt: skip
 
 
 def draws_of(settings: Settings, data: Dataset) -> Draws:

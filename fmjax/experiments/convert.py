@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from fmjax import checks
 from fmjax.checks import refusal
-from fmjax.convert import edm, torchcfm, weights
+from fmjax.convert import edm, parts, states, torchcfm, weights
 from fmjax.experiments import build, command_line, networks, records, specs, workdir
-from fmjax.storage import checkpoint, files
+from fmjax.storage import checkpoint, files, untrusted
 from fmjax.types import Params
 
-PARTS = (
-    "ema_model",
-    "ema",
-    "net_model",
-    "net",
-    "model",
-    "state_dict",
-)  # entries of a checkpoint that may be the state dict, preferred first
 KINDS = ("torchcfm", "edm", "safetensors")
 RECORD = "converted.json"
 
@@ -63,7 +55,9 @@ def main(
             f"options={options!r}, shape={shape!r}: cannot be read ({error}). Give JSON and 32,32,3."
         ) from error
     record = convert_file(source, workdir, kind=kind, part=part, options=chosen, shape=sizes)
-    print(f"{record['parameters']:,} parameters of kind {record['kind']} (part {record['part']}) in {workdir}")
+    taken = "the whole file" if record["part"] is None else f"part {record['part']}"
+    print(f"{record['parameters']:,} parameters of kind {record['kind']} in {workdir}")
+    print(f"they were taken from {taken} of {record['source']}")
     print(f"its config has net={record['net']}, conditional={bool(record['classes'])}, path='linear'")
 
 
@@ -82,7 +76,8 @@ def convert_file(
         source: file of PyTorch weights or an EDM snapshot (see ``fmjax.convert``), or ``.safetensors`` of ``export``.
         path: the run folder; it must have no checkpoints.
         kind: ``"torchcfm"``, ``"edm"`` or ``"safetensors"``; by default recognised by the names of the arrays.
-        part: the entry of a checkpoint that is the state dict; by default the first of ``PARTS`` that the file has.
+        part: the entry of a checkpoint that is the state dict; by default the only one that can be meant
+            (``fmjax.convert.parts``).
         options: options of ``torchcfm.unet`` or ``edm.network_parameters``.
         shape: shape of one example, so that samples can be drawn from the folder alone.
 
@@ -97,19 +92,12 @@ def convert_file(
     source, path = workdir.local(source), workdir.local(path)
     if kind is not None and kind not in KINDS:
         raise refusal("kind", kind, f"no such kind{checks.nearest(kind, KINDS)}", f"There are {', '.join(KINDS)}")
-    options, taken = dict(options or {}), None
-    if source.suffix == ".pkl":
-        state, origin = edm.read_snapshot(source)
-        recognised, options = "edm", {**origin, **options}
-    else:
-        state, taken = _state(weights.read_weights(source), source, part)
-        recognised = _kind(state)
-    if kind not in (None, recognised):
-        raise refusal("kind", kind, f"the names in {source} are names of {recognised!r}", "Leave kind out")
-    params, net = _BY_KIND[recognised](state, source, options)
-    classes = None if net is None else net.pop("classes", 0)
-    if net is not None:
-        build.net(net, classes=classes)  # refuses what cannot be built
+    try:
+        recognised, taken, params, net, classes = _network(source, kind, part, dict(options or {}))
+    except ValueError as error:
+        if source.name in str(error):
+            raise
+        raise ValueError(untrusted.one_line(f"{untrusted.short_path(source)}: {error}")) from error
     shape = None if shape is None else [int(n) for n in shape]
     record = {
         "kind": recognised, "source": source.name, "part": taken, "net": net, "classes": classes, "shape": shape,
@@ -169,23 +157,22 @@ def export(path: str | Path, file: str | Path) -> int:
     return _count(params)
 
 
-def _state(content: Any, source: Path, part: str | None) -> tuple[dict[str, np.ndarray], str | None]:
-    """Return the state dict of a checkpoint, and the name of the entry that holds it (``None``: the whole file)."""
-    arrays = lambda value: isinstance(value, dict) and any(isinstance(a, np.ndarray) for a in value.values())
-    if part is None and arrays(content):
-        return content, None
-    entries = content if isinstance(content, dict) else {}
-    offered = [name for name in entries if arrays(entries[name])]
-    chosen = [name for name in ((part,) if part else PARTS) if name in offered]
-    if not chosen:
-        wrong = f"no such state dict in {source.name}; it has {', '.join(map(str, offered)) or 'none'}"
-        raise refusal("part", part or "/".join(PARTS), wrong, "Give --part=NAME")
-    return entries[chosen[0]], chosen[0]
-
-
-def _kind(state: Mapping[str, Any]) -> str:
-    names = {name.removeprefix("module.").removeprefix("model.") for name in state}
-    return "edm" if "map_layer0.weight" in names else "torchcfm" if "time_embed.0.weight" in names else "safetensors"
+def _network(source: Path, kind: str | None, part: str | None, options: dict[str, Any]) -> tuple[Any, ...]:
+    """Read the network of a file: its kind, the entry that was taken, parameters, the config's net, label classes."""
+    taken = None
+    if source.suffix == ".pkl" and part is None:
+        state, origin = edm.read_snapshot(source)
+        recognised, options = "edm", {**origin, **options}
+    else:
+        state, taken = parts.state_dict(weights.read_weights(source), part=part)
+        recognised = parts.network_kind(state) or "safetensors"
+    if kind not in (None, recognised):
+        raise refusal("kind", kind, f"the names in {source.name} are names of {recognised!r}", "Leave kind out")
+    params, net = _BY_KIND[recognised](state, source, options)
+    classes = None if net is None else net.pop("classes", 0)
+    if net is not None:
+        build.net(net, classes=classes)  # refuses what cannot be built
+    return recognised, taken, params, net, classes
 
 
 def _torchcfm(state, source: Path, options) -> tuple[Params, dict[str, Any]]:
@@ -201,16 +188,31 @@ def _own(state, source: Path, options) -> tuple[Params, dict[str, Any] | None]:
     """Return the parameters and the network of a file that ``export`` wrote."""
     extra = weights.metadata(source) if source.suffix == ".safetensors" else {}
     if extra.get("format") != "fmjax":
-        names = ", ".join(sorted(state)[:3])
+        names = ", ".join(f"{name:.40}" for name in sorted(state)[:3])
         raise refusal(
             "source", source.name, f"{names} are names of neither torchcfm, EDM nor fmjax", "Give another file"
         )
     if options:
         raise refusal("options", sorted(options), "a file that fmjax wrote takes none", "Leave them out")
+    for name, array in state.items():
+        states.check_tensor(name, array)
     if "net" not in extra:
         return _nest(state), None
-    net = json.loads(extra["net"])
-    return _nest(state), {**({"name": net} if isinstance(net, str) else net), "classes": json.loads(extra["classes"])}
+    net, classes = (untrusted.parse_json(extra.get(name, "null").encode()) for name in ("net", "classes"))
+    if not isinstance(net, str | dict) or type(classes) is not int or not 0 <= classes < 10**6:
+        raise refusal("source", source.name, "its metadata describe no network", "Export it again")
+    _check_names(net, source)
+    return _nest(state), {**({"name": net} if isinstance(net, str) else net), "classes": classes}
+
+
+def _check_names(spec: Any, source: Path) -> None:
+    """Refuse a spec from a file that leads outside fmjax: to build it would execute code of a stranger."""
+    if isinstance(spec, dict | list):
+        for part in spec.values() if isinstance(spec, dict) else spec:
+            _check_names(part, source)
+    elif isinstance(spec, str) and re.search(r"[^\w.+-]|\.py", spec):
+        wrong = f"its network names {spec[:40]!r}, code outside fmjax that would be executed"
+        raise refusal("source", source.name, wrong, "Convert it by a function of your own")
 
 
 _BY_KIND: dict[str, Callable[..., Any]] = {"torchcfm": _torchcfm, "edm": _edm, "safetensors": _own}
@@ -231,6 +233,8 @@ def _nest(flat: Mapping[str, Any]) -> Params:
         *parents, last = name.split("/")
         node = tree
         for parent in parents:
-            node = node.setdefault(parent, {})
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last in node or len(parents) > 50:
+            raise ValueError(f"state: {name[:60]!r} has no place in a tree of parameters. Export it again.")
         node[last] = a
     return tree

@@ -26,7 +26,7 @@ from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler, co
 from fmjax.keys import as_keys, fold_in, from_seed
 from fmjax.sampling import grids
 from fmjax.storage import files, lock
-from fmjax.types import Cond, FlowMapFn, Method, Multistep, Params
+from fmjax.types import Cond, Costed, FlowMapFn, Method, Multistep, Params
 
 CHUNK = 512  # examples per call of a program; no sample depends on this number
 
@@ -90,16 +90,16 @@ def _corrector(sampler: Sampler, models: Models, params: dict[str, Params], opti
         sampler: the sampler.
         models: the networks.
         params: parameters by name of the network.
-        options: replace the options of the sampler; values may be traced arrays with one number per grid point.
+        options: replace options of the sampler; values may be traced arrays with one number per grid point.
     """
     if not sampler.at:
         return None
-    options = dict(sampler.options if options is None else options)
+    options = {**sampler.options, **(options or {})}
     ts = time_grid(sampler.grid, sampler.steps, models.path)[list(sampler.at)]
     over = lambda value: grids.per_step(ts, jnp.asarray(value)) if np.ndim(value) else value
     options = {name: over(value) for name, value in options.items()}
     if sampler.by == NOISE:
-        direction = lambda x, t, cond=None: x
+        direction = Costed(lambda x, t, cond=None: jnp.zeros_like(x), 0)
     elif sampler.by == DRIFT:
         bank, bandwidth = params[DRIFT], options.pop("bandwidth")
         labels = bank.get("p_labels"), bank.get("q_labels")
@@ -136,7 +136,7 @@ def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Ca
     Returns:
         A function of parameters by name, keys ``[B]`` and conditions ``[B, ...]`` that returns samples ``[B, ...]``.
         The noise depends on the keys alone, so that samplers can be compared example by example. ``options`` replaces
-        the options of the corrector, so that a search over strengths compiles one program.
+        options of the corrector, so that a search over strengths compiles one program.
     """
     ts = time_grid(sampler.grid, sampler.steps, models.path)
 
@@ -144,7 +144,7 @@ def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Ca
     def draw(params: dict[str, Params], keys, cond=None, options=None):
         return sampling.sample(
             solver_step(sampler, models, params),
-            _source(models.path, keys, models.shape, ts[0]),
+            _source(models.path, keys, models.shape, float(ts[0])),
             ts,
             key=fold_in(keys, 1),
             cond=cond,
@@ -189,12 +189,14 @@ def check_sampler(sampler: Sampler, models: Models, *, cond: Cond = None) -> Non
     """
     if sampler.solver == FLOW_MAP and FLOW_MAP not in models.methods:
         raise refusal("samplers.flow_map", sampler.steps, "no flow map is trained here", "Take it out")
+    if sampler.by == DRIFT and DRIFT not in models.params:
+        raise refusal("by", DRIFT, "this run folder has no marginals", "Build them by launch.marginals")
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *np.shape(a)[1:]), np.asarray(a).dtype), cond)
     keys = jax.eval_shape(lambda: as_keys(jax.random.key(0), 2))
     try:
         jax.eval_shape(program(sampler, models), models.params, keys, rows)
     except ValueError as error:
-        raise ValueError(f"{sampler.name}: {error}") from error
+        raise ValueError(f"{'corrections' if sampler.at else 'samplers'}[{sampler.name!r}]: {error}") from error
 
 
 def draw(sampler: Sampler, models: Models, draws: Draws, *, directory: Path, identity: str) -> np.ndarray:

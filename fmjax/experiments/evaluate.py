@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from fmjax.checks import refusal
 from fmjax.data import in_memory
-from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, workdir
+from fmjax.experiments import assemble, build, comparison, drawing, networks, report, workdir
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.results import curves
-from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
+from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.storage import files
 from fmjax.training import sharding
 
 TRAIN, HELD_OUT = 50_000, 10_000  # examples of streamed data that samples are compared with
-SDE = ("euler_maruyama", "stochastic_heun")  # steps that need the score
 
 
 @workdir.owner
@@ -38,24 +37,25 @@ def main(settings: Settings, path: Path) -> None:
     """
     data = build.data(settings.common.data)
     draws = comparison.draws_of(settings, data)
-    _check_scores(settings)
+    names = comparison.read_samplers(settings, flow_map=True)
+    workdir.network_folder(path)
+    if jax.process_index() == 0:
+        data = _in_memory_data(data, settings)
+        metrics = comparison.distances(settings, data, data.test)
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
-    models, identity, step = networks.load_models(settings, path)
-    names = _drawable(comparison.read_samplers(settings, flow_map=True), models)
+    models, identity, step = networks.load_models(settings, path, drift=any(s.by == DRIFT for s in names))
+    names = _drawable(names, models, settings.correctors)
     for sampler in names:
         drawing.check_sampler(sampler, models, cond=draws.cond)
-    drawn = comparison.draw_all(
-        names, models, draws, directory=path / "draws", identity=f"{identity} guidance {settings.common.guidance}"
-    )
+    drawn = comparison.draw_all(names, models, draws, directory=path / "draws", identity=identity)
     if jax.process_index() == 0:
-        _write(settings, path, _in_memory_data(data, settings), drawn, names, models, step)
+        _write(settings, path, data, metrics, drawn, names, models, step)
     sharding.barrier("evaluation")
 
 
-def _write(settings: Settings, path: Path, data, drawn, names, models: Models, step: int) -> None:
+def _write(settings: Settings, path: Path, data, metrics, drawn, names, models: Models, step: int) -> None:
     """Compare the samples, write ``evaluation.json`` and ``evaluation.html``, and print the rows."""
     draws = comparison.draws_of(settings, data)
-    metrics = comparison.distances(settings, data, data.test)
     costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
     rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
     facts = {"step of the flow": str(step), "guidance": str(settings.common.guidance)}
@@ -73,36 +73,17 @@ def _write(settings: Settings, path: Path, data, drawn, names, models: Models, s
     print(f"open {path / 'evaluation.html'}")
 
 
-def _drawable(names: list[Sampler], models: Models) -> list[Sampler]:
+def _drawable(names: list[Sampler], models: Models, correctors: Iterable[str]) -> list[Sampler]:
     """Return the samplers whose networks are trained, with their baselines; print how many are left out."""
-    available = {*models.methods, *models.params}
-
-    def possible(sampler: Sampler) -> bool:
-        needs = ({FLOW_MAP} if sampler.solver == FLOW_MAP else set()) | (
-            {DRIFT} if sampler.by == DRIFT else {sampler.by} if sampler.at and _is_network(sampler) else set()
-        )
-        return needs <= available
-
-    drawn = [s for s in names if possible(s)]
+    missing = {FLOW_MAP, DRIFT, *correctors} - {*models.methods, *models.params}
+    drawn = [s for s in names if s.by not in missing and not (s.solver == FLOW_MAP and FLOW_MAP in missing)]
     kept = {s.name for s in drawn}
     drawn = [s for s in drawn if s.baseline in (None, *kept)]
+    controlled = {s.baseline for s in drawn}
+    drawn = [s for s in drawn if s.by != NOISE or s.name in controlled]
     if left := len(names) - len(drawn):
         print(f"{left} samplers of the config need networks that are not trained here; they are left out")
     return drawn
-
-
-def _check_scores(settings: Settings) -> None:
-    """Refuse stochastic steps under a coupling for which the velocity does not determine the score."""
-    path = build.path(settings.common.path)
-    independent = settings.flow.coupling == "independent"
-    for sampler in samplers.plain_samplers(settings.samplers):
-        name = samplers.specs.name_of(sampler.solver)
-        if name in SDE and path.gamma is None and not independent:
-            raise refusal(
-                f"samplers.{name}", sampler.steps,
-                f"takes its score from the velocity, which has it for coupling='independent', not "
-                f"{settings.flow.coupling!r}", "Take a solver of the ODE, or learn the score (stochastic_interpolant)",
-            )  # fmt: skip
 
 
 def _in_memory_data(data, settings: Settings):
@@ -110,7 +91,3 @@ def _in_memory_data(data, settings: Settings):
     if isinstance(data.train.x, np.ndarray):
         return data
     return in_memory(data, train=TRAIN, validation=HELD_OUT, test=HELD_OUT, seed=settings.common.seed)
-
-
-def _is_network(sampler: Sampler) -> bool:
-    return isinstance(sampler.by, str) and sampler.by not in (DRIFT, samplers.NOISE) and "alpha" in sampler.options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +95,17 @@ class Recipe(NamedTuple):
         """Return the bytes of all sets on disk."""
         counts = (o["count"] if "count" in o else len(o["data"]) for o in self.options.values())
         return 4 * sum(counts) * len(self.ts) * int(np.prod(self.options["forward"]["shape"]))
+
+    def stand_ins(self) -> tuple[correction.Marginals, correction.Marginals]:
+        """Return marginals of zeros with the numbers of examples and the conditions of the sets, for checks."""
+        manifest = types.SimpleNamespace(ts=(), steps=tuple(range(len(self.ts))), flow="", solver="", shape=(), cond=())
+
+        def zeros(options: Mapping[str, Any]) -> correction.Marginals:
+            count = options["count"] if "count" in options else len(options["data"])
+            x = np.broadcast_to(np.float32(0), (count, len(self.ts), 1))
+            return correction.Marginals(x, self.ts, manifest, options["cond"])
+
+        return zeros(self.options["forward"]), zeros(self.options["backward"])
 
     def digest(self, pair) -> str:
         """Return the digest of ``(forward, backward)``."""
@@ -196,11 +208,14 @@ def main(
     plans = recipe(settings, plan, data)
     plans.check()
     folder = workdir.network_folder(path)
+    stages = {samplers.FLOW: assemble.flow_fields(settings)} | ({} if out else {"marginals": plans.fields})
+    workdir.open_workdir(path, settings.config, stages)
     step, flow, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
     flow = loop.merge_parameters(plan, flow)
     directions = DIRECTIONS if direction == "both" else (direction,)
     stored = {"steps": None if keep is None else tuple(keep), "dtype": dtype}
-    out = workdir.begin_stage(path, "marginals", plans.fields) if out is None else workdir.local(out)
+    needs = {samplers.FLOW: checkpoint.digest(flow)}
+    out = workdir.begin_stage(path, "marginals", plans.fields, needs=needs) if out is None else workdir.local(out)
     first = jax.process_index() == 0
     for name in directions:
         estimate = correction.estimate_cost(plans.view, flow, plans.ts, **_build_sizes(plans.options[name]), **stored)

@@ -92,10 +92,9 @@ def shapes(settings: Settings, plans: Plans) -> Models:
     """
     params = {name: jax.eval_shape(lambda plan=plan: loop.initial_parameters(plan)) for name, plan in plans.items()}
     shape = (4, settings.marginals.solver_steps + 1, *plans[FLOW].data.shape)
-    rows, labels = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((4,), np.int32)
-    banks = {"p": rows, "q": rows} | (
-        {"p_labels": labels, "q_labels": labels} if plans[FLOW].data.cond is not None else {}
-    )
+    rows, cond = jax.ShapeDtypeStruct(shape, np.float32), plans[FLOW].data.cond
+    labels = jax.tree.map(lambda a: jax.ShapeDtypeStruct((4, *np.shape(a)[1:]), np.asarray(a).dtype), cond)
+    banks = {"p": rows, "q": rows} | ({} if cond is None else {"p_labels": labels, "q_labels": labels})
     return models(settings, plans, params | {DRIFT: banks})
 
 
@@ -112,7 +111,20 @@ def bank(forward: correction.Marginals, backward: correction.Marginals) -> Param
     banks = {"p": jnp.asarray(forward.x), "q": jnp.asarray(backward.x)}
     if forward.cond is None:
         return banks
-    return banks | {"p_labels": jnp.asarray(forward.cond), "q_labels": jnp.asarray(backward.cond)}
+    return banks | {f"{n}_labels": jax.tree.map(jnp.asarray, m.cond) for n, m in (("p", forward), ("q", backward))}
+
+
+def identity(settings: Settings, params: Mapping[str, Params]) -> str:
+    """Return the name of everything that samples depend on beside the sampler.
+
+    Args:
+        settings: the config.
+        params: the parameters by network, and the stored marginals where they are used.
+
+    Returns:
+        The digest of the parameters, and the guidance scale.
+    """
+    return f"{checkpoint.digest(params)} guidance {settings.common.guidance}"
 
 
 def picture(settings: Settings, plan: loop.Plan) -> Callable[[Params], Any] | None:
@@ -154,22 +166,23 @@ def example_facts(path: Path) -> dict[str, Any]:
     return record["data"]
 
 
-def load_models(settings: Settings, path: Path) -> tuple[Models, str, int]:
+def load_models(settings: Settings, path: Path, *, drift: bool = False) -> tuple[Models, str, int]:
     """Read the trained networks of a run folder; the data set is not needed.
 
     Args:
         settings: the config.
         path: the folder of a flow, of a pipeline, or of a converted network.
+        drift: read the stored marginals too, which the kernel drift takes.
 
     Returns:
-        The networks in the form that samplers use, the digest of the parameters, and the training step of the flow.
+        The networks in the form that samplers use, their digest (see ``identity``), and the training step of the flow.
 
     Raises:
         WorkdirError: no flow is trained there.
     """
     facts = example_facts(path)
     shape, classes = tuple(facts["shape"]), facts["classes"] if settings.common.conditional else 0
-    average = lambda: np.zeros(shape, np.float32)
+    average = lambda: np.asarray(facts["mean"], np.float32)
     parts = {FLOW: settings.flow} | settings.correctors | ({FLOW_MAP: settings.flow_map} if settings.flow_map else {})
     methods, params = {}, {}
     steps: dict[str, int] = {}
@@ -183,10 +196,11 @@ def load_models(settings: Settings, path: Path) -> tuple[Models, str, int]:
             _, methods[name] = assemble.network_and_method(
                 stage_name(name), settings.common, part, net, classes, average
             )
-    if (banks := _stored_bank(path, params[FLOW])) is not None:
-        params[DRIFT] = banks
-    identity = checkpoint.digest(params)
-    return _combine(settings, methods, params, shape), identity, steps[FLOW]
+    banks = stored_bank(path, params[FLOW]) if drift else None
+    if banks is not None:
+        params[DRIFT], ts = banks
+    ready, name = _combine(settings, methods, params, shape), identity(settings, params)
+    return ready if banks is None else ready._replace(ts=ts), name, steps[FLOW]
 
 
 def _trained_folder(path: Path, name: str, best: bool) -> Path | None:
@@ -198,13 +212,24 @@ def _trained_folder(path: Path, name: str, best: bool) -> Path | None:
     return folder if checkpoint.latest_step(folder / "checkpoints") is not None else None
 
 
-def _stored_bank(path: Path, flow: Params) -> Params | None:
-    """Return the marginals of a run folder as arguments of the kernel drift; ``None`` where they cannot be used."""
+def stored_bank(path: Path, flow: Params) -> tuple[Params, np.ndarray] | None:
+    """Return the marginals of a run folder as the kernel drift takes them, with their times.
+
+    Args:
+        path: the run folder.
+        flow: the averaged parameters of the flow that they must belong to.
+
+    Returns:
+        Arrays by name and times ``[steps]``; ``None`` where the marginals are incomplete or of another flow.
+    """
     folders = [workdir.stage_folder(path, "marginals") / direction for direction in ("forward", "backward")]
     if not all(folder.is_dir() for folder in folders):
         return None
     try:
-        return bank(*(correction.read_marginals(f, expect={"flow": checkpoint.digest(flow)}) for f in folders))
+        expect = {"flow": checkpoint.digest(flow)}
+        forward, backward = (correction.read_marginals(folder, expect=expect) for folder in folders)
+        return bank(forward, backward), forward.ts
     except (FileNotFoundError, Unfinished, ValueError) as error:
         records.tell(folders[0].parent, f"has no marginals of this flow ({error})", "not used")
+        return None
         return None

@@ -10,14 +10,14 @@ from pathlib import Path
 import jax
 
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, comparison, drawing, networks, pages, report, stages, workdir
+from fmjax.experiments import assemble, build, comparison, drawing, marginals, networks, pages, report, stages, workdir
 from fmjax.experiments.drawing import Draws
 from fmjax.experiments.networks import Plans
 from fmjax.experiments.results import Result, page_record
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
-from fmjax.storage import checkpoint, files
+from fmjax.storage import files
 from fmjax.training import loop
 
 
@@ -38,8 +38,8 @@ def main(settings: Settings, path: Path) -> None:
     trained = training_stages(settings, data, plans)
     names = comparison.read_samplers(settings, flow_map=FLOW_MAP in networks.shapes(settings, plans).methods)
     every = [*trained, *_comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
-    stages.check_stages(every)
     stages.check_space(every, path)
+    stages.check_stages(every)
     fields = {stage.name: stage.fields for stage in trained}
     path = workdir.open_workdir(path, settings.config, fields, stages.grows(every))
     began = time.perf_counter()
@@ -63,8 +63,9 @@ def training_stages(settings: Settings, data: Dataset, plans: Plans) -> list[Sta
     """
     trained = [flow_stage(settings, data, plans[FLOW])]
     if settings.correctors:
-        trained.append(stages.marginal_sets(settings, plans[FLOW], data))
-        trained += [stages.corrector(settings, name, plans[name]) for name in settings.correctors]
+        recipe = marginals.recipe(settings, plans[FLOW], data)
+        trained.append(stages.marginal_sets(recipe))
+        trained += [stages.corrector(settings, name, plans[name], recipe) for name in settings.correctors]
     if FLOW_MAP in plans:
         plan = plans[FLOW_MAP]
         start = lambda results: loop.merge_parameters(plan, results[FLOW].value, "the flow")
@@ -90,10 +91,13 @@ def flow_stage(settings: Settings, data: Dataset, plan: loop.Plan | None = None)
     """
     plan = plan or assemble.flow_plan(settings, data)
     begin, teacher = (assemble.start_of(plan, settings, field) for field in ("init", "teacher"))
+    if plan.method.frozen and begin is None:  # the teacher's parameters are part of the network's
+        begin = teacher
+    pictures = {"pictures": settings.common.sample_every, "picture": networks.picture(settings, plan)}
+    origin = {"start": lambda results: begin, "teacher": lambda results: teacher}
     return stages.trained(
-        plan, assemble.flow_fields(settings), start=lambda results: begin, teacher=lambda results: teacher,
-        pictures=settings.common.sample_every, picture=networks.picture(settings, plan), data=assemble.data_facts(data),
-    )  # fmt: skip
+        plan, assemble.flow_fields(settings), **origin, **pictures, data=assemble.data_facts(settings, data)
+    )
 
 
 def _comparing_stages(
@@ -109,11 +113,11 @@ def _comparing_stages(
             metric.distance(data.train.x[: draws.samples])
 
     def write(results: dict[str, Result], folder: Path) -> Result:
-        page = pages.pipeline(settings, data, draws, names, results, folder.parent)
-        report.write_report(folder.parent / "report.html", page.contents)
-        digest = stage.digest(results)
-        kept = {"digest": digest, "page": files.file_digest(folder.parent / "report.html"), "lines": page.lines}
-        files.write_json(folder.parent / "metrics.json", page.record | kept)
+        page, digest = pages.pipeline(settings, data, draws, names, results, folder.parent), stage.digest(results)
+        if jax.process_index() == 0:
+            report.write_report(folder.parent / "report.html", page.contents)
+            kept = {"digest": digest, "page": files.file_digest(folder.parent / "report.html"), "lines": page.lines}
+            files.write_json(folder.parent / "metrics.json", page.record | kept)
         return Result(page.lines, digest, f"{len(page.contents.rows)} rows in metrics.json")
 
     def read(results: dict[str, Result], folder: Path) -> Result | None:
@@ -121,7 +125,7 @@ def _comparing_stages(
         record = page_record(path / "metrics.json", path / "report.html", stage.digest(results))
         return record and Result(record["lines"], record["digest"], "complete")
 
-    stage = Stage("comparison", (*needs, "samples"), fields, check, write, read)
+    stage = Stage("comparison", (*needs, "samples"), fields, check, write, read, derived=True)
     return [samples, stage]
 
 
@@ -140,11 +144,11 @@ def _samples_stage(
         params = {name: v[0] if name in settings.correctors else v for name, v in value.items()}
         if "marginals" in results:
             params[DRIFT] = networks.bank(*results["marginals"].value)
-        models, identity = networks.models(settings, plans, params), checkpoint.digest(params)
+        models, identity = networks.models(settings, plans, params), networks.identity(settings, params)
         drawn = comparison.draw_all(names, models, draws, directory=folder, identity=identity)
         costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
         summary = f"{len(drawn)} samplers x {draws.seeds} runs x {draws.samples} samples"
         return Result((drawn, costs, models), identity, summary)
 
     size = lambda: 4 * len(names) * draws.seeds * draws.samples * math.prod(plans[FLOW].data.shape)
-    return Stage("samples", tuple(needs), fields, check, run, lambda results, folder: None, size=size)
+    return Stage("samples", tuple(needs), fields, check, run, lambda results, folder: None, size=size, derived=True)

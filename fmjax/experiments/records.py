@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,26 @@ from fmjax.storage import checkpoint, files
 
 STAGE = "stage.json"
 ABSENT = "absent"
-GROWS = "steps"  # a training may be continued to more steps where no number depends on how many there are
 
 
-def stage_record(name: str, fields: Mapping[str, Any], data: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the record of a stage: its name, the config fields that it depends on, and facts of its data.
+def stage_record(
+    name: str, fields: Mapping[str, Any], data: Mapping[str, Any] | None, needs: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the record of a stage: its name, the config fields and results that it depends on, facts of its data.
 
     Args:
         name: the stage.
         fields: plain values by dotted name.
         data: facts of the data set that samplers need.
+        needs: digests of the results that the stage is made from, by the names of their stages.
 
     Returns:
         The content of ``stage.json``, which each checkpoint keeps too.
 
     >>> stage_record("flow", {"seed": 0}, None)
-    {'stage': 'flow', 'fields': {'seed': 0}, 'data': {}}
+    {'stage': 'flow', 'fields': {'seed': 0}, 'data': {}, 'needs': {}}
     """
-    return {"stage": name, "fields": dict(fields), "data": dict(data or {})}
+    return {"stage": name, "fields": dict(fields), "data": dict(data or {}), "needs": dict(needs or {})}
 
 
 def read(folder: Path, name: str | None = None) -> dict[str, Any] | None:
@@ -47,7 +49,7 @@ def read(folder: Path, name: str | None = None) -> dict[str, Any] | None:
     """
     try:
         record = files.read_json(folder / STAGE)
-        if {"stage", "fields", "data"} <= record.keys() and name in (None, record["stage"]):
+        if {"stage", "fields", "data", "needs"} <= record.keys() and name in (None, record["stage"]):
             return record
         tell(folder / STAGE, f"is of the stage {record.get('stage')!r}", "not used")
     except files.DamagedFile as error:
@@ -89,26 +91,22 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
     files.write_json(folder / STAGE, record)
 
 
-def differing(old: Mapping[str, Any], new: Mapping[str, Any], grows: Callable[[], bool]) -> list[str]:
-    """Return the fields in which two records of a stage differ, as phrases.
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields in which two records of a stage differ.
 
     Args:
         old: fields of the folder.
         new: fields of now.
-        grows: whether more steps give the numbers of a longer run; called where the steps differ.
 
     Returns:
-        One phrase per field, ``"steps is 100 there, 200 here"``.
+        A phrase per field, such as ``"steps is 100 there, 200 here"``.
 
-    >>> differing({"seed": 0, "clip": 1.0}, {"seed": 1, "clip": 1.0}, lambda: True)
-    ['seed is 0 there, 1 here']
+    >>> differing({"seed": 0, "clip": 1.0}, {"seed": 1, "clip": 1.0})
+    {'seed': 'seed is 0 there, 1 here'}
     """
     show = lambda fields, field: json.dumps(fields[field]) if field in fields else ABSENT
     fields = [field for field in sorted(old.keys() | new.keys()) if show(old, field) != show(new, field)]
-    for field in [f for f in fields if f.rpartition(".")[2] == GROWS and f in old and f in new and new[f] > old[f]]:
-        if new.get(field.removesuffix(GROWS) + "schedule") == "constant" and grows():
-            fields.remove(field)
-    return [f"{field} is {show(old, field)} there, {show(new, field)} here" for field in fields]
+    return {field: f"{field} is {show(old, field)} there, {show(new, field)} here" for field in fields}
 
 
 def tell(path: Path, problem: str | None, done: str) -> None:

@@ -16,7 +16,18 @@ import numpy as np
 from fmjax import correction, straightening
 from fmjax.checks import refusal
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, comparison, records, report, specs, stages, straightened, workdir
+from fmjax.experiments import (
+    assemble,
+    build,
+    comparison,
+    pipeline,
+    records,
+    report,
+    specs,
+    stages,
+    straightened,
+    workdir,
+)
 from fmjax.experiments.marginals import with_bar
 from fmjax.experiments.results import Result, curves, finished, page_record, read_trained
 from fmjax.experiments.samplers import FLOW
@@ -25,7 +36,7 @@ from fmjax.experiments.stages import Stage
 from fmjax.storage import checkpoint, files
 from fmjax.storage.shards import Unfinished
 from fmjax.straightening import TEACHER, SegmentedModel
-from fmjax.training import loop, plans
+from fmjax.training import loop, plans, sharding
 
 Students = Mapping[str, tuple[loop.Plan, dict[str, Any]]]
 
@@ -46,8 +57,8 @@ def main(settings: Settings, path: Path) -> None:
     trained, students, models = student_stages(settings, data)
     flow = assemble.flow_plan(settings, data)
     every = [*trained, _comparing_stage(settings, data, flow, students, models, [stage.name for stage in trained])]
-    stages.check_stages(every)
     stages.check_space(every, path)
+    stages.check_stages(every)
     fields = {stage.name: stage.fields for stage in trained}
     path = workdir.open_workdir(path, settings.config, fields, stages.grows(every))
     results = stages.run_all(every, path)
@@ -71,15 +82,14 @@ def student_stages(settings: Settings, data: Dataset) -> tuple[list[Stage], Stud
     if settings.straighten is None:
         raise ValueError("straighten: the config has none. Add straighten(c), as configs/half_straightening_digits.py.")
     part, s = settings.straighten
-    if settings.common.path != "linear":
+    if specs.name_of(settings.common.path) != "linear":
         raise refusal("path", settings.common.path, "the comparison is on the linear path", "Set path='linear'")
     if s.bounds[0] != 0 or s.bounds[-1] != 1:
         raise refusal("straighten.bounds", s.bounds, "samples go from 0 to 1", "Begin with 0 and end with 1")
     models, options = straightening.comparison_models(s.bounds, s.parts, s.sharing, full=s.full)
     flow = assemble.flow_plan(settings, data)
     students = {name: (_student(settings, name, option, data), option) for name, option in options.items()}
-    fields, facts, every = assemble.flow_fields(settings), assemble.data_facts(data), settings.common.sample_every
-    trained = [stages.trained(flow, fields, pictures=every, data=facts), _trajectories(settings, flow, data)]
+    trained = [pipeline.flow_stage(settings, data, flow), _trajectories(settings, flow, data)]
     trained += [_student_stage(settings, data, plan, option) for plan, option in students.values()]
     return trained, students, models
 
@@ -109,7 +119,10 @@ def _student_stage(settings: Settings, data: Dataset, plan: loop.Plan, options: 
         batch = straightening.segment_batches(
             ends, options["bounds"], batch_size=plan.data.batch_size, seed=s.seed, **(real if keep else {})
         )
-        state = loop.train(plan.replace(batch=batch), folder, params=flow, teacher=flow, record=record)
+        size = plan.data.batch_size // jax.process_count()
+        part = slice(jax.process_index() * size, (jax.process_index() + 1) * size)  # all draw the whole batch
+        ready = plan.replace(batch=lambda step: jax.tree.map(lambda a: a[part], batch(step)))
+        state = loop.train(ready, folder, params=flow, teacher=flow, record=stage.record(results))
         return finished(state.ema, plan, folder)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
@@ -117,9 +130,9 @@ def _student_stage(settings: Settings, data: Dataset, plan: loop.Plan, options: 
         return read_trained(plan, folder, {"params": flow, "teacher": flow})
 
     fields = _training_only(assemble.stage_fields(settings, "straighten") | {"student": plan.name})
-    record, size = records.stage_record(plan.name, workdir.plain(fields), None), lambda: plans.checkpoint_bytes(plan)
-    needs = (FLOW, "trajectories")
-    return Stage(plan.name, needs, fields, lambda: None, work, complete, plan=plan, size=size)
+    size, needs = functools.partial(plans.checkpoint_bytes, plan), (FLOW, "trajectories")
+    stage = Stage(plan.name, needs, fields, lambda: None, work, complete, plan=plan, size=size)
+    return stage
 
 
 def _training_only(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,6 +165,7 @@ def _trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
             correction.build_marginals, flow.method.velocity, params, ts, directory=folder, flow=digest, **options
         )
         with_bar(make, "forward")
+        sharding.barrier("trajectories")
         return read(folder, digest)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
@@ -196,9 +210,10 @@ def _comparing_stage(
         params |= {name: results[plan.name].value for name, (plan, _) in students.items()}
         page = straightened.compare_students(settings, data, draws, models, methods, params, curves(path, results))
         digest = stage.digest(results)
-        report.write_report(path / "report.html", page.contents)
-        kept = {"digest": digest, "page": files.file_digest(path / "report.html")}
-        files.write_json(path / "straightened.json", page.record | kept)
+        if jax.process_index() == 0:
+            report.write_report(path / "report.html", page.contents)
+            kept = {"digest": digest, "page": files.file_digest(path / "report.html")}
+            files.write_json(path / "straightened.json", page.record | kept)
         return Result(None, digest, f"{len(page.record['rows'])} samplers")
 
     def read(results: dict[str, Result], folder: Path) -> Result | None:
@@ -206,5 +221,5 @@ def _comparing_stage(
         record = page_record(path / "straightened.json", path / "report.html", stage.digest(results))
         return record and Result(None, record["digest"], "complete")
 
-    stage = Stage("comparison", tuple(needs), fields, check, work, read)
+    stage = Stage("comparison", tuple(needs), fields, check, work, read, derived=True)
     return stage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import sampling
-from fmjax.checks import refusal
+from fmjax.checks import Range, check_range, refusal
 from fmjax.experiments import drawing, networks, samplers, settings, workdir
 from fmjax.experiments.drawing import Models
-from fmjax.experiments.samplers import FLOW, FLOW_MAP, Sampler
+from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.types import Cond, Method, Params
 
@@ -88,7 +88,7 @@ class Run:
 
     def velocity(self, x, t, cond: Cond = None):
         """Return the flow's velocity at ``x: [B, ...]`` and ``t``, guided as the config says."""
-        return self.method.velocity(self.params)(x, t, cond)
+        return self.method.velocity(self.params)(jnp.asarray(x), t, cond)
 
     def sample(
         self,
@@ -124,13 +124,11 @@ class Run:
         Raises:
             ValueError: a label or condition that the network cannot take, or a sampler that cannot be drawn.
         """
-        if n < 1:
-            raise refusal("n", n, "no samples", "Give at least 1")
+        check_range("n", n, Range(1, 1e9))
+        check_range("seed", seed, Range(0, 2**32 - 1))
         sampler = self.sampler(solver, steps, grid, corrections)
-        models = self.guided(guidance)
         cond = self.conditions(n, label, cond, first)
-        drawing.check_sampler(sampler, models, cond=cond)
-        program = drawing.program(sampler, models)
+        models, program = self.prepare(sampler, guidance, cond)
         keys = drawing.sample_keys(seed, 0, first + n)[first:]
         return drawing.in_chunks(lambda keys, cond: program(models.params, keys, cond), keys, cond)
 
@@ -218,14 +216,29 @@ class Run:
             return plain[0]
         entry = {"solver": solver, "steps": steps, "grid": grid, **corrections}
         trained = [name for name in self.models.methods if name not in (FLOW, FLOW_MAP)]
-        return samplers.corrected_samplers({"sample": entry}, plain, trained)[-1]
+        return next(s for s in samplers.corrected_samplers({"sample": entry}, plain, trained) if s.by != NOISE)
 
     def guided(self, scale: float | None) -> Models:
         """Return the networks with another guidance scale."""
         if scale is None or scale == self.settings.common.guidance:
             return self.models
+        check_range("guidance", scale, Range())
+        if not (self.settings.common.conditional and self.settings.common.label_dropout):
+            wrong = "this run was trained without label dropout, which gives the network of no label"
+            raise refusal("guidance", scale, wrong, "Leave guidance out, or train with label_dropout=0.1")
         common = dataclasses.replace(self.settings.common, guidance=float(scale))
         return networks.load_models(self.settings._replace(common=common), self.path)[0]
+
+    def prepare(self, sampler: Sampler, guidance: float | None, cond: Cond) -> tuple[Models, Any]:
+        """Return the networks and the program of a sampler, checked; a program is compiled once."""
+        name = repr((sampler, guidance, jax.tree.structure(cond)))
+        if name not in self._programs:
+            models = self.guided(guidance)
+            if sampler.by == DRIFT and (banks := networks.stored_bank(self.path)) is not None:
+                models = models._replace(params=models.params | {DRIFT: banks[0]}, ts=banks[1])
+            drawing.check_sampler(sampler, models, cond=cond)
+            self._programs[name] = models, drawing.program(sampler, models)
+        return self._programs[name]
 
     def conditions(self, n: int, label: int | None, cond: Cond, first: int = 0) -> Cond:
         """Return the conditions of ``n`` samples; see ``sample``."""
@@ -239,6 +252,9 @@ class Run:
         if cond is not None:
             if not self.settings.common.conditional:
                 raise refusal("cond", type(cond).__name__, "this run takes no conditions", "Leave cond out")
+            if any(np.shape(leaf)[:1] != (n,) for leaf in jax.tree.leaves(cond)):
+                shapes = [np.shape(leaf) for leaf in jax.tree.leaves(cond)]
+                raise refusal("cond", shapes, f"not {n} conditions", "Give arrays [n, ...]")
             return cond
         if not self.settings.common.conditional:
             return None
@@ -246,7 +262,11 @@ class Run:
             raise ValueError("cond=None: this run is conditioned on arrays. Give cond, arrays [n, ...].")
         return np.arange(first, first + n, dtype=np.int32) % facts["classes"]
 
-    def _solve(self, x, cond: Cond, ts: Sequence[float]) -> np.ndarray:
+    @functools.cached_property
+    def _programs(self) -> dict[str, tuple[Models, Any]]:
+        return {}
+
+    def _solve(self, x, cond: Cond, ts: np.ndarray) -> np.ndarray:
         @jax.jit
         def solve(x, cond):
             return sampling.sample(sampling.rk4(self.velocity), x, ts, cond=cond)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax.checks import refusal
+from fmjax.checks import Range, check_range, refusal
 from fmjax.experiments import records, workdir
 from fmjax.experiments.drawing import CHUNK, hash_arrays
 from fmjax.experiments.run import Run
@@ -55,14 +55,17 @@ def main(
     run, target = Run(settings, path), workdir.local(out)
     options: dict[str, Any] = {"guidance": guidance, "solver": _json("solver", solver), "steps": solver_steps}
     options["corrections"] = _json("corrections", corrections)
-    if count < 1:
-        raise refusal("count", count, "no samples", "Give at least 1")
+    check_range("count", count, Range(1, 1e9))
+    check_range("seed", seed, Range(0, 2**32 - 1))
     kind = target.suffix
     if kind not in (".npz", ".png", ""):
         raise refusal("out", out, "neither a .npz file, a .png file nor a folder", "Give samples.npz or grid.png")
     if kind == "" and len(run.models.shape) != 3:
         raise refusal("out", out, "a folder holds images, and these samples are not images", "Give samples.npz")
+    if kind == ".png" and pictures.writer_for(run.models.shape) is None:
+        raise refusal("out", out, f"vectors {list(run.models.shape)} are not drawn", "Give samples.npz")
     sampler = run.sampler(options["solver"], solver_steps, None, options["corrections"])
+    run.prepare(sampler, guidance, run.conditions(min(count, CHUNK), label, None))
     what = {"sampler": sampler.fields(), "seed": seed, "label": label, "guidance": guidance, "run": run.identity}
     parts = target.with_name(f".{target.name}.{hash_arrays([np.frombuffer(repr(what).encode(), np.uint8)])[:12]}")
     starts, content = list(range(0, count, CHUNK)), repr(what)
@@ -88,10 +91,7 @@ def _write(target: Path, x: np.ndarray, cond: Any) -> None:
     if target.suffix == ".npz":
         files.write_npz(target, {"x": x} | ({} if cond is None else {"cond": cond}))
     elif target.suffix == ".png":
-        picture = pictures.writer_for(x.shape[1:])
-        if picture is None:
-            raise refusal("out", str(target), f"vectors {list(x.shape[1:])} are not drawn", "Give samples.npz")
-        picture.write(target, x)
+        pictures.writer_for(x.shape[1:]).write(target, x)
     else:
         target.mkdir(parents=True, exist_ok=True)
         digits = max(6, len(str(len(x) - 1)))
@@ -100,15 +100,16 @@ def _write(target: Path, x: np.ndarray, cond: Any) -> None:
 
 
 def _json(field: str, text: str | None) -> Any:
-    """Return a JSON value; a solver may be a bare name."""
+    """Parse a value as JSON; a solver may be a bare name, and a correction must be a mapping."""
     if text is None:
         return None
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        if field == "solver":
-            return text
-        raise refusal(field, text, "is no JSON", 'Give {"at": [0], "by": "score", "alpha": 0.5}') from None
+        value = text
+    if field == "corrections" and not isinstance(value, dict):
+        raise refusal(field, text, "not a mapping in JSON", 'Give {"at": [0], "by": "score", "alpha": 0.5}')
+    return value
 
 
 def _complete(path: Path, content: str) -> bool:

@@ -107,6 +107,8 @@ def corrected_samplers(
     """
     corrected: list[Sampler] = []
     for key, entry in corrections.items():
+        if not hasattr(entry, "items"):
+            raise refusal(f"corrections.{key}", entry, "not a mapping", "Give solver, steps, at, by and options")
         for sampler in _corrected(f"corrections.{key}", dict(entry.items()), plain, trained):
             if sampler not in corrected:
                 corrected.append(sampler)
@@ -118,6 +120,8 @@ def corrected_samplers(
 
 def _check_solver(spec: Any, *, field: str) -> None:
     """Refuse a solver that does not exist, or an unknown option; ``"flow_map"`` is a solver."""
+    if not (specs.is_spec(spec) or callable(spec)):
+        raise refusal(field, spec, "not a solver", "Give a name, or {'name': ..., options}")
     if spec != FLOW_MAP:
         build.step(spec, field=field)
 
@@ -155,7 +159,9 @@ def _corrected(field: str, c: dict[str, Any], plain: Sequence[Sampler], trained:
     options = {name: value for name, value in c.items() if name not in OPTIONS} | inner
     options = _options(f"{field}", by, options, at, trained, time_grid(grid, n)[list(at)])
     where = "at every step" if len(at) == n + 1 else f"at {', '.join(map(str, at))}"
-    parallel = bool(c.get("parallel", False))
+    parallel = c.get("parallel", False)
+    if not isinstance(parallel, bool):
+        raise refusal(f"{field}.parallel", parallel, "neither True nor False", "Give one of them")
     family = f"{base.family} + corrections"
     words = f"{specs.name_of(by)} {where}" + (" (parallel)" if parallel else "")
     push = Sampler(f"{base.name}, {words}", family, base.solver, n, grid, at, by, options, parallel, baseline=base.name)
@@ -184,7 +190,8 @@ def _options(field: str, by: Any, options: dict[str, Any], at, trained: Sequence
         raise ValueError(f"{field}.{missing[0]}: {by!r} needs it. Give {missing[0]}.")
     if not at:
         raise refusal(f"{field}.at", tuple(at), "names no step", "Give steps, such as (0, 4)")
-    options = {name: _strength(f"{field}.{name}", value, at) for name, value in options.items()}
+    plain = lambda value: places.is_outside(by) and isinstance(value, (str, bool))
+    options = {n: v if plain(v) else _strength(f"{field}.{n}", v, at) for n, v in options.items()}
     if "alpha" in known:
         if not np.any(options["alpha"]):
             raise refusal(f"{field}.alpha", options["alpha"], "corrects nothing", "Give a number other than 0")
@@ -193,7 +200,10 @@ def _options(field: str, by: Any, options: dict[str, Any], at, trained: Sequence
     elif "to" in known:
         identity = lambda x, s, t, cond=None, key=None: x
         scalars = {name: value for name, value in options.items() if name != "path"}
-        stated(correctors.restart(identity, **scalars)).check(ts)
+        try:
+            stated(correctors.restart(identity, **scalars)).check(ts)
+        except ValueError as error:
+            raise ValueError(f"{field}.{error}") from error
     return options
 
 

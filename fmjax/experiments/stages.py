@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from fmjax import checks, correction
+from fmjax.checks import refusal
 from fmjax.experiments import assemble, marginals, records, workdir
 from fmjax.experiments.results import Result, best_average, finished, read_trained
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.workdir import WorkdirError
 from fmjax.metrics import classifier
 from fmjax.storage import checkpoint, lock
-from fmjax.training import hooks, logs, loop, plans
+from fmjax.training import hooks, logs, loop, plans, sharding
 from fmjax.types import Params
 
 HELD_OUT = 5  # 1 of 5 marginal examples is held out from a classifier, for its score and for early stopping
@@ -34,6 +37,7 @@ class Stage(NamedTuple):
         run: ``run(results, folder) -> Result`` does the work, or the missing part of the work.
         read: ``read(results, folder) -> Result | None`` reads a complete result.
         data: facts of the data set that samplers need, see ``assemble.data_facts``.
+        derived: whether the stage is computed again when the results that it needs change; a training is not.
         plan: the training, of a stage that trains.
         size: ``size() -> int``, the bytes of its files on disk.
     """
@@ -45,6 +49,7 @@ class Stage(NamedTuple):
     run: Callable[[dict[str, Result], Path], Result]
     read: Callable[[dict[str, Result], Path], Result | None]
     data: Mapping[str, Any] | None = None
+    derived: bool = False
     plan: loop.Plan | None = None
     size: Callable[[], int] = lambda: 0
 
@@ -53,17 +58,49 @@ class Stage(NamedTuple):
         parts = [self.name, workdir.plain(self.fields), [results[name].digest for name in self.needs]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def complete(self, results: dict[str, Result], path: Path) -> Result | None:
+        """Return the complete result in a run folder, if there is one; refuse one that was made from other results."""
+        if not self.derived:
+            workdir.check_needs(path, self.name, {name: results[name].digest for name in self.needs})
+        sharding.barrier(f"before {self.name}")  # no process reads what another one already writes
+        result = self.read(results, workdir.stage_folder(path, self.name))
+        sharding.barrier(f"at {self.name}")
+        if result is not None:  # its record may be lost
+            self.begin(results, path)
+        return result
 
-def check_stages(stages: Sequence[Stage]) -> None:
-    """Check all stages before anything is written.
+    def work(self, results: dict[str, Result], path: Path) -> Result:
+        """Do the work of the stage, or what is left of it, in a run folder."""
+        result = self.run(results, self.begin(results, path))
+        lock.check_owned()
+        return result
+
+    def begin(self, results: Mapping[str, Result], path: Path) -> Path:
+        """Make the folder of the stage with its record; return the folder."""
+        record = self.record(results)
+        return workdir.begin_stage(path, self.name, record["fields"], record["data"], record["needs"])
+
+    def record(self, results: Mapping[str, Result]) -> dict[str, Any]:
+        """Return what the stage is made from: its config fields, facts of its data, and digests of what it needs."""
+        needs = {} if self.derived else {name: results[name].digest for name in self.needs}
+        return records.stage_record(self.name, workdir.plain(self.fields), self.data, needs)
+
+
+def check_stages(stages: Sequence[Stage], name: str | None = None) -> None:
+    """Check stages before anything is written.
 
     Args:
         stages: all stages of the run.
+        name: check this stage alone.
 
     Raises:
-        ValueError: one line, for anything that a stage would refuse while it works.
+        ValueError: no such stage, or what a stage would refuse while it works.
     """
-    for stage in stages:
+    by_name = {stage.name: stage for stage in stages}
+    if name is not None and name not in by_name:
+        near = checks.nearest(name, by_name)
+        raise refusal("stage", name, f"this config has no such stage{near}", f"It has {', '.join(by_name)}")
+    for stage in stages if name is None else [by_name[name]]:
         stage.check()
 
 
@@ -90,7 +127,14 @@ def check_space(stages: Sequence[Stage], path: Path) -> None:
 
 
 def grows(stages: Sequence[Stage]) -> Callable[[str], bool]:
-    """Return whether more steps of a stage give the numbers of a longer run: its loss does not see the progress."""
+    """Return the function that tells whether more steps of a stage give the numbers of a longer run.
+
+    Args:
+        stages: all stages of the run.
+
+    Returns:
+        ``grows(name)``, false for a training whose loss sees its progress.
+    """
     training = {stage.name: stage.plan for stage in stages}
     return lambda name: training[name] is None or not plans.uses_progress(training[name])
 
@@ -104,18 +148,12 @@ def run_all(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
 
     Returns:
         The results by stage.
-
     """
     results: dict[str, Result] = {}
     for i, stage in enumerate(stages, 1):
         with logs.stage(f"[{i}/{len(stages)}] {stage.name}") as tell:
-            folder = workdir.begin_stage(path, stage.name, stage.fields, stage.data)
-            result = stage.read(results, folder)
-            if result is None:
-                result = stage.run(results, folder)
-            lock.check_owned()
-            results[stage.name] = result
-            tell(result.summary)
+            results[stage.name] = stage.complete(results, path) or stage.work(results, path)
+            tell(results[stage.name].summary)
     return results
 
 
@@ -134,26 +172,9 @@ def run_one(stages: Sequence[Stage], name: str, path: Path) -> Result:
         ValueError: no such stage.
         WorkdirError: a stage that the stage needs is not complete.
     """
-    stage = named(stages, name)
-    results = _read_complete(stages, stage.needs, path)
-    return stage.run(results, workdir.begin_stage(path, name, stage.fields, stage.data))
-
-
-def named(stages: Sequence[Stage], name: str) -> Stage:
-    """Return the stage of a name.
-
-    Args:
-        stages: all stages of the run.
-        name: the stage.
-
-    Raises:
-        ValueError: no such stage.
-    """
     by_name = {stage.name: stage for stage in stages}
-    if name not in by_name:
-        near = checks.nearest(name, by_name)
-        raise ValueError(f"stage={name!r}: this config has no such stage{near}. It has {', '.join(by_name)}.")
-    return by_name[name]
+    results = _read_complete(stages, by_name[name].needs, path)
+    return by_name[name].complete(results, path) or by_name[name].work(results, path)
 
 
 def _read_complete(stages: Sequence[Stage], names: Iterable[str], path: Path) -> dict[str, Result]:
@@ -170,7 +191,7 @@ def _read_complete(stages: Sequence[Stage], names: Iterable[str], path: Path) ->
             return
         for need in by_name[name].needs:
             visit(need)
-        result = by_name[name].read(results, workdir.stage_folder(path, name))
+        result = by_name[name].complete(results, path)
         if result is None:
             raise WorkdirError(
                 f"workdir={path}: its stage {name!r} is not complete. Complete it by launch.train --stage={name} "
@@ -213,17 +234,25 @@ def trained(
     def work(results: dict[str, Result], folder: Path) -> Result:
         initial = {"params": start(results), "teacher": teacher(results)}
         watchers = [hooks.draw_samples(plan, folder, every=pictures, draw=picture)] if pictures else []
-        return finished(loop.train(plan, folder, hooks=watchers, record=record, **initial).ema, plan, folder)
+        state = loop.train(plan, folder, hooks=watchers, record=stage.record(results), **initial)
+        return finished(state.ema, plan, folder)
 
     def complete(results: dict[str, Result], folder: Path) -> Result | None:
         return read_trained(plan, folder, {"params": start(results), "teacher": teacher(results)})
 
-    record = records.stage_record(plan.name, workdir.plain(fields), data)
     size = functools.partial(plans.checkpoint_bytes, plan)
-    return Stage(plan.name, tuple(needs), fields, lambda: None, work, complete, data, plan, size)
+    stage = Stage(plan.name, tuple(needs), fields, lambda: None, work, complete, data, plan=plan, size=size)
+    return stage
 
 
-def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence[str] = ("flow", "marginals")) -> Stage:
+def corrector(
+    settings: Settings,
+    name: str,
+    plan: loop.Plan,
+    recipe: marginals.Recipe,
+    *,
+    needs: Sequence[str] = ("flow", "marginals"),
+) -> Stage:
     """Return the stage that trains a corrector on pairs of marginals.
 
     For a classifier, the result holds the averaged parameters with the best held-out cross-entropy of the training, and
@@ -233,6 +262,7 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
         settings: the config.
         name: the corrector.
         plan: the training plan, with batches of the right shapes.
+        recipe: how the marginals are built, for the checks.
         needs: the stages of the flow and of its marginals.
 
     Returns:
@@ -240,32 +270,46 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
     """
     classifies = _is_classifier(plan)
 
-    def batch(results: dict[str, Result], examples=None) -> loop.Plan:
-        forward, backward = results[needs[1]].value
-        draws = correction.marginal_pairs(
-            forward, backward, batch_size=plan.data.batch_size, seed=plan.seed, examples=examples
+    def on_pairs(forward: correction.Marginals, backward: correction.Marginals) -> loop.Plan:
+        part = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        rows = _held_out(forward, backward) if classifies else None
+        pairs = correction.marginal_pairs(
+            forward, backward, batch_size=plan.data.batch_size, seed=plan.seed, examples=rows, **part
         )
-        return plan.replace(batch=draws)
+        return plan.replace(batch=pairs)
+
+    def check() -> None:
+        try:
+            on_pairs(*recipe.stand_ins())
+        except ValueError as error:
+            raise refusal(
+                "forward_examples", settings.marginals.forward_examples, f"{name!r} cannot train on these ({error})",
+                "Give as many as there are training examples",
+            ) from error  # fmt: skip
 
     def frozen(results: dict[str, Result]) -> Params | None:
         return results[needs[0]].value if plan.target == "frozen" else None
 
     def areas(results: dict[str, Result], params: Params):
         forward, backward = results[needs[1]].value
-        rows = _held_out(forward, backward)
-        x = backward.x[rows.stop :], forward.x[rows.stop :]
-        return classifier.by_step(plan.model.net, params, *x, forward.ts)
+        stop = _held_out(forward, backward).stop
+        conds = (jax.tree.map(lambda a: a[stop:], m.cond) for m in (backward, forward))
+        x, cond = (
+            (backward.x[stop:], forward.x[stop:]),
+            dict(zip(("positive_cond", "negative_cond"), conds, strict=True)),
+        )
+        return classifier.by_step(plan.model.net, params, *x, forward.ts, **cond)
 
     def work(results: dict[str, Result], folder: Path) -> Result:
+        ready = on_pairs(*results[needs[1]].value)
         if not classifies:
-            params = loop.train(batch(results), folder, teacher=frozen(results), record=record).ema
+            params = loop.train(ready, folder, teacher=frozen(results), record=stage.record(results)).ema
             return finished((params, None), plan, folder)
-        rows = _held_out(*results[needs[1]].value)
         if (step := checkpoint.latest_step(folder / "checkpoints")) is not None and step >= plan.schedule.log_every:
             best_average(plan, folder)  # refuses a training that has lost it
-        best = {"stage": f"{plan.name}.best", "run": record}
+        best = {"stage": f"{plan.name}.best", "run": stage.record(results)}
         keep = hooks.keep_best(folder / "best", lambda ema: float(areas(results, ema).bce.mean()), record=best)
-        loop.train(batch(results, rows), folder, teacher=frozen(results), hooks=[keep], record=record)
+        loop.train(ready, folder, teacher=frozen(results), hooks=[keep], record=best["run"])
         params = best_average(plan, folder)
         return finished((params, areas(results, params).auc), plan, folder)
 
@@ -277,24 +321,21 @@ def corrector(settings: Settings, name: str, plan: loop.Plan, *, needs: Sequence
         return finished((params, areas(results, params).auc), plan, folder)
 
     fields = assemble.stage_fields(settings, f"correctors.{name}")
-    record = records.stage_record(plan.name, workdir.plain(fields), None)
     size = functools.partial(plans.checkpoint_bytes, plan)
-    return Stage(plan.name, tuple(needs), fields, lambda: None, work, complete, None, plan, size)
+    stage = Stage(plan.name, tuple(needs), fields, check, work, complete, plan=plan, size=size)
+    return stage
 
 
-def marginal_sets(settings: Settings, plan: loop.Plan, data, *, needs: Sequence[str] = ("flow",)) -> Stage:
+def marginal_sets(recipe: marginals.Recipe, *, needs: Sequence[str] = ("flow",)) -> Stage:
     """Return the stage that builds the forward and backward marginals of the flow.
 
     Args:
-        settings: the config.
-        plan: the flow's plan.
-        data: the data set.
+        recipe: how they are built.
         needs: the stage of the flow.
 
     Returns:
         The stage; its value is ``(forward, backward)``.
     """
-    recipe = marginals.recipe(settings, plan, data)
 
     def work(results: dict[str, Result], folder: Path) -> Result:
         return report(recipe.build(results[needs[0]].value, folder))

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import jax
 
-from fmjax import checks
 from fmjax.data import Dataset
-from fmjax.experiments import build, networks, pipeline, records, reflow, stages, workdir
+from fmjax.experiments import build, networks, pipeline, reflow, stages, workdir
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
-from fmjax.training import loop
+from fmjax.training import sharding
 
 
 @workdir.owner
@@ -31,15 +30,15 @@ def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | Non
     """
     data = build.data(settings.common.data)
     every = [pipeline.flow_stage(settings, data)] if stage == "flow" else _trained_stages(settings, data)
-    stages.check_stages(every)
-    chosen = stages.named(every, stage)
+    stages.check_stages(every, stage)
+    (chosen,) = (s for s in every if s.name == stage)
     stages.check_space([chosen], path)
-    if fork and chosen.plan is None:
-        raise checks.refusal("fork", fork, f"the stage {stage!r} is not a training", "Leave fork out")
-    workdir.open_workdir(path, settings.config, {s.name: s.fields for s in every}, stages.grows(every))
-    if fork:
-        record = records.stage_record(stage, workdir.plain(chosen.fields), chosen.data)
-        workdir.fork(fork, path, record, loop.initial_state(chosen.plan), steps=chosen.plan.schedule.steps)
+    fields = {s.name: s.fields for s in every}
+    copy_state = workdir.fork(fork, path, stage, fields[stage], chosen.plan) if fork else None
+    workdir.open_workdir(path, settings.config, fields, stages.grows(every))
+    if copy_state:
+        copy_state()
+        sharding.barrier("fork")
     result = stages.run_one(every, stage, path)
     if jax.process_index() == 0:
         print(f"{stage}: {result.summary}, in {workdir.stage_folder(path, stage)}")

@@ -79,6 +79,7 @@ def main(
         raise refusal("sampling.seeds", settings.sampling.seeds, "errors need more runs", "Give 3 or more")
     steps, space = solver_steps, _search_space(settings, by, solver_steps, alpha or (), beta or ())
     everywhere = Sampler("tuned", "tuned", solver, steps, None, space.steps, by, {"alpha": 1.0, "beta": 0.0})
+    workdir.network_folder(path)
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
     models, identity, _ = networks.load_models(settings, path)
     if by not in models.methods:

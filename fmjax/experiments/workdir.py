@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,10 +17,13 @@ import jax
 from fmjax.experiments import places, records
 from fmjax.experiments.records import STAGE
 from fmjax.storage import checkpoint, files, lock
-from fmjax.training import logs
+from fmjax.training import logs, loop
 
 PACKAGES = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
-CONFIG, CONVERTED = "config.json", "converted.json"
+CONFIG = "config.json"
+FORGOTTEN = ("given", "run", "step", "digest", "leaves")  # metadata of a state that a run that starts from it drops
+SHOWN = 120  # characters of a refusal that name fields that differ
+GROWS = "steps"  # a training may get more steps if the schedule does not depend on their number
 
 
 class WorkdirError(RuntimeError):
@@ -35,7 +39,7 @@ def open_workdir(
     """Create the folder of a run, or check that an existing folder belongs to this config.
 
     Writes ``config.json`` and ``environment.json`` (versions, devices; earlier ones under ``earlier``). Fields that no
-    existing stage depends on may change, and the steps of a training may grow where no number depends on them. What a
+    existing stage depends on may change, and the steps of a training with a constant learning rate may grow. What a
     stage depends on is read from its ``stage.json`` and from its checkpoints.
 
     Args:
@@ -60,7 +64,8 @@ def open_workdir(
         try:
             path.mkdir(parents=True, exist_ok=True)
             _write_environment(path / "environment.json", begun)
-            _write_config(path / CONFIG, config, begun)
+            _read_again(path / CONFIG, begun)
+            files.write_json(path / CONFIG, config)
         except OSError as error:
             at = f" ({error.filename2 or error.filename})" if error.filename else ""
             raise WorkdirError(f"workdir={path}: cannot be written: {error.strerror}{at}. Choose another.") from error
@@ -83,6 +88,7 @@ def owner(main: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(main)
     def owned_main(settings: Any, path: str | Path, *args: Any, **kwargs: Any) -> Any:
         path = local(path)
+        new = not path.exists()
         try:
             with lock.owned(path):
                 return main(settings, path, *args, **kwargs)
@@ -93,18 +99,28 @@ def owner(main: Callable[..., Any]) -> Callable[..., Any]:
             raise WorkdirError(
                 f"workdir={path}: cannot be written: {error.strerror} ({place}). Repair that and run the command again."
             ) from error
+        finally:
+            if new and path.is_dir() and not any(path.iterdir()):  # refused before anything was written
+                path.rmdir()
 
     return owned_main
 
 
-def begin_stage(path: Path, name: str, fields: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> Path:
-    """Create the folder of a stage and record the fields that the result depends on.
+def begin_stage(
+    path: Path,
+    name: str,
+    fields: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    needs: Mapping[str, str] | None = None,
+) -> Path:
+    """Create the folder of a stage and record what the result depends on.
 
     Args:
         path: the run folder.
         name: the stage, such as ``"correctors.score"``.
         fields: dotted names of config fields with their values.
         data: facts of the data set that samplers need, see ``assemble.data_facts``.
+        needs: digests of the results that the stage is made from, by the names of their stages.
 
     Returns:
         The folder of the stage.
@@ -113,8 +129,29 @@ def begin_stage(path: Path, name: str, fields: Mapping[str, Any], data: Mapping[
     if jax.process_index() == 0:
         lock.check_owned()
         folder.mkdir(parents=True, exist_ok=True)
-        records.write(folder, records.stage_record(name, plain(fields), data))
+        records.write(folder, records.stage_record(name, plain(fields), data, needs))
     return folder
+
+
+def check_needs(path: Path, name: str, needs: Mapping[str, str]) -> None:
+    """Refuse a stage that was begun with other results of the stages that it needs.
+
+    Args:
+        path: the run folder.
+        name: the stage.
+        needs: digests of the results that it needs now, by the names of their stages.
+
+    Raises:
+        WorkdirError: one of them has changed since.
+    """
+    folder = stage_folder(path, name)
+    before = (records.read(folder, name) or {}).get("needs", {})
+    changed = [need for need, digest in needs.items() if before.get(need, digest) != digest]
+    if changed:
+        raise WorkdirError(
+            f"workdir={path}: its stage {name!r} was made from another result of {changed[0]!r}. Delete {folder} "
+            "to make it again, or take another --workdir."
+        )
 
 
 def stage_folder(path: str | Path, name: str) -> Path:
@@ -147,10 +184,7 @@ def read_config(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     path = local(path)
     if not (path / CONFIG).exists():
         what = "is the folder of a stage" if (path / STAGE).exists() else "is no run folder (it has no config.json)"
-        raise WorkdirError(
-            f"workdir={path}: {what}. Give the folder that launch.train or launch.pipeline wrote, or --config=FILE to "
-            "write it again."
-        )
+        raise WorkdirError(f"workdir={path}: {what}. Give the folder that launch.train wrote, or --config=FILE.")
     config = files.read_json(path / CONFIG)
     _refuse_outside(config, path, trust=trust)
     return config
@@ -185,42 +219,63 @@ def network_folder(path: str | Path) -> Path:
     raise WorkdirError(f"workdir={path}: has no checkpoint of a flow. Train one with launch.train --workdir={path}.")
 
 
-def fork(source: str | Path, target: Path, record: Mapping[str, Any], template: Any, *, steps: int) -> None:
-    """Start a stage of a new run from the whole state (parameters, optimiser, average, step) of another run.
+def fork(
+    source: str | Path, target: Path, stage: str, fields: Mapping[str, Any], plan: loop.Plan | None
+) -> Callable[[], None]:
+    """Prepare to start a stage of a new run from the whole state (parameters, optimiser, average, step) of another run.
 
     Args:
         source: run folder to continue from.
         target: the new run folder; a stage that has checkpoints already is left as it is.
-        record: the stage's record, see ``records.stage_record``.
-        template: the state of the new run, arrays or shapes: the other run must have the same network and optimiser.
-        steps: the steps of the new run.
+        stage: the stage.
+        fields: the fields of the stage in the new run, by dotted name.
+        plan: the training of the stage in the new run.
+
+    Returns:
+        What copies the state, once the new run folder is open.
 
     Raises:
-        WorkdirError: ``source`` has no checkpoint of the stage, has another network, or has taken all steps.
+        WorkdirError: a stage that does not train; ``source`` has no checkpoint of the stage, has the state of another
+            network or optimiser, or has taken all steps already.
     """
-    stage = record["stage"]
-    folder = stage_folder(target, stage)
-    if checkpoint.latest_step(folder / "checkpoints") is not None or jax.process_index() != 0:
-        return
-    origin = stage_folder(local(source), stage)
+    folder, origin = stage_folder(target, stage), stage_folder(local(source), stage)
+    if plan is None:
+        raise WorkdirError(f"fork={source}: the stage {stage!r} is not a training. Leave fork out.")
+    if checkpoint.latest_step(folder / "checkpoints") is not None:
+        return lambda: None
     if checkpoint.latest_step(origin / "checkpoints") is None:
         raise WorkdirError(f"fork={source}: has no checkpoint of {stage!r}. Give the folder of a run that was trained.")
     try:
-        step, state, metadata = checkpoint.restore(origin / "checkpoints", template, stage=stage, fallback=True)
+        step, state, metadata = checkpoint.restore(
+            origin / "checkpoints", loop.initial_state(plan), stage=stage, fallback=True
+        )
     except ValueError as error:
+        before = (records.read(origin, stage) or {}).get("fields", {})
+        field = next(iter(records.differing(flat(before), flat(plain(fields)))), "the optimiser")
         raise WorkdirError(
-            f"fork={source}: {error}, or give init={source}, which takes the parameters alone."
-        ) from None
-    if step >= steps:
+            f"fork={source}: is the state of another network or optimiser, {field} differs. Keep it, or start from the "
+            f"averaged parameters by init={source}."
+        ) from error
+    if step >= plan.schedule.steps:
+        steps = plan.schedule.steps
         raise WorkdirError(f"fork={source}: its {stage!r} has taken {step} steps of {steps} here. Give more steps.")
-    kept = {name: metadata[name] for name in ("window", "records", "early") if name in metadata}
-    folder.mkdir(parents=True, exist_ok=True)
-    records.write(folder, record)
-    if kept.get("records"):
-        files.write_bytes(folder / logs.RECORDS, logs.unpack(kept["records"]))
+    record = records.stage_record(stage, plain(fields), (records.read(origin, stage) or {}).get("data"))
+    return lambda: _copy_state(origin, folder, record, (step, state, metadata))
+
+
+def _copy_state(origin: Path, folder: Path, record: Mapping[str, Any], saved: tuple[int, Any, dict[str, Any]]) -> None:
+    """Write a state, its records and, of a classifier, its best parameters, for a new run."""
+    step, state, metadata = saved
+    kept = {key: value for key, value in metadata.items() if key not in FORGOTTEN}
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        records.write(folder, record)
+        if "copy" in (kept.get("records") or {}):
+            files.write_bytes(folder / logs.RECORDS, logs.unpack(kept["records"]))
+        if (origin / "best").exists():
+            shutil.copytree(origin / "best", folder / "best", dirs_exist_ok=True)
     with checkpoint.writer(folder / "checkpoints") as manager:
-        metadata = {"stage": stage, "run": dict(record), "forked": str(origin), **kept}
-        checkpoint.save(manager, step, state, metadata=metadata)
+        checkpoint.save(manager, step, state, metadata=kept | {"run": dict(record), "forked": str(origin)})
 
 
 def environment() -> dict[str, Any]:
@@ -294,20 +349,42 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check_stage(path: Path, name: str, new: dict[str, Any], grows: Callable[[str], bool]) -> None:
     """Refuse a stage that was begun with other fields, as its ``stage.json`` and its checkpoints say."""
-    folder = stage_folder(path, name)
-    found = [records.read(folder, name), *records.checkpoint_records(folder).values()]
-    for record in filter(None, found):
-        if record["stage"] != name:
-            continue  # a checkpoint of another stage counts as damaged where it is read
-        if not record["fields"]:  # a converted network depends on no field
-            continue
-        differing = records.differing(flat(record["fields"]), flat(new), lambda: grows(name))
-        if differing:
-            more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
-            raise WorkdirError(
-                f"workdir={path}: its stage {name!r} was begun with another config: {'; '.join(differing[:5])}{more}. "
-                f"Restore these fields, or give another --workdir (--fork={path} starts it from this state)."
-            )
+    folder, grown = stage_folder(path, name), {}
+    for record in (records.read(folder, name), *records.checkpoint_records(folder).values()):
+        if record is None or record["stage"] != name or not record["fields"]:
+            continue  # a checkpoint of another stage counts as damaged; a converted network depends on no field
+        a, b = flat(record["fields"]), flat(new)
+        differing = records.differing(a, b)
+        for field in [f for f in differing if f.rpartition(".")[2] == GROWS and f in a and f in b and b[f] > a[f]]:
+            if b.get(field.removesuffix(GROWS) + "schedule") == "constant" and grows(name):
+                grown[field] = b[field]
+                del differing[field]
+        _refuse_differing(path, name, list(differing.values()))
+    for field, steps in grown.items():
+        _refuse_dependents(path, name, field, steps)
+
+
+def _refuse_differing(path: Path, name: str, gaps: list[str]) -> None:
+    if gaps:
+        shown = [gap for i, gap in enumerate(gaps) if sum(map(len, gaps[: i + 1])) <= SHOWN]
+        shown = shown or [f"{gaps[0].partition(' ')[0]} differs"]
+        more = f"; and {len(gaps) - len(shown)} more" if len(gaps) > len(shown) else ""
+        raise WorkdirError(
+            f"workdir={path}: its stage {name!r} was begun with another config: {'; '.join(shown)}{more}. Set this "
+            f"back, or start from its state by launch.train with --fork={path} and another --workdir."
+        )
+
+
+def _refuse_dependents(path: Path, name: str, field: str, steps: int) -> None:
+    """Refuse more steps of a stage that other stages were made from."""
+    found = {file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{STAGE}")}
+    built = {folder: records.read(folder) for folder in sorted(found)}
+    made = [record["stage"] for record in built.values() if record and name in record["needs"]]
+    if made:
+        raise WorkdirError(
+            f"{field}={steps}: {', '.join(made)} in {path} are made from fewer steps of {name!r}. Delete their "
+            f"folders, or start from its state by launch.train with --fork={path} and another --workdir."
+        )
 
 
 def _as_json(value: Any) -> Any:
@@ -325,22 +402,16 @@ def _as_json(value: Any) -> Any:
         ) from None
 
 
-def _write_config(path: Path, config: dict[str, Any], begun: bool) -> None:
-    """Write the config; say so where an earlier one is missing or damaged."""
-    _told(path, begun)
-    files.write_json(path, config)
-
-
 def _write_environment(path: Path, begun: bool) -> None:
-    """Write the environment, with earlier ones; say so where the earlier ones are missing or damaged."""
-    now, before = environment(), _told(path, begun)
+    """Write the environment, with earlier ones."""
+    now, before = environment(), _read_again(path, begun)
     earlier = before.pop("earlier", []) if before else []
     if before not in (None, now):
         earlier.append(before)
     files.write_json(path, {**now, "earlier": earlier})
 
 
-def _told(path: Path, begun: bool) -> dict[str, Any] | None:
+def _read_again(path: Path, begun: bool) -> dict[str, Any] | None:
     """Read a file of the run folder that is written again now; say what is wrong with it."""
     try:
         return files.read_json(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,8 @@ from jaxtyping import Array
 
 from fmjax import checks, paths, times
 from fmjax.methods import common as c
-from fmjax.methods import views
+from fmjax.methods import views, weighting
+from fmjax.methods.mean_flow import LOGIT_NORMAL
 from fmjax.types import Batch, FlowMapMethod, Net, Params, expand
 
 VELOCITIES = ("conditional", "chord", "own")
@@ -22,34 +24,33 @@ def alpha_flow(
     net: Net,
     *,
     path: paths.Path = paths.linear(),
-    time: Callable = times.uniform,
-    pair: Callable = times.ordered_pair,
-    diagonal: float = 0.75,
+    time: Callable = LOGIT_NORMAL,
+    pair: Callable = functools.partial(times.ordered_pair, time=LOGIT_NORMAL),
+    diagonal: float = 0.5,
     teacher: Net | None = None,
     velocity: str = "conditional",
     solver: str = "euler",
     fraction: Callable = times.sigmoid_fraction,
     power: float = 1.0,
+    adaptive: float | None = None,
+    floor: float = 1e-3,
     bootstrap: str = "params",
-    cost: Callable | None = None,
     anneal: float = 0.0,
 ) -> FlowMapMethod:
     """Train a flow map by ``X_{s,t}(x) = X_{m,t}(x + (m - s) v)`` with ``m = s + a (t - s)``, without a derivative.
 
-    A fraction ``diagonal`` of the batch has the flow-matching loss ``|u(I_t, t, t) - dI_t|^2``, the rest
-    ``a^-power |d|^2`` of the difference ``d = u(I_s, s, t) - sg[a v + (1 - a) u(x_m, m, t)]``,
-    ``x_m = I_s + (m - s) v`` (arXiv 2510.20771). It departs from the paper: the published weight ``a / (|d|^2 + 1e-3)``
-    is left out. In maps, ``(t - s) d = X_{s,t}(I_s) - X_{m,t}(x_m)``: ``d / a`` is a difference quotient, and the
-    residual of ``eulerian`` as ``a -> 0``. Since no derivative is taken, every attention kernel works.
+    This is AlphaFlow (arXiv 2510.20771), from flow matching on whole jumps (``a = 1``) to mean flow. Half of the batch
+    has the flow-matching error ``|u(I_t, t, t) - dI_t|^2``, the rest ``a^-1 |d|^2`` of the difference
+    ``d = u(I_s, s, t) - sg[a v + (1 - a) u(x_m, m, t)]``, ``x_m = I_s + (m - s) v``. With the published weights both
+    are divided by ``|.|^2 + 1e-3``, and ``|d|^2`` has the factor ``a``; all norms are means over elements. It departs
+    from the paper: examples of less than 64 elements have no published weight (``weighting.exponent``; ``adaptive=1``
+    for it), the last ``a`` is 0.005 and not 0, where the authors' code changes to a derivative, and no target is
+    clipped.
 
-    ================================  ==========================================================================
-    method                            arguments
-    ================================  ==========================================================================
-    AlphaFlow (2510.20771)            the defaults: from flow matching on whole jumps (``a = 1``) to mean flow
-    SoFlow (2512.15657)               ``fraction=times.exponential_fraction, power=2`` (``soflow``)
-    progressive, ``u`` in two parts   ``velocity="own", solver="jump", bootstrap="target", power=0``
-    consistency models                ``diagonal=0, pair=times.to_data``, another cost of ``d`` (``consistency``)
-    ================================  ==========================================================================
+    In maps, ``(t - s) d = X_{s,t}(I_s) - X_{m,t}(x_m)``: ``d / a`` is a difference quotient, and the residual of
+    ``eulerian`` as ``a -> 0``. Since no derivative is taken, every attention kernel works. ``soflow`` and
+    ``consistency`` have other costs of ``d``; ``progressive`` in two parts is
+    ``velocity="own", solver="jump", bootstrap="target", power=0`` at ``a = 1/2``.
 
     Args:
         net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``. Dropout acts on the diagonal.
@@ -64,17 +65,20 @@ def alpha_flow(
             velocities of Heun's step. ``"jump"``: ``u(x, s, m)``.
         fraction: schedule of ``a``, ``(s, t, progress) -> [B]``, from ``times``.
         power: exponent of the weight ``a^-power``.
+        adaptive: exponent of the published weight: errors are divided by ``(|.|^2 + floor)^adaptive``, and ``|d|^2`` is
+            multiplied by ``a^(2 adaptive)``; 0 for no weight, ``None``: 1 from 64 elements on, else 0.
+        floor: constant of the published weight.
         bootstrap: parameters of ``u(x_m, m, t)``, ``"params"`` or ``"target"``.
-        cost: ``cost(d, s, t, a) -> [B]`` replaces ``a^-power |d|^2``.
         anneal: fraction of the training during which ``|t - s| <= progress / anneal``; 0 for no bound.
 
     Returns:
         A method with ``velocity`` and ``flow_map``. ``aux`` has ``s``, ``t``, the masks of the two terms and
-        ``residual``, the mean of ``(d / a)^2``, which compares with the residual of ``eulerian``.
+        ``residual``, the unweighted error: off the diagonal the mean of ``(d / a)^2``, which compares with the residual
+        of ``eulerian``.
 
     Raises:
         ValueError: an unknown choice, a solver without an own velocity, a negative ``power``, a fraction outside [0,
-            1], or (in the loss) a batch that cannot be split.
+            1], as ``weighting.adaptive``, or (in the loss) a batch that cannot be split.
 
     >>> import jax.numpy as jnp
     >>> from fmjax import methods
@@ -82,12 +86,73 @@ def alpha_flow(
     >>> method.flow_map(2.0)(jnp.ones((1, 2)), 0.0, 0.5)
     Array([[2., 2.]], dtype=float32)
     """
+    check_power(power)
+    weighting.check_adaptive(adaptive, floor)
+
+    def cost(d, s, t, a):
+        p = weighting.exponent(adaptive, d)
+        return a ** (2 * p - power) * weighting.adapted(c.mse(d, jnp.zeros_like(d)), p, floor)
+
+    def matching_cost(error, x):
+        return weighting.adapted(error, weighting.exponent(adaptive, x), floor)
+
+    return difference(
+        net, path=path, time=time, pair=pair, diagonal=diagonal, teacher=teacher, velocity=velocity, solver=solver,
+        fraction=fraction, bootstrap=bootstrap, anneal=anneal, cost=cost, matching_cost=matching_cost,
+    )  # fmt: skip
+
+
+def difference(
+    net: Net,
+    *,
+    path: paths.Path,
+    time: Callable,
+    pair: Callable,
+    diagonal: float,
+    fraction: Callable,
+    cost: Callable[..., Array],
+    matching_cost: Callable[..., Array] | None = None,
+    teacher: Net | None = None,
+    velocity: str = "conditional",
+    solver: str = "euler",
+    bootstrap: str = "params",
+    anneal: float = 0.0,
+) -> FlowMapMethod:
+    """Train a flow map by a cost of the difference ``d`` of ``alpha_flow``.
+
+    Args:
+        net: as in ``alpha_flow``, and so are all arguments that are not listed here.
+        path: interpolant ``I_t``.
+        time: distribution of ``t`` on the diagonal.
+        pair: distribution of ``(s, t)`` off the diagonal.
+        diagonal: fraction of the batch on the diagonal.
+        fraction: schedule of ``a``.
+        cost: ``cost(d, s, t, a) -> [B]``, the loss off the diagonal.
+        matching_cost: ``matching_cost(error, x) -> [B]``, the loss on the diagonal, of the mean squared error ``[B]``;
+            by default the error itself.
+        teacher: network of the own velocity.
+        velocity: ``"conditional"``, ``"chord"`` or ``"own"``.
+        solver: ``"euler"``, ``"heun"`` or ``"jump"``.
+        bootstrap: ``"params"`` or ``"target"``.
+        anneal: fraction of the training during which jumps are bounded.
+
+    Returns:
+        A method with ``velocity`` and ``flow_map``.
+
+    Raises:
+        ValueError: as ``alpha_flow``.
+    """
     c.check_times(path, time)
     checks.check_fraction(diagonal=diagonal, anneal=anneal)
-    check_power(power)
     step = stepping(path, teacher or net, velocity, solver)
     checks.check_choice("bootstrap", bootstrap, BOOTSTRAPS)
-    cost = cost or (lambda d, s, t, a: c.mse(d, jnp.zeros_like(d)) / a**power)
+    matching = c.matching(net, path, time)
+
+    def on(params, target, batch, key):
+        term = matching(params, target, batch, key)
+        if matching_cost is None:
+            return term
+        return term._replace(per_example=matching_cost(term.per_example, batch.x1), residual=term.per_example)
 
     def differing(params, target, batch, key):
         k_t, k_x = c.split(key, 2)
@@ -100,7 +165,7 @@ def alpha_flow(
         d = net(params, x, s, t, batch.cond) - aim
         return c.Term(s, t, cost(d, s, t, a), c.mse(d, jnp.zeros_like(d)) / a**2)
 
-    return views.two_time(net, c.two_terms(c.matching(net, path, time), differing, diagonal))
+    return views.two_time(net, c.two_terms(on, differing, diagonal))
 
 
 Step = Callable[[Params, Batch, Array, Array, Array], tuple[Array, Array]]

@@ -115,4 +115,4 @@ def classifier_corrector(
 
         return Costed(push, nfe=2)
 
-    return CorrectorMethod(loss, direction=bind)
+    return CorrectorMethod(loss, direction=bind, batches="marginals")

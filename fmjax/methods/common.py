@@ -145,12 +145,13 @@ def pseudo_huber(q: Float[Array, " b"], scale: float) -> Float[Array, " b"]:
 
     Args:
         q: mean squares, ``[B]``.
-        scale: root mean square at which the two regimes meet.
+        scale: root mean square at which the two regimes meet; 0 for ``sqrt(q)``, whose gradient at ``q = 0`` is 0 here.
 
     Returns:
         ``[B]``.
     """
-    return q / (jnp.sqrt(q + scale**2) + scale)
+    square = q + scale**2
+    return q / (jnp.sqrt(jnp.where(square > 0, square, 1)) + scale)
 
 
 def reduce(per_example: Float[Array, " b"], **info: Array) -> tuple[Array, Aux]:

@@ -24,12 +24,12 @@ def contrastive(
 ) -> FlowMethod:
     """Train a velocity by contrastive flow matching, ``E |u(I_t, t, t) - dI_t|^2 - weight |u(I_t, t, t) - dJ_t|^2``.
 
-    ``dJ_t = alpha' y0 + beta' y1`` is the target of another example at the same time (arXiv 2506.05350):
-    ``y1 = batch.negative``, the ``x1`` of an independent example, and ``y0 ~ N(0, I)`` from the key of this example.
-    Its mean is ``T_t = beta' E[x1]`` whatever the condition, so the network learns
-    ``(v(x, t, cond) - weight T_t) / (1 - weight)``, which does not transport to the data. It departs from the paper:
-    ``velocity`` undoes this bias exactly, ``(1 - weight) u + weight beta' mean``. Guidance acts on the velocity so
-    corrected.
+    This is the published loss, a mean over elements, with ``dJ_t = alpha' y0 + beta' y1``, the target of another
+    example at the same time (arXiv 2506.05350): ``y1 = batch.negative``, the ``x1`` of an independent example, and ``y0
+    ~ N(0, I)`` from the key of this example. Its mean is ``T_t = beta' E[x1]`` whatever the condition, so the network
+    learns ``(v(x, t, cond) - weight T_t) / (1 - weight)``, which does not transport to the data. It departs from the
+    paper: ``velocity`` undoes this bias exactly, ``(1 - weight) u + weight beta' mean``. Guidance acts on the velocity
+    so corrected.
 
     Args:
         net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``.

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
-from fmjax import paths, times
+import jax
+from jaxtyping import Array
+
+from fmjax import paths
+from fmjax.keys import per_example
 from fmjax.methods import common as c
 from fmjax.methods.classifier_corrector import classifier_corrector
 from fmjax.types import Batch, CorrectorMethod, LogitNet
 
 
+def even_noise_level(key: Array, *, low: float = 1e-3, high: float = 152.0) -> Array:
+    """Draw times ``t = 1 / (1 + sigma)`` of noise levels that are uniform in ``log sigma``.
+
+    The defaults are the times of discriminator guidance, from 1e-5 to 1 on its variance-preserving path.
+
+    Args:
+        key: one key, or keys ``[B]``.
+        low: lowest noise level.
+        high: highest noise level.
+
+    Returns:
+        Times of the shape of ``key``, of the linear path.
+    """
+    level = lambda k: jax.random.uniform(k, minval=math.log(low), maxval=math.log(high))
+    return jax.nn.sigmoid(-per_example(level, key))
+
+
 def discriminator(
-    net: LogitNet, *, path: paths.Path = paths.linear(), time: Callable = times.uniform
+    net: LogitNet, *, path: paths.Path = paths.linear(), time: Callable = even_noise_level
 ) -> CorrectorMethod:
     """Train a classifier of real against generated examples, both noised to ``alpha_t z + beta_t x``.
 
-    It is ``classifier_corrector`` without an attack (arXiv 2211.17091). Real and generated examples each get a
-    ``z ~ N(0, I)``; a pair has one time ``t``. The optimum is ``f = log(p_t / p~_t)``, where ``p_t`` is the
-    distribution of noised data and ``p~_t`` the distribution of noised samples.
+    This is the cross-entropy of discriminator guidance (arXiv 2211.17091) with the noise levels of the authors' code,
+    on the linear path instead of a variance-preserving one, which only scales ``x``. It departs from the code: a pair
+    of a real and a generated example has one time ``t``, and ``net`` takes noised examples, not the features of a
+    classifier. Real and generated examples each get a ``z ~ N(0, I)``. The optimum is ``f = log(p_t / p~_t)``, where
+    ``p_t`` is the distribution of noised data and ``p~_t`` the distribution of noised samples. It is
+    ``classifier_corrector`` without an attack.
 
     Args:
         net: logit ``f(params, x, s, t, cond, key)``, ``[B]``, evaluated where ``s = t``.
@@ -50,4 +75,4 @@ def discriminator(
         pair = batch._replace(x1=noised(k_real, batch.x1), x0=noised(k_generated, batch.x0), t=t)
         return classifier.loss(params, target, pair, k_net)
 
-    return CorrectorMethod(loss, direction=classifier.direction)
+    return CorrectorMethod(loss, direction=classifier.direction, batches="ends")

@@ -23,7 +23,8 @@ def edm(
 ) -> DiffusionMethod:
     """Train a velocity with the loss of EDM, ``E lambda(sigma) |D(x1 + sigma x0; sigma) - x1|^2`` (arXiv 2206.00364).
 
-    ``lambda = 1 / c_out^2`` and ``log sigma ~ N(-1.2, 1.2^2)``. At ``t = 1 / (1 + sigma)`` on the linear path
+    ``lambda = 1 / c_out^2`` and ``log sigma ~ N(-1.2, 1.2^2)``: the published loss as a mean over elements, where the
+    authors' code has a sum. At ``t = 1 / (1 + sigma)`` on the linear path
     ``D = x + (1 - t) v``, so this is ``E ((1 - t)^2 / sigma_data^2 + t^2) |v - dI_t|^2``, and the diagonal of ``net``
     is ``v``: the parameters can initialise any flow or flow map. With ``nets.preconditioning.edm`` of the same
     ``sigma_data`` (``"preconditioning": {"name": "edm", "sigma_data": ...}`` in the spec of a network) it is the

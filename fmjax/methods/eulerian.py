@@ -39,7 +39,8 @@ def eulerian(
     the residual ``g = u - v - r (t - s) du``, where ``du = (d/ds + w . grad) u(I_s, s, t)`` is one jvp and ``r = 1``
     (arXiv 2505.18825, Algorithm 2). The velocity ``v`` of the regression and the direction ``w`` of the derivative are
     ``sg[u(I_s, s, s)]`` at the parameters ``target`` (``"own"``) or ``dI_s`` (``"conditional"``). By default no
-    gradient passes through ``du``; the paper stops the spatial part only.
+    gradient passes through ``du``; the paper stops the spatial part only (``stop="jacobian"``). Errors are means over
+    elements, where the authors sum.
 
     ================================  ==========================================================================
     method                            arguments

@@ -25,9 +25,10 @@ def flow_map_matching(
 ) -> FlowMapMethod:
     """Train a flow map without a teacher, ``|d/dt X_{s,t}(y) - dI_t|^2 + round_trip |X_{s,t}(y) - I_t|^2``.
 
-    Here ``y = X_{t,s}(I_t)`` (arXiv 2406.07507, eq. 3.17). ``s`` and ``t`` come in both orders: the map becomes its own
-    inverse, ``X_{s,t} o X_{t,s} = id``, and also jumps from data to noise. The time derivative is taken with ``y``
-    held; the gradient of the loss passes through ``y`` too.
+    Here ``y = X_{t,s}(I_t)``, and errors are means over elements (arXiv 2406.07507, eq. 3.17, where they are sums). It
+    departs from the paper in its times, which are uniform on the square without the strip ``|t - s| < 0.02``. ``s`` and
+    ``t`` come in both orders: the map becomes its own inverse, ``X_{s,t} o X_{t,s} = id``, and also jumps from data to
+    noise. The time derivative is taken with ``y`` held; the gradient of the loss passes through ``y`` too.
 
     Args:
         net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``. Dropout acts on the diagonal.

@@ -13,7 +13,8 @@ from fmjax.types import FlowMethod, Net
 def flow_matching(net: Net, *, path: paths.Path = paths.linear(), time: Callable = times.uniform) -> FlowMethod:
     """Train a velocity by conditional flow matching, ``E |u(I_t, t, t) - dI_t/dt|^2``.
 
-    The diagonal of ``net`` learns ``v(x, t) = E[dI_t | I_t = x]`` (arXiv 2210.02747, 2302.00482 eq. 10). The classes of
+    The diagonal of ``net`` learns ``v(x, t) = E[dI_t | I_t = x]`` (arXiv 2210.02747, 2302.00482 eq. 10); the error is a
+    mean over elements, as in the authors' code, ``t`` uniform. The classes of
     torchcfm correspond to choices of ``path`` and of the coupling in the input pipeline, which sets ``batch.x0``:
 
     ==========  ============================  =====================================================

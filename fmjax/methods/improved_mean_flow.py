@@ -24,7 +24,7 @@ def improved_mean_flow(
     pair: Callable = functools.partial(times.ordered_pair, time=LOGIT_NORMAL),
     diagonal: float = 0.5,
     anneal: float = 0.0,
-    power: float = 1.0,
+    power: float | None = None,
     floor: float = 1e-2,
     head: bool = False,
     null: Cond = None,
@@ -34,11 +34,12 @@ def improved_mean_flow(
     """Train an average velocity by improved mean flow, ``|V - v_g|^2`` with ``V = u(I_s, s, t) - (t - s) sg[du]``.
 
     ``du = (d/ds + w . grad) u`` (arXiv 2512.02012). The direction ``w`` is the velocity of ``target`` at ``(I_s, s)``,
-    of much less variance than ``dI_s``. The adaptive weight is the published one and suits images; in low dimension it
-    learns another velocity (see ``mean_flow``): use ``power=0`` there. Without ``head``, ``w`` is the diagonal
-    ``u(I_s, s, s)``: ``eulerian(velocity="conditional")`` under ``weighting.adaptive``. With ``head`` the network has
-    ``2 C`` channels (``outputs=2``), ``u`` and a velocity ``v(x, s, t)``, and ``w = v(I_s, s, s)``; the loss is the
-    weighted error plus the weighted ``|v(I_s, s, t) - v_g|^2``, from one evaluation.
+    of much less variance than ``dI_s``. It departs from the paper in examples of less than 64 elements, where the
+    adaptive weight is left out (see ``mean_flow``; ``power=1`` for it), and in the interval of guidance, whose ends the
+    published network takes as inputs, drawn at random: here all examples have one. Without ``head``, ``w`` is the
+    diagonal ``u(I_s, s, s)``: ``eulerian(velocity="conditional")`` under ``weighting.adaptive``. With ``head`` the
+    network has ``2 C`` channels (``outputs=2``), ``u`` and a velocity ``v(x, s, t)``, and ``w = v(I_s, s, s)``; the
+    loss is the weighted error plus the weighted ``|v(I_s, s, t) - v_g|^2``, from one evaluation.
 
     ``v_g = dI_s``. Where ``null`` is given, it is a guided velocity of the scale ``w`` in the condition ``(labels, w)``
     (of ``sampling.random_scale``, over a network that takes the scale as an input, ``guided=True``):
@@ -46,8 +47,7 @@ def improved_mean_flow(
     ``v_g = dI_s + (1 - 1/w) (v(I_s, s; labels, w) - v(I_s, s; null, 1))`` where ``low <= s <= high``,
 
     whose fixed point is ``v_null + w (v_labels - v_null)``. Rows whose label is ``null`` (``sampling.label_dropout``)
-    have ``v_g = dI_s``. All examples have one interval; the published network takes the ends of the interval as inputs,
-    drawn at random. Sample with ``sampling.at_scale``.
+    have ``v_g = dI_s``. Sample with ``sampling.at_scale``.
 
     Args:
         net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x`` (two heads with ``head``).
@@ -56,7 +56,7 @@ def improved_mean_flow(
         pair: distribution of ``(s, t)`` off the diagonal, as in ``mean_flow``.
         diagonal: fraction of the batch on the diagonal; times the batch per device it must be whole.
         anneal: fraction of the training during which ``|t - s| <= progress / anneal``; 0 for no bound.
-        power: power of the adaptive weight; 0 for no weight.
+        power: power of the adaptive weight; 0 for no weight, ``None``: 1 from 64 elements on, else 0.
         floor: constant of the adaptive weight.
         head: whether the network has a second head, the velocity.
         null: label of a dropped condition, for guidance.
@@ -73,7 +73,7 @@ def improved_mean_flow(
 
     >>> import jax.numpy as jnp
     >>> from fmjax import methods
-    >>> method = methods.improved_mean_flow(lambda params, x, s, t, cond=None, key=None: params * x, power=0.0)
+    >>> method = methods.improved_mean_flow(lambda params, x, s, t, cond=None, key=None: params * x)
     >>> method.flow_map(2.0)(jnp.ones((1, 2)), 0.0, 1.0)
     Array([[3., 3.]], dtype=float32)
     """
@@ -108,7 +108,7 @@ def improved_mean_flow(
         return weighting.adaptive(method, power=power, floor=floor)
 
     def errors(s, t, mapped, velocity, goal):
-        adapted = lambda r: weighting.adapted(goal[0].size * r, power, floor)
+        adapted = lambda r: weighting.adapted(goal[0].size * r, weighting.exponent(power, goal), floor)
         r, r_v = c.mse(mapped, goal), c.mse(velocity, goal)
         return c.Term(s, t, adapted(r) + adapted(r_v), r)
 

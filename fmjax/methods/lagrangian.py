@@ -30,8 +30,10 @@ def lagrangian(
 
     A fraction ``diagonal`` of the batch has the flow-matching loss ``|u(I_t, t, t) - dI_t|^2``, the rest
     ``|d/dt X_{s,t}(I_s) - sg[v(sg X_{s,t}(I_s), t)]|^2``, with ``v(x, t) = u(x, t, t)`` at the parameters ``target``
-    (arXiv 2505.18825, eq. 12 and Algorithm 1). The default ``stop`` is self-distillation as published; Lagrangian
-    distillation as published (2406.07507) takes the gradient through the input of ``v``: ``stop="none"``.
+    (arXiv 2505.18825, eq. 12 and Algorithm 1): the defaults are self-distillation as published, and the errors means
+    over elements, where the authors sum (a clip of the gradient sees it), without their learned weight
+    (``weighting.learned`` adds it). Lagrangian distillation as published (2406.07507) takes the gradient through the
+    input of ``v`` too: ``stop="none"``.
 
     ================================  ==========================================================================
     method                            arguments

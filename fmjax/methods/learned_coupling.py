@@ -19,7 +19,8 @@ def learned_coupling(
     """Train a velocity and its coupling together, ``|u(I_t, t, t) - dI_t|^2 + weight KL(q(x0|x1), N(0, I)) / d``.
 
     Flow matching whose source is ``x0 ~ q(x0|x1) = N(mu, diag e^l)``, where ``mu`` and ``l`` are the two heads of the
-    encoder at ``x1`` (arXiv 2301.12003). ``x0 = mu + e^{l/2} z`` carries the gradient of the flow's error to the
+    encoder at ``x1``: the published loss (arXiv 2301.12003), means over elements as in the authors' code, whose
+    weights are 10, 20 and 30. ``x0 = mu + e^{l/2} z`` carries the gradient of the flow's error to the
     encoder, which gives up crossing pairs at the price of the second term, ``sum (mu^2 + e^l - 1 - l) / 2`` over the
     ``d`` elements of an example. An encoder initialised with zeros starts at the independent coupling, and stays there
     as ``weight -> inf``. The sampler starts from N(0, I), which the source is close to where ``weight`` is large.

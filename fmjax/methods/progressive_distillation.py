@@ -20,10 +20,12 @@ def progressive_distillation(
     """Distil two jumps of a teacher into one, ``|u(x, s, s + 2h) - sg (u(x, s, s + h) + u(y, s + h, s + 2h)) / 2|^2``.
 
     Here ``y = X_{s,s+h}(x)``, and the second term is the teacher at the parameters ``target``: progressive distillation
-    (arXiv 2202.00512) in flow form, ``progressive`` without a diagonal on the grid of ``times.grid_pair``, whose jumps
-    double from round to round. The teacher of a round is the student of the previous round. With a frozen teacher each
-    round is a run: ``pair`` with ``rounds=1`` and half the ``steps``, the first round from a velocity with
-    ``step="euler"``. With a moving average as ``target`` one run does all rounds.
+    (arXiv 2202.00512) in flow form, as the baseline of shortcut models has it. It departs from the paper, whose DDIM
+    steps on a cosine path regress on the data with the weight of "v" or ``max(SNR, 1)``: here Euler steps or jumps on
+    ``path`` regress on average velocities, as means over elements. It is ``progressive`` without a diagonal on the grid
+    of ``times.grid_pair``, whose jumps double from round to round. The teacher of a round is the student of the
+    previous round. With a frozen teacher each round is a run: ``pair`` with ``rounds=1`` and half the ``steps``, the
+    first round from a velocity with ``step="euler"``. With a moving average as ``target`` one run does all rounds.
 
     Args:
         net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``.

@@ -59,7 +59,7 @@ def score_corrector(net: Net, *, sigma: float | Sequence[float]) -> ScoreCorrect
 
         return bind
 
-    return ScoreCorrectorMethod(loss, direction=times_sigma(1), score=times_sigma(-1))
+    return ScoreCorrectorMethod(loss, direction=times_sigma(1), score=times_sigma(-1), batches="marginals")
 
 
 def noise_level_at(sigma: float | Sequence[float], t: Float[Array, " b"]) -> Float[Array, " b"]:

@@ -129,7 +129,7 @@ def straighten(
 
         return v
 
-    return FlowMethod(loss, velocity=velocity)
+    return FlowMethod(loss, velocity=velocity, batches="trajectories")
 
 
 def arc(

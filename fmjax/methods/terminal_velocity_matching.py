@@ -28,8 +28,9 @@ def terminal_velocity_matching(
     """Train a flow map by terminal velocity matching: the Lagrangian residual and flow matching on every example.
 
     ``w^-2 (|d/dt X_{s,t}(I_s) - sg[c u(X_{s,t}(I_s), t, t)]|^2 + |c u(I_r, r, r) - v_g|^2)`` with
-    ``X_{s,t}(x) = x + (t - s) c u(x, s, t)`` (arXiv 2511.19797). The first term is the residual of ``lagrangian``, with
-    the gradient through the tangent; the second is flow matching at ``r ~ time``. Without guidance ``w = c = 1``.
+    ``X_{s,t}(x) = x + (t - s) c u(x, s, t)``. This is the published loss (arXiv 2511.19797), means over elements, with
+    the authors' times and one noise for both terms of an example. The first term is the residual of ``lagrangian``,
+    with the gradient through the tangent; the second is flow matching at ``r ~ time``. Without guidance ``w = c = 1``.
 
     The scale ``w`` is ``guidance``, or the scale in conditions ``(labels, w)`` (``sampling.random_scale``; the paper
     draws ``1/w``), and 1 where the label is ``null`` (``sampling.label_dropout``):
@@ -101,7 +102,8 @@ def terminal_velocity_matching(
 
     @c.keyed
     def loss(params, target, batch, key):
-        k_jump, k_diagonal = c.split(key, 2)
+        k_source, k_jump, k_diagonal = c.split(key, 3)
+        batch = batch._replace(x0=c.draw_source(k_source, batch))
         _, jump = jumps(params, target, batch, k_jump)
         residual = jnp.where(jump["s"] == jump["t"], 0, jump["per_example"])
         terminal, matching = residual, on_diagonal(params, target, batch, k_diagonal).per_example

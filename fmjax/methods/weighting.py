@@ -17,25 +17,47 @@ from jaxtyping import Array, Float
 from fmjax.types import Aux, Method, Params, network
 
 NAME = "log_variance"
+FEW = 64  # elements of an example below which an adaptive weight is left out
 FREQUENCIES = 32
 
 M = TypeVar("M", bound=Method)
 
 
-def check_adaptive(power: float, floor: float) -> None:
+def check_adaptive(power: float | None, floor: float) -> None:
     """Refuse the options of an adaptive weight that cannot work.
 
     Args:
-        power: exponent.
+        power: exponent; ``None`` as in ``exponent``.
         floor: constant beside the squared error.
 
     Raises:
         ValueError: not ``power >= 0``, not ``floor > 0``, or not finite.
     """
-    if not 0 <= power < math.inf:
+    if power is not None and not 0 <= power < math.inf:
         raise ValueError(f"power={power}: not the exponent of an adaptive weight. Give 0 or more.")
     if not 0 < floor < math.inf:
         raise ValueError(f"floor={floor}: an adaptive weight is infinite without it. Give a positive number.")
+
+
+def exponent(power: float | None, x: Array) -> float:
+    """Return the exponent of an adaptive weight for examples of the size of ``x``.
+
+    A weight ``1 / (|e|^2 + floor)`` that depends on a noisy error ``e`` moves the minimiser away from the mean, in each
+    element by about ``skewness / d`` standard deviations of the noise for ``d`` independent elements. This is the
+    published weight of mean flow and of its successors; it does no harm on images, and learns another velocity in the
+    plane.
+
+    Args:
+        power: the exponent; ``None``: 1 from ``FEW = 64`` elements on, and 0, no weight, below.
+        x: examples ``[B, ...]``.
+
+    Returns:
+        The exponent.
+
+    >>> exponent(None, jnp.zeros((1, 2))), exponent(None, jnp.zeros((1, 8, 8))), exponent(0.5, jnp.zeros((1, 2)))
+    (0.0, 1.0, 0.5)
+    """
+    return float(x[0].size >= FEW) if power is None else power
 
 
 def adapted(square: Float[Array, " b"], power: float = 1.0, floor: float = 1e-2) -> Float[Array, " b"]:
@@ -56,7 +78,7 @@ def adapted(square: Float[Array, " b"], power: float = 1.0, floor: float = 1e-2)
     return square / jax.lax.stop_gradient((square + floor) ** power)
 
 
-def adaptive(method: M, *, power: float = 1.0, floor: float = 1e-2) -> M:
+def adaptive(method: M, *, power: float | None = 1.0, floor: float = 1e-2) -> M:
     """Divide the loss of each example by ``sg[(d r + floor)^power]`` (mean flow, arXiv 2505.13447; 2406.14548).
 
     The gradient of an example is ``(d r + floor)^-power`` times the gradient of ``d r``: for ``power = 1`` the gradient
@@ -66,7 +88,7 @@ def adaptive(method: M, *, power: float = 1.0, floor: float = 1e-2) -> M:
 
     Args:
         method: the method to weight.
-        power: exponent; 0 for sums of squares.
+        power: exponent; 0 for sums of squares, ``None`` as in ``exponent``.
         floor: constant beside the squared error.
 
     Returns:
@@ -84,7 +106,8 @@ def adaptive(method: M, *, power: float = 1.0, floor: float = 1e-2) -> M:
 
     def loss(params, target, batch, key):
         _, aux = method.loss(params, target, batch, key)
-        return _weighted(aux, adapted(batch.x1[0].size * aux["per_example"], power, floor))
+        square = batch.x1[0].size * aux["per_example"]
+        return _weighted(aux, adapted(square, exponent(power, batch.x1), floor))
 
     return method._replace(loss=loss)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from fmjax.types import LogitNet, Params
+from fmjax.types import Cond, LogitNet, Params
 
 Logits = Float[np.ndarray, " n"]
 Others = Float[np.ndarray, " m"]
@@ -101,6 +101,8 @@ def by_step(
     negative: Float[np.ndarray, "m ..."],
     ts: Float[np.ndarray, " steps"],
     *,
+    positive_cond: Cond = None,
+    negative_cond: Cond = None,
     attack: Callable | None = None,
     batch: int = 512,
 ) -> ByStep:
@@ -114,6 +116,8 @@ def by_step(
         positive: marginals ``[n, steps, ...]`` of the positive class.
         negative: marginals ``[m, steps, ...]`` of the negative class.
         ts: the times ``[steps]``.
+        positive_cond: conditions ``[n, ...]`` of the positive class, for a network that takes them.
+        negative_cond: conditions ``[m, ...]`` of the negative class.
         attack: ``attack(margin, x)`` returns the perturbations under which ``robust_accuracy`` is measured:
             ``functools.partial(attacks.pgd, eps=0.5)``. The other numbers are measured on clean examples.
         batch: the number of examples evaluated at a time.
@@ -133,26 +137,27 @@ def by_step(
         raise ValueError(
             f"ts=[{len(ts)}]: the marginals are {positive.shape} and {negative.shape}. Give [n, steps, ...]."
         )
-    rows = []
+    rows, sides = [], ((positive, positive_cond, 1.0), (negative, negative_cond, -1.0))
     for n, t in enumerate(ts):
-        logits = [_logits(net, attack, params, x[:, n], t, y, batch) for x, y in ((positive, 1.0), (negative, -1.0))]
+        logits = [_logits(net, attack, params, x[:, n], cond, t, y, batch) for x, cond, y in sides]
         (p, robust_p), (q, robust_q) = logits
         rows.append([*bce(p, q), auc(p, q), accuracy(p, q), accuracy(robust_p, robust_q)])
     *clean, robust = np.array(rows).T
     return ByStep(np.asarray(ts), *clean, None if attack is None else robust)
 
 
-def _logits(net, attack, params, x, t, y: float, batch: int) -> tuple[np.ndarray, np.ndarray]:
+def _logits(net, attack, params, x, cond: Cond, t, y: float, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the logits of clean and of attacked examples, a batch at a time."""
     padded = np.minimum(np.arange(-(-len(x) // batch) * batch), len(x) - 1)  # one shape, one compilation
-    parts = (np.asarray(x[rows], np.float32) for rows in padded.reshape(-1, batch))
-    logits = [_evaluate(net, attack, params, part, np.float32(t), np.float32(y)) for part in parts]
+    take = lambda rows: (np.asarray(x[rows], np.float32), jax.tree.map(lambda a: np.asarray(a[rows]), cond))
+    parts = map(take, padded.reshape(-1, batch))
+    logits = [_evaluate(net, attack, params, *part, np.float32(t), np.float32(y)) for part in parts]
     return tuple(np.concatenate(f)[: len(x)] for f in zip(*jax.device_get(logits), strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _evaluate(net, attack, params, x, t, y):
+def _evaluate(net, attack, params, x, cond, t, y):
     t = jnp.full(len(x), t)
-    logit = lambda x: net(params, x, t, t)
+    logit = lambda x: net(params, x, t, t, cond)
     f = logit(x)
     return f, f if attack is None else logit(x + attack(lambda x: y * logit(x), x))

@@ -148,9 +148,10 @@ def check_grid(ts: Any, *, dtype: Any = np.float64) -> np.ndarray | Array:
     """
     if isinstance(ts, (int, np.integer)) and not isinstance(ts, bool):
         return uniform_grid(operator.index(ts)).astype(dtype)
+    traced_dtype = jax.dtypes.canonicalize_dtype(dtype)
     if isinstance(ts, (list, tuple)) and any(map(is_traced, ts)):
-        ts = jnp.stack([jnp.asarray(t, dtype) for t in ts])
-    ts = jnp.asarray(ts, dtype) if is_traced(ts) else np.asarray(ts, dtype)
+        ts = jnp.stack([jnp.asarray(t, traced_dtype) for t in ts])
+    ts = ts.astype(traced_dtype) if is_traced(ts) else np.asarray(ts, dtype)
     if ts.ndim != 1 or ts.size < 2:
         raise ValueError(f"ts={_short(ts)}: shape {ts.shape}, but a grid is one axis of two times or more. Add times.")
     if is_traced(ts):

@@ -343,14 +343,14 @@ def _number(name: str) -> int | None:
 
 def _record(path: Path) -> dict[str, Any]:
     try:
-        written = json.loads((path / "metadata" / "metadata").read_text())
+        written = files.read_json(path / "metadata" / "metadata", sealed=False)
         record, sha = written["record"], written["sha256"]
         if _sha(record) == sha and record["step"] == int(path.name):
             return record
         why = f"it is of step {record['step']}" if _sha(record) == sha else "its bytes were changed"
         cause = None
-    except FileNotFoundError as error:
-        why, cause = "it is missing", error
+    except files.DamagedFile as error:
+        why, cause = f"it {error.problem}", error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # whatever a torn file makes of JSON
         why, cause = _first_line(error), error
     raise CheckpointError(f"{path} is damaged: metadata: {why}") from cause

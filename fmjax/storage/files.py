@@ -14,15 +14,15 @@ import io
 import json
 import math
 import os
-import stat
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from fmjax.storage import untrusted
 from fmjax.storage.names import cache_folder, local_path, naming, slug
 
 __all__ = [
@@ -47,8 +47,9 @@ class DamagedFile(ValueError):
     """
 
     def __init__(self, path: str | Path, problem: str):
-        self.path, self.problem = Path(path), problem
-        super().__init__(f"{path} {problem}. Restore it from a copy, or delete it and run the command again.")
+        self.path, self.problem = Path(path), untrusted.one_line(problem, 110)
+        name = untrusted.short_path(path)
+        super().__init__(f"{name} {self.problem}. Restore it from a copy, or delete it and run the command again.")
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -73,11 +74,12 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     write_bytes(path, (json.dumps(seal(value, Path(path).name), sort_keys=True, indent=2) + "\n").encode())
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path, *, sealed: bool = True) -> dict[str, Any]:
     """Read an object that ``write_json`` wrote, and verify its digest.
 
     Args:
         path: the file.
+        sealed: whether the file must have a digest; false for JSON that another library wrote.
 
     Returns:
         The object, without its digest.
@@ -92,16 +94,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
     {'steps': 100}
     """
     with _open(Path(path)) as file:
-        content = file.read()
+        content = file.read(untrusted.JSON_BYTES + 1)
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(path, f"is not JSON ({str(error)[:80]})") from error
+        value = untrusted.parse_json(content)
+    except ValueError as error:
+        raise DamagedFile(path, f"is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise DamagedFile(path, f"holds a {type(value).__name__} where a dict is expected")
-    if (problem := _broken_seal(value, Path(path).name)) is not None:
+    if sealed and (problem := _broken_seal(value, Path(path).name)) is not None:
         raise DamagedFile(path, problem)
-    return {name: part for name, part in value.items() if name != SEAL}
+    return {name: part for name, part in value.items() if not (sealed and name == SEAL)}
 
 
 def seal(value: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -186,20 +188,15 @@ def read_array(path: str | Path, *, content: str = "", digest: str | None = None
     """
     path = Path(path)
     with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
         try:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("another version of the format")
-            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
-        except (ValueError, EOFError) as error:
-            raise DamagedFile(path, "is not an array that was written here") from error
-        start, count = file.tell(), math.prod(shape)
-        expected = start + count * dtype.itemsize + len(_MARK) + 64
-        if dtype.kind not in NUMBERS or columns_first or min(shape, default=0) < 0:
-            raise DamagedFile(path, f"holds an array of {dtype} that was not written here")
-        if path.stat().st_size != expected:
-            raise DamagedFile(path, f"has {path.stat().st_size} bytes where its header says {expected}")
-        array = np.fromfile(file, dtype, count).reshape(shape)
-        mark = file.read()
+            shape, columns_first, dtype, start = untrusted.read_header(file, size - len(_MARK) - 64)
+        except ValueError as error:
+            raise DamagedFile(path, f"is not an array that was written here ({error})") from error
+        if columns_first:
+            raise DamagedFile(path, "holds an array in Fortran's order, which was not written here")
+        array = np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
+        mark = file.read(len(_MARK) + 65)
         file.seek(0)
         actual = _sha256([content.encode(), file.read(start), *_chunks(array)])
     if mark != _MARK + actual.encode():
@@ -234,7 +231,7 @@ def read_jsonl(path: str | Path, *, sealed: bool = False) -> list[dict[str, Any]
     Raises:
         DamagedFile: a line before the last is not a JSON object, or a digest is wrong; the message names the line.
     """
-    records = [json.loads(line) for line in _lines(Path(path))]
+    records = [record for _, record in _records(Path(path))]
     for number, record in enumerate(records if sealed else (), 1):
         if (problem := _broken_seal(record, Path(path).name)) is not None:
             raise DamagedFile(path, f"line {number} {problem}")
@@ -253,8 +250,8 @@ def truncate_jsonl(path: str | Path, step: int) -> None:
     """
     path = Path(path)
     if os.path.lexists(path):
-        kept = [line for line in _lines(path) if json.loads(line).get("step", step) <= step]
-        write_bytes(path, "".join(line + "\n" for line in kept).encode())
+        kept = [line for line, record in _records(path) if record.get("step", step) <= step]
+        write_bytes(path, b"".join(kept))
 
 
 def sync(path: str | Path) -> None:
@@ -349,38 +346,41 @@ def _broken_seal(value: dict[str, Any], name: str) -> str | None:
     return None if value.get(SEAL) == actual else "was changed after it was written, or is another file"
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open a regular file to read; a pipe or a device, which may never end, is refused."""
+def _open(path: Path) -> io.IOBase:
+    """Open a regular file; a pipe or a device would never end."""
     try:
-        kind = path.stat().st_mode
-        if stat.S_ISDIR(kind):
-            raise DamagedFile(path, "is a folder")
-        if not stat.S_ISREG(kind):
-            raise DamagedFile(path, "is no regular file")
-        return open(path, "rb")
+        return untrusted.open_file(path)
     except FileNotFoundError as error:
         raise DamagedFile(path, "is missing") from error
+    except ValueError as error:
+        raise DamagedFile(path, str(error)) from error
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENOTDIR):
             raise
         raise DamagedFile(path, f"cannot be read ({error.strerror})") from error
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the whole lines of a file of JSON objects."""
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the whole lines of a file of JSON objects, and the objects."""
     if not os.path.lexists(path):
-        return []
+        return
     with _open(path) as file:
-        *whole, torn = file.read().split(b"\n")
-    for number, line in enumerate(whole, 1):
-        try:
-            if not isinstance(json.loads(line), dict):
-                raise ValueError
-        except (ValueError, RecursionError) as error:
-            if number == len(whole) and not torn:
-                return [line.decode() for line in whole[:-1]]
-            raise DamagedFile(path, f"line {number} is not a JSON object: {line[:80]!r}") from error
-    return [line.decode() for line in whole]
+        line = file.readline(untrusted.JSON_BYTES + 1)
+        number = 1
+        while line:
+            following = file.readline(untrusted.JSON_BYTES + 1)
+            if not following and not line.endswith(b"\n"):  # torn
+                return
+            try:
+                record = untrusted.parse_json(line)
+                if not isinstance(record, dict):
+                    raise ValueError("another kind")
+            except ValueError as error:
+                if not following:
+                    return
+                raise DamagedFile(path, f"line {number} is not a JSON object: {line[:60]!r}") from error
+            yield line, record
+            line, number = following, number + 1
 
 
 def _chunks(array: np.ndarray) -> list[memoryview]:

@@ -14,9 +14,9 @@ import json
 import math
 import os
 import stat
+import tarfile
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +65,7 @@ def one_line(message: Any, limit: int = LINE) -> str:
     return text if len(text) <= limit else text[: limit - 2] + " …"
 
 
-def name_of(path: str | os.PathLike) -> str:
+def short_path(path: str | os.PathLike) -> str:
     """Return a path for a message: one line, the beginning of a long path left out.
 
     Args:
@@ -74,7 +74,7 @@ def name_of(path: str | os.PathLike) -> str:
     Returns:
         The whole path, or its last ``PATH`` characters.
 
-    >>> name_of("runs/a/config.json")
+    >>> short_path("runs/a/config.json")
     'runs/a/config.json'
     """
     text = one_line(os.fspath(path), 10**5)
@@ -255,11 +255,38 @@ class Unpacked(io.RawIOBase):
         """Return the place in the content."""
         return self._file.tell()
 
+    def readinto(self, buffer) -> int:
+        """Read bytes into a buffer; return how many."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
+
+
+@contextlib.contextmanager
+def open_tar(path: str | os.PathLike) -> Iterator[tarfile.TarFile]:
+    """Open a tar archive, packed by gzip or not, that ends with an error where it unpacks to more than is allowed.
+
+    Args:
+        path: the archive.
+
+    Yields:
+        The archive.
+
+    Raises:
+        ValueError: another kind of file, or too much content.
+    """
+    with open_file(path) as file:
+        content = Unpacked(file, os.fstat(file.fileno()).st_size, plain=True)
+        with tarfile.open(fileobj=io.BufferedReader(content, 2**16), mode="r:") as tar:
+            yield tar
 
 
 def read_header(file: io.IOBase, size: int) -> Header:
@@ -326,7 +353,7 @@ def read_npy(file: io.IOBase, size: int) -> np.ndarray:
     return array.reshape(header.shape, order="F" if header.columns_first else "C")
 
 
-def read_npz(file: io.IOBase, size: int) -> dict[str, np.ndarray]:
+def npz_arrays(file: io.IOBase, size: int) -> dict[str, np.ndarray]:
     """Read the arrays of an ``.npz`` file, compressed or not.
 
     Args:
@@ -348,34 +375,3 @@ def read_npz(file: io.IOBase, size: int) -> dict[str, np.ndarray]:
                 except ValueError as error:
                     raise ValueError(f"{one_line(info.filename, 40)}: {error}") from error
     return arrays
-
-
-def refusal(path: str | os.PathLike, problem: Any, advice: str) -> ValueError:
-    """Return the error ``<path>: <what is wrong>. <what to do>.`` as one line of at most 300 characters.
-
-    Args:
-        path: the file.
-        problem: what is wrong, or the exception that says so.
-        advice: what the user can do, without the full stop.
-
-    Returns:
-        The error, to be raised.
-    """
-    name, text = name_of(path), str(problem) or type(problem).__name__
-    room = max(40, LINE - len(name) - len(advice) - 5)
-    return ValueError(one_line(f"{name}: {one_line(text, room).rstrip('.')}. {advice}."))
-
-
-def is_file(path: str | os.PathLike) -> bool:
-    """Return whether a path leads to a regular file; a path that cannot exist leads to none.
-
-    Args:
-        path: the path.
-
-    Returns:
-        True for a regular file, or a link to one.
-    """
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):
-        return False

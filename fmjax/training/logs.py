@@ -21,6 +21,7 @@ from fmjax.training.step import GAPS
 from fmjax.types import Batch
 
 RECORDS = "metrics.jsonl"
+COPIED = 2**22  # characters: the longest packed copy of the records that a checkpoint keeps
 BLOWN_UP = 1e3  # a term this many times the first step's loss is no training any more
 
 
@@ -157,6 +158,8 @@ def mend_records(path: Path, step: int, sealed: dict[str, Any] | None) -> None:
     if sealed and lost is None and files.file_digest(path) != sealed["sha256"]:
         lost = f"is not as it was left at step {step}"
     if sealed and lost is not None:
+        if "copy" not in sealed:
+            raise files.DamagedFile(path, lost)
         files.write_bytes(path, unpack(sealed))
         warnings.warn(f"{path} {lost}: written again from the checkpoint of step {step}", stacklevel=3)
 
@@ -198,7 +201,8 @@ def recorder(directory: Path, start: int, sealed: dict[str, Any] | None = None) 
             return None
         files.sync(path)
         copy = base64.b64encode(zlib.compress(path.read_bytes())).decode()
-        return {"count": len(files.read_jsonl(path)), "sha256": files.file_digest(path), "copy": copy}
+        sealed = {"count": len(files.read_jsonl(path)), "sha256": files.file_digest(path)}
+        return sealed | ({"copy": copy} if len(copy) <= COPIED else {})
 
     with SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None) as board:
 

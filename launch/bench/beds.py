@@ -1,11 +1,12 @@
-"""Test beds of the suites on corrections: a flow, its marginals, correctors, samplers whose strength is chosen.
+"""Test beds of the suites on corrections: a flow, its marginals, correctors, and samplers with tuned strengths.
 
-A test bed is a flow by a network, its marginals on grids of 10 and of 50 steps, and correctors trained on each. All is
-kept in ``workdir/bench/NAME_corrected`` and resumed there. Strengths are chosen on seeds of their own (``fmjax.tune``)
-by the first metric, and what is reported is measured on others, from the same noise in every row.
+A test bed is a trained flow, its marginals on grids of 10 and of 50 steps, and correctors trained on each grid. The
+networks are stored in ``workdir/bench/NAME_corrected``, and a stopped suite continues there. Strengths are chosen on
+validation data by the first metric, with tuning keys; the tables use test data and other keys. All rows of a table
+start from the same noise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,21 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import correction, sampling
-from fmjax.correction import correctors, search
-from fmjax.correction.marginals import Marginals
+from configs import base
+from fmjax import correction, metrics, sampling
+from fmjax.correction import Evaluations, Marginals, Placement
 from fmjax.data import Dataset, in_memory
-from fmjax.experiments import assemble, evaluate, report, specs
-from fmjax.keys import as_keys, fold_in, normal
-from fmjax.metrics import features, neighbours, two_sample
-from fmjax.sampling import grids
+from fmjax.experiments import assemble, build, comparison, drawing, report, settings
+from fmjax.experiments.drawing import Draws, Models
+from fmjax.experiments.samplers import DRIFT, FLOW, Sampler
+from fmjax.keys import as_keys
+from fmjax.metrics import Metric
 from fmjax.storage import checkpoint, files
 from fmjax.training import loop
 from fmjax.types import Method, Params
 from launch.bench import runs
 from launch.bench.measure import FOLDER
 
-SIGMA, SHORT, LONG, LANGEVIN = 0.2, 10, 50, 20  # the score's noise; steps of the grids, and of Langevin
+SIGMA, SHORT, LONG, LANGEVIN = 0.2, 10, 50, 20  # noise level of the score; steps of the grids, and of Langevin
 ALL = tuple(range(SHORT + 1))
 AT = {"score": ((10,), (0, 5, 10), ALL), "classifier": ((10,), (0, 5, 10), (0, 2, 5, 8, 10), ALL)}
 AT["plain classifier"] = ((10,), ALL)  # not robust, an ablation
@@ -37,16 +39,29 @@ ALPHAS = {
     "plain classifier": (0.01, 0.05, 0.2, 1.0),
     "drift": (0.25, 0.5, 1.0),
 }
-BETAS = (0.0, SIGMA / 2, SIGMA)  # of the score; others draw no noise
-TUNING, SEED = 11, 12
+BETAS = (0.0, SIGMA / 2, SIGMA)  # noise levels of the score corrector; other correctors add no noise
+TUNING, REPORTING = 11, 12  # seeds of the runs of samples
+BANDWIDTH = 1.0  # of the kernel drift
 
 
 class Problem(NamedTuple):
-    """Data, networks and sizes. ``examples``: number per set of marginals, for the grids of 10 and 50 steps.
+    """Data, networks and sizes of a test bed.
 
-    ``at`` are the corrected steps of the grid of 10, ``at_long`` the steps at the same times of the grid of 50. The
-    fractions ``shares`` of alpha are tried where correctors of one grid serve another. ``tuning`` is the number of
-    tuning seeds.
+    Attributes:
+        config: name of the config.
+        fields: config fields that differ.
+        score: network of the score corrector.
+        classifier: network of the classifiers.
+        steps: training steps by kind of network.
+        examples: number of examples of the marginals, for the grids of 10 and of 50 steps.
+        samples: samples per run.
+        base: numbers of steps of samplers without corrections.
+        seeds: number of runs in the table.
+        tuning: number of runs of the search.
+        at: corrected steps of the grid of 10, by kind of corrector.
+        at_long: corrected steps of the grid of 10 whose times are corrected on the grid of 50.
+        fractions: factors of alpha that are tried where correctors of one grid are used on another grid.
+        betas: noise levels that are tried for the score corrector.
     """
 
     config: str
@@ -61,7 +76,7 @@ class Problem(NamedTuple):
     tuning: int = 2
     at: dict[str, tuple] = AT
     at_long: dict[str, tuple] = AT
-    shares: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
+    fractions: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     betas: tuple[float, ...] = BETAS
 
 
@@ -90,7 +105,7 @@ PROBLEMS = {
         tuning=1,
         at={kind: AT[kind] for kind in ("score", "classifier")},
         at_long={"score": ((10,), ALL), "classifier": (ALL,)},
-        shares=(0.5, 1.0),
+        fractions=(0.5, 1.0),
         betas=BETAS[:2],
     ),
     "straightened": Problem(
@@ -107,38 +122,52 @@ PROBLEMS = {
 
 
 class Bed(NamedTuple):
-    """A trained test bed: methods and parameters by name, metrics, and the features of the real examples."""
+    """A trained test bed.
+
+    Attributes:
+        problem: data, networks and sizes.
+        plan: training plan of the flow.
+        data: the data set.
+        flow: parameters of the flow.
+        metrics: metrics to test data, for the tables.
+        choosing: metric to validation data, for the choice of strengths.
+        folder: folder of all stages.
+    """
 
     problem: Problem
     plan: loop.Plan
     data: Dataset
     flow: Params
-    metrics: dict[str, Callable]
+    metrics: list[Metric]
+    choosing: Metric
     folder: Path
 
 
 def bed(name: str, folder: Path | None = None) -> Bed:
-    """Train the flow in ``folder / "flow"``, or reads it."""
+    """Train the flow of a problem in ``folder / "flow"``, or read the flow."""
     problem, folder = PROBLEMS[name], folder or FOLDER / f"{name}_corrected"
-    cfg = config(problem)
-    data = specs.data(cfg.data)
-    plan = assemble.assemble(cfg, data=data)
+    config = configured(problem)
+    data = build.data(config.common.data)
+    plan = assemble.flow_plan(config, data)
     flow = loop.train(plan, folder / "flow").ema
-    # to compare with, and to start backward from
     data = in_memory(data, train=20_000, validation=2_000, test=2_000, seed=0)
-    metrics, net = evaluate.distances(data)
-    embed = lambda x: net.features(features.quantise(x, data.levels))
+    choosing = comparison.distances(config, data, data.validation)[0]
+    distances = comparison.distances(config, data, data.test)
+    cache = files.cache_folder() / "features"
+    net = metrics.small_classifier(data.train.x, data.train.cond, cache_dir=cache, levels=data.levels)
+    embed = lambda x: net.features(metrics.quantise(x, data.levels))
     real = embed(data.test.x)
-    for i, metric in enumerate(("precision", "recall")):
-        metrics[metric] = lambda x, i=i: neighbours.precision_recall(real[: len(x)], embed(x)[: len(real)])[i]
-    away = float(nearest(data.test.x, data.train.x))
-    metrics["to training"] = lambda x: float(nearest(x, data.train.x)) / away  # below 1: nearer than held-out data are
-    return Bed(problem, plan, data, flow, metrics, folder)
+    for i, name in enumerate(("precision", "recall")):
+        value = lambda x, i=i: metrics.precision_recall(real[: len(x)], embed(x)[: len(real)])[i]
+        distances.append(Metric(name, value))
+    apart = float(nearest(data.test.x, data.train.x))  # below 1: samples are nearer to training data than test data are
+    distances.append(Metric("to training", lambda x: float(nearest(x, data.train.x)) / apart))
+    return Bed(problem, plan, data, flow, distances, choosing, folder)
 
 
-def config(problem: Problem, **changes):
-    """Return the config of a problem."""
-    return runs.config(problem.config, problem.fields | changes)
+def configured(problem: Problem, **changes) -> settings.Settings:
+    """Return the checked config of a problem."""
+    return settings.read(runs.config(problem.config, problem.fields | changes))
 
 
 @jax.jit
@@ -150,7 +179,7 @@ def nearest(x, others):
 
 
 def sets(b: Bed, name: str, view, params: Params, ts, count: int, **options) -> tuple[Marginals, Marginals]:
-    """Build forward and backward marginals at the times of the grid of ten steps, or at all of a shorter one."""
+    """Build forward and backward marginals at the times of the grid of ten steps, or at all times of a shorter grid."""
     n = len(ts) - 1
     common = {"flow": checkpoint.digest(params), "steps": range(0, n + 1, max(1, n // SHORT)), **options}
     starts = {
@@ -164,107 +193,110 @@ def sets(b: Bed, name: str, view, params: Params, ts, count: int, **options) -> 
 
 
 def corrector(b: Bed, kind: str, name: str, p: Marginals, q: Marginals) -> tuple[Method, Params]:
-    """Train a corrector on a pair of sets, or read it."""
-    apart = lambda **options: {
+    """Train a corrector on a pair of marginals, or read the corrector."""
+    classifier = lambda **options: {
         "method": {"name": "classifier_corrector", **options}, "net": b.problem.classifier, "weight_decay": 0.05
     }  # fmt: skip
-    spec = {
+    fields = {
         "score": {"method": {"name": "score_corrector", "sigma": SIGMA}, "net": b.problem.score},
-        "classifier": apart(eps=0.5, steps=3),
-        "plain classifier": apart(eps=0.0),
+        "classifier": classifier(eps=0.5, steps=3),
+        "plain classifier": classifier(eps=0.0),
     }[kind]
-    same = "weighting coupling batch_size target warmup schedule clip beta2 weight_decay ema".split()
-    part = {field: b_field for field, b_field in config(b.problem).items() if field in same}
-    part |= {"steps": b.problem.steps[kind.removeprefix("plain ")], "learning_rate": 1e-3, **spec}
-    batch = correction.marginal_pairs(p, q, batch_size=part["batch_size"], seed=0)
-    plan = assemble.assemble(config(b.problem, correctors={kind: part}), f"correctors.{kind}", batch=batch)
+    fields |= {"steps": b.problem.steps[kind.removeprefix("plain ")], "learning_rate": 1e-3}
+    stage = base.stage(runs.config(b.problem.config, b.problem.fields), **fields)
+    batch = correction.marginal_pairs(p, q, batch_size=stage["batch_size"], seed=0)
+    plan = assemble.corrector_plan(configured(b.problem, correctors={kind: stage}), kind, b.data, batch)
     return plan.method, loop.train(plan, b.folder / f"{kind}-{name}").ema
 
 
 def residual(b: Bed) -> tuple[Method, Params]:
     """Train the residual velocity over the frozen flow, or read it."""
     fields = {"method": "residual", "target": "frozen", "teacher": str(b.folder / "flow")}
-    cfg = config(b.problem, steps=b.problem.steps["residual"], learning_rate=1e-3, **fields)
-    plan = assemble.assemble(cfg, data=b.data)
-    return plan.method, loop.train(plan, b.folder / "residual", teacher=b.flow).ema
+    config = configured(b.problem, steps=b.problem.steps["residual"], learning_rate=1e-3, **fields)
+    plan = assemble.flow_plan(config, b.data)
+    start = loop.merge_parameters(plan, {"base": b.flow})
+    return plan.method, loop.train(plan, b.folder / "residual", params=start, teacher=start).ema
 
 
-def pushed(method: Method) -> Callable:
-    """Return marginal matching with a trained direction, a function of ``(params, alpha, beta)``."""
-    return lambda params, alpha, beta: correctors.marginal_matching(
-        method.direction(params["fix"]), alpha=alpha, beta=beta
-    )
+def networks(b: Bed, methods: Mapping[str, Method] = {}, params: Mapping[str, Params] = {}, *, ts=None) -> Models:
+    """Return the flow and other trained networks for samplers; ``ts`` are the times of the bank of marginals."""
+    path = build.path("linear")
+    return Models({FLOW: b.plan.method, **methods}, {FLOW: b.flow, **params}, b.data.train.x.shape[1:], path, ts)
 
 
-def drifted(ts) -> Callable:
-    """Return marginal matching with the drift between banks at the times ``ts``."""
-    return lambda params, alpha, beta: correctors.marginal_matching(
-        correction.kernel_drift(**params["bank"], ts=ts, bandwidth=1.0), alpha=alpha, beta=beta
-    )
+def bank(p: Marginals, q: Marginals) -> dict[str, Params]:
+    """Return marginals as the parameters of the kernel drift."""
+    return {DRIFT: {"p": jnp.asarray(p.x), "q": jnp.asarray(q.x)}}
 
 
-def restarted(step_of: Callable, to: float, steps: int = 1) -> Callable:
-    """Return a restart by the steps of the sampler."""
-    return lambda params, alpha, beta: correctors.restart(step_of(params), to=to, steps=steps)
+def plain(solver: Any, grid: Any) -> Sampler:
+    """Return a sampler without corrections; ``grid`` is a number of uniform steps or an array of times."""
+    if isinstance(grid, int):
+        return Sampler("plain", "plain", solver, grid)
+    return Sampler("plain", "plain", solver, len(grid) - 1, lambda n: grid)
 
 
-class Sampler(NamedTuple):
-    """A row: ``draw(params, keys, alpha, beta)`` with arrays over the grid, its cost, and the strengths to choose of.
+def corrected(sampler: Sampler, by: str, at: tuple[int, ...], **options) -> Sampler:
+    """Return a sampler with corrections at some steps; without options the strengths are to be chosen."""
+    strengths = {"alpha": 1.0, "beta": 0.0} | ({"bandwidth": BANDWIDTH} if by == DRIFT else {})
+    return sampler._replace(by=by, at=tuple(at), options=options or strengths)
 
-    ``evaluations`` is the FLOPs of a sample divided by the FLOPs of one evaluation of the flow. A change is measured
-    from the first row of the same ``group``, by default of the rows of as many steps.
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        label: the first columns.
+        draw: ``draw(key, placement)`` returns a run of samples.
+        params: the parameters, for the identity of stored evaluations.
+        steps: number of solver steps.
+        at: corrected steps.
+        cost: network evaluations per sample.
+        evaluations: FLOPs of a sample divided by the FLOPs of one evaluation of the flow.
+        kind: the corrector; strengths are chosen for the kinds of ``ALPHAS``.
+        candidates: strengths to choose from; by default ``ALPHAS`` and the noise levels of the problem.
+        group: the change of the metric is relative to the first row of the same group; by default of the same steps.
     """
 
-    name: dict[str, Any]
-    draw: Callable
-    params: Any
-    n: int
-    at: tuple[int, ...] = ()
+    label: dict[str, Any]
+    draw: Callable[[Any, Placement], np.ndarray]
+    params: Mapping[str, Params]
+    steps: int
+    at: tuple[int, ...]
+    cost: sampling.Cost
+    evaluations: float
     kind: str = "none"
-    cost: sampling.Cost | None = None
-    evaluations: float = 0.0
-    candidates: tuple[search.Placement, ...] = ()
+    candidates: tuple[Placement, ...] = ()
     group: str = ""
 
 
-def sampler(b: Bed, step_of: Callable, n, at=(), fix_of: Callable | None = None) -> Callable:
-    """``step_of(params)`` from the noise of the keys over a grid or ``n`` uniform steps, corrected by ``fix_of``."""
-    ts, shape = grids.uniform_grid(n) if isinstance(n, int) else n, b.data.train.x.shape[1:]
+def row(b: Bed, label: dict, sampler: Sampler, models: Models, evaluations: float, kind="none", **more) -> Row:
+    """Return the row of a sampler; its program is compiled once for all strengths."""
+    program = drawing.program(sampler, models)
 
-    @jax.jit
-    def draw(params, keys, alpha, beta):
-        over = lambda values: grids.per_step(ts, values)
-        fix = fix_of(params, over(alpha), over(beta)) if at else None
-        x0 = normal(fold_in(keys, 0), shape)
-        return sampling.sample(step_of(params), x0, ts, key=fold_in(keys, 1), corrector=fix, at=at if at else None)
+    def draw(key, placement: Placement) -> np.ndarray:
+        strengths = {"alpha": jnp.asarray(placement.alpha), "beta": jnp.asarray(placement.beta)}
+        options = strengths if "alpha" in sampler.options else {}
+        run = lambda keys: program(models.params, keys, None, options)
+        return drawing.in_chunks(run, as_keys(key, b.problem.samples))
 
-    return draw
-
-
-def distances(b: Bed, s: Sampler, setting: search.Placement, key) -> dict[str, float]:
-    """Return every metric of one run of samples."""
-    keys, (alpha, beta) = as_keys(key, b.problem.samples), setting.dense(s.n)
-    x = np.concatenate(
-        [np.asarray(s.draw(s.params, keys[i : i + evaluate.CHUNK], alpha, beta)) for i in range(0, len(keys), 512)]
-    )
-    return {name: metric(x) for name, metric in b.metrics.items()}
+    cost = drawing.sampler_cost(sampler, models)
+    return Row(label, draw, models.params, sampler.steps, sampler.at, cost, evaluations, kind, **more)
 
 
-def chosen(b: Bed, s: Sampler) -> search.Placement:
-    """Return the best strength on the tuning seeds by the first metric; every evaluation is kept in a file."""
-    first = next(iter(b.metrics))
-    same = lambda a, c: search.Placement(s.at, (a,) * len(s.at), (c,) * len(s.at))
-    candidates = s.candidates or tuple(
-        same(a, c) for a in ALPHAS.get(s.kind, ()) for c in (b.problem.betas if s.kind == "score" else (0.0,))
-    )
+def chosen(b: Bed, r: Row) -> Placement:
+    """Return the best strength on the tuning keys; every evaluation is stored in a file."""
+    same = lambda alpha, beta: Placement(r.at, (alpha,) * len(r.at), (beta,) * len(r.at))
+    betas = b.problem.betas if r.kind == "score" else (0.0,)
+    candidates = r.candidates or tuple(same(alpha, beta) for alpha in ALPHAS.get(r.kind, ()) for beta in betas)
     if not candidates:
         return same(0.0, 0.0)
-    value = search.Evaluations(
-        lambda setting, key: distances(b, s, setting, key)[first],
+    value = Evaluations(
+        lambda placement, key: b.choosing.distance(r.draw(key, placement)),
         tuning=keys(TUNING, b.problem.tuning),
-        reporting=keys(SEED, b.problem.seeds),
-        directory=b.folder / "tuning" / "-".join(files.slug(str(v)) for v in s.name.values()),
-        identity={"params": checkpoint.digest(s.params), "samples": b.problem.samples},
+        reporting=keys(REPORTING, b.problem.seeds),
+        directory=b.folder / "tuning" / "-".join(files.slug(str(v)) for v in r.label.values()),
+        identity={"params": checkpoint.digest(r.params), "samples": b.problem.samples},
     )
     return value.best(candidates).placement
 
@@ -274,22 +306,25 @@ def keys(seed: int, n: int):
     return jax.random.split(jax.random.key(seed), n)
 
 
-def measured(b: Bed, rows: list[Sampler]) -> list[dict]:
-    """Return the table: distances on the reporting seeds, and the change of the first from the plain row."""
-    first, table, plain = next(iter(b.metrics)), [], {}
-    text = lambda values: report.plus_minus(*two_sample.mean_se(values))
-    for s in rows:
-        setting = chosen(b, s)
-        each = [distances(b, s, setting, key) for key in keys(SEED, b.problem.seeds)]
-        before = plain.setdefault(s.group or s.n, each)
-        change = [d[first] - plain[first] for d, plain in zip(each, before, strict=True)]
-        strength = f"{setting.alpha[0]:g}, {setting.beta[0]:g}" if s.kind in ALPHAS else "-"
-        costs = {"NFE": s.cost.nfe, "FLOPs / flow": round(s.evaluations, 1), "alpha, beta": strength}
-        cells = {name: text([d[name] for d in each]) for name in b.metrics}
-        table.append(s.name | costs | cells | {f"{first}, change": "-" if s.kind == "none" else text(change)})
-    floor = evaluate.training_samples(b.data, seeds=b.problem.seeds, samples=b.problem.samples, seed=0)
+def measured(b: Bed, rows: list[Row]) -> list[dict]:
+    """Return the table: metrics on the reporting keys, and the change of the first metric from the plain row."""
+    first, table, baselines = b.metrics[0].name, [], {}
+    text = lambda values: report.plus_minus(*metrics.mean_se(values))
+    for r in rows:
+        placement = chosen(b, r)
+        samples = np.stack([r.draw(key, placement) for key in keys(REPORTING, b.problem.seeds)])
+        values = comparison.measure(samples, b.metrics)
+        before = baselines.setdefault(r.group or r.steps, values[first])
+        change = "-" if r.kind == "none" else text([x - y for x, y in zip(values[first], before, strict=True)])
+        strength = f"{placement.alpha[0]:g}, {placement.beta[0]:g}" if r.kind in ALPHAS else "-"
+        costs = {"NFE": r.cost.nfe, "FLOPs / flow": round(r.evaluations, 1), "alpha, beta": strength}
+        table.append(
+            r.label | costs | {name: text(each) for name, each in values.items()} | {f"{first}, change": change}
+        )
+    draws = Draws(b.problem.seeds, b.problem.samples, 0)
+    floor = comparison.measure(comparison.training_runs(b.data, draws), b.metrics)
     blank = dict.fromkeys(table[0], "-") | {next(iter(table[0])): "training data"}
-    return [*table, blank | {name: text([metric(x) for x in floor]) for name, metric in b.metrics.items()}]
+    return [*table, blank | {name: text(each) for name, each in floor.items()}]
 
 
 def flops(f: Callable, params: Params, b: Bed) -> float:

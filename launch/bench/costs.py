@@ -51,7 +51,7 @@ def couplings(repeats: int) -> list[dict]:
     import ot
     from sklearn.datasets import load_digits
 
-    from fmjax import couplings as c
+    from fmjax import transport
 
     def jitted(solve):
         def run(x0, x1):
@@ -65,7 +65,7 @@ def couplings(repeats: int) -> list[dict]:
         return jnp.zeros_like(cost).at[i, j].set(1 / len(cost))
 
     def sinkhorn(scale):
-        return jitted(lambda cost: c.sinkhorn(cost, eps=0.05 * scale(cost)).matrix)
+        return jitted(lambda cost: transport.sinkhorn(cost, eps=0.05 * scale(cost)).matrix)
 
     on_device = {
         "optax hungarian, jit": jitted(hungarian),
@@ -84,16 +84,16 @@ def couplings(repeats: int) -> list[dict]:
 
             def scipy_exact(x0=x0, x1=x1, b=b):
                 plan = np.zeros((b, b))
-                plan[c.assignment(c.squared_cost(x0, x1)), np.arange(b)] = 1 / b
+                plan[transport.assignment(transport.squared_cost(x0, x1)), np.arange(b)] = 1 / b
                 return plan
 
             functions = {
                 "scipy assignment, host": scipy_exact,
-                "POT emd, host": lambda x0=x0, x1=x1, u=uniform: ot.emd(u, u, c.squared_cost(x0, x1)),
+                "POT emd, host": lambda x0=x0, x1=x1, u=uniform: ot.emd(u, u, transport.squared_cost(x0, x1)),
             }
             functions |= {name: lambda f=f, y0=y0, y1=y1: f(y0, y1) for name, f in on_device.items()}
             spent = interleaved(functions, repeats)
-            cost = c.squared_cost(x0.astype(np.float64), x1.astype(np.float64))
+            cost = transport.squared_cost(x0.astype(np.float64), x1.astype(np.float64))
             plans = {name: np.asarray(f(), np.float64) for name, f in functions.items()}
             paid = {name: float((plan * cost).sum() / plan.sum()) for name, plan in plans.items()}
             exact, random = paid["scipy assignment, host"], float(cost.mean())
@@ -272,7 +272,7 @@ class Noise:
 
 
 def use_set(what: str, count: int, folder: str) -> float:
-    """Builds a set of five times of Euler's in ``folder``, or reads batches from it; this process's peak in MB."""
+    """Build a set of five times by Euler steps in ``folder``, or read batches; return this process's peak in MB."""
     if what == "read":
         batch = correction.marginal_batches(correction.read_marginals(folder, stream=True), batch_size=128, seed=0)
         for step in range(count // 64):  # about twice as many examples as there are
@@ -299,7 +299,7 @@ def marginal_memory(repeats: int) -> list[dict]:
         for count in (1000, 8000):
             with tempfile.TemporaryDirectory() as folder:
                 for part in ("backward", "read") if what == "read" else (what,):
-                    code = f"from launch import bench_costs as b; print(b.use_set({part!r}, {count}, {folder!r}))"
+                    code = f"from launch.bench import costs as b; print(b.use_set({part!r}, {count}, {folder!r}))"
                     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
                 size = sum(p.stat().st_size for p in Path(folder).iterdir()) / 2**20
             peaks.append(float(done.stdout.split()[-1]))

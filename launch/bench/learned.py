@@ -1,7 +1,7 @@
 """Suites of ``launch.bench``: flow maps trained by every method with equal networks and equal training FLOPs.
 
 A run is ``python -m launch.bench.learned PROBLEM METHOD SEED`` in a separate process, pinned to one core on a CPU, so
-that as many go side by side as there are cores. Runs live in ``workdir/bench/PROBLEM`` and are resumed there.
+that one run per core can proceed at the same time. Runs are kept in ``workdir/bench/PROBLEM`` and continue there.
 """
 
 import functools
@@ -21,18 +21,21 @@ from launch.bench.measure import FOLDER
 
 SEEDS = (0, 1, 2)
 STEPS = (1, 2, 4, 8, 16)
-LONG = 6  # times the budget, of the rows that say what a longer training is worth
+LONG = 6  # times the budget, for the rows with a longer training
 # KL of LSD on the checkerboard, at the best checkpoint of each N (arXiv 2505.18825, table 1), and what as many perfect
 # samples as there, 64,000, score in its bins
 PUBLISHED, PUBLISHED_FLOOR = dict(zip(STEPS, (0.086, 0.077, 0.071, 0.070, 0.071), strict=True)), 0.067
 
 
 class Recipe(NamedTuple):
-    """What a row of a table trains: a method for each round of its budget, the last ones from a frozen teacher.
+    """The training of a row of a table, in rounds.
 
-    ``taught``: half the budget goes to the teacher, a flow. The rounds divide the rest; the teacher of a round is the
-    network of the round before. ``times``: multiple of the budget of the problem, and of the teacher. ``solver``: the
-    solver of the steps of a flow.
+    Attributes:
+        methods: a method for each round; the rounds divide the budget equally.
+        taught: whether half of the budget is used for a teacher, a flow. The teacher of a later round is the network
+            of the round before.
+        times: multiple of the budget of the problem, and of the teacher.
+        solver: solver of the steps of a flow.
     """
 
     methods: tuple[dict[str, Any], ...]
@@ -91,7 +94,17 @@ TO_DATA = ("ECT", "sCT")  # maps to t = 1 only
 
 
 class Problem(NamedTuple):
-    """Data, network and budget, in steps of flow matching; and ``evaluate(method, params, seed, solver) -> result``."""
+    """Data, network and budget of a table.
+
+    Attributes:
+        net: spec of the network.
+        batch_size: examples per step.
+        budget: FLOPs of a run, in steps of flow matching.
+        batch: ``batch(seed, step)`` returns fresh data.
+        evaluate: ``evaluate(method, params, seed, solver)`` returns the result of a run.
+        methods: rows of the table.
+        history: evaluate also at the quarters of the last round; an interrupted round then starts again.
+    """
 
     net: dict[str, Any]
     batch_size: int
@@ -99,7 +112,7 @@ class Problem(NamedTuple):
     batch: Callable[[int, int], Any]
     evaluate: Callable[[Any, Any, int, str], dict]
     methods: tuple[str, ...]
-    history: bool = False  # also at the quarters of the last round, which then begins anew after an interruption
+    history: bool = False
 
 
 def drawn(sample: Callable, batch_size: int, seed: int, n: int):
@@ -111,14 +124,16 @@ def drawn(sample: Callable, batch_size: int, seed: int, n: int):
     return Batch(np.asarray(sample(jax.random.fold_in(jax.random.key(seed + 1000), n), batch_size)))
 
 
-def jumps(method, params, x, n: int, solver: str):
-    """``n`` equal jumps of a learned map, or steps of a flow."""
-    from fmjax import sampling
-    from fmjax.experiments import specs
-    from fmjax.sampling import grids
+def drawer(method, params, n: int, solver: str):
+    """Return ``draw(keys) -> [B, 2]``: ``n`` equal jumps of a learned map, or steps of a flow."""
+    from fmjax.experiments import build, drawing
+    from fmjax.experiments.drawing import Models
+    from fmjax.experiments.samplers import FLOW, FLOW_MAP, Sampler
 
-    step = method.flow_map(params) if method.flow_map else specs.step(solver)(method.velocity(params))
-    return sampling.sample(step, x, grids.uniform_grid(n))
+    name = FLOW_MAP if method.flow_map else solver
+    models = Models({FLOW: method, FLOW_MAP: method}, {FLOW: params, FLOW_MAP: params}, (2,), build.path("linear"))
+    program = drawing.program(Sampler("samples", "samples", name, n), models)
+    return lambda keys: program(models.params, keys)
 
 
 def board() -> Problem:
@@ -126,23 +141,17 @@ def board() -> Problem:
     import jax
 
     from fmjax.data import densities
+    from fmjax.experiments import drawing
     from fmjax.metrics import histogram, two_sample
 
     sample = jax.jit(densities.draw_checkerboard, static_argnums=1)
-    chunk = 1 << 14
 
     def evaluate(method, params, seed, solver):
         result = {}
         real = np.asarray(sample(jax.random.key(seed + 2000), 2048))
-        start = lambda key: jax.random.normal(key, (chunk, 2))
         for n in STEPS:
-            draw = jax.jit(lambda params, key, n=n: jumps(method, params, start(key), n, solver))
-            x = np.concatenate(
-                [
-                    np.asarray(draw(params, jax.random.fold_in(jax.random.key(seed), i)))
-                    for i in range(samples(n) // chunk)
-                ]
-            )
+            keys = drawing.sample_keys(seed, 0, samples(n))
+            x = drawing.in_chunks(drawer(method, params, n, solver), keys, size=1 << 14)
             result[str(n)] = {"KL": histogram.checkerboard_kl(x), "W2": two_sample.w2_exact(x[:2048], real)}
         return result
 
@@ -159,29 +168,29 @@ def oracle(name: str) -> Problem:
     import jax
     import jax.numpy as jnp
 
-    from fmjax import oracles, paths, sampling, times
+    from fmjax import interpolants, oracles, paths, sampling, times
     from fmjax.keys import as_keys, normal, split
     from fmjax.types import expand
 
     corners = 0.7 * jnp.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
-    law = (
+    data = (
         oracles.mixture(corners, 0.25)
         if name == "mixture"
         else oracles.gaussian(jnp.array([0.75, -0.5]), jnp.array([0.3, 1.2]))
     )
 
     def exact(x, s, t):
-        if law.flow_map is not None:
-            return law.flow_map(x, s, t)
-        step, n = sampling.rk4(law.velocity), 200
+        if data.flow_map is not None:
+            return data.flow_map(x, s, t)
+        step, n = sampling.rk4(data.velocity), 200
         body = lambda k, x: step(x, s + (t - s) * k / n, s + (t - s) * (k + 1) / n)
         return jax.lax.fori_loop(0, n, body, x)
 
     def errors(method, params):
         keys = split(as_keys(jax.random.key(7), 1 << 12), 3)
-        x0, x1 = normal(keys[0], (2,)), law.sample(jax.random.key(8), 1 << 12)
+        x0, x1 = normal(keys[0], (2,)), data.sample(jax.random.key(8), 1 << 12)
         s, t = times.ordered_pair(keys[1])
-        x, _ = paths.with_velocity(paths.linear(), x0, x1, s)
+        x, _ = interpolants.with_velocity(paths.linear(), x0, x1, s)
         zero, ones = jnp.zeros_like(s), jnp.ones_like(s)
         learned = method.flow_map(params) if method.flow_map else None
         jump = learned or (lambda x, s, t: x + expand(t - s, x) * method.velocity(params)(x, s))
@@ -194,7 +203,7 @@ def oracle(name: str) -> Problem:
     summary = lambda method, params, seed, solver: {
         k: float(v) for k, v in jax.jit(functools.partial(errors, method))(params).items()
     }
-    sample = jax.jit(law.sample, static_argnums=1)
+    sample = jax.jit(data.sample, static_argnums=1)
     return Problem(
         {"name": "plain", "width": 64, "waves": 0},
         256,
@@ -216,15 +225,18 @@ PROBLEMS = {
 def plan_of(problem: Problem, method: dict, *, steps: int, seed: int, teacher: Path | None):
     """The plan of one round of ``steps``."""
     from configs.checkerboard import get_config
-    from fmjax.experiments import assemble
+    from fmjax.experiments import assemble, build, settings
 
-    cfg = get_config()
-    with cfg.unlocked(), cfg.ignore_type():
-        cfg.net, cfg.method, cfg.batch_size, cfg.seed, cfg.steps = problem.net, method, problem.batch_size, seed, steps
-        cfg.save_every = cfg.log_every = max(1, steps // 4)
-        cfg.teacher = str(teacher or "") or None
-        cfg.target, cfg.learning_rate = "frozen" if teacher else "self", 3e-3
-    return assemble.assemble(cfg, batch=functools.partial(problem.batch, seed))
+    c = get_config()
+    with c.unlocked(), c.ignore_type():
+        c.net, c.method, c.batch_size, c.seed, c.steps = problem.net, method, problem.batch_size, seed, steps
+        c.save_every = c.log_every = max(1, steps // 4)
+        c.teacher = str(teacher or "") or None
+        c.target, c.learning_rate = "frozen" if teacher else "self", 3e-3
+        c.data.train, c.data.test = 1000, 100  # for the shape alone: batches are drawn afresh
+    s = settings.read(c)
+    batch = functools.partial(problem.batch, seed)
+    return assemble.plan("flow", s.common, s.flow, s.flow.net, build.data(s.common.data), batch=batch)
 
 
 def cost(problem: Problem, method: dict) -> float:
@@ -251,12 +263,12 @@ def cost(problem: Problem, method: dict) -> float:
 
 
 def folder(problem: str, method: str, seed: int) -> Path:
-    """Where a run lives."""
+    """Return the folder of a run."""
     return FOLDER / problem / f"{''.join(c if c.isalnum() else '-' for c in method)}-{seed}"
 
 
 def train_one(name: str, row: str, seed: int) -> None:
-    """Trains and evaluates one run; ``result.json`` is its end."""
+    """Train and evaluate one run; the last file that the run writes is ``result.json``."""
     from fmjax.storage import files
     from fmjax.training import logs, loop
 
@@ -270,7 +282,7 @@ def train_one(name: str, row: str, seed: int) -> None:
         place = path / f"round-{i}"
         steps = round(budget / len(recipe.methods) / cost(problem, method))
         plan = plan_of(problem, method, steps=steps, seed=seed, teacher=teacher)
-        start = loop.given(plan, teacher) if teacher else None
+        start = loop.load_average(plan, teacher, "teacher") if teacher else None
         last = i == len(recipe.methods) - 1
 
         def hook(n, state, plan=plan, steps=steps):
@@ -290,7 +302,7 @@ def train_one(name: str, row: str, seed: int) -> None:
 
 
 def results(name: str) -> dict[str, list[dict]]:
-    """All runs of a problem, trained where they are not yet: as many at a time as there are cores (one on a GPU)."""
+    """Return the results of all runs of a problem; missing runs are trained, one per core at a time (one on a GPU)."""
     import jax
 
     methods = PROBLEMS[name]().methods

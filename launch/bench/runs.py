@@ -43,21 +43,21 @@ def start(repeats: int) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
             for cache in times_s:
-                log = Path(folder, cache, "metrics.jsonl")
+                log = Path(folder, cache, "flow", "metrics.jsonl")
                 command = [
                     sys.executable,
                     "-m",
                     "launch.train",
                     "--config=configs/digits.py",
-                    f"--workdir={log.parent}",
+                    f"--workdir={log.parents[1]}",
                 ]
                 began = time.perf_counter()
-                said = Path(folder, f"{cache}.txt")
-                with said.open("w") as errors:
+                output = Path(folder, f"{cache}.txt")
+                with output.open("w") as errors:
                     process = subprocess.Popen([*command, "--config.steps=1"], env=environment, stderr=errors)
                 while not (log.exists() and log.read_text().endswith("\n")):
                     if process.poll() is not None:
-                        raise RuntimeError(f"{' '.join(command)} ended before its first step: {said.read_text()}")
+                        raise RuntimeError(f"{' '.join(command)} ended before its first step: {output.read_text()}")
                     time.sleep(0.01)
                 times_s[cache].append(time.perf_counter() - began)
                 _, status, usage = os.wait4(process.pid, 0)
@@ -67,7 +67,7 @@ def start(repeats: int) -> list[dict]:
 
 
 def digits(repeats: int) -> list[dict]:
-    """The table of ``launch.pipeline`` on the digits: mean and standard error over seeds, against held-out digits."""
+    """The table of ``launch.pipeline`` on the digits: mean and standard error over seeds, against test digits."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "launch.pipeline", "--config=configs/digits.py", f"--workdir={folder}/w"]
         subprocess.run(command, check=True)
@@ -121,7 +121,7 @@ def mnist_maps(repeats: int) -> list[dict]:
 
 
 def config(name: str, fields: dict):
-    """A config with other fields; the environment's value of its data's name in capitals is the folder of its files."""
+    """Return a config with changed fields; ``MNIST`` and so on in the environment name folders of original files."""
     c = importlib.import_module(f"configs.{name}").get_config()
     with c.unlocked(), c.ignore_type():
         c.sample_every = 0
@@ -135,20 +135,24 @@ def config(name: str, fields: dict):
 def _maps(
     name: str, flow: str, fields: dict, *, steps: int, learning_rate: float, seeds: int, samples: int
 ) -> list[dict]:
-    """Rows of the flow and of every map that starts as it; the runs are kept in ``workdir/bench`` and resumed there."""
-    from fmjax.experiments import assemble, evaluate
+    """Return rows of the flow and of every map that starts from the flow; the runs are kept in ``workdir/bench``."""
+    from fmjax.experiments import evaluate, settings, train
 
-    rows, start, drawn = [], str(FOLDER / flow), {"seeds": seeds, "samples": samples}
+    rows, start, compared = (
+        [],
+        str(FOLDER / flow),
+        {"sampling": {"seeds": seeds, "samples": samples}, "corrections": {}},
+    )
     euler = sorted({*JUMPS, *(16 * n for n in JUMPS)})
-    runs = {"flow": (start, config(name, fields | {"sampling": {**drawn, "euler": euler}}))}
+    runs = {"flow": (start, config(name, fields | compared | {"samplers": {"euler": euler}}))}
     for method, spec in MAPS.items():
         changes = {"init": start, "method": spec, "steps": steps, "learning_rate": learning_rate}
-        changes |= {"sampling": {**drawn, "flow_map": JUMPS}}
         folder = f"{start}_{''.join(a for a in method if a.isalnum())}"
-        runs[method] = (folder, config(name, fields | changes))
-    for method, (folder, cfg) in runs.items():
-        assemble.fit(cfg, folder)
-        evaluate.main(cfg, folder)
+        runs[method] = (folder, config(name, fields | compared | changes | {"samplers": {"flow_map": JUMPS}}))
+    for method, (folder, changed) in runs.items():
+        checked = settings.read(changed)
+        train.main(checked, Path(folder))
+        evaluate.main(checked, Path(folder))
         table = _table(Path(folder, "evaluation.json"))
         rows += [
             {"method": method} | {k: v for k, v in row.items() if k != "corrections"} for row in table if row["NFE"]

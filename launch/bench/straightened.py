@@ -1,8 +1,8 @@
 """Suites of ``launch.bench``: half-straightened flows of the digits and of MNIST.
 
-The runs come from ``launch.reflow`` with the configs of these names, three seeds each, in ``workdir/bench`` and
-resumed there; ``MNIST`` in the environment names the folder of the original files. On MNIST all seeds have
-one teacher and the same noise.
+The runs come from ``launch.reflow`` with the configs of these names and three seeds; they are kept in
+``workdir/bench``, and a stopped run continues there. ``MNIST`` in the environment names the folder of the original
+files. On MNIST all seeds have the same teacher and the same noise.
 """
 
 import json
@@ -11,16 +11,18 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from configs import base
 from fmjax import correction, sampling, straightening
-from fmjax.experiments import assemble, reflow, report, specs
+from fmjax.experiments import assemble, build, reflow, report, stages
+from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP
 from fmjax.keys import as_keys, fold_in, normal
 from fmjax.metrics import spectrum, two_sample
 from fmjax.storage import checkpoint, files
-from fmjax.straightening import segments
+from fmjax.straightening import TEACHER, segments
 from fmjax.training import loop
+from fmjax.types import Method
 from launch.bench import beds, runs
 from launch.bench.measure import FOLDER
 
@@ -31,7 +33,7 @@ FD, PAIRED = "FD-small", "paired error"
 
 
 def numbers(name: str) -> list[dict]:
-    """The numbers of the runs of a data set, which are started where they are not complete."""
+    """Return the numbers of the runs of a data set; incomplete runs are completed."""
     results, teacher = [], FOLDER / f"half_straightening_{name}-{SEEDS[0]}" / "flow"
     for seed in SEEDS:
         path = FOLDER / f"half_straightening_{name}-{seed}"
@@ -55,12 +57,12 @@ def numbers(name: str) -> list[dict]:
 
 
 def text(values) -> str:
-    """Mean and standard error over runs."""
+    """Return mean and standard error over runs as text."""
     return report.plus_minus(*two_sample.mean_se(values))
 
 
 def rows(results: list[dict]) -> dict[tuple[str, str], dict[str, list]]:
-    """``(family, name) -> metric -> its means of all runs``."""
+    """Return the means of all runs by metric, by ``(family, name)``."""
     metrics = (FD, PAIRED, "NFE", "counts", "drift")
     key = lambda r: (r["family"], r["name"])
     first = {key(r): {m: [] for m in metrics if m in r} for r in results[0]["rows"]}
@@ -135,7 +137,7 @@ def straightened_spectra(repeats: int) -> list[dict]:
     """The fraction of the power below 1/5 cycle a pixel: of the end-point error by allocation, of centred data."""
     lines, ends = {}, []
     for name in NAMES:
-        data = specs.data(runs.config(f"half_straightening_{name}", {}).data).train.x[:5000]
+        data = build.data(runs.config(f"half_straightening_{name}", {}).data).train.x[:5000]
         ends.append(
             {"data": name, "straightened": "the data"}
             | {"(1, 1)": f"{spectrum.low_fraction(*spectrum.radial(data - data.mean(0))):.3f}"}
@@ -153,48 +155,43 @@ def straightened_spectra(repeats: int) -> list[dict]:
 def straightened_corrected(repeats: int) -> list[dict]:
     """The first run of the digits: correctors at the bounds of half-straightened flows, and segments as flow maps.
 
-    At a bound a perfect flow has the distribution of noised data: correctors are trained on noised data against the
-    model's own states. A map of a segment is distilled from the network of it, by LMD with times inside.
+    At a bound a perfect flow has the distribution of noised data: correctors are trained on noised data against states
+    of the model. The map of a segment is distilled from the network of the segment, by LMD with times in the segment.
     """
     path = FOLDER / f"half_straightening_digits-{SEEDS[0]}"
     b = beds.bed("straightened", path)
-    cfg = beds.config(b.problem)
-    ready = reflow.setup(cfg)
-    methods, params = reflow.fit(cfg, ready, path)
-    bounds = tuple(cfg.straighten.bounds)
-    models = {f"{m.part}, {m.sharing}": m for m in ready.models if m.sharing == "gated"}
+    config = beds.configured(b.problem)
+    trained_stages, students, compared = reflow.student_stages(config, b.data)
+    results = stages.run_all(trained_stages, path)
+    methods = {TEACHER: b.plan.method} | {name: plan.method for name, (plan, _) in students.items()}
+    params = {TEACHER: results[FLOW].value} | {name: results[plan.name].value for name, (plan, _) in students.items()}
+    bounds = tuple(config.straighten[1].bounds)
+    models = {f"{m.part}, {m.sharing}": m for m in compared if m.sharing == "gated"}
     lines = []
 
     def add(name, step_of, parameters, counts, fixes=True):
         grid = segments.segment_grid(bounds, counts)
-        n, inner = len(grid) - 1, tuple(int(i) for i in np.cumsum(counts))
-        where = ", ".join(map(str, counts))
-        common = {"params": parameters, "n": n, "group": f"{name} {where}"}
+        n, inner, where = len(grid) - 1, tuple(int(i) for i in np.cumsum(counts)), ", ".join(map(str, counts))
         label = lambda corrector, at: {"sampler": f"{name} ({where})", "corrector": corrector, "at t": at}
-        plain = beds.Sampler(label("none", "-"), beds.sampler(b, step_of, grid), cost=sampling.cost(n), **common)
-        lines.append(plain._replace(evaluations=n))
+        map_of = {FLOW_MAP: Method(None, flow_map=step_of)}  # a solver step is a flow map
+        plain, group = beds.plain(FLOW_MAP, grid), f"{name} {where}"
+        networks = beds.networks(b, map_of, {FLOW_MAP: parameters})
+        lines.append(beds.row(b, label("none", "-"), plain, networks, n, group=group))
         if not fixes:
             return
         p, q = _sets(b, name, step_of, parameters, grid, inner)
-        bank = {"p": jnp.asarray(p.x), "q": jnp.asarray(q.x)}
         score, trained = beds.corrector(b, "score", files.slug(f"{name} {where}"), p, q)
-        weight = beds.flops(score.direction, trained, b) / beds.flops(methods["teacher"].velocity, params["teacher"], b)
+        weight = beds.flops(score.direction, trained, b) / beds.flops(methods[TEACHER].velocity, params[TEACHER], b)
+        drift = beds.networks(b, map_of, {FLOW_MAP: parameters, **beds.bank(p, q)}, ts=p.ts)
+        scored = beds.networks(b, map_of | {"score": score}, {FLOW_MAP: parameters, "score": trained})
         for at in ((n,), inner):
             times = ", ".join(f"{grid[i]:g}" for i in at)
-            for corrector, kind, fix, more, worth in (
-                ("kernel drift", "drift", beds.drifted(p.ts), {"bank": bank}, 0),
-                ("score", "score", beds.pushed(score), {"fix": trained}, 1),
-            ):
-                draw = beds.sampler(b, step_of, grid, at, fix)
-                row = plain._replace(
-                    name=label(corrector, times), draw=draw, params=parameters | more, at=at, kind=kind
-                )
-                cost = sampling.cost(n, at, corrector_nfe=worth)
-                lines.append(row._replace(cost=cost, evaluations=n + worth * weight * len(at)))
-        back = beds.restarted(step_of, float(bounds[-2]), counts[-1])
-        row = plain._replace(name=label(f"restart to {bounds[-2]:g}", "1"), at=(n,), kind="restart")
-        row = row._replace(draw=beds.sampler(b, step_of, grid, (n,), back), evaluations=n + counts[-1])
-        lines.append(row._replace(cost=sampling.cost(1, n, (n,), counts[-1])))
+            for corrector, kind, used, worth in (("kernel drift", DRIFT, drift, 0), ("score", "score", scored, weight)):
+                sampler, cost = beds.corrected(plain, kind, at), n + worth * len(at)
+                lines.append(beds.row(b, label(corrector, times), sampler, used, cost, kind, group=group))
+        restart = beds.corrected(plain, "restart", (n,), to=float(bounds[-2]), steps=counts[-1])
+        words = label(f"restart to {bounds[-2]:g}", "1")
+        lines.append(beds.row(b, words, restart, networks, n + counts[-1], "restart", group=group))
 
     for name, counts in (("noise half, gated", (1, 9)), ("both halves, gated", (1, 1))):
         of = lambda parameters, m=models[name]: straightening.segmented_step(
@@ -203,26 +200,26 @@ def straightened_corrected(repeats: int) -> list[dict]:
         used = {network: params[network] for network in models[name].networks}
         add(name, of, {"students": used}, counts)
     for name, networks in (
-        ("maps of the teacher", ("teacher",) * 2),
+        ("maps of the teacher", (TEACHER,) * 2),
         ("maps of both halves", models["both halves, gated"].networks),
     ):
-        maps = [_map(b, cfg, k, network, params[network]) for k, network in enumerate(networks)]
+        maps = [_map(b, bounds, k, network, params[network]) for k, network in enumerate(networks)]
         of = lambda parameters, maps=maps: segments.piecewise(
             [method.flow_map(values) for (method, _), values in zip(maps, parameters["maps"], strict=True)], bounds
         )
         parameters = {"maps": [values for _, values in maps]}
         for counts in ((1, 1), (2, 2)):
             add(name, of, parameters, counts, fixes=counts == (1, 1) and "both" in name)
-    euler = lambda parameters: sampling.euler(methods["teacher"].velocity(parameters["teacher"]))
+    euler = lambda parameters: sampling.euler(methods[TEACHER].velocity(parameters[TEACHER]))
     for counts in ((1, 1), (2, 2), (5, 5)):
-        add("teacher, Euler", euler, {"teacher": params["teacher"]}, counts, fixes=False)
+        add("teacher, Euler", euler, {TEACHER: params[TEACHER]}, counts, fixes=False)
     return beds.measured(b, lines)
 
 
 def _sets(
     b: beds.Bed, name: str, step_of, parameters, grid, inner
 ) -> tuple[correction.Marginals, correction.Marginals]:
-    """The states of a model at the bounds after the first, and noised training data, their exact distribution."""
+    """Return states of a model at all bounds but the first, and noised training data: the exact distribution."""
     count, real = b.problem.examples[0], b.data.train.x
     folder = b.folder / "marginals" / files.slug(f"{name} {len(grid) - 1}")
     common = {
@@ -240,14 +237,14 @@ def _sets(
     return p, p._replace(x=((1 - t) * z + t * real[:, None]).astype(np.float32))
 
 
-def _map(b: beds.Bed, cfg, k: int, name: str, start):
-    """The flow map of segment ``k``, distilled from the network ``name`` of it, which it starts as."""
-    low, high = cfg.straighten.bounds[k : k + 2]
+def _map(b: beds.Bed, bounds, k: int, name: str, start):
+    """Return the flow map of segment ``k``, distilled from the network ``name`` that it starts from."""
+    low, high = bounds[k : k + 2]
     pair = {"name": "ordered_pair", "time": {"name": "uniform", "low": low, "high": high}}
-    same = "weighting coupling batch_size schedule clip beta2 weight_decay ema".split()
-    part = {field: cfg[field] for field in same} | {"steps": MAP_STEPS, "learning_rate": 5e-4, "warmup": 0}
-    part |= {"target": "frozen", "method": {"name": "lagrangian", "diagonal": 0.0, "pair": pair}}
-    plan = assemble.assemble(beds.config(b.problem, flow_map=part), "flow_map", data=b.data)
+    fields = {"method": {"name": "lagrangian", "diagonal": 0.0, "pair": pair}, "target": "frozen"}
+    c = runs.config(b.problem.config, b.problem.fields)
+    part = base.stage(c, steps=MAP_STEPS, learning_rate=5e-4, warmup=0, **fields)
+    plan = assemble.flow_map_plan(beds.configured(b.problem, flow_map=part), b.data)
     return plan.method, loop.train(plan, b.folder / files.slug(f"map-{k}-{name}"), params=start, teacher=start).ema
 
 
