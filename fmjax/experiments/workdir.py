@@ -349,7 +349,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check_stage(path: Path, name: str, new: dict[str, Any], grows: Callable[[str], bool]) -> None:
     """Refuse a stage that was begun with other fields, as its ``stage.json`` and its checkpoints say."""
-    folder, grown = stage_folder(path, name), {}
+    folder, most = stage_folder(path, name), {}
     for record in (records.read(folder, name), *records.checkpoint_records(folder).values()):
         if record is None or record["stage"] != name or not record["fields"]:
             continue  # a checkpoint of another stage counts as damaged; a converted network depends on no field
@@ -357,11 +357,13 @@ def _check_stage(path: Path, name: str, new: dict[str, Any], grows: Callable[[st
         differing = records.differing(a, b)
         for field in [f for f in differing if f.rpartition(".")[2] == GROWS and f in a and f in b and b[f] > a[f]]:
             if b.get(field.removesuffix(GROWS) + "schedule") == "constant" and grows(name):
-                grown[field] = b[field]
                 del differing[field]
         _refuse_differing(path, name, list(differing.values()))
-    for field, steps in grown.items():
-        _refuse_dependents(path, name, field, steps)
+        for field in (f for f in a if f.rpartition(".")[2] == GROWS):
+            most[field] = max(a[field], most.get(field, 0))
+    for field, steps in most.items():
+        if new[field] > steps:
+            _refuse_dependents(path, name, field, new[field])
 
 
 def _refuse_differing(path: Path, name: str, gaps: list[str]) -> None:

@@ -156,7 +156,7 @@ def _writing(directory: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_report() -> Iterator[None]:
-    """Keep the threads of orbax from printing tracebacks: their errors are raised where the next save waits."""
+    """Keep the threads of orbax from printing tracebacks: their errors are raised where a save or a read ends."""
     quiet = lambda record: not (record.exc_info and "orbax" in record.pathname)
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     closed = lambda problem: isinstance(problem.exc_value, RuntimeError) and "loop is closed" in str(problem.exc_value)
@@ -364,7 +364,7 @@ def _arrays(path: Path, stored: dict) -> dict[tuple[str, ...], np.ndarray]:
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _one_report(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return flatten(checkpointer.restore(path, args=args))
     except Exception as error:  # orbax and tensorstore raise errors of many types for torn files
         raise CheckpointError(f"{path.parent} is damaged: {_first_line(error)}") from error
