@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -60,6 +61,31 @@ def net(spec: Spec, *, classes: int = 0, field: str = "net") -> adapters.Model:
     return adapters.with_encoder(model, _model(specs.build(specs.NET, encoder, field=where, outputs=2), where))
 
 
+def check_net(spec: Spec, data: Dataset, *, conditional: bool = False, field: str = "net") -> None:
+    """Refuse a network of this package for data of a shape, or with conditions, that the network does not take.
+
+    Args:
+        spec: the network.
+        data: the data set.
+        conditional: whether the network is conditioned on the conditions of the data.
+        field: the config field, for messages.
+
+    Raises:
+        ValueError: a network of images for other data, or a network of labels for other conditions.
+    """
+    name = specs.name_of(spec)
+    module = specs.offers(specs.NET).get(name)
+    if module is None:
+        return
+    axes = getattr(typing.get_type_hints(module.__call__, include_extras=True).get("x"), "dim_str", "...").split()
+    shape = list(data.train.x.shape[1:])
+    if "..." not in axes and len(axes) != len(shape) + 1:
+        raise refusal(field, name, f"takes images, and the data are {data.kind} {shape}", "Take 'mlp', or your own")
+    if conditional and not data.classes:
+        wrong = f"the conditions of {data.name!r} are no labels, and {field}={name!r} takes labels alone"
+        raise refusal("conditional", True, wrong, "Take a network of your own, or set conditional=False")
+
+
 def path(spec: Spec, *, field: str = "path") -> paths.Path:
     """Build an interpolant, such as ``"linear"`` or ``{"name": "vp", "beta_max": 16.0}``.
 
@@ -113,7 +139,7 @@ def method(
     context = {name: value for name, value in context.items() if value is not None}
     if not specs.is_spec(spec):
         return spec(net, **{name: value for name, value in context.items() if name in options})
-    return specs.build(specs.METHOD, spec, net, field=field, **context)
+    return _checked_kind(specs.build(specs.METHOD, spec, net, field=field, **context), Method, spec, field)
 
 
 def data(spec: Spec, *, field: str = "data") -> Dataset:
@@ -130,10 +156,8 @@ def data(spec: Spec, *, field: str = "data") -> Dataset:
         ValueError: an unknown name or option, or a factory that does not return a ``Dataset``.
     """
     data_set = specs.build(specs.DATA, spec, field=field)
-    data_set = data_set() if callable(data_set) and not isinstance(data_set, Dataset) else data_set
-    if not isinstance(data_set, Dataset):
-        raise refusal(field, spec, f"gives {type(data_set).__name__}, no data set", "Return fmjax.data.dataset(...)")
-    return data_set
+    data_set = data_set() if inspect.isfunction(data_set) else data_set
+    return _checked_kind(data_set, Dataset, spec, field)
 
 
 def metric(spec: Spec, data: Dataset, reference, *, field: str = "metrics") -> Metric:
@@ -151,7 +175,7 @@ def metric(spec: Spec, data: Dataset, reference, *, field: str = "metrics") -> M
     Raises:
         ValueError: an unknown name or option.
     """
-    return specs.build(specs.METRIC, spec, data, reference, field=field)
+    return _checked_kind(specs.build(specs.METRIC, spec, data, reference, field=field), Metric, spec, field)
 
 
 def coupling(
@@ -294,6 +318,14 @@ def _model(built: Any, field: str) -> adapters.Model:
     if hasattr(built, "init") and hasattr(built, "apply"):
         return adapters.from_linen(built)
     raise refusal(field, built, f"is {module}.{type(built).__name__}, no network", "Return a Flax module or a Model")
+
+
+def _checked_kind(built: Any, kind: type, spec: Spec, field: str) -> Any:
+    """Return what a factory returned; refuse another kind of object."""
+    if not isinstance(built, kind):
+        wrong = f"gives {type(built).__name__}, not {kind.__name__}"
+        raise refusal(field, specs.name_of(spec), wrong, f"Return a {kind.__name__}")
+    return built
 
 
 def _semidiscrete(options, x, y, flip: bool, seed: int, field: str) -> couplings.Coupling:

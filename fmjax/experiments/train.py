@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from fmjax.data import Dataset
-from fmjax.experiments import build, networks, pipeline, reflow, stages, workdir
+from fmjax.experiments import build, forks, networks, pipeline, reflow, stages, workdir
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
 from fmjax.training import sharding
@@ -34,7 +34,7 @@ def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | Non
     (chosen,) = (s for s in every if s.name == stage)
     stages.check_space([chosen], path)
     fields = {s.name: s.fields for s in every}
-    copy_state = workdir.fork(fork, path, stage, fields[stage], chosen.plan) if fork else None
+    copy_state = forks.fork(fork, path, stage, fields[stage], chosen.plan) if fork else None
     workdir.open_workdir(path, settings.config, fields, stages.grows(every))
     if copy_state:
         copy_state()

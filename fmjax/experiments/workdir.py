@@ -6,7 +6,6 @@ import functools
 import importlib.metadata
 import json
 import platform
-import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,11 +16,9 @@ import jax
 from fmjax.experiments import places, records
 from fmjax.experiments.records import STAGE
 from fmjax.storage import checkpoint, files, lock
-from fmjax.training import logs, loop
 
 PACKAGES = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
 CONFIG = "config.json"
-FORGOTTEN = ("given", "run", "step", "digest", "leaves")  # metadata of a state that a run that starts from it drops
 SHOWN = 120  # characters of a refusal that name fields that differ
 GROWS = "steps"  # a training may get more steps if the schedule does not depend on their number
 
@@ -219,65 +216,6 @@ def network_folder(path: str | Path) -> Path:
     raise WorkdirError(f"workdir={path}: has no checkpoint of a flow. Train one with launch.train --workdir={path}.")
 
 
-def fork(
-    source: str | Path, target: Path, stage: str, fields: Mapping[str, Any], plan: loop.Plan | None
-) -> Callable[[], None]:
-    """Prepare to start a stage of a new run from the whole state (parameters, optimiser, average, step) of another run.
-
-    Args:
-        source: run folder to continue from.
-        target: the new run folder; a stage that has checkpoints already is left as it is.
-        stage: the stage.
-        fields: the fields of the stage in the new run, by dotted name.
-        plan: the training of the stage in the new run.
-
-    Returns:
-        What copies the state, once the new run folder is open.
-
-    Raises:
-        WorkdirError: a stage that does not train; ``source`` has no checkpoint of the stage, has the state of another
-            network or optimiser, or has taken all steps already.
-    """
-    folder, origin = stage_folder(target, stage), stage_folder(local(source), stage)
-    if plan is None:
-        raise WorkdirError(f"fork={source}: the stage {stage!r} is not a training. Leave fork out.")
-    if checkpoint.latest_step(folder / "checkpoints") is not None:
-        return lambda: None
-    if checkpoint.latest_step(origin / "checkpoints") is None:
-        raise WorkdirError(f"fork={source}: has no checkpoint of {stage!r}. Give the folder of a run that was trained.")
-    try:
-        step, state, metadata = checkpoint.restore(
-            origin / "checkpoints", loop.initial_state(plan), stage=stage, fallback=True
-        )
-    except ValueError as error:
-        before = (records.read(origin, stage) or {}).get("fields", {})
-        field = next(iter(records.differing(flat(before), flat(plain(fields)))), "the optimiser")
-        raise WorkdirError(
-            f"fork={source}: is the state of another network or optimiser, {field} differs. Keep it, or start from the "
-            f"averaged parameters by init={source}."
-        ) from error
-    if step >= plan.schedule.steps:
-        steps = plan.schedule.steps
-        raise WorkdirError(f"fork={source}: its {stage!r} has taken {step} steps of {steps} here. Give more steps.")
-    record = records.stage_record(stage, plain(fields), (records.read(origin, stage) or {}).get("data"))
-    return lambda: _copy_state(origin, folder, record, (step, state, metadata))
-
-
-def _copy_state(origin: Path, folder: Path, record: Mapping[str, Any], saved: tuple[int, Any, dict[str, Any]]) -> None:
-    """Write a state, its records and, of a classifier, its best parameters, for a new run."""
-    step, state, metadata = saved
-    kept = {key: value for key, value in metadata.items() if key not in FORGOTTEN}
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        records.write(folder, record)
-        if "copy" in (kept.get("records") or {}):
-            files.write_bytes(folder / logs.RECORDS, logs.unpack(kept["records"]))
-        if (origin / "best").exists():
-            shutil.copytree(origin / "best", folder / "best", dirs_exist_ok=True)
-    with checkpoint.writer(folder / "checkpoints") as manager:
-        checkpoint.save(manager, step, state, metadata=kept | {"run": dict(record), "forked": str(origin)})
-
-
 def environment() -> dict[str, Any]:
     """Return versions, commit and devices of this process.
 
@@ -373,7 +311,7 @@ def _refuse_differing(path: Path, name: str, gaps: list[str]) -> None:
         more = f"; and {len(gaps) - len(shown)} more" if len(gaps) > len(shown) else ""
         raise WorkdirError(
             f"workdir={path}: its stage {name!r} was begun with another config: {'; '.join(shown)}{more}. Set this "
-            f"back, or start from its state by launch.train with --fork={path} and another --workdir."
+            f"back, or start from its state by launch.train with --fork and another --workdir."
         )
 
 
@@ -385,7 +323,7 @@ def _refuse_dependents(path: Path, name: str, field: str, steps: int) -> None:
     if made:
         raise WorkdirError(
             f"{field}={steps}: {', '.join(made)} in {path} are made from fewer steps of {name!r}. Delete their "
-            f"folders, or start from its state by launch.train with --fork={path} and another --workdir."
+            f"folders, or start from its state by launch.train with --fork and another --workdir."
         )
 
 
