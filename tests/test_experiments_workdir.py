@@ -43,10 +43,12 @@ def test_a_stage_of_another_config_is_refused_and_nothing_is_touched(tmp_path):
     with pytest.raises(workdir.WorkdirError, match="^workdir=.*'flow'") as caught:
         workdir.open_workdir(tmp_path, CONFIG | {"seed": 1}, {"flow": other})
     line = str(caught.value)
-    for part in ("clip is null there, absent here", "net.depth is absent there, 3 here", "seed is 0 there, 1 here"):
+    for part in ("clip is null there, absent here", "net.depth is absent there, 3 here", "net.width is 256 there"):
         assert part in line
-    assert "net.width is 256 there, 512 here" in line and "steps is 100 there, 200 here" in line
-    assert "schedule is" not in line and "--fork=" in line and "\n" not in line
+    assert "and 1 more" in line and "schedule is" not in line and "--fork" in line and "\n" not in line
+    one = STAGES["flow"] | {"seed": 1, "net": {"width": 256}, "clip": None}
+    with pytest.raises(workdir.WorkdirError, match="seed is 0 there, 1 here. Set this back"):
+        workdir.open_workdir(tmp_path, CONFIG, {"flow": one})
     assert contents(tmp_path) == before
 
 
@@ -140,15 +142,21 @@ def test_a_config_that_is_not_plain_is_named(tmp_path):
 
 def test_a_fork_has_the_whole_state_and_leaves_what_is_there(tmp_path):
     state = {"step": np.int32(7), "params": {"w": np.ones(3, np.float32)}, "ema": {"w": np.zeros(3, np.float32)}}
+    fields = {"net": {"name": "mlp"}, "steps": 7}
+    workdir.begin_stage(tmp_path / "old", "flow", fields)
     with checkpoint.writer(tmp_path / "old" / "flow" / "checkpoints") as manager:
-        checkpoint.save(manager, 7, state, metadata={"stage": "flow", "window": {}})
+        checkpoint.save(manager, 7, state, metadata={"stage": "flow", "window": {}, "given": {"params": "x"}})
     for _ in range(2):
-        workdir.fork(tmp_path / "old", tmp_path / "new")
+        workdir.fork(tmp_path / "old", tmp_path / "new", "flow", fields | {"steps": 9})()
     step, copy, metadata = checkpoint.restore(tmp_path / "new" / "flow" / "checkpoints")
-    assert step == 7 and metadata["forked"].endswith("old/flow")
+    assert (
+        step == 7 and metadata["forked"].endswith("old/flow") and metadata["window"] == {} and "given" not in metadata
+    )
     np.testing.assert_array_equal(copy["params"]["w"], state["params"]["w"])
     with pytest.raises(workdir.WorkdirError, match="^fork="):
-        workdir.fork(tmp_path / "none", tmp_path / "other")
+        workdir.fork(tmp_path / "none", tmp_path / "other", "flow", fields)
+    with pytest.raises(workdir.WorkdirError, match="^fork=.*net.name differs"):
+        workdir.fork(tmp_path / "old", tmp_path / "other", "flow", fields | {"net": {"name": "unet"}})
 
 
 def test_a_run_folder_has_one_owner(tmp_path):
@@ -159,7 +167,10 @@ def test_a_run_folder_has_one_owner(tmp_path):
         seen.append(sorted(p.name for p in path.iterdir()))
 
     main(None, tmp_path / "w")
-    assert seen == [["owner.lock"]] and not list((tmp_path / "w").iterdir())
+    assert not (tmp_path / "w").exists()  # a new folder that stays empty is taken away
+    (tmp_path / "w").mkdir()
+    main(None, tmp_path / "w")
+    assert seen == [["owner.lock"]] * 2 and not list((tmp_path / "w").iterdir())
 
 
 def test_the_commit_is_that_of_the_package_and_of_no_other_checkout(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -112,7 +113,7 @@ def method(
     context = {name: value for name, value in context.items() if value is not None}
     if not specs.is_spec(spec):
         return spec(net, **{name: value for name, value in context.items() if name in options})
-    return specs.build(specs.METHOD, spec, net, field=field, **context)
+    return _checked_kind(specs.build(specs.METHOD, spec, net, field=field, **context), Method, spec, field)
 
 
 def data(spec: Spec, *, field: str = "data") -> Dataset:
@@ -129,10 +130,8 @@ def data(spec: Spec, *, field: str = "data") -> Dataset:
         ValueError: an unknown name or option, or a factory that does not return a ``Dataset``.
     """
     data_set = specs.build(specs.DATA, spec, field=field)
-    data_set = data_set() if callable(data_set) and not isinstance(data_set, Dataset) else data_set
-    if not isinstance(data_set, Dataset):
-        raise refusal(field, spec, f"gives {type(data_set).__name__}, no data set", "Return fmjax.data.dataset(...)")
-    return data_set
+    data_set = data_set() if inspect.isfunction(data_set) else data_set
+    return _checked_kind(data_set, Dataset, spec, field)
 
 
 def metric(spec: Spec, data: Dataset, reference, *, field: str = "metrics") -> Metric:
@@ -150,7 +149,7 @@ def metric(spec: Spec, data: Dataset, reference, *, field: str = "metrics") -> M
     Raises:
         ValueError: an unknown name or option.
     """
-    return specs.build(specs.METRIC, spec, data, reference, field=field)
+    return _checked_kind(specs.build(specs.METRIC, spec, data, reference, field=field), Metric, spec, field)
 
 
 def coupling(
@@ -293,6 +292,14 @@ def _model(built: Any, field: str) -> adapters.Model:
     if hasattr(built, "init") and hasattr(built, "apply"):
         return adapters.from_linen(built)
     raise refusal(field, built, f"is {module}.{type(built).__name__}, no network", "Return a Flax module or a Model")
+
+
+def _checked_kind(built: Any, kind: type, spec: Spec, field: str) -> Any:
+    """Return what a factory returned; refuse another kind of object."""
+    if not isinstance(built, kind):
+        wrong = f"gives {type(built).__name__}, not {kind.__name__}"
+        raise refusal(field, specs.name_of(spec), wrong, f"Return a {kind.__name__}")
+    return built
 
 
 def _semidiscrete(options, x, y, flip: bool, seed: int, field: str) -> couplings.Coupling:

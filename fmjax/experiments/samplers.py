@@ -192,7 +192,7 @@ def _options(field: str, by: Any, options: dict[str, Any], at, trained: Sequence
         raise refusal(f"{field}.at", tuple(at), "names no step", "Give steps, such as (0, 4)")
     plain = lambda value: places.is_outside(by) and isinstance(value, (str, bool))
     options = {n: v if plain(v) else _strength(f"{field}.{n}", v, at) for n, v in options.items()}
-    if "alpha" in known:
+    if by in (*trained, DRIFT):
         if not np.any(options["alpha"]):
             raise refusal(f"{field}.alpha", options["alpha"], "corrects nothing", "Give a number other than 0")
         if np.min(options["beta"]) < 0:
@@ -222,7 +222,11 @@ def corrector_factory(field: str, by: Any, trained: Sequence[str]) -> Callable:
         ValueError: no such corrector, with the nearest.
     """
     if places.is_outside(by):
-        return specs.resolve(Kind("corrector", "correction"), by, field=f"{field}.by")[0]
+        factory = places.load_factory(by, field=f"{field}.by")
+        if not _sources(factory):
+            takes = f"a corrector factory takes some of ({', '.join(SOURCES)}, *, options)"
+            raise refusal(f"{field}.by", by, takes, "Change its arguments")
+        return factory
     offered = {
         name: getattr(correction, name)
         for name in correction.__all__
@@ -238,8 +242,13 @@ def corrector_factory(field: str, by: Any, trained: Sequence[str]) -> Callable:
 
 def _takes(function: Callable) -> bool:
     hint = str(inspect.signature(function).return_annotation).rpartition(".")[2]
+    return hint in ("Corrector", "Costed") and _sources(function)
+
+
+def _sources(function: Callable) -> bool:
+    """Return whether the positional arguments of a factory are some that a flow has."""
     names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return hint in ("Corrector", "Costed") and bool(names) and set(names) <= set(SOURCES)
+    return bool(names) and set(names) <= set(SOURCES)
 
 
 def _strength(field: str, value: Any, at: Sequence[int]) -> Any:

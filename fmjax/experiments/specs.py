@@ -112,9 +112,9 @@ def resolve(kind: Kind, spec: Spec, *, field: str) -> tuple[Callable, dict[str, 
         return name, options
     if places.is_outside(name):
         factory = places.load_factory(name, field=field)
-        if kind.takes and _positional(factory) != kind.takes:
-            takes = ", ".join(kind.takes)
-            raise refusal(field, name, f"a {kind.noun} factory takes ({takes}, *, options)", "Change its arguments")
+        if _positional(factory) != kind.takes:
+            takes = ", ".join((*kind.takes, "*"))
+            raise refusal(field, name, f"a {kind.noun} factory takes ({takes}, options)", "Change its arguments")
         return factory, options
     offered = offers(kind)
     if name not in offered:

@@ -10,6 +10,7 @@ from fmjax.data import Dataset
 from fmjax.experiments import build, networks, pipeline, reflow, stages, workdir
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
+from fmjax.training import sharding
 
 
 @workdir.owner
@@ -30,9 +31,12 @@ def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | Non
     data = build.data(settings.common.data)
     every = [pipeline.flow_stage(settings, data)] if stage == "flow" else _trained_stages(settings, data)
     stages.check_stages(every, stage)
-    workdir.open_workdir(path, settings.config, {s.name: s.fields for s in every})
-    if fork:
-        workdir.fork(fork, path, stage)
+    fields = {s.name: s.fields for s in every}
+    copy_state = workdir.fork(fork, path, stage, fields[stage]) if fork else None
+    workdir.open_workdir(path, settings.config, fields)
+    if copy_state:
+        copy_state()
+        sharding.barrier("fork")
     result = stages.run_one(every, stage, path)
     if jax.process_index() == 0:
         print(f"{stage}: {result.summary}, in {workdir.stage_folder(path, stage)}")
