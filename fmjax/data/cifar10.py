@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fmjax.data import images
+from fmjax.data import images, preparation
 from fmjax.data.dataset import Count, Dataset
 from fmjax.storage import untrusted
 
@@ -64,7 +64,7 @@ def read_binary(paths: Sequence[Path], split: str) -> Iterator[tuple[np.ndarray,
             yield record[1:].reshape(SHAPE[2], *SHAPE[:2]).transpose(1, 2, 0), record[0]
 
 
-CIFAR10 = images.Original(
+CIFAR10 = preparation.Original(
     name="cifar10",
     registered="url_checksums/cifar10.txt",
     train=(("cifar-10-binary.tar.gz",),),

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fmjax.checks import nearest
-from fmjax.data import images
+from fmjax.data import images, preparation
 from fmjax.data.dataset import Count, Dataset
 from fmjax.storage import untrusted
 
@@ -113,7 +113,7 @@ def imagenet64(
     )
 
 
-def archives(size: int, archive: str) -> images.Original:
+def archives(size: int, archive: str) -> preparation.Original:
     """Return the description of the archives of one size and one set.
 
     Args:
@@ -130,13 +130,13 @@ def archives(size: int, archive: str) -> images.Original:
     if archive == "downsampled":
         train, test = (((f"{split}_{size}x{size}.tar",),) for split in ("train", "valid"))
         table = "datasets/downsampled_imagenet/checksums.tsv"
-        return images.Original(f"downsampled_imagenet{size}", table, train, test, shape, read_tar)
+        return preparation.Original(f"downsampled_imagenet{size}", table, train, test, shape, read_tar)
     if archive == "resized":
         parts = ("train_part1", "train_part2") if size == 64 else ("train",)
         train = tuple((f"Imagenet{size}_{part}_npz.zip",) for part in parts)
         test = ((f"Imagenet{size}_val_npz.zip",),)
         table = "datasets/imagenet_resized/checksums.tsv"
-        return images.Original(f"imagenet{size}", table, train, test, shape, read_npz, classes=1000)
+        return preparation.Original(f"imagenet{size}", table, train, test, shape, read_npz, classes=1000)
     raise ValueError(f"archive={archive!r}: it must be one of {', '.join(ARCHIVES)}{nearest(archive, ARCHIVES)}")
 
 

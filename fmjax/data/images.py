@@ -1,47 +1,18 @@
 """Published image sets: arrays, or records on disk, made from the original files.
 
-What an image set adds (its files and how they are read) is an ``Original`` beside its factory: see ``mnist.py``.
+What an image set adds (its files and how they are read) is an ``Original`` of ``preparation.py`` beside its factory:
+see ``mnist.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from fmjax.checks import check_hints
 from fmjax.data import preparation
 from fmjax.data.dataset import Count, Dataset, Examples, dataset
-
-
-class Original(NamedTuple):
-    """An image set as it was published.
-
-    Attributes:
-        name: the name of the set.
-        registered: the file of the package ``tensorflow_datasets`` that lists addresses, sizes and SHA-256 of the set's
-            files.
-        train: the training files, one tuple of names for each ArrayRecord file that is made of them.
-        test: the test files, in the same form.
-        shape: the shape ``[H, W, C]`` of one image, uint8.
-        read: ``read(paths, split)`` yields ``(image, label)`` in order, for the files of one such tuple; the label is 0
-            in a set without labels.
-        classes: the number of label classes, 0 for a set without labels.
-    """
-
-    name: str
-    registered: str
-    train: tuple[tuple[str, ...], ...]
-    test: tuple[tuple[str, ...], ...]
-    shape: tuple[int, int, int]
-    read: Callable[[Sequence[Path], str], Iterable[tuple[np.ndarray, int]]]
-    classes: int = 0
-
-    def files(self) -> list[str]:
-        """Return the names of all files, each once."""
-        return list(dict.fromkeys(name for names in self.train + self.test for name in names))
 
 
 class Records:
@@ -97,7 +68,7 @@ class _Part:
 
 
 def load_images(
-    original: Original,
+    original: preparation.Original,
     *,
     validation: Count = 5000,
     source_dir: str | None = None,

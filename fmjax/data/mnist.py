@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fmjax.data import images
+from fmjax.data import images, preparation
 from fmjax.data.dataset import Count, Dataset
 from fmjax.storage import untrusted
 
@@ -102,7 +102,7 @@ def _idx(path: Path, axes: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 
 
-MNIST = images.Original(
+MNIST = preparation.Original(
     name="mnist",
     registered="url_checksums/mnist.txt",
     train=(("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),),

@@ -11,9 +11,9 @@ import hashlib
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,11 +21,36 @@ from fmjax.storage import files as storage_files
 from fmjax.storage import untrusted
 from fmjax.storage.untrusted import one_line
 
-if TYPE_CHECKING:
-    from fmjax.data.images import Original
-
 RECORDS = "1.0.0"  # the version of the records: a change of their content needs another
 log = logging.getLogger(__name__)
+
+
+class Original(NamedTuple):
+    """An image set as it was published.
+
+    Attributes:
+        name: the name of the set.
+        registered: the file of the package ``tensorflow_datasets`` that lists addresses, sizes and SHA-256 of the set's
+            files.
+        train: the training files, one tuple of names for each ArrayRecord file that is made of them.
+        test: the test files, in the same form.
+        shape: the shape ``[H, W, C]`` of one image, uint8.
+        read: ``read(paths, split)`` yields ``(image, label)`` in order, for the files of one such tuple; the label is 0
+            in a set without labels.
+        classes: the number of label classes, 0 for a set without labels.
+    """
+
+    name: str
+    registered: str
+    train: tuple[tuple[str, ...], ...]
+    test: tuple[tuple[str, ...], ...]
+    shape: tuple[int, int, int]
+    read: Callable[[Sequence[Path], str], Iterable[tuple[np.ndarray, int]]]
+    classes: int = 0
+
+    def files(self) -> list[str]:
+        """Return the names of all files, each once."""
+        return list(dict.fromkeys(name for names in self.train + self.test for name in names))
 
 
 def prepare(original: Original, *, source_dir: str | None, data_dir: str | None, verify: bool):
