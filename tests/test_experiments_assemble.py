@@ -54,7 +54,10 @@ def same(a, b):
         ({"net": {"name": "mlp", "guided": True}, "conditional": True}, "net.guided=True.*label_dropout=0.1"),
         ({"conditional": True, "net": {"name": "mlp", "classes": 10}}, "net.classes=10"),
         ({"conditional": True, "net": "plain"}, "net='plain'.*10 classes"),
-        ({"method": {"name": "score_corrector", "sigma": 0.1}}, "method='score_corrector'.*no velocity"),
+        (
+            {"method": {"name": "score_corrector", "sigma": 0.1}},
+            "method='score_corrector'.*batches of marginals.*'flow' gives data",
+        ),
         ({"method": "discriminator", "net": {"name": "mlp", "logit": True}}, "method='discriminator'"),
     ],
 )
@@ -71,7 +74,10 @@ def test_a_bad_flow_is_refused_in_one_line(changes, line, digits):
         ({"flow_map": {"method": "flow_matching"}}, "flow_map.method='flow_matching'.*no flow map"),
         ({"flow_map": {"method": "lagrangian", "batch_size": 16}}, "batch=2 per device"),
         ({"correctors": {"a": {"method": {"name": "score_corrector", "sigma": 0.0}}}}, "sigma"),
-        ({"correctors": {"a": {"method": "flow_matching"}}}, "correctors.a.method='flow_matching'.*no direction"),
+        (
+            {"correctors": {"a": {"method": "flow_matching"}}},
+            "correctors.a.method='flow_matching'.*batches of data.*'correctors.a' gives marginals",
+        ),
         ({"correctors": {"a": SCORE | {"net": "unett"}}}, "correctors.a.net='unett'.*did you mean 'unet'"),
     ],
 )

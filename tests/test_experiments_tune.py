@@ -1,6 +1,7 @@
 """What is chosen for a run: on other noise than is reported, the numbers of the run's table, continued after a kill."""
 
 import json
+import shutil
 
 import pytest
 from laboratory import WHOLE, numbers, read, whole_run
@@ -24,7 +25,7 @@ def three():
 
 @pytest.fixture(scope="module")
 def tuned(laboratory, three, tmp_path_factory):
-    path = whole_run(tmp_path_factory)
+    path = shutil.copytree(whole_run(tmp_path_factory), tmp_path_factory.mktemp("tuned") / "w")
     tune.main(three, path, **TUNED)
     return path
 
