@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,7 +131,7 @@ def plan(
     mesh, seed = sharding.make_mesh(), common.seed if seed is None else seed
     sharding.check_batch(part.batch_size, mesh)
     classes = _label_classes(common, data)
-    _check_data_of_net(net, common, data, f"{prefix}net")
+    build.check_net(net, data, conditional=common.conditional, field=f"{prefix}net")
     model, method = network_and_method(name, common, part, net, classes, functools.partial(mean, data.train.x))
     if batch is None:
         batch = _data_batches(common, part, data, f"{prefix}coupling")
@@ -199,21 +198,6 @@ def network_and_method(
         wrong = f"gives no {NEEDS[kind].replace('_', ' ')}, which the stage {name!r} needs"
         raise refusal(f"{prefix}method", specs.name_of(part.method), wrong, "Take another method")
     return model, method
-
-
-def _check_data_of_net(net: Any, common: Common, data: Dataset, field: str) -> None:
-    """Refuse a network of this package for data of a shape, or with conditions, that the network does not take."""
-    name = specs.name_of(net)
-    module = specs.offers(specs.NET).get(name)
-    if module is None:
-        return
-    axes = getattr(typing.get_type_hints(module.__call__, include_extras=True).get("x"), "dim_str", "...").split()
-    shape = list(data.train.x.shape[1:])
-    if "..." not in axes and len(axes) != len(shape) + 1:
-        raise refusal(field, name, f"takes images, and the data are {data.kind} {shape}", "Take 'mlp', or your own")
-    if common.conditional and not data.classes:
-        wrong = f"the conditions of {data.name!r} are no labels, and {field}={name!r} takes labels alone"
-        raise refusal("conditional", True, wrong, "Take a network of your own, or set conditional=False")
 
 
 def _label_classes(common: Common, data: Dataset) -> int:
