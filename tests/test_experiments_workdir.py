@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmjax.experiments import workdir
+from fmjax.experiments import forks, workdir
 from fmjax.storage import checkpoint, files
 
 CONFIG = {"seed": 0, "steps": 100, "net": {"name": "mlp", "width": 256}, "at": (0, 5), "clip": None}
@@ -147,16 +147,16 @@ def test_a_fork_has_the_whole_state_and_leaves_what_is_there(tmp_path):
     with checkpoint.writer(tmp_path / "old" / "flow" / "checkpoints") as manager:
         checkpoint.save(manager, 7, state, metadata={"stage": "flow", "window": {}, "given": {"params": "x"}})
     for _ in range(2):
-        workdir.fork(tmp_path / "old", tmp_path / "new", "flow", fields | {"steps": 9})()
+        forks.fork(tmp_path / "old", tmp_path / "new", "flow", fields | {"steps": 9})()
     step, copy, metadata = checkpoint.restore(tmp_path / "new" / "flow" / "checkpoints")
     assert (
         step == 7 and metadata["forked"].endswith("old/flow") and metadata["window"] == {} and "given" not in metadata
     )
     np.testing.assert_array_equal(copy["params"]["w"], state["params"]["w"])
     with pytest.raises(workdir.WorkdirError, match="^fork="):
-        workdir.fork(tmp_path / "none", tmp_path / "other", "flow", fields)
+        forks.fork(tmp_path / "none", tmp_path / "other", "flow", fields)
     with pytest.raises(workdir.WorkdirError, match="^fork=.*net.name differs"):
-        workdir.fork(tmp_path / "old", tmp_path / "other", "flow", fields | {"net": {"name": "unet"}})
+        forks.fork(tmp_path / "old", tmp_path / "other", "flow", fields | {"net": {"name": "unet"}})
 
 
 def test_a_run_folder_has_one_owner(tmp_path):

@@ -131,6 +131,7 @@ def plan(
     mesh, seed = sharding.make_mesh(), common.seed if seed is None else seed
     sharding.check_batch(part.batch_size, mesh)
     classes = _label_classes(common, data)
+    build.check_net(net, data, conditional=common.conditional, field=f"{prefix}net")
     model, method = network_and_method(name, common, part, net, classes, functools.partial(mean, data.train.x))
     if batch is None:
         batch = _data_batches(common, part, data, f"{prefix}coupling")

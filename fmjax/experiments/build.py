@@ -60,6 +60,31 @@ def net(spec: Spec, *, classes: int = 0, field: str = "net") -> adapters.Model:
     return adapters.with_encoder(model, _model(specs.build(specs.NET, encoder, field=where, outputs=2), where))
 
 
+def check_net(spec: Spec, data: Dataset, *, conditional: bool = False, field: str = "net") -> None:
+    """Refuse a network of this package for data of a shape, or with conditions, that the network does not take.
+
+    Args:
+        spec: the network.
+        data: the data set.
+        conditional: whether the network is conditioned on the conditions of the data.
+        field: the config field, for messages.
+
+    Raises:
+        ValueError: a network of images for other data, or a network of labels for other conditions.
+    """
+    name = specs.name_of(spec)
+    module = specs.offers(specs.NET).get(name)
+    if module is None:
+        return
+    axes = getattr(typing.get_type_hints(module.__call__, include_extras=True).get("x"), "dim_str", "...").split()
+    shape = list(data.train.x.shape[1:])
+    if "..." not in axes and len(axes) != len(shape) + 1:
+        raise refusal(field, name, f"takes images, and the data are {data.kind} {shape}", "Take 'mlp', or your own")
+    if conditional and not data.classes:
+        wrong = f"the conditions of {data.name!r} are no labels, and {field}={name!r} takes labels alone"
+        raise refusal("conditional", True, wrong, "Take a network of your own, or set conditional=False")
+
+
 def path(spec: Spec, *, field: str = "path") -> paths.Path:
     """Build an interpolant, such as ``"linear"`` or ``{"name": "vp", "beta_max": 16.0}``.
 

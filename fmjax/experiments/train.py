@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from fmjax.data import Dataset
-from fmjax.experiments import build, networks, pipeline, reflow, stages, workdir
+from fmjax.experiments import build, forks, networks, pipeline, reflow, stages, workdir
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
 from fmjax.training import sharding
@@ -32,7 +32,7 @@ def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | Non
     every = [pipeline.flow_stage(settings, data)] if stage == "flow" else _trained_stages(settings, data)
     stages.check_stages(every, stage)
     fields = {s.name: s.fields for s in every}
-    copy_state = workdir.fork(fork, path, stage, fields[stage]) if fork else None
+    copy_state = forks.fork(fork, path, stage, fields[stage]) if fork else None
     workdir.open_workdir(path, settings.config, fields)
     if copy_state:
         copy_state()
