@@ -38,7 +38,7 @@ def trained(whole):
 def drawn(path, name):
     """The samples ``[seeds, samples, ...]`` that an evaluation kept."""
     (folder,) = (path / "draws").glob(f"{files.slug(name)}-" + "[0-9a-f]" * 12)
-    return np.stack([files.read_array(folder / f"{i}.npy") for i in range(2)])
+    return np.stack([np.load(folder / f"{i}.npy") for i in range(2)])
 
 
 def test_an_evaluation_of_a_pipeline_gives_the_numbers_of_its_table(evaluated):

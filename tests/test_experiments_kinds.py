@@ -10,7 +10,6 @@ from laboratory import laboratory as laboratory  # a fixture
 import fmjax
 from fmjax import correction
 from fmjax.experiments import assemble, build, pipeline, train
-from fmjax.storage.files import read_array
 
 pytestmark = pytest.mark.usefixtures("laboratory")
 MLP = {"name": "mlp", "width": 8, "depth": 1}
@@ -131,7 +130,7 @@ def test_samples_have_any_label_and_scale_by_every_way(digits, tmp_path):
     np.testing.assert_array_equal(labels, np.arange(4))
     np.testing.assert_array_equal(x, trained.sample(4, **EULER))
     (folder,) = (path / "samples").glob("euler--2-steps-" + "[0-9a-f]" * 12)
-    np.testing.assert_allclose(read_array(folder / "0.npy")[:4], x, atol=1e-5)
+    np.testing.assert_allclose(np.load(folder / "0.npy")[:4], x, atol=1e-5)
     other, labels = draw("--guidance=3", "--label=7")
     np.testing.assert_array_equal(labels, [7] * 4)
     np.testing.assert_array_equal(other, trained.sample(4, **EULER, label=7, guidance=3.0))

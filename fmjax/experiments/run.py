@@ -234,7 +234,7 @@ class Run:
         name = repr((sampler, guidance, jax.tree.structure(cond)))
         if name not in self._programs:
             models = self.guided(guidance)
-            if sampler.by == DRIFT and (banks := networks.stored_bank(self.path)) is not None:
+            if sampler.by == DRIFT and (banks := networks.stored_bank(self.path, self.params)) is not None:
                 models = models._replace(params=models.params | {DRIFT: banks[0]}, ts=banks[1])
             drawing.check_sampler(sampler, models, cond=cond)
             self._programs[name] = models, drawing.program(sampler, models)

@@ -250,8 +250,9 @@ def truncate_jsonl(path: str | Path, step: int) -> None:
     """
     path = Path(path)
     if os.path.lexists(path):
-        kept = [line for line, record in _records(path) if record.get("step", step) <= step]
-        write_bytes(path, b"".join(kept))
+        kept = b"".join(line for line, record in _records(path) if record.get("step", step) <= step)
+        if len(kept) != path.stat().st_size:
+            write_bytes(path, kept)
 
 
 def sync(path: str | Path) -> None:
