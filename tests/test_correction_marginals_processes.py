@@ -103,11 +103,11 @@ def test_a_kill_at_any_file_operation_loses_one_unfinished_shard(tmp_path, monke
         assert SHARDS[1].replace("06", "03") in {shard.file for shard in m.shards}
         if len(m.shards) < 3:
             with pytest.raises(RuntimeError, match="unfinished"):
-                shards.read_shards(folder, m)
+                shards.StoredArray(folder, m).load()
         now = random.Random(at).choice([2, 1, 3])
         for i in range(now):
             write_part(folder, i, now)
-        np.testing.assert_array_equal(shards.read_shards(folder, shards.read_manifest(folder)), X)
+        np.testing.assert_array_equal(shards.StoredArray(folder, shards.read_manifest(folder)).load(), X)
     assert at > 20
 
 

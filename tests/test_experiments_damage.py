@@ -162,7 +162,13 @@ def finished(tmp_path_factory):
         yield path, numbers(path)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+def cases():
+    """All damages; those of every third case run in the fast suite too."""
+    for i, case in enumerate(CASES):
+        yield pytest.param(case, id=name_of(case), marks=() if i % 3 == 0 else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", cases())
 def test_a_damaged_file_is_refused_by_name_or_made_again_and_said(case, finished, tmp_path, capfd, caplog):
     whole, before = finished
     path = Path(shutil.copytree(whole, tmp_path / "w"))

@@ -317,12 +317,12 @@ def _refuse_differing(path: Path, name: str, gaps: list[str]) -> None:
 
 def _refuse_dependents(path: Path, name: str, field: str, steps: int) -> None:
     """Refuse more steps of a stage that other stages were made from."""
-    found = {file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{STAGE}")}
-    built = {folder: records.read(folder) for folder in sorted(found)}
-    made = [record["stage"] for record in built.values() if record and name in record["needs"]]
-    if made:
+    folders = sorted({file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{STAGE}")})
+    begun = filter(None, map(records.read, folders))
+    dependents = [record["stage"] for record in begun if name in record["needs"]]
+    if dependents:
         raise WorkdirError(
-            f"{field}={steps}: {', '.join(made)} in {path} are made from fewer steps of {name!r}. Delete their "
+            f"{field}={steps}: {', '.join(dependents)} in {path} are made from fewer steps of {name!r}. Delete their "
             f"folders, or start from its state by launch.train with --fork and another --workdir."
         )
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from fmjax.storage import files, lock
 from fmjax.storage.digests import digest, digest_rows, flatten, names
+from fmjax.storage.reports import one_report
 
 __all__ = [
     "CheckpointError", "all_steps", "check_space", "check_written", "digest", "digest_rows", "latest_step", "metadata",
@@ -117,7 +116,7 @@ def writer(directory: str | Path, *, keep: int = 2, after: int | None = None) ->
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoints to {directory}: {error.strerror}") from error
-    with lock.owned(directory), _one_report():
+    with lock.owned(directory), one_report():
         _sweep(directory, after)
         manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
         try:
@@ -152,21 +151,6 @@ def _writing(directory: Any) -> Iterator[None]:
         why = " ".join(str(error).split()) or type(error).__name__
         why = why if len(why) < 200 else f"... {why[-160:]}"
         raise CheckpointError(f"cannot write a checkpoint to {directory}: {why}") from error
-
-
-@contextlib.contextmanager
-def _one_report() -> Iterator[None]:
-    """Keep the threads of orbax from printing tracebacks: their errors are raised where a save or a read ends."""
-    quiet = lambda record: not (record.exc_info and "orbax" in record.pathname)
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    closed = lambda problem: isinstance(problem.exc_value, RuntimeError) and "loop is closed" in str(problem.exc_value)
-    logger.addFilter(quiet)
-    sys.unraisablehook = lambda problem: None if closed(problem) else hook(problem)  # other parts of a failed save
-    try:
-        yield
-    finally:
-        logger.removeFilter(quiet)
-        sys.unraisablehook = hook
 
 
 def _sweep(directory: Path, after: int | None) -> None:
@@ -364,7 +348,7 @@ def _arrays(path: Path, stored: dict) -> dict[tuple[str, ...], np.ndarray]:
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
     try:
-        with _one_report(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with one_report(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return flatten(checkpointer.restore(path, args=args))
     except Exception as error:  # orbax and tensorstore raise errors of many types for torn files
         raise CheckpointError(f"{path.parent} is damaged: {_first_line(error)}") from error

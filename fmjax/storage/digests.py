@@ -61,12 +61,26 @@ def digest_rows(x: Any) -> str:
 
 
 def names(path) -> tuple[str, ...]:
-    """Return the names along a key path of a tree."""
+    """Return the names along a key path of a tree.
+
+    Args:
+        path: a key path of ``jax.tree_util``.
+
+    Returns:
+        One name per key.
+    """
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def flatten(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Return the leaves of a tree by the names of their key paths."""
+    """Return the leaves of a tree by the names of their key paths.
+
+    Args:
+        tree: arrays or numbers in dicts, tuples and NamedTuples.
+
+    Returns:
+        The leaves by names.
+    """
     return {names(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 

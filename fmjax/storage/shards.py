@@ -370,19 +370,6 @@ class StoredArray(_Rows):
         return x
 
 
-def read_shards(directory: str | os.PathLike, m: Manifest) -> np.ndarray:
-    """Read all examples of a complete set into memory.
-
-    Args:
-        directory: the folder of the shards.
-        m: its manifest.
-
-    Returns:
-        The array ``[M, steps, ...]``; ``Unfinished`` names a shard that is missing or torn.
-    """
-    return StoredArray(directory, m).load()
-
-
 def _plain(name: str, value: Any) -> Any:
     if isinstance(value, (list, tuple, range, np.ndarray)):
         return tuple(np.asarray(value, np.float32 if name == "ts" else None).tolist())  # times agree in float32

@@ -377,7 +377,15 @@ def _make_step(plan: Plan):
 
 
 def numbered_batch(plan: Plan, n: int) -> Batch:
-    """Return the plan's batch of step ``n``, with the fraction of the training that is done."""
+    """Return the plan's batch of a step, with the fraction of the training that is done.
+
+    Args:
+        plan: the run.
+        n: the number of the step, from 0.
+
+    Returns:
+        The batch, with ``progress`` ``[B]``.
+    """
     batch = plan.data.batch(n)
     return batch._replace(progress=np.full(len(batch.x1), n / plan.schedule.steps, np.float32))
 

@@ -1,4 +1,4 @@
-"""What a training plan asks for before it starts: room on the disk, and whether its length counts."""
+"""Facts of a training plan before it starts: the size of its checkpoints, and whether its length counts."""
 
 from __future__ import annotations
 
