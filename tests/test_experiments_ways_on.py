@@ -112,7 +112,7 @@ def test_an_optimiser_has_one_state_with_and_without_a_clip():
     assert checkpoint.digest(one) == checkpoint.digest(other)
 
 
-def test_a_fork_that_cannot_work_names_a_way_that_does_and_writes_no_checkpoint(short, tmp_path):
+def test_a_fork_that_cannot_work_writes_nothing_and_names_a_way(short, tmp_path):
     path = tmp_path / "w"
     longer = "--config.steps=8"
     assert "Give more steps" in refusal("launch.train", CONFIG, f"--workdir={path}", f"--fork={short}")
