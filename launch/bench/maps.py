@@ -42,7 +42,7 @@ METHODS = {
     "LSD, tangent stopped": Case(functools.partial(lagrangian, stop="tangent"), 1.67),
     "FMM": Case(flow_map_matching, 3.2),
 }
-SHARES = (0.0, 0.75)
+FRACTIONS = (0.0, 0.75)
 
 
 class Setting(NamedTuple):
@@ -105,17 +105,17 @@ def map_costs(repeats: int) -> list[dict]:
         base = gradient(setting.base, setting.shape, flow_matching)
         built, functions = {}, {"flow matching": base.call}
         for way in setting.methods:
-            for share in SHARES:
-                make = functools.partial(METHODS[way].make, diagonal=share)
-                built[way, share] = gradient(setting.module, setting.shape, make)
-                functions[way, share] = built[way, share].call
+            for fraction in FRACTIONS:
+                make = functools.partial(METHODS[way].make, diagonal=fraction)
+                built[way, fraction] = gradient(setting.module, setting.shape, make)
+                functions[way, fraction] = built[way, fraction].call
         spent = interleaved(functions, repeats)
-        for (way, share), program in built.items():
-            goal = METHODS[way].split if share else METHODS[way].whole
-            row = {"network": name, "method": way, "diagonal": share}
+        for (way, fraction), program in built.items():
+            goal = METHODS[way].split if fraction else METHODS[way].whole
+            row = {"network": name, "method": way, "diagonal": fraction}
             row |= {"FLOPs": "-" if "scanned" in name else program.flops / base.flops, "goal": goal or "-"}
             row |= {"memory": program.temp / base.temp}
-            rows.append(row | {"time": spent[way, share].cpu_ms / spent["flow matching"].cpu_ms})
+            rows.append(row | {"time": spent[way, fraction].cpu_ms / spent["flow matching"].cpu_ms})
     return rows
 
 
