@@ -92,7 +92,7 @@ def flow_stage(settings: Settings, data: Dataset, plan: loop.Plan | None = None)
     pictures = {"pictures": settings.common.sample_every, "picture": networks.picture(settings, plan)}
     origin = {"start": lambda results: begin, "teacher": lambda results: teacher}
     return stages.trained(
-        plan, assemble.flow_fields(settings), **origin, **pictures, data=assemble.data_facts(settings, data)
+        plan, assemble.flow_fields(settings), **origin, **pictures, data=networks.data_facts(settings, data)
     )
 
 
