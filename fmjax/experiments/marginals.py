@@ -76,7 +76,7 @@ class Recipe(NamedTuple):
         except FileNotFoundError:
             return None
         except RuntimeError as error:  # a shard is missing or torn
-            print(f"{error}")
+            print(error)
             return None
 
     def stand_ins(self) -> tuple[correction.Marginals, correction.Marginals]:

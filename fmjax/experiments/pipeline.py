@@ -121,7 +121,8 @@ def _comparing_stages(
         record = files.read_json(folder.parent / "metrics.json")
         if record.get("digest") == stage.digest(results):
             return Result(record["lines"], record["digest"], "complete")
-        print("other samplers or networks than in metrics.json: the comparison is computed again")
+        if jax.process_index() == 0:
+            print("other samplers or networks than in metrics.json: the comparison is computed again")
         return None
 
     stage = Stage("comparison", (*needs, "samples"), fields, check, write, read, derived=True)
