@@ -274,5 +274,5 @@ def _check_union(name: str, value: Any, parts: tuple[Any, ...]) -> None:
 def _check_literal(name: str, value: Any, known: tuple[Any, ...]) -> None:
     if value not in known:
         choices = ", ".join(map(repr, known))
-        near = nearest(value, known) if isinstance(value, str) else ""
+        near = nearest(value, [k for k in known if isinstance(k, str)]) if isinstance(value, str) else ""
         raise ValueError(f"{name}={reprlib.repr(value)}: not a choice{near}. Give one of {choices}.")

@@ -53,7 +53,7 @@ def generator(seed: int, *more: int) -> np.random.Generator:
 
 
 def check_seed(seed: int, field: str = "seed") -> int:
-    """Return a seed as an integer; refuse what is none.
+    """Return a seed as an integer; refuse anything else.
 
     Args:
         seed: an integer in [0, 2^32).

@@ -120,7 +120,7 @@ def test_init_and_teacher_take_the_folder_of_a_run_or_of_a_stage(flow, tmp_path)
     for field in ("init", "teacher"):
         file = config_file(tmp_path, **distilled | {field: str(tmp_path / "none")})
         line = refused("train", f"--config={file}", f"--workdir={tmp_path / 'v'}")
-        assert line.startswith("workdir=") and "has no checkpoint" in line
+        assert line.startswith(f"{field}='{tmp_path / 'none'}': has no checkpoint of a flow")
     file = config_file(tmp_path, **distilled | {"net": {"name": "mlp", "width": 8, "depth": 1}})
     line = refused("train", f"--config={file}", f"--workdir={tmp_path / 'v'}")
     assert line.startswith("init='") and not (tmp_path / "v").exists()

@@ -10,7 +10,7 @@ from laboratory import RK4, WHOLE, config_file, numbers, read, refused, run, sta
 from laboratory import laboratory as laboratory  # a fixture
 from PIL import Image
 
-from fmjax.experiments import evaluate, sample
+from fmjax.experiments import drawing, evaluate, sample
 from fmjax.experiments.run import load
 from fmjax.experiments.workdir import WorkdirError
 from fmjax.storage import files
@@ -50,6 +50,13 @@ def test_an_evaluation_of_a_pipeline_gives_the_numbers_of_its_table(evaluated):
         for metric, (mean, se) in row["distances"].items():
             assert (mean, se) == pytest.approx(table[name]["distances"][metric], rel=1e-5)
     assert (evaluated / "evaluation.html").exists() and numbers(evaluated)["verdicts"]
+
+
+def test_a_second_evaluation_draws_nothing(evaluated, monkeypatch):
+    before = numbers(evaluated, "evaluation.json")
+    monkeypatch.setattr(drawing, "in_chunks", None)  # a draw would fail
+    run("evaluate", f"--workdir={evaluated}")
+    assert numbers(evaluated, "evaluation.json") == before
 
 
 def test_fields_that_no_training_depends_on_may_change(evaluated, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """The pipeline on other kinds of data: labelled vectors, series, and labelled digits with guidance."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +137,21 @@ def test_samples_have_any_label_and_scale_by_every_way(digits, tmp_path):
     np.testing.assert_array_equal(labels, [7] * 4)
     np.testing.assert_array_equal(other, trained.sample(4, **EULER, label=7, guidance=3.0))
     assert np.abs(other - x).max() > 1e-3
+
+
+def test_an_evaluation_at_another_scale_draws_other_samples(digits, tmp_path):
+    """The folder keeps samples by everything that they depend on, the scale too."""
+    path = shutil.copytree(digits[0], tmp_path / "w")
+    means = []
+    for scale in (2.0, 4.0):
+        run("evaluate", f"--workdir={path}", f"--config.guidance={scale}")
+        rows = {r["name"]: r["distances"]["sliced W2"][0] for r in numbers(path, "evaluation.json")["rows"]}
+        means.append(rows)
+    (table, _) = digits[1]["euler, 2 steps"]["distances"]["sliced W2"]
+    assert means[0]["euler, 2 steps"] == pytest.approx(table, rel=1e-5)
+    assert means[0]["euler, 2 steps"] != means[1]["euler, 2 steps"]
+    assert means[0]["training data"] == means[1]["training data"]
+    assert len(list((path / "draws").glob("euler--2-steps-" + "[0-9a-f]" * 12))) == 2
 
 
 def test_a_folder_of_images_holds_one_picture_a_sample(digits, tmp_path):

@@ -58,9 +58,9 @@ def test_unknown_names_and_helpers_are_refused(kind, name, near, offered):
     assert near is None or f"did you mean {near!r}?" in line
 
 
-@pytest.mark.parametrize("spec", [{"width": 3}, {"name": 3}])
-def test_a_mapping_without_a_name_is_refused(spec):
-    with pytest.raises(ValueError, match="^net="):
+@pytest.mark.parametrize(("spec", "field"), [({"width": 3}, "net={'width': 3}"), ({"name": 3}, "net.name=3")])
+def test_a_mapping_without_a_name_is_refused(spec, field):
+    with pytest.raises(ValueError, match=f"^{field}"):
         specs.parse(spec, field="net")
 
 
@@ -147,6 +147,20 @@ def test_a_fraction_that_follows_the_progress_is_a_spec(key):
         method = build.method({**spec, "diagonal": 0.0}, net)
         _, aux = method.loss(jnp.float32(1.0), jnp.float32(1.0), batch, as_keys(key, 4))
         np.testing.assert_allclose(aux["t"] - aux["s"], [1 / 8, 1 / 4, 1 / 2, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [3, 0.5, None, True, (), [1], float("nan")])
+def test_plain_values_are_no_specs(value):
+    for build_part in (build.path, build.net, build.coupling, build.step, build.data):
+        with pytest.raises(ValueError, match=r"^f=.*: not a "):
+            build_part(value, field="f")
+    with pytest.raises(ValueError, match=r"^f=.*: not a method"):
+        build.method(value, net, field="f")
+
+
+def test_a_refusal_of_a_factory_begins_with_the_field():
+    with pytest.raises(ValueError, match="^flow_map.method.diagonal=2.0: "):
+        build.method({"name": "lagrangian", "diagonal": 2.0}, net, field="flow_map.method")
 
 
 def test_objects_stand_for_themselves(key):

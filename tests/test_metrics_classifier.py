@@ -66,6 +66,17 @@ def odds(params, x, s, t, cond=None, key=None):
     return params * (jnp.log(p / q) + 0.5 * (x[:, 0] / p) ** 2 - 0.5 * (x[:, 0] / q) ** 2)
 
 
+def test_a_classifier_with_conditions_sees_the_condition_of_each_example():
+    """Each class has a sign of its own: with the conditions all is right, with those of the other set all is wrong."""
+    net = lambda params, x, s, t, cond=None, key=None: x[:, 0] * jnp.where(cond == 1, 1.0, -1.0)
+    labels = np.arange(6) % 2
+    x = np.where(labels == 1, 1.0, -1.0)[:, None, None] * np.ones((6, 2, 1), np.float32)
+    ts, conds = np.array([0.0, 1.0]), {"positive_cond": labels, "negative_cond": labels}
+    right = classifier.by_step(net, None, x, -x, ts, **conds, batch=4)
+    wrong = classifier.by_step(net, None, x, -x, ts, positive_cond=1 - labels, negative_cond=1 - labels)
+    assert right.accuracy.tolist() == [1, 1] and wrong.accuracy.tolist() == [0, 0]
+
+
 def test_exact_inverse_marginals_have_equal_numbers_at_all_steps():
     """Along a bijection every f-divergence is constant: with the exact logit the numbers are too, to rounding."""
     rng, n = np.random.default_rng(0), 3000

@@ -12,7 +12,7 @@ from fmjax.checks import Range
 from fmjax.types import Cond
 
 KINDS = ("image", "points", "vector", "series")
-Count = Annotated[int, Range(low=2)]  # the number of examples in one split
+Count = Annotated[int, Range(2, 1e8)]  # the number of examples in one split
 Part = Annotated[float, Range(0, 1, open_low=True, open_high=True)]  # the fraction of the examples in one split
 
 _ROWS = 4096  # examples read at a time

@@ -77,7 +77,7 @@ def flow_map_plan(settings: Settings, data: Dataset) -> loop.Plan:
         ValueError: a name, option or shape that cannot work.
     """
     part = settings.flow_map
-    return plan("flow_map", settings.common, part, part.net or settings.flow.net, data)
+    return plan("flow_map", settings.common, part, settings.flow.net if part.net is None else part.net, data)
 
 
 def corrector_plan(settings: Settings, name: str, data: Dataset, batch: Callable[[int], Batch] | None = None):
@@ -97,7 +97,14 @@ def corrector_plan(settings: Settings, name: str, data: Dataset, batch: Callable
     """
     part = settings.correctors[name]
     batch = batch or marginal_batch(settings.common, data, part.batch_size)
-    return plan(f"correctors.{name}", settings.common, part, part.net or settings.flow.net, data, batch=batch)
+    return plan(
+        f"correctors.{name}",
+        settings.common,
+        part,
+        settings.flow.net if part.net is None else part.net,
+        data,
+        batch=batch,
+    )
 
 
 def plan(
@@ -127,7 +134,7 @@ def plan(
     Raises:
         ValueError: a name, option or shape that cannot work.
     """
-    prefix = "" if name == "flow" else f"{name}."
+    prefix = _prefix(name)
     mesh, seed = sharding.make_mesh(), common.seed if seed is None else seed
     sharding.check_batch(part.batch_size, mesh)
     classes = _label_classes(common, data)
@@ -135,6 +142,8 @@ def plan(
     model, method = network_and_method(name, common, part, net, classes, functools.partial(mean, data.train.x))
     if batch is None:
         batch = _data_batches(common, part, data, f"{prefix}coupling")
+    else:
+        build.check_coupling(part.coupling, field=f"{prefix}coupling")
     rate = {"steps": part.steps, "warmup": part.warmup, "schedule": part.schedule}
     decay = {"clip": part.clip, "beta2": part.beta2, "weight_decay": part.weight_decay}
     ready = loop.Plan(
@@ -153,8 +162,16 @@ def plan(
         fsdp=common.fsdp,
         mesh=mesh,
     )
-    loop.check_plan(ready)
+    try:
+        loop.check_plan(ready)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{str(error).removeprefix(prefix)}") from error
     return ready
+
+
+def _prefix(name: str) -> str:
+    """Return what the fields of a stage begin with; all students of half-straightening have the same fields."""
+    return "" if name == "flow" else "straighten." if name.startswith("straighten.") else f"{name}."
 
 
 def network_and_method(
@@ -176,7 +193,7 @@ def network_and_method(
     Raises:
         ValueError: a name or option that cannot work, or a method without the view that the stage needs.
     """
-    kind, prefix = name.partition(".")[0], "" if name == "flow" else f"{name}."
+    kind, prefix = name.partition(".")[0], _prefix(name)
     model, guided = build.net(net, classes=classes, field=f"{prefix}net"), _takes_scale(net)
     method = build.method(
         part.method, model.net, path=build.path(common.path), mean=average, null=classes if guided else None,
@@ -188,7 +205,7 @@ def network_and_method(
         raise refusal(f"{prefix}method", specs.name_of(part.method), wrong, way)
     if method.frozen:
         model = with_base(model)
-    if part.weighting:
+    if part.weighting is not None:
         method = specs.build(specs.WEIGHTING, part.weighting, method, field=f"{prefix}weighting")
         if specs.name_of(part.weighting) == "learned":
             model = weighting.with_log_variance(model)
@@ -239,32 +256,6 @@ def gives_logit(net: Any) -> bool:
         The option ``logit`` of the spec.
     """
     return bool(hasattr(net, "items") and dict(net.items()).get("logit", False))
-
-
-def data_facts(settings: Settings, data: Dataset) -> dict[str, Any]:
-    """Return what a sampler needs to know of a data set.
-
-    Args:
-        settings: the config.
-        data: the data set.
-
-    Returns:
-        Plain values by name: ``shape`` of an example, ``kind``, ``classes``, ``levels``, ``name``, and ``mean`` of the
-        training examples where a method of the config takes it.
-    """
-    shape = list(data.train.x.shape[1:])
-    facts = {"shape": shape, "kind": data.kind, "classes": data.classes, "levels": data.levels, "name": data.name}
-    parts = [settings.flow, *settings.correctors.values(), *([settings.flow_map] if settings.flow_map else [])]
-    needed = any(_takes_mean(part.method) for part in parts)
-    return facts | ({"mean": np.asarray(mean(data.train.x), np.float64).tolist()} if needed else {})
-
-
-def _takes_mean(method: Any) -> bool:
-    """Return whether the method of a spec takes the mean of the training examples."""
-    if isinstance(method, Method):
-        return False
-    factory = specs.resolve(specs.METHOD, method, field="method")[0] if specs.is_spec(method) else method
-    return "mean" in specs.options_of(factory)
 
 
 def _takes_scale(net: Any) -> bool:
@@ -340,7 +331,10 @@ def start_of(plan: loop.Plan, settings: Settings, field: str) -> Params | None:
     place = getattr(settings.common, field)
     if not place:
         return None
-    folder = workdir.network_folder(place)
+    try:
+        folder = workdir.network_folder(place)
+    except workdir.WorkdirError as error:
+        raise refusal(field, place, "has no checkpoint of a flow", "Give the folder of a trained run") from error
     method = _method_of(folder, settings)
     kinds = {specs.name_of(settings.flow.method), method}
     if len(kinds) > 1 and kinds & set(PREDICTIONS):

@@ -42,6 +42,7 @@ def net(spec: Spec, *, classes: int = 0, field: str = "net") -> adapters.Model:
     Raises:
         ValueError: an unknown name or option, or labels for a network that takes none.
     """
+    specs.check_spec(specs.NET, spec, field=field)
     name, options = specs.parse(spec, field=field) if specs.is_spec(spec) else (spec, {})
     denoiser, encoder = options.pop("preconditioning", None), options.pop("noise_encoder", None)
     spec = {"name": name, **options} if specs.is_spec(spec) else spec
@@ -73,7 +74,8 @@ def check_net(spec: Spec, data: Dataset, *, conditional: bool = False, field: st
     Raises:
         ValueError: a network of images for other data, or a network of labels for other conditions.
     """
-    name = specs.name_of(spec)
+    specs.check_spec(specs.NET, spec, field=field)
+    name = specs.name_of(specs.parse(spec, field=field)[0] if specs.is_spec(spec) else spec)
     module = specs.offers(specs.NET).get(name)
     if module is None:
         return
@@ -130,6 +132,7 @@ def method(
     """
     if isinstance(spec, Method):
         return spec
+    specs.check_spec(specs.METHOD, spec, field=field)
     factory = specs.resolve(specs.METHOD, spec, field=field)[0] if specs.is_spec(spec) else spec
     if getattr(net, "logit", False) and typing.get_type_hints(factory).get("net") is not LogitNet:
         raise refusal(field, specs.label(factory), "needs a network of x's shape, not of logits", "Set net.logit=False")
@@ -212,6 +215,23 @@ def coupling(
     return specs.build(specs.COUPLING, spec, field=field)
 
 
+def check_coupling(spec: Spec, *, field: str = "coupling") -> None:
+    """Check the spec of a coupling that no batch is drawn with, and fit nothing.
+
+    Args:
+        spec: the coupling.
+        field: the config field, for messages.
+
+    Raises:
+        ValueError: an unknown name or option.
+    """
+    name, options = specs.parse(spec, field=field) if specs.is_spec(spec) else (None, {})
+    if name == SEMIDISCRETE:
+        specs.checked(transport.fit_semidiscrete, options, field=field)
+    else:
+        coupling(spec, field=field)
+
+
 def step(
     spec: Spec, *, path: paths.Path | None = None, score: VelocityFn | None = None, field: str = "solver"
 ) -> Callable[[VelocityFn], FlowMapFn | Multistep]:
@@ -229,6 +249,7 @@ def step(
     Raises:
         ValueError: an unknown name or option.
     """
+    specs.check_spec(specs.SOLVER, spec, field=field)
     if not specs.is_spec(spec):
         return spec
     factory, options = specs.resolve(specs.SOLVER, spec, field=field)

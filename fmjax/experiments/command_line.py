@@ -195,7 +195,7 @@ def _explain(error: Exception, config: Any = None) -> str:
     """Return an error of absl or ml_collections about a bad flag as one line, with the nearest field."""
     flag, text = getattr(error, "flagname", ""), str(error)
     if flag.startswith("config."):
-        fields = list(_field_names(config or {}))
+        fields = list(field_names(config or {}))
         return f"{NO_FIELD} {flag.removeprefix('config.')!r}{checks.nearest(flag.removeprefix('config.'), fields)}"
     quoted = re.fullmatch(r"[\"'\\]*(\w+)[\"'\\]*(?:(?:\\n|\s)*Did you mean \"(\w+)\".*)?", text, re.DOTALL)
     if quoted and isinstance(error, (AttributeError, KeyError)):
@@ -211,12 +211,20 @@ def _one_line(error: Any) -> str:
     return " ".join(str(error).split())
 
 
-def _field_names(config: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of a config's fields."""
+def field_names(config: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of a config's fields.
+
+    Args:
+        config: a config, or any mapping of mappings.
+        prefix: what the names begin with.
+
+    Yields:
+        The names, a mapping before its entries.
+    """
     for name, value in config.items():
         yield prefix + name
         if hasattr(value, "items"):
-            yield from _field_names(value, f"{prefix}{name}.")
+            yield from field_names(value, f"{prefix}{name}.")
 
 
 def _quiet() -> None:

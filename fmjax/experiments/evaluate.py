@@ -81,7 +81,8 @@ def _drawable(names: list[Sampler], models: Models, correctors: Iterable[str]) -
     drawn = [s for s in drawn if s.baseline in (None, *kept)]
     controlled = {s.baseline for s in drawn}
     drawn = [s for s in drawn if s.by != NOISE or s.name in controlled]
-    if left := len(names) - len(drawn):
+    left = len(names) - len(drawn)
+    if left and jax.process_index() == 0:
         print(f"{left} samplers of the config need networks that are not trained here; they are left out")
     return drawn
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import correction
-from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, drawing, records, workdir
+from fmjax.data import Dataset, mean
+from fmjax.experiments import assemble, build, drawing, records, specs, workdir
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler, time_grid
 from fmjax.experiments.settings import Settings
@@ -149,6 +149,32 @@ def picture(settings: Settings, plan: loop.Plan) -> Callable[[Params], Any] | No
     return lambda params: program({FLOW: params, FLOW_MAP: params}, keys, cond)
 
 
+def data_facts(settings: Settings, data: Dataset) -> dict[str, Any]:
+    """Return what a sampler needs to know of a data set.
+
+    Args:
+        settings: the config.
+        data: the data set.
+
+    Returns:
+        Plain values by name: ``shape`` of an example, ``kind``, ``classes``, ``levels``, ``name``, and ``mean`` of the
+        training examples where a method of the config takes it.
+    """
+    shape = list(data.train.x.shape[1:])
+    facts = {"shape": shape, "kind": data.kind, "classes": data.classes, "levels": data.levels, "name": data.name}
+    parts = [settings.flow, *settings.correctors.values(), *([settings.flow_map] if settings.flow_map else [])]
+    needed = any(_takes_mean(part.method) for part in parts)
+    return facts | ({"mean": np.asarray(mean(data.train.x), np.float64).tolist()} if needed else {})
+
+
+def _takes_mean(method: Any) -> bool:
+    """Return whether the method of a spec takes the mean of the training examples."""
+    if isinstance(method, Method):
+        return False
+    factory = specs.resolve(specs.METHOD, method, field="method")[0] if specs.is_spec(method) else method
+    return "mean" in specs.options_of(factory)
+
+
 def example_facts(path: Path) -> dict[str, Any]:
     """Return the recorded facts of the data set of a run.
 
@@ -187,7 +213,7 @@ def load_models(settings: Settings, path: Path, *, drift: bool = False) -> tuple
     methods, params = {}, {}
     steps: dict[str, int] = {}
     for name, part in parts.items():
-        net = part.net or settings.flow.net
+        net = settings.flow.net if part.net is None else part.net
         best = name in settings.correctors and assemble.gives_logit(net)
         if (folder := _trained_folder(path, name, best)) is not None:
             stage = None if folder == path else f"{stage_name(name)}.best" if best else stage_name(name)

@@ -93,11 +93,11 @@ def flow_stage(settings: Settings, data: Dataset, plan: loop.Plan | None = None)
     begin, teacher = (assemble.start_of(plan, settings, field) for field in ("init", "teacher"))
     if plan.method.frozen and begin is None:  # the teacher's parameters are part of the network's
         begin = teacher
-    pictures = {"pictures": settings.common.sample_every, "picture": networks.picture(settings, plan)}
-    origin = {"start": lambda results: begin, "teacher": lambda results: teacher}
     return stages.trained(
-        plan, assemble.flow_fields(settings), **origin, **pictures, data=assemble.data_facts(settings, data)
-    )
+        plan, assemble.flow_fields(settings), start=lambda results: begin, teacher=lambda results: teacher,
+        pictures=settings.common.sample_every, picture=networks.picture(settings, plan),
+        data=networks.data_facts(settings, data),
+    )  # fmt: skip
 
 
 def _comparing_stages(

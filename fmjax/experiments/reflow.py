@@ -86,7 +86,12 @@ def student_stages(settings: Settings, data: Dataset) -> tuple[list[Stage], Stud
         raise refusal("path", settings.common.path, "the comparison is on the linear path", "Set path='linear'")
     if s.bounds[0] != 0 or s.bounds[-1] != 1:
         raise refusal("straighten.bounds", s.bounds, "samples go from 0 to 1", "Begin with 0 and end with 1")
-    models, options = straightening.comparison_models(s.bounds, s.parts, s.sharing, full=s.full)
+    try:
+        models, options = straightening.comparison_models(s.bounds, s.parts, s.sharing, full=s.full)
+    except ValueError as error:
+        raise ValueError(f"straighten.{error}") from error
+    if not options:
+        raise refusal("straighten.sharing", s.sharing, "trains no student", "Give ('gated',), or set straighten.full")
     flow = assemble.flow_plan(settings, data)
     students = {name: (_student(settings, name, option, data), option) for name, option in options.items()}
     trained = [pipeline.flow_stage(settings, data, flow), _trajectories(settings, flow, data)]
@@ -97,10 +102,11 @@ def student_stages(settings: Settings, data: Dataset) -> tuple[list[Stage], Stud
 def _student(settings: Settings, name: str, options: Mapping[str, Any], data: Dataset) -> loop.Plan:
     """Return the training plan of a student, with batches of the right shapes for the checks."""
     part, s = settings.straighten
+    specs.check_spec(specs.METHOD, part.method, field="straighten.method")
     method = {**dict(part.method.items() if hasattr(part.method, "items") else {"name": part.method}), **options}
     part = dataclasses.replace(part, method=method)
     batch = assemble.marginal_batch(settings.common, data, part.batch_size, t=float(s.bounds[0]))
-    net = part.net or settings.flow.net
+    net = settings.flow.net if part.net is None else part.net
     return assemble.plan(f"straighten.{name}", settings.common, part, net, data, batch=batch, seed=s.seed)
 
 
@@ -180,9 +186,12 @@ def _trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
             raise workdir.WorkdirError(f"{error}. Delete {folder} to solve the trajectories again.") from None
 
     def check() -> None:
-        correction.trajectories.check_options("forward", s.solver, "reverse")
-        for counts in s.allocations:
-            straightening.segment_grid(s.bounds, counts)
+        try:
+            correction.trajectories.check_options("forward", s.solver, "reverse")
+            for counts in s.allocations:
+                straightening.segment_grid(s.bounds, counts)
+        except ValueError as error:
+            raise ValueError(f"straighten.{error}") from error
 
     names = ("seed", "bounds", "grid", "grid_steps", "solver", "examples")
     fields = {f"straighten.{name}": getattr(s, name) for name in names}

@@ -120,8 +120,6 @@ def corrected_samplers(
 
 def _check_solver(spec: Any, *, field: str) -> None:
     """Refuse a solver that does not exist, or an unknown option; ``"flow_map"`` is a solver."""
-    if not (specs.is_spec(spec) or callable(spec)):
-        raise refusal(field, spec, "not a solver", "Give a name, or {'name': ..., options}")
     if spec != FLOW_MAP:
         build.step(spec, field=field)
 
@@ -150,6 +148,7 @@ def _corrected(field: str, c: dict[str, Any], plain: Sequence[Sampler], trained:
     """Return the sampler of one correction, after the control if the correction adds noise."""
     if missing := [name for name in ("solver", "steps", "at", "by") if name not in c]:
         raise ValueError(f"{field}: has no {missing[0]!r}. A correction has solver, steps, at, by and options.")
+    _check_solver(c["solver"], field=f"{field}.solver")
     n, grid = _count(c["steps"], field), c.get("grid")
     at = _steps(f"{field}.at", c["at"], n)
     base = next((s for s in plain if (s.solver, s.steps, s.grid) == (c["solver"], n, grid)), None)

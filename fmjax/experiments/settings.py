@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fmjax import checks
-from fmjax.checks import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Range, Seed, refusal
+from fmjax.checks import NonNegative, Positive, PositiveFloat, Range, Seed, refusal
 from fmjax.experiments import places, specs
 
 Count = Annotated[int, Range(1, 1e9)]
@@ -23,7 +23,7 @@ class Common:
     flip: bool
     conditional: bool
     label_dropout: Decay
-    guidance: Annotated[float, Range()]
+    guidance: Annotated[float, Range(-1000, 1000)]
     negatives: Literal[None, "any", "other_label"]
     path: Any
     init: str | None
@@ -49,12 +49,12 @@ class Training:
     batch_size: Annotated[int, Range(1, 1e7)]
     steps: Count
     target: Literal["self", "ema", "frozen"]
-    learning_rate: PositiveFloat
-    warmup: NonNegative
+    learning_rate: Annotated[float, Range(0, 100, open_low=True)]
+    warmup: Annotated[int, Range(0, 1e9)]
     schedule: Literal["constant", "cosine"]
     clip: PositiveFloat | None
     beta2: Annotated[float, Range(0, 1, open_low=True, open_high=True)]
-    weight_decay: NonNegativeFloat
+    weight_decay: Annotated[float, Range(0, 100)]
     ema: Decay
 
 
@@ -156,12 +156,12 @@ def read(config: Any) -> Settings:
             raise refusal(
                 f"correctors.{name}", "", "a corrector's name is part of flags and folders", "Use letters, digits and _"
             )
-    straighten = tree.get("straighten")
+    flow_map, straighten = _mapping(tree, "flow_map"), _mapping(tree, "straighten")
     return Settings(
         common=common,
         flow=flow,
         correctors={n: _training(f"correctors.{n}", part) for n, part in _mapping(tree, "correctors").items()},
-        flow_map=_training("flow_map", tree["flow_map"]) if tree.get("flow_map") else None,
+        flow_map=_training("flow_map", flow_map) if flow_map else None,
         marginals=marginals,
         sampling=Sampling(**specs.checked(Sampling, _mapping(tree, "sampling"), field="sampling")),
         samplers=_mapping(tree, "samplers"),
@@ -190,6 +190,12 @@ def _straighten(part: Any) -> tuple[Training, Straighten]:
     training = {field.name for field in dataclasses.fields(Training)}
     first = {name: value for name, value in part.items() if name in training}
     rest = {name: value for name, value in part.items() if name not in training}
+    parts = rest.get("parts")
+    if not hasattr(parts, "items") or not all(isinstance(part, (list, tuple)) for part in parts.values()):
+        raise refusal("straighten.parts", parts, "not segments by name", "Give {'late': (1,)}")
+    for name in ("allocations", "bounds"):
+        if isinstance(rest.get(name), (list, tuple)) and not rest[name]:
+            raise refusal(f"straighten.{name}", rest[name], "is empty", "Give some, as configs/base.py")
     return _training("straighten", first), _make(Straighten, rest, "straighten")
 
 
@@ -201,14 +207,14 @@ def _make(kind: type, values: dict[str, Any], field: str) -> Any:
 
 
 def _mapping(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    value = tree.get(name) or {}
+    value = {} if tree.get(name) is None else tree[name]
     if not hasattr(value, "items"):
         raise refusal(name, value, "not a mapping", "Give {name: options}")
     return dict(value.items())
 
 
 def _sequence(tree: dict[str, Any], name: str) -> tuple[Any, ...]:
-    value = tree.get(name) or ()
+    value = () if tree.get(name) is None else tree[name]
     if not isinstance(value, (list, tuple)):
         raise refusal(name, value, "not a sequence", "Give ('name', ...)")
     return tuple(value)

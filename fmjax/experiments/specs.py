@@ -19,6 +19,7 @@ import functools
 import importlib
 import inspect
 import numbers
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -80,6 +81,7 @@ def build(kind: Kind, spec: Spec, *args: Any, field: str, **context: Any) -> Any
     >>> build(PATH, {"name": "vp", "beta_max": 16.0}, field="path").gamma is None
     True
     """
+    check_spec(kind, spec, field=field)
     if not is_spec(spec):
         return call(spec, {}, *args, field=field) if kind.takes and _positional(spec) == kind.takes else spec
     factory, options = resolve(kind, spec, field=field)
@@ -88,6 +90,21 @@ def build(kind: Kind, spec: Spec, *args: Any, field: str, **context: Any) -> Any
     if repeated := sorted(context.keys() & options.keys()):
         raise refusal(f"{field}.{repeated[0]}", options[repeated[0]], "another field sets it", "Take this option out")
     return call(factory, {**options, **context}, *args, field=field)
+
+
+def check_spec(kind: Kind, spec: Spec, *, field: str) -> None:
+    """Refuse a plain value (a number, a sequence, nothing) in the place of a spec.
+
+    Args:
+        kind: what the spec must describe.
+        spec: the spec.
+        field: the config field that holds the spec, for messages.
+
+    Raises:
+        ValueError: neither a name, nor a mapping, nor an object.
+    """
+    if isinstance(spec, numbers.Number) or type(spec) in (type(None), list, tuple, set, bytes):
+        raise refusal(field, spec, f"not a {kind.noun}", "Give a name, or {'name': ..., options}")
 
 
 def resolve(kind: Kind, spec: Spec, *, field: str) -> tuple[Callable, dict[str, Any]]:
@@ -138,7 +155,14 @@ def call(factory: Callable, options: dict[str, Any], *args: Any, field: str) -> 
     Raises:
         ValueError: an option that is unknown, missing or out of range, or a value that the factory refuses.
     """
-    return factory(*args, **checked(factory, options, field=field))
+    values = checked(factory, options, field=field)
+    try:
+        return factory(*args, **values)
+    except ValueError as error:
+        name = re.match(r"(\w+)[=\[:]", str(error))
+        if name is None or name[1] not in values:
+            raise
+        raise ValueError(f"{field}.{error}") from error
 
 
 def checked(factory: Callable, options: dict[str, Any], *, field: str) -> dict[str, Any]:
@@ -198,7 +222,8 @@ def parse(spec: Spec, *, field: str) -> tuple[Any, dict[str, Any]]:
     options = dict(spec.items()) if hasattr(spec, "items") else {}
     name = options.pop("name", None)
     if not (isinstance(name, str) or callable(name)):
-        raise refusal(field, spec, "neither a name nor a mapping with a name", "Give a name, or {'name': ..., options}")
+        where, value = (f"{field}.name", name) if hasattr(spec, "items") and "name" in spec else (field, spec)
+        raise refusal(where, value, "not a name", "Give a name, or {'name': ..., options}")
     return name, options
 
 

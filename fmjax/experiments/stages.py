@@ -36,7 +36,7 @@ class Stage(NamedTuple):
         check: raises for fields that cannot work; called before any stage runs.
         run: ``run(results, folder) -> Result`` does the work, or the missing part of the work.
         read: ``read(results, folder) -> Result | None`` reads a complete result.
-        data: facts of the data set that samplers need, see ``assemble.data_facts``.
+        data: facts of the data set that samplers need, see ``networks.data_facts``.
         derived: whether the stage is computed again when the results that it needs change; a training is not.
         plan: the training, of a stage that trains.
         size: ``size() -> int``, the bytes of its files on disk.

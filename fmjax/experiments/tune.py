@@ -108,7 +108,7 @@ def main(
 def _search_space(settings: Settings, by: str, steps: int, alphas, betas) -> correction.Space:
     """Return the steps, strengths and noise levels of the search; refuse a negative noise level."""
     part = settings.correctors[by]
-    classifies = assemble.gives_logit(part.net or settings.flow.net)
+    classifies = assemble.gives_logit(settings.flow.net if part.net is None else part.net)
     method = part.method
     level = float(np.max(method["sigma"])) if hasattr(method, "items") and "sigma" in method else 0.0
     betas = tuple(betas) or tuple(beta * level for beta in BETAS[: None if level else 1])

@@ -116,7 +116,7 @@ def begin_stage(
         path: the run folder.
         name: the stage, such as ``"correctors.score"``.
         fields: dotted names of config fields with their values.
-        data: facts of the data set that samplers need, see ``assemble.data_facts``.
+        data: facts of the data set that samplers need, see ``networks.data_facts``.
         needs: digests of the results that the stage is made from, by the names of their stages.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def classifier_corrector(
     net: LogitNet,
     *,
     eps: float = 0.5,
-    steps: int = 7,
+    steps: Annotated[int, checks.Range(1, 1000)] = 7,
     step: float | None = None,
     norm: str = "l2",
     random_start: bool = False,

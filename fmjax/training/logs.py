@@ -217,7 +217,7 @@ def recorder(directory: Path, start: int, sealed: dict[str, Any] | None = None) 
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[Callable[[str], None]]:
-    """Print a line at the end of a stage: its name, a summary, and the seconds it took.
+    """Print a line at the end of a stage, on the first process: its name, a summary, and the seconds it took.
 
     Args:
         name: the stage.
@@ -227,7 +227,8 @@ def stage(name: str) -> Iterator[Callable[[str], None]]:
     """
     summaries, start = [], time.perf_counter()
     yield summaries.append
-    print(f"{name}: {summaries[0]} ({time.perf_counter() - start:.1f} s)", flush=True)
+    if jax.process_index() == 0:
+        print(f"{name}: {summaries[0]} ({time.perf_counter() - start:.1f} s)", flush=True)
 
 
 def say(line: str) -> None:
