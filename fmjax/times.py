@@ -369,7 +369,7 @@ def grid_pair(
     """Draw a step of a grid that is halved from round to round (progressive distillation, arXiv 2202.00512).
 
     In round ``r = floor(rounds progress)`` the grid has ``steps / 2^r`` steps: ``s`` is a multiple of
-    ``gap = 2^r / steps`` and ``t = s + gap``.
+    ``gap = 2^r / steps`` and ``t = s + gap``. With a frozen teacher each round is a run: ``rounds=1``.
 
     Args:
         key: one key, or keys ``[B]``.

@@ -338,7 +338,7 @@ CASES = {
     "learned_coupling": coupled_case,
     "mean_flow": map_case("mean_flow", away=2.0),
     "progressive": map_case("progressive", teacher=True),
-    "progressive_distillation": alias("progressive", diagonal=0.0, pair=times.grid_pair),
+    "progressive_distillation": alias("progressive", diagonal=0.0, pair=functools.partial(times.grid_pair, rounds=1)),
     "residual": residual_case,
     "score_corrector": score_case,
     "shortcut": alias("progressive", time=fine_time, diagonal=7 / 8, pair=times.dyadic, finest=1 / 128),

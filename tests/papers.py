@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from fmjax.types import Batch
+
+B, KEY = 32, jax.random.key(5)
 D = 64  # elements of an example: as many as the published weights need
 stopped = jax.lax.stop_gradient
 col = lambda t: t[:, None]
@@ -62,6 +66,31 @@ class Draw(NamedTuple):
         t = 1 / (1 + sigma)
         x = col(t) * (self.x1 + col(sigma) * self.x0)
         return lambda p: x + col(1 - t) * net(p, x, t, jnp.ones_like(t))
+
+
+@pytest.fixture(scope="module")
+def setting():
+    with jax.enable_x64(True):
+        x0, x1 = np.random.default_rng(0).standard_normal((2, B, D))
+        batch = Batch(jnp.asarray(0.6 * x1 + 0.2), jnp.asarray(x0), progress=jnp.linspace(0, 1, B, endpoint=False))
+        return batch, weights(1), weights(2)
+
+
+def drawn(batch, aux, student, target) -> Draw:
+    jumps = aux.get("is_off_diagonal", np.full(len(batch.x1), "s" in aux))
+    return Draw(batch.x0, batch.x1, aux.get("s", aux["t"]), aux["t"], jumps, batch.progress, student, target)
+
+
+def assert_equal(ours, theirs, rtol=1e-9):
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale), ours, theirs)
+
+
+def of_one_law(ours, theirs):
+    """Two-sample Kolmogorov-Smirnov: a distance that equal laws exceed with probability 1e-6."""
+    both = np.sort(np.concatenate([ours, theirs]))
+    below = lambda a: np.searchsorted(np.sort(a), both, side="right") / len(a)
+    return np.abs(below(ours) - below(theirs)).max() < np.sqrt(np.log(2e6) / 2 * (1 / len(ours) + 1 / len(theirs)))
 
 
 def field(p, z, tau, r):
@@ -130,6 +159,12 @@ def shortcut(p, d):
     return rows(d, mean(short - (d.x1 - d.x0)), mean(net(p, d.z, d.s, d.t) - stopped(first + second) / 2))
 
 
+def progressive_distillation(p, d):
+    """The baseline of shortcut models: two jumps of the teacher of the round, the mean over pixels."""
+    first, second, _ = halves(p, d, d.target)
+    return mean(net(p, d.z, d.s, d.t) - stopped(first + second) / 2)
+
+
 def mean_flow(p, d):
     u, du = along(p, d.z, d.v, d.tau, d.r)
     square = total(u - stopped(d.v - col(d.tau - d.r) * du))
@@ -145,12 +180,14 @@ def improved_mean_flow(p, d):
 
 
 def alpha_flow(p, d):
+    """Up to ``a = 0.005`` the weight is mean flow's, of the difference quotient."""
     a = 1 / (1 + np.exp(25 * (np.asarray(d.progress) - 0.5)))
     a = np.where(a > 1 - 0.005, 1, np.maximum(a, 0.005))
     after = d.tau - a * (d.tau - d.r)
     u = field(d.student, d.z - col(d.tau - after) * d.v, after, d.r)
     aim = jnp.where(col(d.jumps), col(a) * d.v + col(1 - a) * u, d.v)
     square = mean(field(p, d.z, d.tau, d.r) - stopped(aim))
+    square *= rows(d, 1, jnp.where(a > 0.005, 1, a**-2.0))
     return rows(d, 1, a) * square / stopped(square + 1e-3)
 
 
@@ -226,3 +263,27 @@ def edm(p, d):
 def denoising(p, d):
     """The "v" of progressive distillation, ``beta x0 - alpha x1``."""
     return mean(net(p, d.z, d.s, d.s) - (col(1 - d.tau) * d.x0 - col(d.tau) * d.x1))
+
+
+def data_prediction(p, d):
+    return mean(net(p, d.z, d.s, d.s) - d.x1)
+
+
+def simple(p, d, low=0.1, high=20.0):
+    """The simple loss of DDPM in continuous time, ``beta`` linear from 0.1 to 20."""
+    kept = jnp.exp(-(low * d.tau + (high - low) * d.tau**2 / 2))
+    noised = col(jnp.sqrt(kept)) * d.x1 + col(jnp.sqrt(1 - kept)) * d.x0
+    return mean(net(p, noised, d.s, d.s) - d.x0)
+
+
+def consistency_trajectory(p, d):
+    """CTM's comparison in the data after a Heun step of the teacher, as a mean square over the fraction ``a``."""
+    jump = lambda p, z, tau, r: z + col(r - tau) * field(p, z, tau, r)
+    still, gap = d.student, d.tau - d.r
+    a = jnp.clip(0.1 * 0.02**d.progress, 1e-4 / jnp.maximum(gap, 1e-4), 1)  # a step of 1e-4 at least
+    after = d.tau - a * gap
+    first = field(d.target, d.z, d.tau, d.tau)
+    second = field(d.target, d.z + col(after - d.tau) * first, after, after)
+    solved, zero = d.z + col(after - d.tau) * (first + second) / 2, jnp.zeros_like(d.r)
+    aim = stopped(jump(still, jump(still, solved, after, d.r), d.r, zero))
+    return rows(d, flow_matching(p, d), mean(jump(still, jump(p, d.z, d.tau, d.r), d.r, zero) - aim) / a)

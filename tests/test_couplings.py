@@ -141,8 +141,9 @@ def test_sinkhorn_plan_has_uniform_marginals_and_tends_to_exact():
     epsilons, paid = np.array([1.0, 0.3, 0.1, 0.05]), []
     for epsilon in epsilons:
         plan = transport.sinkhorn_plan(cost.astype(np.float32), epsilon=float(epsilon))
-        # ott stops when the marginals' l1 error is below 1e-3
-        assert np.abs(plan.sum(0) - 1 / 64).sum() < 2e-3 and np.abs(plan.sum(1) - 1 / 64).sum() < 2e-3
+        # ott stops when the marginals' l1 error is below 1e-3; no target is favoured
+        np.testing.assert_allclose(plan.sum(0), 1 / 64, rtol=1e-12)
+        assert np.abs(plan.sum(1) - 1 / 64).sum() < 2e-3
         paid.append((plan * cost).sum())
     assert paid == sorted(paid, reverse=True) and exact <= paid[-1] < paid[0] < random
     # <P, C> - eps H(P) is least at P, and H <= 2 log B, H(exact) = log B: the excess is at most eps log B.

@@ -5,12 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import MEAN, STD, assert_same_method
 from test_methods import mlp, mlp_params
 
 from fmjax import paths, times
 from fmjax.keys import example_keys
+from fmjax.methods import weighting
 from fmjax.methods.alpha_flow import alpha_flow
 from fmjax.methods.eulerian import eulerian
 from fmjax.methods.progressive import progressive
@@ -76,6 +78,21 @@ def test_its_gradient_is_eulerian_to_first_order_in_the_fraction(velocity, draw)
     ]
     assert 0 < max(errors[1]) < 0.1
     np.testing.assert_allclose(np.log2(np.divide(*errors)), 1, atol=0.03)
+
+
+def test_with_the_published_weight_it_ends_as_mean_flow(draw):
+    """At ``a = 0.005`` to first order in ``a``, where the authors' code takes the derivative; before, as published."""
+    batch, keys, params, target = draw
+    options, size = PLAIN | {"diagonal": 0.0}, batch.x1[0].size
+    gradient = lambda method: jax.grad(lambda p: method.loss(p, target, batch, keys)[0])(params)
+    whole = eulerian(mlp, velocity="conditional", tangent="conditional", diagonal=0.0)
+    expected = gradient(weighting.adaptive(whole, power=1.0, floor=size * 1e-3))
+    last, early = (gradient(alpha_flow(mlp, adaptive=1.0, fraction=constant(a), **options)) for a in (5e-3, 5.1e-3))
+    norm = optax.tree.norm
+    off = lambda actual: norm(jax.tree.map(jnp.subtract, actual, expected)) / norm(expected)
+    assert off(last) < 0.02 and norm(early) < norm(expected) / 10
+    without = gradient(alpha_flow(mlp, adaptive=1.0, limit=0.0, fraction=constant(5e-3), **options))
+    assert abs(norm(without) / norm(early) - 1) < 0.1
 
 
 def test_soflows_loss_is_a_difference_quotient_of_two_jumps(draw):

@@ -31,6 +31,14 @@ def test_a_missing_mode_costs_recall_an_invented_one_precision():
     assert precision_recall(single, both) == (recall, precision)  # the roles swapped
 
 
+@pytest.mark.parametrize("d", [2, 40])
+def test_a_point_at_the_radius_is_inside_and_just_beyond_is_not(d):
+    """Integer coordinates, so that equal distances are equal to the bit, whatever tree or matrix finds them."""
+    line = np.arange(6.0)[:, None] * np.eye(1, d)
+    for far, covered in ((1.0, 1.0), (1.001, 0.0)):
+        assert precision_recall(line, np.array([[5 + far], [-far]]) * np.eye(1, d), k=1)[0] == covered
+
+
 def test_the_same_points_have_both_whole():
     x = np.random.default_rng(2).standard_normal((50, 4))
     assert precision_recall(x, x) == (1.0, 1.0)

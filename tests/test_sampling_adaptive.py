@@ -100,6 +100,8 @@ def test_a_solve_that_runs_out_of_steps_says_so(key):
     # a step has no result code: it turns to NaN, which the caller sees
     hopeless = sampling.from_diffrax(lambda x, t, cond=None: x**2, rtol=1e-5, atol=1e-5)
     assert jnp.isnan(hopeless(jnp.full((1, 1), 10.0), 0.0, 1.0)).all()
+    few, many = (sampling.from_diffrax(field, rtol=1e-6, atol=1e-6, max_steps=n)(x, 0.0, 1.0) for n in (2, 64))
+    assert jnp.isnan(few).all() and jnp.isfinite(many).all()
 
 
 def test_unknown_solvers_and_half_a_tolerance_are_refused():

@@ -151,6 +151,24 @@ def test_edms_sampler_is_its_algorithm_2(name, options, x64, key):
     np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize(("name", "top"), [("ve", 50.0), ("vp", np.sqrt(np.expm1(10.05)))])
+def test_a_churn_beyond_the_largest_level_of_the_path_is_refused(name, top, key):
+    """It would be cut there, without a word; with a smaller ``s_max`` or a later start it is whole."""
+    path = {"ve": paths.ve(sigma_max=50.0), "vp": paths.vp()}[name]
+    law, gamma = mixture(path), np.sqrt(2) - 1
+    run = lambda high, **options: jax.eval_shape(
+        lambda x: sampling.sample(
+            sampling.edm_heun(law.velocity, path=path, steps=6, s_churn=100.0, **options), x,
+            grids.edm_grid(6, sigma_min=0.02, sigma_max=high, path=path), key=key,
+        ),
+        jnp.zeros((2, 2)),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"s_max=inf: .*level {0.9 * top:g} .*s_max={top / (1 + gamma):.4g},"):
+        run(0.9 * top)
+    run(0.9 * top, s_max=0.99 * top / (1 + gamma))
+    run(0.99 * top / (1 + gamma))
+
+
 def counted(velocity):
     seen = []
 

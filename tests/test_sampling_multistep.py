@@ -78,6 +78,16 @@ def test_ipndm_has_the_weights_of_adams_and_bashforth_and_warms_up(order, x64, k
     np.testing.assert_allclose(fitted, published, atol=1e-6)  # even is float32's
 
 
+@pytest.mark.parametrize("order", [2, 4])
+def test_ipndm_counts_a_start_in_pure_noise_as_a_step(order, x64, key):
+    """From t = 0 it is the limit of starts at large noise levels: its second step has the weights (3, -1) / 2."""
+    x, rest = jax.random.normal(key, (3, 2)), np.linspace(0, 1, 6)[1:]
+    run = jax.jit(lambda ts: sampling.sample(sampling.ipndm(MIXTURE.velocity, order=order), x, ts))
+    np.testing.assert_allclose(*(run(jnp.concatenate([jnp.array([t]), rest])) for t in (0.0, 1e-9)), atol=1e-6)
+    late = jax.jit(lambda ts: sampling.sample(sampling.ipndm(MIXTURE.velocity, order=1), x, ts))(np.array([0, *rest]))
+    assert np.abs(late - run(jnp.array([0, *rest]))).max() > 0.01
+
+
 def test_weights_of_uneven_steps_integrate_polynomials_exactly(x64):
     """A noise prediction that is a cubic of ``sigma`` is integrated without error, once four are known."""
     cubic = lambda sigma: 1 - sigma + 0.3 * sigma**2 - 0.05 * sigma**3

@@ -134,7 +134,7 @@ def langevin(
         score: ``S(x, t, cond)``, the score of the marginal at ``t``.
         step: ``h``, in units of squared displacement: a number, or a function of the times ``[B]``.
         snr: in place of ``step``, the ratio of the push to the noise: ``h = 2 (snr |z| / |S|)^2``, with the norms of
-            each example.
+            each example, where the authors' code averages norms over the batch.
         steps: number of steps.
 
     Returns:
@@ -148,7 +148,8 @@ def langevin(
     >>> y.shape, info["moved"].shape, fix.nfe
     ((2, 1), (2,), 3)
 
-    Source: arXiv 2011.13456, Algorithm 4 (``snr``).
+    Source: arXiv 2011.13456, Algorithm 4 (``snr``; Algorithm 5, for ``vp``, has a smaller ``h`` by a factor that is
+    near 1).
     """
     if (step is None) == (snr is None):
         raise ValueError(f"step={step}, snr={snr}: exactly one sets the size. Give step (h itself), or snr.")

@@ -121,7 +121,8 @@ def score_space(n: int, *, sigma: float, steps: Iterable[int] | None = None) -> 
 def classifier_space(n: int, *, steps: Iterable[int] | None = None) -> Space:
     """Return the search space of a classifier corrector, without noise.
 
-    ``alpha`` is in [0, 1.5] by 0.05, and in [0, 0.3] by 0.01 after the last step.
+    ``alpha`` is in [0, 1.5] by 0.05, and in [0, 0.3] by 0.01 after the last step. The resolution is the paper's, the
+    intervals are ours.
 
     Args:
         n: number of solver steps.

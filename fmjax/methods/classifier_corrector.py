@@ -33,7 +33,8 @@ def classifier_corrector(
     ``E_n [E_{q_n} max softplus(-f(x + d, t_n)) + E_{p_n} max softplus(f(x + d, t_n))] / 2``, the maxima over
     ``|d| <= eps`` by ``attacks.pgd`` (marginal matching, OpenReview kRjLBXWn1T). ``f`` is the logit of the probability
     ``P = sigmoid f`` of *backward*; for ``eps = 0``, the plain classifier, the optimum is ``f = log(q_n / p_n)``. For
-    ``eps > 0`` the loss is not an exact saddle point, because an attack stops once it has succeeded.
+    ``eps > 0`` the loss is not an exact saddle point, because an attack stops once it has succeeded. The paper's attack
+    is not published: radius, number and length of the steps, and the stop are choices of this package.
 
     =================  =========================  ====================================================================
     ``direction``      ``h``                      in ``x' = x + alpha h``

@@ -17,11 +17,12 @@ def denoising(
     """Train a diffusion model that predicts noise, data or "v", ``E |u(I_t, t, t) - y|^2``.
 
     ``y`` is ``x0``, ``x1`` or ``beta x0 - alpha x1`` (arXiv 2202.00512); ``"noise"`` on ``paths.vp`` is the simple loss
-    of DDPM (2006.11239). At equal ``x`` the errors are the error of the noise times 1 (noise), ``(alpha / beta)^2``
-    (data) and ``beta^2 (1 + (alpha / beta)^2)^2`` (v): the three weigh times differently. They also differ in where the
-    velocity can be computed (``paths.convert``): with ``"noise"`` where ``beta > 0``, so not at ``t = 0`` of the linear
-    path; with ``"data"`` where ``alpha > 0``; with ``"v_prediction"`` everywhere. Nothing in the loss is infinite at
-    the data end of ``vp``, where the velocity is.
+    of DDPM (2006.11239) in continuous time, where DDPM has 1,000 steps; errors are means over elements. At equal ``x``
+    the errors are the error of the noise times 1 (noise), ``(alpha / beta)^2`` (data) and
+    ``beta^2 (1 + (alpha / beta)^2)^2`` (v): the three weigh times differently. They also differ in where the velocity
+    can be computed (``paths.convert``): with ``"noise"`` where ``beta > 0``, so not at ``t = 0`` of the linear path;
+    with ``"data"`` where ``alpha > 0``; with ``"v_prediction"`` everywhere. Nothing in the loss is infinite at the data
+    end of ``vp``, where the velocity is.
 
     Args:
         net: prediction ``u(params, x, s, t, cond, key)``, of the shape of ``x``, evaluated where ``s = t``.

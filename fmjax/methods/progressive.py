@@ -49,7 +49,7 @@ def progressive(
                                         first round from a velocity with ``step="euler"``, the next with longer
                                         pairs
     shortcut models (2410.12557)        ``pair=times.dyadic, diagonal=7/8, finest=1/128`` (``shortcut``)
-    progressive distillation            ``diagonal=0, pair=times.grid_pair``, ``target`` frozen
+    progressive distillation            ``diagonal=0``, ``pair=times.grid_pair`` of one round, ``target`` frozen
     mid-training (CMT, 2509.24526)      ``diagonal=0, substeps=16, step="euler"``, ``target`` frozen
     ==================================  =======================================================================
 

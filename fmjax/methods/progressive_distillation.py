@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from fmjax import paths, times
@@ -13,7 +14,7 @@ def progressive_distillation(
     net: Net,
     *,
     path: paths.Path = paths.linear(),
-    pair: Callable = times.grid_pair,
+    pair: Callable = functools.partial(times.grid_pair, rounds=1),
     teacher: Net | None = None,
     step: str = "jumps",
 ) -> FlowMapMethod:
@@ -22,15 +23,19 @@ def progressive_distillation(
     Here ``y = X_{s,s+h}(x)``, and the second term is the teacher at the parameters ``target``: progressive distillation
     (arXiv 2202.00512) in flow form, as the baseline of shortcut models has it. It departs from the paper, whose DDIM
     steps on a cosine path regress on the data with the weight of "v" or ``max(SNR, 1)``: here Euler steps or jumps on
-    ``path`` regress on average velocities, as means over elements. It is ``progressive`` without a diagonal on the grid
-    of ``times.grid_pair``, whose jumps double from round to round. The teacher of a round is the student of the
-    previous round. With a frozen teacher each round is a run: ``pair`` with ``rounds=1`` and half the ``steps``, the
-    first round from a velocity with ``step="euler"``. With a moving average as ``target`` one run does all rounds.
+    ``path`` regress on average velocities, as means over elements. It departs from the baseline, which clips states to
+    [-4, 4].
+
+    It is ``progressive`` without a diagonal on a grid of 64 steps. The teacher of a round is the frozen student of the
+    previous round, so each round is a run: the next has ``pair`` with half the ``steps``, and a first round from a
+    velocity has ``step="euler"``. A moving average as ``target`` is no such teacher: it forgets short jumps while the
+    student learns longer ones, and in the plane seven rounds in one run end with a relative error of 1.0 of the whole
+    jump, where seven runs end with 0.1.
 
     Args:
         net: average velocity ``u(params, x, s, t, cond, key)``, of the shape of ``x``.
         path: interpolant ``I_t``.
-        pair: distribution of ``(s, t)``, given ``progress`` where it takes it.
+        pair: distribution of ``(s, t)``; by default the steps of a grid of 64.
         teacher: network of the two jumps, at the parameters ``target``; ``net`` by default.
         step: ``"jumps"`` of the teacher, or ``"euler"`` steps of its diagonal.
 

@@ -16,7 +16,8 @@ def score_corrector(net: Net, *, sigma: float | Sequence[float]) -> ScoreCorrect
     """Train the score of the noised backward marginal ``q_n * N(0, sigma^2 I)`` by denoising.
 
     ``E |eps(x + sigma z, t_n) - z|^2`` over ``x ~ q_n`` and ``z ~ N(0, I)`` (marginal matching, OpenReview kRjLBXWn1T);
-    the diagonal of ``net`` predicts the noise ``eps``.
+    the diagonal of ``net`` predicts the noise ``eps``. Errors are means over elements. The paper has one noise level,
+    whose value is not published; levels that change along the flow are an addition of this package.
 
     Args:
         net: prediction ``eps(params, x, s, t, cond, key)``, of the shape of ``x``, evaluated where ``s = t``.

@@ -27,7 +27,8 @@ def stochastic_interpolant(
     ``v = E[dI_t | I_t]``, the second half the denoiser ``n = E[z | I_t]``, which has size one at every time, while the
     score ``S = -n / gamma`` is infinite at the ends. The source ``batch.x0`` may have any distribution and any
     coupling; a batch without ``x0`` gets N(0, I). The gradients are the gradients of the losses of the paper,
-    ``E[|v|^2 / 2 - dI_t v]`` and ``E[|n|^2 / 2 - z n]``, times two and divided by the number of elements.
+    ``E[|v|^2 / 2 - dI_t v]`` and ``E[|n|^2 / 2 - z n]``, times two and divided by the number of elements. It departs
+    from the paper in its times, which stay 1e-3 away from 0 and 1, where the velocity of a Brownian latent is infinite.
 
     [SF]2M (arXiv 2307.03672) is this method with ``paths.schroedinger_bridge(sigma)`` and pairs of the entropic plan of
     regularisation ``2 sigma^2``: its loss ``|lambda s + z|^2``, ``lambda = 2 gamma / sigma^2``, is ``|n - z|^2`` for

@@ -15,8 +15,9 @@ def precision_recall(real: Features, samples: Others, *, k: int = 3) -> tuple[fl
     """Return improved precision and recall (arXiv 1904.06991, eq. 2).
 
     The support of a set is the union of balls around its points; each ball reaches to the ``k``-th nearest other point
-    of the set. Precision is the fraction of samples in the support of the real examples; recall is the fraction of real
-    examples in the support of the samples. Both depend on the sizes of the sets: give sets of one size.
+    of the set, and a point at that very distance is inside, as in the paper. Precision is the fraction of samples in
+    the support of the real examples; recall is the fraction of real examples in the support of the samples. Both depend
+    on the sizes of the sets: give sets of one size.
 
     Args:
         real: features of real examples ``[n, d]``, more than ``k``.

@@ -23,6 +23,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from fmjax import paths
@@ -103,7 +104,8 @@ def edm_heun(
         A step ``(x, s, t, cond, key) -> x``; with churn it needs a key and a rising grid.
 
     Raises:
-        ValueError: for a churn without ``steps``, for negative numbers and for a path with a latent.
+        ValueError: for a churn without ``steps``, for negative numbers and for a path with a latent. Its ``check``
+            refuses a churn that would raise a level of the grid above the largest level of the path.
 
     >>> import jax.numpy as jnp
     >>> step = edm_heun(lambda x, t, cond=None: -x)
@@ -146,8 +148,17 @@ def edm_heun(
 
         return jax.lax.cond(jnp.any(two), corrected, lambda: ahead)
 
-    check = rising("edm_heun with s_churn") if gamma else accept
-    return Costed(step, evaluations(velocity, calls=2), check)
+    def check(ts):
+        rising("edm_heun with s_churn")(ts)
+        levels, top = (_levels(path, np.asarray(t, np.float64)) for t in (ts[:-1], path.span[:1]))
+        over = (s_min <= levels) & (levels <= s_max) & np.isfinite(levels) & ((1 + gamma) * levels > top * (1 + 1e-6))
+        if over.any():
+            raise ValueError(
+                f"s_max={s_max:g}: churn raises the noise level {levels[over][0]:g} by {gamma:.0%}, and the largest of "
+                f"the path is {top[0]:g}. Give s_max={top[0] / (1 + gamma):.4g}, or a grid that starts later."
+            )
+
+    return Costed(step, evaluations(velocity, calls=2), check if gamma else accept)
 
 
 def reverse_diffusion(velocity: VelocityFn, *, path: paths.Path = paths.linear(), end: float = 1.0) -> Costed:
@@ -155,9 +166,10 @@ def reverse_diffusion(velocity: VelocityFn, *, path: paths.Path = paths.linear()
 
     ``x + (1 - k) x + G^2 S + G z``, the reverse of the noising step ``x_s = k x_t + G z`` to first order in it:
     ``k = beta_s / beta_t``, ``G^2 = alpha_s^2 - k^2 alpha_t^2``, ``S`` the score. For paths that keep some data all
-    along (``vp``, ``sub_vp``, ``ve``), since ``1 - k`` must be small. The predictor-corrector of the paper corrects
-    before every step and not at the end, ``sample(step, x0, ts, corrector=correction.langevin(...), at=range(N))``:
-    ``N (n + 1)`` evaluations with ``n`` Langevin steps.
+    along (``vp``, ``sub_vp``, ``ve``), since ``1 - k`` must be small. The predictor-corrector of the authors' code
+    corrects before every step and not at the end,
+    ``sample(step, x0, ts, corrector=correction.langevin(...), at=range(N))``: ``N (n + 1)`` evaluations with ``n``
+    Langevin steps. (The algorithms of the paper correct after every step: ``at=range(1, N + 1)``.)
 
     Args:
         velocity: ``v(x, t, cond)``.
@@ -188,6 +200,14 @@ def reverse_diffusion(velocity: VelocityFn, *, path: paths.Path = paths.linear()
         return mean + jnp.where(expand(t > end - grids.SAME, x), 0, jnp.sqrt(square)) * draw_noise(key, x)
 
     return Costed(step, evaluations(velocity), rising("reverse_diffusion"))
+
+
+def _levels(path: paths.Path, ts: np.ndarray) -> np.ndarray:
+    """Noise levels ``alpha / beta`` in float64."""
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        alpha, beta = (np.asarray(a) for a in path.coefficients(jnp.asarray(ts)))
+    with np.errstate(divide="ignore"):
+        return alpha / beta
 
 
 def path_at(path: paths.Path, x: Array, t: Array) -> tuple[Array, Array]:

@@ -68,7 +68,7 @@ def ipndm(velocity: VelocityFn, *, path: paths.Path = paths.linear(), order: int
     grid: of order 2 at most where steps are not equal, and better with few steps. ``even=False`` integrates the
     polynomial through the ``E_j`` over the step itself: of order ``order`` on smooth grids, except for the first step,
     which is Euler's and counts little where a grid starts in noise. A step out of or into pure noise is Euler's too.
-    Rising or falling grids.
+    With equal weights a start in pure noise is the limit of starts at large noise levels. Rising or falling grids.
 
     Args:
         velocity: ``v(x, t, cond)``.
@@ -94,7 +94,7 @@ def ipndm(velocity: VelocityFn, *, path: paths.Path = paths.linear(), order: int
     def init(x):
         past = [None] * (order - 1)
         stack = lambda a: jnp.stack([a for _ in past]) if past else jnp.zeros((0, *a.shape), a.dtype)
-        return stack(jnp.zeros_like(x)), stack(_no_level(x))
+        return stack(jnp.zeros_like(x)), stack(_no_level(x, -1.0))
 
     def step(memory, x, s, t, cond=None, key=None):
         s, t = over_batch(s, x), over_batch(t, x)
@@ -162,11 +162,12 @@ def initial_noise(velocity: VelocityFn, *, path: paths.Path = paths.linear(), he
 def _adams(levels: Array, end: Array, even: bool) -> Array:
     """``w_j = int_0^1 prod_{i != j} (u - u_i) / (u_j - u_i) du: [k, B]``, ``u`` the level: 0 at ``s``, 1 at the end.
 
-    Over the levels ``[k, B]`` that are finite, the newest first; by Gauss's rule of two points, exact for ``k <= 4``.
-    Into pure noise, an infinite ``end``, only the newest has weight.
+    Over the levels ``[k, B]``, the newest first, that are not negative (no step) and, unless ``even``, not infinite
+    (pure noise); by Gauss's rule of two points, exact for ``k <= 4``. Into pure noise, an infinite ``end``, only the
+    newest has weight.
     """
     k = levels.shape[0]
-    known = (jnp.isfinite(levels) & jnp.isfinite(end)).at[0].set(True)
+    known = ((levels >= 0) & (even | jnp.isfinite(levels)) & jnp.isfinite(end)).at[0].set(True)
     equal = -jnp.arange(k, dtype=levels.dtype)[:, None] * jnp.ones_like(end)
     u = (levels - levels[0]) / (end - levels[0])
     u = equal if even else jnp.where(known & jnp.isfinite(u), u, equal)
@@ -176,7 +177,7 @@ def _adams(levels: Array, end: Array, even: bool) -> Array:
     return jnp.where(known, factors.prod(2).mean(0), 0)
 
 
-def _no_level(x: Array) -> Array:
-    """Infinite noise levels ``[B]``: they stand for steps before the first."""
+def _no_level(x: Array, value: float = math.inf) -> Array:
+    """Noise levels ``[B]`` that stand for steps before the first."""
     times = over_batch(0.0, x)
-    return jnp.full_like(x.reshape(x.shape[0], math.prod(x.shape[1:]))[:, 0], jnp.inf, times.dtype)
+    return jnp.full_like(x.reshape(x.shape[0], math.prod(x.shape[1:]))[:, 0], value, times.dtype)
