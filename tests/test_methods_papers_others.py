@@ -223,7 +223,7 @@ def test_the_times_are_uniform(name):
     assert of_one_law(t, np.random.default_rng(1).uniform(size=N))
 
 
-def test_terminal_velocity_matching_draws_the_times_of_its_second_term_as_the_authors():
+def test_the_times_of_tvms_second_term_are_the_authors():
     """Noise times ``sigmoid(z - 0.4)``, beside the pairs of the first term (``test_methods_papers``)."""
     time = inspect.signature(methods.terminal_velocity_matching).parameters["time"].default
     theirs = 1 / (1 + np.exp(-np.random.default_rng(1).normal(-0.4, 1, N)))
