@@ -181,6 +181,7 @@ def test_other_comparisons_are_made_of_the_same_students(finished, tmp_path):
     assert kept and all(before[p] == after[p] for p in kept)
 
 
+@pytest.mark.slow
 def test_students_straighten_their_own_segment_alone(laboratory, tmp_path):
     """A student with steps that count comes nearer to its chords, and only where it is trained."""
     points = {"data": {"name": "two_moons", "train": 240, "validation": 80, "test": 120}, "net.width": 32, "steps": 200}
