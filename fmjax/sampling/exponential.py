@@ -12,6 +12,7 @@ earlier steps (``u < 0``), at a stage inside the step (2S) or at its end (the co
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import jax
@@ -193,8 +194,8 @@ def unipc(
         solver_type: ``"bh1"`` or ``"bh2"``. The authors recommend ``"bh1"`` for fewer than 10 steps without guidance.
 
     Returns:
-        A step with a memory: data predictions ``[order, B, ...]``, noise levels ``[order, B]`` and numbers of steps
-        ``[B]``.
+        A step with a memory: data predictions ``[order, B, ...]``, noise levels ``[order, B]``, numbers of steps
+        ``[B]`` and what the predictor added to ``x / beta``, ``[B, ...]``.
 
     Raises:
         ValueError: for another order or ``solver_type`` and for a path with a latent.
@@ -216,33 +217,30 @@ def unipc(
         half = jnp.where(finite, (k if solver_type == "bh1" else exact[0]) / 2, 0.5)
         return exact[1:].at[:1].set(jnp.where(jnp.minimum(others, n) == 1, half, exact[1:2]))
 
-    def corrected(memory, data, level):
-        """What UniC changes in ``x / beta`` at the end of the step before."""
-        past, levels, count = memory
+    def corrected(past, levels, count, data, level):
+        """What UniC puts in the place of the predictor's bend in ``x / beta``, at the end of the step before."""
         h, nodes, known = _nodes(levels, level)
-        before = _weights(nodes, known, moments(h, count - 1, order - 1))
         ends = (count > 0) & (jnp.isfinite(h) | (h > 0))
         nodes, known = jnp.concatenate([jnp.ones_like(h)[None], nodes]), jnp.concatenate([ends[None], known])
-        after = _weights(nodes, known, moments(h, count, order)).at[1:].add(-before)
-        return _sum(after, jnp.concatenate([data[None], past[1:]]) - past[0])
+        weights = _weights(nodes, known, moments(h, count, order))
+        return _sum(weights, jnp.concatenate([data[None], past[1:]]) - past[0])
 
     def step(memory, x, s, t, cond=None, key=None):
         s, t = over_batch(s, x), over_batch(t, x)
         noise, data = paths.endpoints(path, x, velocity(x, s, cond), s)
         (alpha_s, beta_s), (alpha, beta) = path_at(path, x, s), path_at(path, x, t)
         level, end = ((a / b).reshape(s.shape).astype(s.dtype) for a, b in ((alpha_s, beta_s), (alpha, beta)))
-        past, levels, count = memory
-        change = corrected(memory, data, level)
-        past, levels = jnp.concatenate([data[None], past]), jnp.concatenate([level[None], levels])
-        h, nodes, known = _nodes(levels[:-1], end)
-        bend = _sum(_weights(nodes, known, moments(h, count, order - 1)), past[1:-1] - data)
+        past, levels, count, bend = memory
+        change = corrected(past, levels, count, data, level) - bend
+        past, levels = jnp.concatenate([data[None], past[:-1]]), jnp.concatenate([level[None], levels[:-1]])
+        h, nodes, known = _nodes(levels, end)
+        bend = _sum(_weights(nodes, known, moments(h, count, order - 1)), past[1:] - data)
         kept = alpha * beta_s / jnp.where(alpha_s > 0, alpha_s, 1)  # a step out of the data has nothing to correct
-        x = beta * (data + bend) + alpha * noise + kept * change
-        return x, (past[:-1], levels[:-1], jnp.minimum(count + 1, order))
+        return alpha * noise + beta * (data + bend) + kept * change, (past, levels, jnp.minimum(count + 1, order), bend)
 
     def init(x):
         levels = jnp.stack([no_level(x)] * order)
-        return jnp.stack([jnp.zeros_like(x)] * order), levels, jnp.zeros_like(levels[0])
+        return jnp.stack([jnp.zeros_like(x)] * order), levels, jnp.zeros_like(levels[0]), jnp.zeros_like(x)
 
     return Multistep(init, step, evaluations(velocity))
 
@@ -285,16 +283,15 @@ def _nodes(levels: Array, end: Array) -> tuple[Array, Array, Array]:
 
 def _moments(k: Array, n: int) -> Array:
     """``int_0^1 k e^(-k (1 - u)) u^m du`` for ``m = 0 .. n``: ``[n + 1, B]``; a series near 0, else a recursion."""
-    m = jnp.arange(n + 1, dtype=k.dtype)[:, None]
     small = jnp.abs(k) < 1
     near, far = jnp.where(small, k, 0), jnp.where(small, 1, k)
-    series = jnp.ones_like(m * k)
-    for i in range(18, 1, -1):
-        series = 1 - near / (m + i) * series
+    terms = [[(-1) ** i * math.factorial(m) / math.factorial(m + i + 1) for i in range(18)] for m in range(n + 1)]
+    powers = near ** jnp.arange(1, 19, dtype=k.dtype)[:, None]
+    series = jnp.sum(jnp.asarray(terms, k.dtype)[..., None] * powers, 1)
     rows = [-jnp.expm1(-far)]
-    for i in range(1, n + 1):
-        rows.append(1 - i / far * rows[-1])
-    return jnp.where(small, near / (m + 1) * series, jnp.stack(rows))
+    for m in range(1, n + 1):
+        rows.append(1 - m / far * rows[-1])
+    return jnp.where(small, series, jnp.stack(rows))
 
 
 def _weights(nodes: Array, known: Array, moments: Array) -> Array:
@@ -302,16 +299,14 @@ def _weights(nodes: Array, known: Array, moments: Array) -> Array:
 
     ``w_j`` is the moment of Lagrange's ``(u / u_j) prod_(i != j) (u - u_i) / (u_j - u_i)``, 0 for an unknown node.
     """
-    weights = []
-    for j in range(len(nodes)):
-        basis = [1 / nodes[j]]  # coefficients of u, u^2, ..
-        for i in range(len(nodes)):
-            if i != j:
-                lower, raised = [*basis, jnp.zeros_like(basis[0])], [jnp.zeros_like(basis[0]), *basis]
-                gap = nodes[j] - nodes[i]
-                basis = [jnp.where(known[i], (b - nodes[i] * a) / gap, a) for a, b in zip(lower, raised, strict=True)]
-        weights.append(jnp.where(known[j], sum(c * m for c, m in zip(basis, moments, strict=True)), 0))
-    return jnp.stack(weights) if weights else jnp.zeros_like(nodes)
+    n = len(nodes)
+    basis = [1 / nodes]  # coefficients of u, u^2, ..
+    for i in range(n):
+        other = known[i] & (np.arange(n) != i)[:, None]
+        gap, none = jnp.where(other, nodes - nodes[i], 1), jnp.zeros_like(nodes)
+        factors = zip([*basis, none], [none, *basis], strict=True)
+        basis = [jnp.where(other, (raised - nodes[i] * same) / gap, same) for same, raised in factors]
+    return jnp.where(known, sum((c * m for c, m in zip(basis, moments, strict=False)), jnp.zeros_like(nodes)), 0)
 
 
 def _sum(weights: Array, terms: Array) -> Array:
