@@ -37,7 +37,7 @@ def dpmpp_2s(velocity: VelocityFn, *, path: paths.Path = paths.linear(), eta: No
 
     ``eta > 0`` is ``dpmpp_2s_ancestral`` of k-diffusion: with ``sigma = alpha / beta`` the step ends at the lower level
     ``sqrt(sigma_t^2 - w^2)``, and noise of scale ``w = min(1, eta sqrt(1 - sigma_t^2 / sigma_s^2)) sigma_t`` comes on
-    top, as in ``ddim``.
+    top, as in ``ddim``. Weak order 2 on Gaussian data.
 
     Args:
         velocity: ``v(x, t, cond)``.
@@ -63,11 +63,11 @@ def dpmpp_2s(velocity: VelocityFn, *, path: paths.Path = paths.linear(), eta: No
         s, t = over_batch(s, x), over_batch(t, x)
         noise, data = paths.endpoints(path, x, velocity(x, s, cond), s)
         (alpha_s, beta_s), (alpha, beta) = path_at(path, x, s), path_at(path, x, t)
-        fresh = 0.0
+        left, fresh = alpha, 0
         if eta:
             kept = jnp.where(alpha_s > 0, alpha * beta_s / (beta * alpha_s), 0)  # sigma_t / sigma_s
+            left = alpha * jnp.sqrt(jnp.maximum(1 - eta**2 + (eta * kept) ** 2, 0))
             fresh = alpha * jnp.minimum(1, eta * jnp.sqrt(jnp.maximum(1 - kept**2, 0)))
-        left = jnp.sqrt(alpha**2 - fresh**2) if eta else alpha
         ahead = beta * data + left * noise
         two = (alpha_s > 0) & (beta_s > 0) & (left > 0) & (beta > 0)
 
@@ -103,7 +103,7 @@ def dpmpp_2m(
     into or out of pure noise, where ``h`` is infinite, take ``c = 0``.
 
     ``eta > 0`` is DPM-Solver++(2M) SDE of k-diffusion: noise ``alpha_t sqrt(1 - e^(-2 eta h)) z`` is drawn, ``E`` is
-    multiplied by ``e^(-eta h)``, and ``c`` is taken at ``(1 + eta) h``. Weak order 1 with a small constant.
+    multiplied by ``e^(-eta h)``, and ``c`` is taken at ``(1 + eta) h``. Weak order 2 on Gaussian data.
 
     Args:
         velocity: ``v(x, t, cond)``.
@@ -143,7 +143,7 @@ def dpmpp_3m(
     ``exact=True`` integrates the parabola itself: order 3. diffusers' SDE has another sign in this term, and its ODE
     takes fewer predictions in the last steps of a short grid (``lower_order_final``).
 
-    ``eta > 0`` is DPM-Solver++(3M) SDE of k-diffusion. Weak order 1 with a small constant.
+    ``eta > 0`` is DPM-Solver++(3M) SDE of k-diffusion. Weak order 2 or better on Gaussian data.
 
     Args:
         velocity: ``v(x, t, cond)``.
