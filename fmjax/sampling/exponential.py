@@ -54,7 +54,7 @@ def dpmpp_2s(velocity: VelocityFn, *, path: paths.Path = paths.linear(), eta: No
     >>> from fmjax import sampling
     >>> step = dpmpp_2s(lambda x, t, cond=None: -x)
     >>> round(float(sampling.sample(step, jnp.ones((1, 1)), 4)[0, 0]), 3), step.nfe
-    (0.367, 2)
+    (0.337, 2)
     """
     checks.check_hints(dpmpp_2s, {"eta": eta})
     paths.refuse_latent("dpmpp_2s", path)
@@ -204,7 +204,7 @@ def unipc(
     >>> from fmjax import sampling
     >>> step = unipc(lambda x, t, cond=None: -x)
     >>> round(float(sampling.sample(step, jnp.ones((1, 1)), 4)[0, 0]), 3), step.nfe
-    (0.363, 1)
+    (0.352, 1)
     """
     checks.check_hints(unipc, {"order": order, "solver_type": solver_type})
     paths.refuse_latent("unipc", path)

@@ -84,7 +84,7 @@ def resolution_grid(
             as in ``shifted_grid``.
 
     >>> resolution_grid(4, tokens=4096).round(4).tolist()
-    [0.0, 0.0955, 0.2405, 0.4871, 1.0]
+    [0.0, 0.0955, 0.2405, 0.4872, 1.0]
     """
     counts = {"tokens": tokens, "base_tokens": base_tokens, "max_tokens": max_tokens}
     check_hints(resolution_grid, counts | {"base_shift": base_shift, "max_shift": max_shift})
