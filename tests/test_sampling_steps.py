@@ -32,12 +32,10 @@ VARIANTS = FOUND | {
     "ipndm, uneven": (sampling.ipndm, {"even": False}),
     "initial_noise, Heun's": (sampling.initial_noise, {"heun": True}),
     "dpmpp_2s, ancestral": (sampling.dpmpp_2s, {"eta": 1.0}),
-    "dpmpp_2m, SDE": (sampling.dpmpp_2m, {"eta": 1.0, "solver_type": "heun"}),
-    "dpmpp_3m, exact": (sampling.dpmpp_3m, {"exact": True}),
     "dpmpp_3m, SDE": (sampling.dpmpp_3m, {"eta": 1.0}),
     "unipc, 3": (sampling.unipc, {"order": 3, "solver_type": "bh1"}),
 }
-RISING_ONLY = {"reverse_diffusion", "edm_heun, churn", "dpmpp_2s, ancestral", "dpmpp_2m, SDE", "dpmpp_3m, SDE"}
+RISING_ONLY = {"reverse_diffusion", "edm_heun, churn", "dpmpp_2s, ancestral", "dpmpp_3m, SDE"}
 X = np.array([[1.0], [-0.4], [0.2]])
 SHORT = jnp.asarray(X, jnp.bfloat16)
 GRIDS = {"rising": np.linspace(0, 1, 5), "falling": np.linspace(1, 0, 5)}
