@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fmjax import sampling
 from fmjax.experiments.samplers import corrected_samplers, plain_samplers, time_grid
 from fmjax.sampling import grids
 
@@ -39,12 +40,27 @@ def test_a_sampler_has_a_grid_and_options_of_its_solver():
         "noisy": {"solver": {"name": "ddim", "eta": 1.0}, "steps": 3},
     }
     first, second, third = plain_samplers(entries)
-    assert (first.name, second.steps, first.family) == ("heun, 4 steps of edm_grid", 6, "heun on edm_grid")
+    assert (first.name, second.steps) == ("heun, 4 steps of edm_grid (rho=5.0)", 6)
+    assert first.family == "heun on edm_grid (rho=5.0)"
     assert third.name == "ddim (eta=1.0), 3 steps"
     np.testing.assert_array_equal(time_grid(first.grid, 4), grids.edm_grid(4, rho=5.0))
     fix = {**entries["levels"], "steps": 4, "at": (2,), "by": "score", "alpha": 0.5, "parallel": True}
     (corrected,) = corrected_samplers({"x": fix}, [first, second], TRAINED)
     assert (corrected.grid, corrected.parallel, corrected.baseline) == (first.grid, True, first.name)
+
+
+def test_grids_of_other_options_are_other_samplers():
+    """``samplers`` that differ in the shift of their grid alone have names and families of their own."""
+    shifted = lambda shift: {"solver": "unipc", "steps": 4, "grid": {"name": "shifted_grid", "shift": shift}}
+    flux = {"solver": "unipc", "steps": 4, "grid": {"name": "resolution_grid", "tokens": 4096}}
+    drawn = samplers({"a": shifted(2.0), "b": shifted(4.0), "c": flux}, {})
+    assert len({s.name for s in drawn}) == len({s.family for s in drawn}) == 3
+    np.testing.assert_allclose(time_grid(drawn[1].grid, 4), [0, 1 / 13, 1 / 5, 3 / 7, 1])
+    np.testing.assert_array_equal(time_grid(drawn[2].grid, 4), sampling.resolution_grid(4, tokens=4096))
+    with pytest.raises(ValueError, match=r"samplers.a.grid.shift=-1.0: .*above 0"):
+        plain_samplers({"a": shifted(-1.0)})
+    with pytest.raises(ValueError, match="samplers.a.grid: resolution_grid needs the option 'tokens'"):
+        plain_samplers({"a": {"solver": "unipc", "steps": 4, "grid": "resolution_grid"}})
 
 
 def test_every_training_free_corrector_can_be_named():

@@ -72,7 +72,10 @@ def test_ddim_is_eulers_step_in_each_of_the_three_rows(path, x64, key):
 STEPS = {
     "churn": lambda v, path: sampling.edm_heun(v, path=path, steps=5, s_churn=1.5, s_max=10.0, s_noise=1.1),
     "ancestral": lambda v, path: sampling.ddim(v, path=path, eta=1.0),
+    "dpmpp_2s": lambda v, path: sampling.dpmpp_2s(v, path=path, eta=0.8),
     "dpmpp_2m": sampling.dpmpp_2m,
+    "dpmpp_3m": lambda v, path: sampling.dpmpp_3m(v, path=path, eta=0.8),
+    "unipc": lambda v, path: sampling.unipc(v, path=path, order=3),
     "ipndm": lambda v, path: sampling.ipndm(v, path=path, even=False),
     "initial_noise": sampling.initial_noise,
     "initial_noise, Heun's": lambda v, path: sampling.initial_noise(v, path=path, heun=True),
@@ -182,7 +185,10 @@ def counted(velocity):
 NFE = {
     "ddim": lambda n: n,
     "reverse_diffusion": lambda n: n,
+    "dpmpp_2s": lambda n: 2 * n - 1,
     "dpmpp_2m": lambda n: n,
+    "dpmpp_3m": lambda n: n,
+    "unipc": lambda n: n,
     "ipndm": lambda n: n,
     "initial_noise": lambda n: n,
     "edm_heun": lambda n: 2 * n - 1,
@@ -200,12 +206,12 @@ def test_what_is_evaluated_is_what_is_stated(name, key):
         jax.block_until_ready(jax.jit(run)(jnp.ones((2, 2))))
         jax.effects_barrier()
         assert len(seen) == NFE[name](n)
-        assert sampling.cost(made, n).nfe == len(seen) + (name == "edm_heun")
+        assert sampling.cost(made, n).nfe == len(seen) + (name in ("edm_heun", "dpmpp_2s"))
 
 
-@pytest.mark.parametrize("name", ["ancestral", "half", "churn", "reverse_diffusion"])
+@pytest.mark.parametrize("name", ["ancestral", "half", "churn", "reverse_diffusion", "dpmpp_2s"])
 def test_stochastic_steps_have_the_marginals_in_the_limit(name, x64):
-    """Exact moments on Gaussian data: first order, or Heun's two for a fixed amount of churn."""
+    """Exact moments on Gaussian data: first order, or two of 2S and of Heun's step for a fixed amount of churn."""
     path = PATHS["vp"]
     velocity = oracles.gaussian(MEAN, STD, path=path).velocity
     made = lambda n: {
@@ -213,11 +219,12 @@ def test_stochastic_steps_have_the_marginals_in_the_limit(name, x64):
         "half": sampling.ddim(velocity, path=path, eta=0.5),
         "churn": sampling.edm_heun(velocity, path=path, steps=n, s_churn=2.0),
         "reverse_diffusion": sampling.reverse_diffusion(velocity, path=path),
+        "dpmpp_2s": sampling.dpmpp_2s(velocity, path=path, eta=1.0),
     }[name]
     grid = lambda n: [np.linspace(0.2, 0.9, n + 1)]
     at = lambda n: np.abs(moments(made(n), grid(n), *marginal(path, 0.2))[0, :2] - marginal(path, 0.9))
     (mean, coarse), (fine_mean, fine) = at(160), at(320)
-    assert abs(np.log2(coarse / fine) - (2 if name == "churn" else 1)) < 0.15 and fine < 0.02
+    assert abs(np.log2(coarse / fine) - (2 if name in ("churn", "dpmpp_2s") else 1)) < 0.15 and fine < 0.02
     if name == "reverse_diffusion":
         assert abs(np.log2(mean / fine_mean) - 1) < 0.15
     else:  # the mean goes straight in x / beta
@@ -286,7 +293,7 @@ def test_predictor_corrector_has_the_moments_of_its_recursion_and_its_cost(x64):
     assert abs(got.mean() - mean) < 4 * np.sqrt(var / examples) and abs(got.var() / var - 1) < 4 * np.sqrt(2 / examples)
 
 
-@pytest.mark.parametrize("name", ["ancestral", "churn"])
+@pytest.mark.parametrize("name", ["ancestral", "churn", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m"])
 def test_every_stochastic_step_ends_in_the_mixture(name, key):
     """Mode weights and second moments within standard errors of samples of the data."""
     n, law = 10_000, mixture()
@@ -294,6 +301,7 @@ def test_every_stochastic_step_ends_in_the_mixture(name, key):
     step = {
         "ancestral": sampling.ddim(law.velocity, eta=1.0),
         "churn": sampling.edm_heun(law.velocity, steps=120, s_churn=40.0, s_min=0.01, s_max=10.0),
+        **{n: getattr(sampling, n)(law.velocity, eta=1.0) for n in ("dpmpp_2s", "dpmpp_2m", "dpmpp_3m")},
     }[name]
     x0 = (1 - grid[0]) * jax.random.normal(key, (n, 2))
     got = np.asarray(jax.jit(lambda x: sampling.sample(step, x, grid, key=jax.random.key(1)))(x0), np.float64)
@@ -326,7 +334,8 @@ def test_a_condition_reaches_the_velocity_of_every_step(x64, key):
     cond = jnp.array([1.0, -3.0])
     tell = lambda x, t, cond: expand(cond, x) + 0 * x  # on the linear path data less noise
     x, grid = jnp.zeros((2, 1)), grids.edm_grid(5)
-    for made in (sampling.ddim(tell), sampling.edm_heun(tell), sampling.dpmpp_2m(tell), sampling.ipndm(tell)):
+    for make in ("ddim", "edm_heun", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm"):
+        made = getattr(sampling, make)(tell)
         end = jax.jit(lambda x, made=made: sampling.sample(made, x, grid, cond=cond))(x)
         assert np.sign(end[:, 0]).tolist() == [1, -1] and end[1, 0] / end[0, 0] == pytest.approx(-3)
 
@@ -338,7 +347,7 @@ def test_steps_are_named_in_a_config_and_take_the_path_of_the_run(x64, key):
     want = sampling.ddim(law.velocity, path=path, eta=1.0)(x, 0.3, 0.5, None, keys)
     np.testing.assert_array_equal(step(x, 0.3, 0.5, None, keys), want)
     assert isinstance(step_of("ipndm", law.velocity, path=path), Multistep)
-    with pytest.raises(ValueError, match="'ddmi'.*did you mean 'ddim'.*dpmpp_2m, edm_heun, euler"):
+    with pytest.raises(ValueError, match="'ddmi'.*did you mean 'ddim'.*dpmpp_3m, edm_heun, euler"):
         step_of("ddmi", law.velocity)
     with pytest.raises(ValueError, match="ddim.* latent"):
         step_of("ddim", law.velocity, path=paths.two_sided(), score=law.score)
@@ -368,7 +377,7 @@ def test_a_uniform_grid_from_noise_to_data_is_finite_at_its_ends(key):
     for path in (PATHS["linear"], PATHS["trigonometric"]):
         law = oracles.gaussian(MEAN, STD, path=path)
         exact = law.flow_map(x, 0.0, 1.0)
-        for name in ("ddim", "edm_heun", "dpmpp_2m", "ipndm"):
+        for name in ("ddim", "edm_heun", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm"):
             step = getattr(sampling, name)(law.velocity, path=path)
             end = jax.jit(lambda x, step=step: sampling.sample(step, x, grids.uniform_grid(100)))(x)
             assert np.abs(end - exact).max() < 0.03, (name, path)

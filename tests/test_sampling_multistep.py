@@ -16,11 +16,17 @@ MIXTURE = oracles.mixture(jnp.array([[2.0, 0.5], [-1.5, 1.0], [0.3, -2.0]]), jnp
 ORDERS = {
     "ddim": (1, sampling.ddim),
     "edm_heun": (2, sampling.edm_heun),
+    "dpmpp_2s": (2, sampling.dpmpp_2s),
     "dpmpp_2m": (2, sampling.dpmpp_2m),
+    "dpmpp_2m, heun": (2, lambda v: sampling.dpmpp_2m(v, solver_type="heun")),
+    "dpmpp_3m as published": (2, sampling.dpmpp_3m),
+    "dpmpp_3m": (3, lambda v: sampling.dpmpp_3m(v, exact=True)),
+    **{f"unipc-{k}": (k + 1, lambda v, k=k: sampling.unipc(v, order=k)) for k in (1, 2, 3)},
+    "unipc-2, bh1": (3, lambda v: sampling.unipc(v, order=2, solver_type="bh1")),
     **{f"ipndm-{k}": (k, lambda v, k=k: sampling.ipndm(v, order=k, even=False)) for k in (1, 2, 3, 4)},
     "ipndm-4 as published": (2, sampling.ipndm),
 }
-EACH = {"dpmpp_2m": sampling.dpmpp_2m, "ipndm": sampling.ipndm, "initial_noise": sampling.initial_noise}
+EACH = {n: getattr(sampling, n) for n in ("dpmpp_2m", "dpmpp_3m", "unipc", "ipndm", "initial_noise")}
 each = pytest.mark.parametrize("make", EACH.values(), ids=EACH)
 
 

@@ -438,7 +438,7 @@ def test_info_has_the_diagnostics_of_the_corrected_steps(at, parallel, key):
         np.testing.assert_allclose(info.corrections["noised"] + 1, states[np.array(at)], rtol=1e-6)
     else:
         assert info.corrections == {}
-    data, level = info.memory
+    (data,), (level,) = info.memory
     assert data.shape == x.shape and np.allclose(level, 1 / 3)  # of the last step's start, t = 3/4
     assert sampling.sample(sampling.rk4(lambda x, t, cond=None: -x), x, 2, info=True)[1].memory is None
 

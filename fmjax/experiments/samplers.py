@@ -279,17 +279,17 @@ def _count(n: Any, field: str) -> int:
 
 
 def _words(solver: Any, n: int, grid: Any) -> str:
-    along = "" if grid is None else f" of {specs.name_of(grid)}"
+    along = "" if grid is None else f" of {_title(grid)}"
     return f"{_title(solver)}, {n} step{'s' if n > 1 else ''}{along}"
 
 
 def _family(solver: Any, grid: Any) -> str:
-    return _title(solver) + ("" if grid is None else f" on {specs.name_of(grid)}")
+    return _title(solver) + ("" if grid is None else f" on {_title(grid)}")
 
 
-def _title(solver: Any) -> str:
-    name = specs.name_of(solver)
-    options = {k: v for k, v in solver.items() if k != "name"} if hasattr(solver, "items") else {}
+def _title(spec: Any) -> str:
+    name = specs.name_of(spec)
+    options = {k: v for k, v in spec.items() if k != "name"} if hasattr(spec, "items") else {}
     text = ", ".join(f"{k}={v}" for k, v in options.items())
     return {FLOW_MAP: "flow map"}.get(name, name) + (f" ({text})" if text else "")
 

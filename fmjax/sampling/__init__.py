@@ -5,6 +5,7 @@ from fmjax.sampling.conversions import as_flow, denoiser, velocity_of
 from fmjax.sampling.costs import Cost, cost, evaluations
 from fmjax.sampling.diffusion import ddim, edm_heun, reverse_diffusion
 from fmjax.sampling.explicit import Tableau, euler, heun, midpoint, rk4, rk38, runge_kutta, tableau
+from fmjax.sampling.exponential import dpmpp_2m, dpmpp_2s, dpmpp_3m, unipc
 from fmjax.sampling.fixed_point import anderson, inverse
 from fmjax.sampling.grid_search import best_steps, curvature, even_grid, jump_costs, steps_per_segment
 from fmjax.sampling.grids import (
@@ -31,18 +32,20 @@ from fmjax.sampling.likelihood import (
     hutchinson,
     log_density,
 )
-from fmjax.sampling.multistep import dpmpp_2m, initial_noise, ipndm
+from fmjax.sampling.multistep import initial_noise, ipndm
 from fmjax.sampling.sample import SampleInfo, renoised, sample, source_sample, with_memory
+from fmjax.sampling.shifted_grids import resolution_grid, shifted_grid
 from fmjax.sampling.stochastic import draw_noise, euler_maruyama, memoryless, stochastic_heun
 
 __all__ = [
     "Cost", "Density", "SampleInfo", "Tableau", "added", "anderson", "as_flow", "at_scale", "autoguidance",
     "autoguided_teacher", "best_steps", "bits_per_dim", "check_at", "check_grid", "checked_density",
     "checked_solve", "classifier_free", "cost", "curvature", "ddim", "default_grid", "denoiser", "density_ratio",
-    "dequantise", "diffrax_solver", "divergence", "dpmpp_2m", "draw_noise", "draw_probes", "edm_grid", "edm_heun",
-    "euler", "euler_maruyama", "evaluations", "even_grid", "flow_map_log_density", "from_diffrax", "guided_teacher",
-    "heun", "hutchinson", "initial_noise", "integrate", "interval", "inverse", "ipndm", "jump_costs",
-    "label_dropout", "log_density", "log_snr_grid", "memoryless", "midpoint", "per_step", "random_scale",
-    "renoised", "reverse_diffusion", "rk38", "rk4", "runge_kutta", "same_times", "sample", "source_sample",
-    "steps_at", "steps_per_segment", "stochastic_heun", "tableau", "uniform_grid", "velocity_of", "with_memory",
+    "dequantise", "diffrax_solver", "divergence", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "draw_noise", "draw_probes",
+    "edm_grid", "edm_heun", "euler", "euler_maruyama", "evaluations", "even_grid", "flow_map_log_density",
+    "from_diffrax", "guided_teacher", "heun", "hutchinson", "initial_noise", "integrate", "interval", "inverse",
+    "ipndm", "jump_costs", "label_dropout", "log_density", "log_snr_grid", "memoryless", "midpoint", "per_step",
+    "random_scale", "renoised", "resolution_grid", "reverse_diffusion", "rk38", "rk4", "runge_kutta", "same_times",
+    "sample", "shifted_grid", "source_sample", "steps_at", "steps_per_segment", "stochastic_heun", "tableau",
+    "uniform_grid", "unipc", "velocity_of", "with_memory",
 ]  # fmt: skip

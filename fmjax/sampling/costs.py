@@ -61,7 +61,7 @@ def cost(
 
     ``NFE = m N + w |S|`` for ``N`` steps of ``m`` evaluations and corrections of ``w`` evaluations at the steps ``S``.
     With ``parallel=True`` only the correction after the last step adds to the depth. A step that needs fewer
-    evaluations at the end of a path (``edm_heun``) is counted in full.
+    evaluations at the end of a path (``edm_heun``, ``dpmpp_2s``) is counted in full.
 
     Args:
         step: a step, or the number ``m`` of its evaluations. A plain function counts as one evaluation.

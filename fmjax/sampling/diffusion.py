@@ -1,4 +1,4 @@
-"""Steps of diffusion samplers without memory, on any path without a latent.
+"""Steps of diffusion samplers without memory, on any path without a latent, and a table of all of them.
 
 Such a path, ``x = alpha x0 + beta x1``, is a diffusion at the noise level ``sigma = alpha / beta`` with the state ``x /
 beta`` and the ODE ``d(x / beta) / d sigma = E[x0 | x]`` (arXiv 2206.00364). The steps solve this ODE. In these
@@ -9,7 +9,10 @@ coordinates the path is gone: a step gives the same sample on every path at equa
     ``ddim``                     1      DDIM; ``eta=1`` is DDPM's ancestral sampling
     ``edm_heun``                 2      Algorithm 2 of EDM, deterministic or with churn
     ``reverse_diffusion``        (1)    the predictor of Song et al.; with a corrector their predictor-corrector
-    ``dpmpp_2m``                 2      DPM-Solver++(2M), one evaluation a step (``multistep``)
+    ``dpmpp_2s``                 2      DPM-Solver++(2S); ``eta=1``: ancestral (``exponential``)
+    ``dpmpp_2m``                 2      DPM-Solver++(2M), one evaluation a step; ``eta=1``: its SDE (``exponential``)
+    ``dpmpp_3m``                 2, 3   DPM-Solver++(3M), one evaluation a step; ``eta=1``: its SDE (``exponential``)
+    ``unipc``                    2 - 4  UniPC, predictor and corrector, one evaluation a step (``exponential``)
     ``ipndm``                    2, k   iPNDM: Adams-Bashforth in ``sigma``, one evaluation a step (``multistep``)
     ``initial_noise``            (1)    the sampler of 2-rectified flow++ for straight flows (``multistep``)
     ===========================  =====  ==========================================================================
@@ -224,6 +227,21 @@ def path_at(path: paths.Path, x: Array, t: Array) -> tuple[Array, Array]:
     alpha, beta = path.coefficients(expand(t, x))
     none = jnp.abs(alpha) < 8 * jnp.finfo(alpha.dtype).eps  # cos(pi / 2) in floating point is not 0
     return jnp.where(none, 0, alpha).astype(x.dtype), beta.astype(x.dtype)
+
+
+def no_level(x: Array, value: float = math.inf) -> Array:
+    """Return noise levels that stand for the steps before the first step.
+
+    Args:
+        x: states ``[B, ...]``.
+        value: the level, which no step has: infinite, or negative where a step may start in pure noise.
+
+    Returns:
+        Levels ``[B]`` in the precision of times.
+    """
+    times = over_batch(0.0, x)
+    # of x: inside shard_map the levels must vary over devices as x does
+    return jnp.full_like(x.reshape(x.shape[0], math.prod(x.shape[1:]))[:, 0], value, times.dtype)
 
 
 def along_sigma(path: paths.Path, x: Array, noise: Array, data: Array, slope: Array, s: Array, t: Array) -> Array:

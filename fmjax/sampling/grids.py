@@ -1,7 +1,8 @@
 """Time grids: uniform, even in a noise level, on the interval of a path; their checks and their look-ups.
 
 A grid is a numpy array ``[N + 1]`` of times, in float64, for ``N`` solver steps: rising from noise to data, or falling.
-Samplers round it to the precision of the state. Grids that are fitted to a teacher are in ``grid_search``.
+Samplers round it to the precision of the state. Grids for large images are in ``shifted_grids``, grids
+that are fitted to a teacher in ``grid_search``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def uniform_grid(n: int, *, start: float = 0.0, stop: float = 1.0) -> np.ndarray
     >>> uniform_grid(4).tolist()
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
-    _check_steps(n)
+    check_steps(n)
     return np.linspace(start, stop, n + 1)
 
 
@@ -292,17 +293,49 @@ def per_step(ts: Any, values: Any) -> Costed:
     return Costed(schedule, nfe=0, check=lambda t: steps_at(ts, t))
 
 
-def _short(ts: Any) -> str:
-    return f"<{ts.dtype}>" if is_traced(ts) else str(ts.tolist())[:100]
+def check_steps(n: int) -> None:
+    """Refuse a number of steps that is not positive.
 
+    Args:
+        n: number of steps.
 
-def _check_steps(n: int) -> None:
+    Raises:
+        ValueError: for ``n < 1``.
+    """
     if n < 1:
         raise ValueError(f"n={n}: not a number of steps. Give 1 or more.")
 
 
+def at_times(path: paths.Path, linear: np.ndarray) -> np.ndarray:
+    """Return the times on a path that have the noise levels of times of the linear path, and ``t = 1``.
+
+    Args:
+        path: a path without a latent.
+        linear: rising times ``[n]`` of the linear path, below 1.
+
+    Returns:
+        Rising times ``[n + 1]``, float64.
+
+    Raises:
+        ValueError: for a noise level that the path does not have, and for a path with a latent.
+    """
+    if path == paths.linear():
+        return check_grid(np.append(linear, 1.0))
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        t, _ = (np.asarray(a) for a in paths.match_snr(path, paths.linear(), jnp.asarray(linear)))
+        alpha, beta = (np.asarray(a) for a in path.coefficients(jnp.asarray(t)))
+    if (missing := np.abs(alpha * linear - (1 - linear) * beta) > 1e-6 * (alpha * linear + (1 - linear) * beta)).any():
+        sigma = (1 - linear[missing][0]) / linear[missing][0] if linear[missing][0] else math.inf
+        raise ValueError(f"sigma={sigma:g}: the path does not have this noise level. Take another grid or path.")
+    return check_grid(np.append(t, 1.0))
+
+
+def _short(ts: Any) -> str:
+    return f"<{ts.dtype}>" if is_traced(ts) else str(ts.tolist())[:100]
+
+
 def _check_levels(n: int, sigma_min: float, sigma_max: float) -> None:
-    _check_steps(n)
+    check_steps(n)
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
             f"sigma_min={sigma_min}: 0 < sigma_min < sigma_max={sigma_max} < inf does not hold. Change them."
@@ -311,13 +344,4 @@ def _check_levels(n: int, sigma_min: float, sigma_max: float) -> None:
 
 def _at_levels(path: paths.Path, sigma: np.ndarray) -> np.ndarray:
     """The times of falling noise levels on a path, and ``t = 1``."""
-    if path == paths.linear():
-        return check_grid(np.append(1 / (1 + sigma), 1.0))
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        t, _ = (np.asarray(a) for a in paths.match_snr(path, paths.linear(), jnp.asarray(1 / (1 + sigma))))
-        alpha, beta = (np.asarray(a) for a in path.coefficients(jnp.asarray(t)))
-    if (missing := np.abs(alpha - sigma * beta) > 1e-6 * (alpha + sigma * beta)).any():
-        raise ValueError(
-            f"sigma={sigma[missing][0]:g}: the path does not have this noise level. Change sigma_min or sigma_max."
-        )
-    return check_grid(np.append(t, 1.0))
+    return at_times(path, 1 / (1 + sigma))

@@ -10,54 +10,8 @@ from jaxtyping import Array
 
 from fmjax import paths
 from fmjax.sampling.costs import evaluations
-from fmjax.sampling.diffusion import along_sigma, path_at
-from fmjax.types import Multistep, VelocityFn, expand, over_batch
-
-
-def dpmpp_2m(velocity: VelocityFn, *, path: paths.Path = paths.linear()) -> Multistep:
-    """Return the step of DPM-Solver++(2M): order 2, 1 evaluation (arXiv 2211.01095, Algorithm 2).
-
-    ``x_t = (alpha_t / alpha_s) x + beta_t (1 - e^-h) D^`` with ``h`` the step of ``-log sigma`` and
-    ``D^ = D + (h / 2 h') (D - D')``, ``D'`` and ``h'`` the data prediction and the length of the step before. The first
-    step, a step into or out of the data, and a step into or out of pure noise, where ``h`` is infinite, take
-    ``D^ = D``. Rising or falling grids.
-
-    Args:
-        velocity: ``v(x, t, cond)``.
-        path: the path of the velocity.
-
-    Returns:
-        A step with a memory: the last data prediction ``[B, ...]`` and its noise level ``[B]``.
-
-    Raises:
-        ValueError: for a path with a latent.
-
-    >>> import jax.numpy as jnp
-    >>> from fmjax import sampling
-    >>> step = dpmpp_2m(lambda x, t, cond=None: -x)
-    >>> round(float(sampling.sample(step, jnp.ones((1, 1)), 4)[0, 0]), 3), step.nfe
-    (0.334, 1)
-    """
-    paths.refuse_latent("dpmpp_2m", path)
-
-    def init(x):
-        return jnp.zeros_like(x), _no_level(x)
-
-    def step(memory, x, s, t, cond=None, key=None):
-        s, t = over_batch(s, x), over_batch(t, x)
-        before, level_before = memory
-        noise, data = paths.endpoints(path, x, velocity(x, s, cond), s)
-        (alpha_s, beta_s), (alpha, beta) = path_at(path, x, s), path_at(path, x, t)
-        level = alpha_s / beta_s
-        ahead, behind = jnp.log(level) - jnp.log(alpha / beta), jnp.log(expand(level_before, x)) - jnp.log(level)
-        second = jnp.isfinite(ahead) & jnp.isfinite(behind)
-        bent = jnp.where(second, ahead, 0) / (2 * jnp.where(second, behind, 1))
-        reach = beta - beta_s * alpha / jnp.where(second, alpha_s, 1)  # beta_t (1 - e^-h)
-        x = alpha * noise + beta * data + reach * bent * (data - before)
-        # inside shard_map the memory must vary over devices as x does, and times need not
-        return x, (data, jnp.zeros_like(level_before) + level.reshape(level_before.shape))
-
-    return Multistep(init, step, evaluations(velocity))
+from fmjax.sampling.diffusion import along_sigma, no_level, path_at
+from fmjax.types import Multistep, VelocityFn, over_batch
 
 
 def ipndm(velocity: VelocityFn, *, path: paths.Path = paths.linear(), order: int = 4, even: bool = True) -> Multistep:
@@ -94,7 +48,7 @@ def ipndm(velocity: VelocityFn, *, path: paths.Path = paths.linear(), order: int
     def init(x):
         past = [None] * (order - 1)
         stack = lambda a: jnp.stack([a for _ in past]) if past else jnp.zeros((0, *a.shape), a.dtype)
-        return stack(jnp.zeros_like(x)), stack(_no_level(x, -1.0))
+        return stack(jnp.zeros_like(x)), stack(no_level(x, -1.0))
 
     def step(memory, x, s, t, cond=None, key=None):
         s, t = over_batch(s, x), over_batch(t, x)
@@ -175,9 +129,3 @@ def _adams(levels: Array, end: Array, even: bool) -> Array:
     same = jnp.eye(k, dtype=bool)[:, :, None]  # [j, i, B]
     factors = jnp.where(known & ~same, (gauss - u) / jnp.where(same, 1, u[:, None] - u), 1)
     return jnp.where(known, factors.prod(2).mean(0), 0)
-
-
-def _no_level(x: Array, value: float = math.inf) -> Array:
-    """Noise levels ``[B]`` that stand for steps before the first."""
-    times = over_batch(0.0, x)
-    return jnp.full_like(x.reshape(x.shape[0], math.prod(x.shape[1:]))[:, 0], value, times.dtype)
