@@ -33,6 +33,7 @@ from fmjax.experiments.results import Result, curves, finished, page_record, rea
 from fmjax.experiments.samplers import FLOW
 from fmjax.experiments.settings import Settings, Straighten
 from fmjax.experiments.stages import Stage
+from fmjax.keys import example_keys, from_seed
 from fmjax.storage import checkpoint, files
 from fmjax.storage.shards import Unfinished
 from fmjax.straightening import TEACHER, SegmentedModel
@@ -90,6 +91,9 @@ def student_stages(settings: Settings, data: Dataset) -> tuple[list[Stage], Stud
         models, options = straightening.comparison_models(s.bounds, s.parts, s.sharing, full=s.full)
     except ValueError as error:
         raise ValueError(f"straighten.{error}") from error
+    if s.baselines and not settings.common.normal_source:
+        wrong = "these samplers of the teacher (DDIM, DPM-Solver++, ...) need the source N(0, I)"
+        raise refusal("straighten.baselines", s.baselines, wrong, "Set straighten.baselines=()")
     if not options:
         raise refusal("straighten.sharing", s.sharing, "trains no student", "Give ('gated',), or set straighten.full")
     flow = assemble.flow_plan(settings, data)
@@ -119,6 +123,7 @@ def _student_stage(settings: Settings, data: Dataset, plan: loop.Plan, options: 
     keep = tuple(options.get("keep", ()))
     kept = {"kept_fraction": 0.5 if options.get("retention", 1.0) else 0.0}
     real = {"keep": keep, "real": data.train.x, "real_cond": assemble.conditions(settings.common, data), **kept}
+    real["source"] = None if settings.common.normal_source else settings.common.origin.training
 
     def work(results: dict[str, Result], folder: Path) -> Result:
         flow, ends = results[FLOW].value, results["trajectories"].value
@@ -148,7 +153,7 @@ def _training_only(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
-    """Return the stage that solves the teacher's ODE from noise and stores the states at the bounds."""
+    """Return the stage that solves the teacher's ODE from the source and stores the states at the bounds."""
     _, s = settings.straighten
     ts, index = straightened.teacher_grid(s.grid, s.grid_steps, s.bounds)
     cond = assemble.conditions(settings.common, data)
@@ -157,9 +162,14 @@ def _trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
         "direction": "forward", "count": s.examples, "shape": flow.data.shape, "seed": s.seed, "solver": s.solver,
         "steps": index, "mesh": flow.mesh, "cond": jax.tree.map(repeat, cond),
     }  # fmt: skip
+    if not settings.common.normal_source:
+        keys = example_keys(from_seed(s.seed), np.arange(s.examples))
+        options["data"] = np.asarray(settings.common.origin.training.examples(keys, flow.data.shape))
+        options = {name: value for name, value in options.items() if name not in ("count", "shape", "seed")}
 
     def read(folder: Path, digest: str) -> Result:
-        named = {name: options[name] for name in ("direction", "count", "seed", "solver", "steps")}
+        named = {name: options[name] for name in ("direction", "count", "seed", "solver", "steps") if name in options}
+        named |= {"data": checkpoint.digest_rows(options["data"])} if "data" in options else {}
         states = correction.read_marginals(folder, expect={"flow": digest, "ts": ts, **named})
         words = f"{len(states.x)} of the teacher, at {', '.join(f'{t:g}' for t in states.ts)}"
         return Result(states, hashlib.sha256(repr(states.manifest).encode()).hexdigest(), words)
@@ -194,7 +204,7 @@ def _trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
             raise ValueError(f"straighten.{error}") from error
 
     names = ("seed", "bounds", "grid", "grid_steps", "solver", "examples")
-    fields = {f"straighten.{name}": getattr(s, name) for name in names}
+    fields = {f"straighten.{name}": getattr(s, name) for name in names} | settings.common.source_field()
     size = lambda: 4 * s.examples * len(index) * math.prod(flow.data.shape)
     return Stage("trajectories", (FLOW,), fields, check, work, complete, size=size)
 
