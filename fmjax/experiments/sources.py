@@ -43,14 +43,20 @@ def origin(spec: Any, *, field: str = "source") -> Origin:
         ValueError: an unknown name or option, or a factory that does not return a ``Source``.
     """
     if _is_data(spec):
-        return specs.call(_of_data, specs.parse(spec, field=field)[1], field=field)
+        options = specs.parse(spec, field=field)[1]
+        if "data" not in options:
+            raise ValueError(f"{field}: 'data' needs the option 'data', a data set. Add {field}.data.")
+        return specs.call(_of_data, options, field=field)
     if specs.is_spec(spec):
         name, _ = specs.parse(spec, field=field)
         known = [*specs.offers(KIND), DATA]
         if isinstance(name, str) and not places.is_outside(name) and name not in known:
             there = ", ".join(sorted(known))
             raise refusal(field, name, f"no such source{nearest(name, known)}", f"There are {there}")
-    source = specs.build(KIND, spec, field=field)
+    try:
+        source = specs.build(KIND, spec, field=field)
+    except ValueError as error:  # two options that do not fit each other
+        raise error if str(error).startswith(field) else ValueError(f"{field}.{error}") from error
     if not isinstance(source, Source):
         wrong = f"gives {type(source).__name__}, not Source"
         raise refusal(field, specs.name_of(spec), wrong, "Return a sources.Source; a data set is {'name': 'data', ...}")
