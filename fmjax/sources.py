@@ -44,7 +44,7 @@ class Source:
     shape: tuple[int, ...] | None = None
     normal: bool = False
 
-    def examples(self, key: Key[Array, " b"], shape: Sequence[int]) -> Float[Array, "b ..."]:
+    def examples(self, key: Key[Array, " b"], shape: Sequence[int]) -> Float[Array | np.ndarray, "b ..."]:
         """Draw examples and check their shape and type.
 
         Args:

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import json
+import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from laboratory import laboratory as laboratory  # a fixture
 import fmjax
 from fmjax import correction, paths, sampling, sources
 from fmjax.experiments import assemble, build, drawing, networks, pipeline, records, reflow, settings, stages, train
-from fmjax.experiments import marginals as marginals_module
+from fmjax.experiments import marginals as marginal_command
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import Sampler
 from fmjax.experiments.workdir import WorkdirError
@@ -26,7 +26,7 @@ MOONS = {"name": "two_moons", "train": 200, "validation": 60, "test": 50, "seed"
 FROM_MOONS = {"name": "data", "data": MOONS}
 UNIFORM = {"name": "uniform_noise", "low": 2.0, "high": 3.0}
 GAUSS = {"name": "gaussian_noise", "mean": (3.0, -1.0), "std": 0.5}
-SHIFT = np.array([0.5, -2.0], np.float32)  # of an exact flow, x1 = SHIFT - 2 (x0 - SHIFT)
+SHIFT = np.array([0.5, -2.0], np.float32)  # of an exact flow, x1 = SHIFT + 3 (x0 - SHIFT)
 EULER = {"euler": (2,)}
 
 
@@ -166,7 +166,7 @@ def test_strengths_are_chosen_from_validation_examples(moved, monkeypatch):
 def test_another_source_is_refused_in_a_folder_that_has_begun(moved, other):
     path, _ = moved
     chosen = settings.read(json.loads((path / "config.json").read_text()) | {"source": other})
-    for command in (pipeline.main, train.main, functools.partial(marginals_module.main, direction="forward")):
+    for command in (pipeline.main, train.main, functools.partial(marginal_command.main, direction="forward")):
         with pytest.raises(WorkdirError, match=r"source[.\w]* is .*there"):
             command(chosen, path)
 
@@ -222,12 +222,13 @@ class Ready(Exception):
     """Every check has passed."""
 
 
-LABELLED = {"net": {"name": "mlp", "width": 8, "depth": 1, "noise_encoder": {"name": "mlp", "width": 8}}}
+ONCE = {**RK4, "at": (1,)}
+PAIRED = {"net": {"name": "mlp", "width": 8, "depth": 1, "noise_encoder": {"name": "mlp", "width": 8}}}
 REFUSED = {
     "denoising": ({"method": {"name": "denoising", "predict": "noise"}}, "the method 'denoising' needs"),
     "edm": ({"method": {"name": "edm", "sigma_data": 1.0}}, "the method 'edm' needs"),
     "contrastive": ({"method": "contrastive", "negatives": "any"}, "the method 'contrastive' needs"),
-    "learned_coupling": ({"method": "learned_coupling", **LABELLED}, "the method 'learned_coupling' needs"),
+    "learned_coupling": ({"method": "learned_coupling", **PAIRED}, "the method 'learned_coupling' needs"),
     "semidiscrete": ({"coupling": "semidiscrete"}, "the coupling 'semidiscrete' needs"),
     "ddim": ({"samplers": {"ddim": (2,)}}, "the solver 'ddim' needs"),
     "edm_heun": ({"samplers": {"edm_heun": (2,)}}, "the solver 'edm_heun' needs"),
@@ -236,8 +237,8 @@ REFUSED = {
     "euler_maruyama": ({"samplers": {"euler_maruyama": (2,)}}, "the solver 'euler_maruyama' needs"),
     "reverse_diffusion": ({"samplers": {"reverse_diffusion": (2,)}}, "the solver 'reverse_diffusion' needs"),
     "initial_noise": ({"samplers": {"initial_noise": (2,)}}, "the solver 'initial_noise' needs"),
-    "restart": ({"corrections": {"r": {**RK4, "at": (1,), "by": "restart", "to": 0.25}}}, "the corrector 'restart' needs"),
-    "langevin": ({"corrections": {"l": {**RK4, "at": (1,), "by": "langevin", "snr": 0.1}}}, "the corrector 'langevin' needs"),
+    "restart": ({"corrections": {"c": {**ONCE, "by": "restart", "to": 0.25}}}, "the corrector 'restart' needs"),
+    "langevin": ({"corrections": {"c": {**ONCE, "by": "langevin", "snr": 0.1}}}, "the corrector 'langevin' needs"),
 }  # fmt: skip
 
 
@@ -281,14 +282,15 @@ def test_what_needs_noise_refuses_another_source_before_any_work(name, tmp_path,
 )
 def test_a_source_that_does_not_fit_is_refused(changes, message, tmp_path, monkeypatch):
     line = outcome(changes, tmp_path, monkeypatch)
-    pytest.raises(ValueError, lambda: (_ for _ in ()).throw(ValueError(line))).match(message)
+    assert re.search(message, line), line
 
 
 def test_a_score_that_is_learned_serves_any_source(tmp_path, monkeypatch):
     """The denoiser of a latent gives the score whatever the source, so that stochastic steps remain."""
     learned = {
         "method": {"name": "stochastic_interpolant", "time": "interior"}, "path": {"name": "two_sided"},
-        "net": {"name": "mlp", "width": 8, "depth": 1, "outputs": 2}, "samplers": {"euler_maruyama": (2,), "euler": (2,)},
+        "net": {"name": "mlp", "width": 8, "depth": 1, "outputs": 2},
+        "samplers": {"euler_maruyama": (2,), "euler": (2,)},
     }  # fmt: skip
     assert outcome(learned | {"source": UNIFORM}, tmp_path, monkeypatch) == "accepted"
     plan = assemble.flow_plan(read(source=UNIFORM), build.data(POINTS))
@@ -330,8 +332,3 @@ def test_a_source_object_stands_in_place_of_its_name():
     source = sources.uniform_noise(low=5.0, high=6.0)
     chosen = dataclasses.replace(read().common, source=source)
     assert not chosen.normal_source and chosen.origin.training is source
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        chosen.origin.sampling.rows(0, 0, range(3), (2,)),
-        source.rows(0, 0, range(3), (2,)),
-    )

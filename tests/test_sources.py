@@ -142,7 +142,7 @@ def test_batches_draw_the_source_by_step_and_row(couple):
 
 
 def test_the_exact_velocity_between_gaussians_is_stationary_on_the_batches():
-    """The gradient of ``|v + a + b (x - m) - dI|^2`` vanishes at a = b = 0; with the velocity of N(0, I) it does not."""
+    """The gradient of ``|v + a + b (x - m) - dI|^2`` vanishes at 0; with the velocity of N(0, I) it does not."""
     data = (2.0 + 0.5 * np.random.default_rng(1).normal(size=(40_000, 1))).astype(np.float32)
     joint = lambda mean, std: oracles.coupled(jnp.array([mean]), jnp.array([2.0]), jnp.diag(jnp.array([std**2, 0.25])))
     batch = batches(data, batch_size=40_000, seed=0, source=KINDS["gaussian"])(0)
