@@ -78,7 +78,7 @@ class Source:
             ``x0``, ``[B, *shape]``, float32, in memory.
         """
         key = jax.random.fold_in(jax.random.fold_in(from_seed(seed), PURPOSE), step)
-        return np.asarray(self.examples(example_keys(key, np.asarray(rows)), shape))
+        return np.asarray(self.examples(example_keys(key, jnp.asarray(rows, jnp.int32)), shape))
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Refuse data of another shape.
@@ -130,8 +130,13 @@ def gaussian_noise(*, mean: float | Sequence[float] = 0.0, std: float | Sequence
     _check_positive("std", s)
     if not m.any() and (s == 1).all():
         return Source("gaussian_noise", normal, _log_normal, shape, True)
-    draw = lambda key, shape: (m + s * normal(key, shape)).astype(jnp.float32)
-    return Source("gaussian_noise", _jitted(draw), lambda x: _log_normal((x - m) / s) - _total(jnp.log(s), x), shape)
+    m32, s32 = np.float32(m), np.float32(s)
+    draw = lambda key, shape: m32 + s32 * normal(key, shape)
+
+    def log_density(x):
+        return _log_normal((x - m.astype(x.dtype)) / s.astype(x.dtype)) - _total(np.log(s), x)
+
+    return Source("gaussian_noise", _jitted(draw), log_density, shape)
 
 
 def uniform_noise(*, low: float | Sequence[float] = -1.0, high: float | Sequence[float] = 1.0) -> Source:
@@ -154,13 +159,13 @@ def uniform_noise(*, low: float | Sequence[float] = -1.0, high: float | Sequence
     a, b, shape = _pair("low", low, "high", high)
     if not (a < b).all():
         raise ValueError(f"high={high}: not above low={low}. Give bounds that rise.")
-    low32, high32 = a.astype(np.float32), b.astype(np.float32)
-    each = lambda k, shape: jax.random.uniform(k, shape, jnp.float32, low32, high32)
+    a32, b32 = np.float32(a), np.float32(b)
+    each = lambda k, shape: jax.random.uniform(k, shape, jnp.float32, a32, b32)
     draw = lambda key, shape: per_example(lambda k: each(k, shape), key)
 
     def log_density(x):
-        inside = ((x >= a) & (x <= b)).reshape(len(x), -1).all(1)
-        return jnp.where(inside, -_total(jnp.log(b - a), x), -jnp.inf)
+        inside = ((x >= a.astype(x.dtype)) & (x <= b.astype(x.dtype))).reshape(len(x), -1).all(1)
+        return jnp.where(inside, -_total(np.log(b - a), x), -jnp.inf)
 
     return Source("uniform_noise", _jitted(draw), log_density, shape)
 
@@ -194,19 +199,18 @@ def gaussian_mixture(
         _check_positive(name, value)
         if value.shape not in ((), (k,)):
             raise ValueError(f"{name}={value.tolist()}: there are {k} means. Give one number for each mean.")
-    s, w = (jnp.broadcast_to(value, (k,)) for value in (s, w))
-    log_w = jnp.log(w / w.sum())
+    s, w = (np.broadcast_to(value, (k,)) for value in (s, w))
+    log_w, m32, s32 = np.log(w / w.sum()), np.float32(m), np.float32(s)
 
     def example(key, shape):
         k_mode, k_noise = jax.random.split(key)
-        mode = jax.random.categorical(k_mode, log_w)
-        x = jnp.asarray(m)[mode] + s[mode] * jax.random.normal(k_noise, shape, jnp.float32)
-        return x.astype(jnp.float32)
+        mode = jax.random.categorical(k_mode, np.float32(log_w))
+        return jnp.asarray(m32)[mode] + jnp.asarray(s32)[mode] * jax.random.normal(k_noise, shape, jnp.float32)
 
     def log_density(x):
-        z = (x[:, None] - m) / s.reshape(per_mean)
-        each = jax.vmap(_log_normal)(z) - math.prod(shape) * jnp.log(s)
-        return jax.nn.logsumexp(each + log_w, axis=1)
+        z = (x[:, None] - m.astype(x.dtype)) / s.reshape(per_mean).astype(x.dtype)
+        height = log_w - math.prod(shape) * np.log(s)
+        return jax.nn.logsumexp(jax.vmap(_log_normal)(z) + height.astype(x.dtype), axis=1)
 
     draw = lambda key, shape: per_example(lambda k: example(k, shape), key)
     return Source("gaussian_mixture", _jitted(draw), log_density, shape)
@@ -272,9 +276,9 @@ def _check_positive(name: str, value: np.ndarray) -> None:
         raise refusal(name, value.tolist(), "not positive", "Give positive numbers")
 
 
-def _total(per_coordinate: Array, x: Array) -> Array:
+def _total(per_coordinate: Any, x: Array) -> float:
     """Return the sum over the coordinates of one example of ``x``, of numbers that broadcast to the example."""
-    return jnp.broadcast_to(per_coordinate, x.shape[1:]).sum()
+    return float(np.broadcast_to(per_coordinate, x.shape[1:]).sum())
 
 
 def _log_normal(z: Array) -> Array:

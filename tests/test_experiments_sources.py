@@ -208,7 +208,7 @@ def test_reflow_starts_from_the_source(tmp_path):
     reflow.main(settings.read(c), tmp_path / "w")
     trajectories = correction.read_marginals(tmp_path / "w" / "trajectories")
     assert trajectories.x.shape == (30, 3, 2) and rows_are_of(trajectories.x[:, 0], moons().train.x)
-    keys = example_keys(from_seed(0), np.arange(30))
+    keys = example_keys(from_seed(0), jnp.arange(30))
     np.testing.assert_array_equal(trajectories.x[:, 0], sources.rows_of(moons().train.x).examples(keys, (2,)))
     reflow.main(settings.read(c), tmp_path / "w")  # everything is read
     with pytest.raises(WorkdirError, match=r"source[.\w]* is .*there"):

@@ -152,7 +152,7 @@ def recipe(settings: Settings, plan: loop.Plan, data: Dataset) -> Recipe:
     along = build.path(common.path)
     alpha = drawing.source_scale(along)
     if not common.normal_source:
-        keys = example_keys(from_seed(common.seed), np.arange(sets.forward_examples))
+        keys = example_keys(from_seed(common.seed), jnp.arange(sets.forward_examples))
         x0 = np.asarray(common.origin.training.examples(keys, x.shape[1:]))
         forward = {"direction": "forward", "data": np.float32(alpha) * x0, "cond": forward["cond"]}
     elif alpha != 1:

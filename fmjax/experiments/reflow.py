@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fmjax import correction, straightening
@@ -163,7 +164,7 @@ def _trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
         "steps": index, "mesh": flow.mesh, "cond": jax.tree.map(repeat, cond),
     }  # fmt: skip
     if not settings.common.normal_source:
-        keys = example_keys(from_seed(s.seed), np.arange(s.examples))
+        keys = example_keys(from_seed(s.seed), jnp.arange(s.examples))
         options["data"] = np.asarray(settings.common.origin.training.examples(keys, flow.data.shape))
         options = {name: value for name, value in options.items() if name not in ("count", "shape", "seed")}
 

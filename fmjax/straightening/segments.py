@@ -195,12 +195,12 @@ def segment_batches(
 
     def batch(step: int) -> Batch:
         rng = generator(seed, step)
-        source, k = rng.choice(len(sets), batch_size, p=weights), rng.choice(straight, batch_size)
-        example = rng.integers(np.array([len(index) for index in rows])[source])
+        chosen, k = rng.choice(len(sets), batch_size, p=weights), rng.choice(straight, batch_size)
+        example = rng.integers(np.array([len(index) for index in rows])[chosen])
         x0, x1 = np.empty((2, batch_size, *sets[0].x.shape[2:]), np.float32)
         cond = jax.tree.map(lambda c: np.empty((batch_size, *c.shape[1:]), c.dtype), sets[0].cond)
         for n, each in enumerate(sets):
-            place = np.flatnonzero(source == n)
+            place = np.flatnonzero(chosen == n)
             i = rows[n][example[place]]
             x0[place], x1[place] = (each.x[i, at[n][k[place] + d]] for d in (0, 1))
             _put(cond, place, each.cond, i)
