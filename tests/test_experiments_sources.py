@@ -13,7 +13,19 @@ from laboratory import laboratory as laboratory  # a fixture
 
 import fmjax
 from fmjax import correction, paths, sampling, sources
-from fmjax.experiments import assemble, build, drawing, networks, pipeline, records, reflow, settings, stages, train
+from fmjax.experiments import (
+    assemble,
+    build,
+    drawing,
+    networks,
+    pipeline,
+    records,
+    reflow,
+    settings,
+    stages,
+    train,
+    workdir,
+)
 from fmjax.experiments import marginals as marginal_command
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import Sampler
@@ -27,7 +39,7 @@ FROM_MOONS = {"name": "data", "data": MOONS}
 UNIFORM = {"name": "uniform_noise", "low": 2.0, "high": 3.0}
 GAUSS = {"name": "gaussian_noise", "mean": (3.0, -1.0), "std": 0.5}
 SHIFT = np.array([0.5, -2.0], np.float32)  # of an exact flow, x1 = SHIFT + 3 (x0 - SHIFT)
-EULER = {"euler": (2,)}
+MODES = {"name": "gaussian_mixture", "means": ((-1.0, 0.0), (2.0, 1.0)), "std": 0.6}
 
 
 def exact(x, t, cond=None):
@@ -94,8 +106,8 @@ def moved(laboratory, tmp_path_factory):
     """The pipeline from two moons to eight Gaussians, by the command."""
     folder = tmp_path_factory.mktemp("moved")
     file = config_file(
-        folder, source=FROM_MOONS, coupling="minibatch_ot", correctors={"score": SCORE}, flow_map=MAP,
-        samplers={"euler": (2,), "rk4": (2,), "flow_map": (2,)}, sample_every=4,
+        folder, source=FROM_MOONS, coupling="minibatch_ot", correctors={"score": SCORE}, samplers={"rk4": (2,)},
+        sample_every=4,
         corrections={"end": {**RK4, "at": (2,), "by": "score", "alpha": 0.5, "beta": 0.1}},
     )  # fmt: skip
     run("pipeline", f"--config={file}", f"--workdir={folder / 'w'}")
@@ -103,7 +115,7 @@ def moved(laboratory, tmp_path_factory):
 
 
 def test_training_starts_from_the_training_examples(moved):
-    chosen = settings.read(json.loads((moved[0] / "config.json").read_text()))
+    chosen = settings.read(workdir.read_config(moved[0]))
     batch = assemble.flow_plan(chosen, build.data(POINTS)).data.batch(3)
     assert rows_are_of(batch.x0, moons().train.x) and not rows_are_of(batch.x0, moons().test.x)
     assert rows_are_of(batch.x1, build.data(POINTS).train.x)
@@ -145,6 +157,7 @@ def test_a_point_of_the_source_flows_there_and_back(moved):
         trained.interpolate(x1[0], x1[1], 3)
 
 
+@pytest.mark.slow
 def test_strengths_are_chosen_from_validation_examples(moved, monkeypatch):
     path, file = moved
     searched, program = [], drawing.program
@@ -165,7 +178,7 @@ def test_strengths_are_chosen_from_validation_examples(moved, monkeypatch):
 @pytest.mark.parametrize("other", [{"name": "gaussian_noise"}, UNIFORM, {"name": "data", "data": MOONS | {"seed": 4}}])
 def test_another_source_is_refused_in_a_folder_that_has_begun(moved, other):
     path, _ = moved
-    chosen = settings.read(json.loads((path / "config.json").read_text()) | {"source": other})
+    chosen = settings.read(workdir.read_config(path) | {"source": other})
     for command in (pipeline.main, train.main, functools.partial(marginal_command.main, direction="forward")):
         with pytest.raises(WorkdirError, match=r"source[.\w]* is .*there"):
             command(chosen, path)
@@ -197,6 +210,7 @@ def sources_of(spec):
 # reflow
 
 
+@pytest.mark.slow
 def test_reflow_starts_from_the_source(tmp_path):
     """Trajectories from training examples, kept segments at noised data, and the comparison from test examples."""
     c = config(source=FROM_MOONS, steps=4)

@@ -274,7 +274,8 @@ class Run:
 
     def _solve(self, x, cond: Cond, ts: np.ndarray) -> np.ndarray:
         @jax.jit
-        def solve(x, cond):
-            return sampling.sample(sampling.rk4(self.velocity), x, ts, cond=cond)
+        def solve(params, x, cond):
+            return sampling.sample(sampling.rk4(self.method.velocity(params)), x, ts, cond=cond)
 
-        return drawing.in_chunks(solve, jnp.asarray(x, jnp.float32), cond)
+        params = self.params  # read here, and not while the program is traced
+        return drawing.in_chunks(functools.partial(solve, params), jnp.asarray(x, jnp.float32), cond)
