@@ -252,8 +252,8 @@ def test_kept_segments_see_the_source():
     ts = np.array([0.0, 0.5, 1.0], np.float32)
     line = correction.Marginals(np.arange(3.0).reshape(1, 3, 1), ts, None)
     make = functools.partial(
-        segments.segment_batches, line, (0.0, 0.5, 1.0), batch_size=N, seed=2, keep=(0,), real=np.full((3, 1), 5.0, np.float32),
-        kept_fraction=1.0,
+        segments.segment_batches, line, (0.0, 0.5, 1.0), batch_size=N, seed=2, keep=(0,),
+        real=np.full((3, 1), 5.0, np.float32), kept_fraction=1.0,
     )  # fmt: skip
     of = lambda batch: (batch.x1[:, 0] - batch.t * 5.0) / (1 - batch.t)
     for source, mean, std in ((None, 0.0, 1.0), (KINDS["gaussian"], MEAN, STD)):
