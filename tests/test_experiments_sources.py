@@ -74,6 +74,7 @@ def test_the_default_source_changes_no_number_and_no_record(tmp_path):
         assert assemble.stage_fields(read(source=spec, flow_map=MAP), "flow_map").keys() == (
             assemble.stage_fields(read(flow_map=MAP), "flow_map").keys()
         )
+    assert networks.identity(read(source=UNIFORM), {}) != networks.identity(read(), {})
     train.main(read(steps=8), tmp_path / "w")
     train.main(read(steps=8), tmp_path / "whole")
     assert digest(tmp_path / "w" / "flow") == digest(tmp_path / "whole" / "flow")
