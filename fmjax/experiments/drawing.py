@@ -27,7 +27,7 @@ from fmjax.keys import as_keys, fold_in, from_seed
 from fmjax.sampling import grids
 from fmjax.sources import Source, gaussian_noise
 from fmjax.storage import files, lock
-from fmjax.types import Cond, Costed, FlowMapFn, Method, Multistep, Params
+from fmjax.types import Cond, Costed, FlowMapFn, Method, Multistep, Params, over_batch
 
 CHUNK = 512  # examples per call of a program; no sample depends on this number
 
@@ -361,14 +361,18 @@ def _training_free(sampler: Sampler, models: Models, params, options: dict[str, 
         "velocity": lambda: velocity,
         "score": lambda: score(params[FLOW]) if score else correction.score_of(velocity, path=models.path),
         "direction": lambda: score(params[FLOW]) if score else correction.score_of(velocity, path=models.path),
-        "log_density": lambda: _log_density(velocity, models.source),
+        "log_density": lambda: _log_density(velocity, models.path, models.source),
     }
     if "path" in specs.options_of(factory):
         options["path"] = models.path
     return factory(*(sources[name]() for name in names), **options)
 
 
-def _log_density(velocity, source: Source):
-    """Return the log-density of the flow at ``t = 1``, by the change of variables."""
-    ts, source = np.linspace(1.0, 0.0, 2, dtype=np.float32), None if source.normal else source
-    return lambda x, t, cond=None: sampling.log_density(velocity, x, cond, ts=ts, source=source).log_p
+def _log_density(velocity, path: paths.Path, source: Source):
+    """Return the log-density of the flow, ``(x, t, cond) -> [B]``, by the change of variables; one time for all."""
+
+    def log_density(x, t, cond=None):
+        ts, start = [over_batch(t, x)[0], path.span[0]], None if source.normal else source
+        return sampling.log_density(velocity, x, cond, path=path, ts=ts, source=start).log_p
+
+    return log_density
