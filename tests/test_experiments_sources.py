@@ -162,6 +162,17 @@ def test_a_point_of_the_source_flows_there_and_back(moved):
         trained.interpolate(x1[0], x1[1], 3)
 
 
+def test_only_samples_depend_on_the_split(moved):
+    """Another split is no other training; its samples start elsewhere and are kept apart."""
+    path, _ = moved
+    here = settings.read(workdir.read_config(path))
+    there = settings.read(workdir.read_config(path) | {"source": FROM_MOONS | {"split": "train"}})
+    assert assemble.flow_fields(here) == assemble.flow_fields(there)
+    assert networks.identity(here, {}) != networks.identity(there, {})
+    models, *_ = networks.load_models(there, path)
+    assert rows_are_of(drawing.starts(models, drawing.sample_keys(0, 0, 20)), moons().train.x)
+
+
 @pytest.mark.slow
 def test_strengths_are_chosen_from_validation_examples(moved, monkeypatch):
     path, file = moved

@@ -35,7 +35,7 @@ SAMPLING = (
     "forward_examples",
 )  # no training of a flow uses these
 PICTURES = 36  # conditions kept for sample pictures
-STORED = ("data.source_dir", "data.data_dir")  # where verified files lie
+STORED = tuple(f"data.{name}" for name in sources.STORED)  # where verified files lie
 
 
 def flow_plan(settings: Settings, data: Dataset) -> loop.Plan:

@@ -126,8 +126,9 @@ def identity(settings: Settings, params: Mapping[str, Params]) -> str:
     Returns:
         The digest of the parameters, the guidance scale, and the source if it is not N(0, I).
     """
-    source = "".join(f" source {workdir.plain(field)}" for field in [settings.common.source_field()] if field)
-    return f"{checkpoint.digest(params)} guidance {settings.common.guidance}{source}"
+    common = settings.common
+    source = "" if common.normal_source else f" source {workdir.plain({'source': common.source})}"
+    return f"{checkpoint.digest(params)} guidance {common.guidance}{source}"
 
 
 def picture(settings: Settings, plan: loop.Plan) -> Callable[[Params], Any] | None:

@@ -47,8 +47,8 @@ class Common:
         return sources.is_normal(self.source)
 
     def source_field(self) -> dict[str, Any]:
-        """Return the field ``source`` for the record of a stage; nothing for N(0, I)."""
-        return {} if self.normal_source else {"source": self.source}
+        """Return what a training depends on of the field ``source``, for its record; nothing for N(0, I)."""
+        return {} if self.normal_source else {"source": sources.recorded(self.source)}
 
 
 @dataclasses.dataclass(frozen=True)

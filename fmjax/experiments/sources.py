@@ -11,6 +11,7 @@ from fmjax.sources import Source, rows_of
 from fmjax.types import Method
 
 DATA = "data"  # a source that is a data set
+STORED = ("source_dir", "data_dir")  # options of a data set: where files lie
 KIND = specs.Kind("source", "sources", (), "Source")
 WAY_OUT = "Take another one, or set source.name='gaussian_noise'"
 
@@ -75,6 +76,27 @@ def is_normal(spec: Any) -> bool:
     return not _is_data(spec) and origin(spec).sampling.normal
 
 
+def recorded(spec: Any) -> Any:
+    """Return the part of the source of a config on which a training depends.
+
+    Args:
+        spec: the source.
+
+    Returns:
+        The spec; of a data set without ``split``, which only samples depend on, and without the folders of files that
+        are verified.
+
+    >>> recorded({"name": "data", "data": "two_moons", "split": "train"})
+    {'name': 'data', 'data': 'two_moons'}
+    """
+    if not _is_data(spec):
+        return spec
+    kept = {name: value for name, value in spec.items() if name != "split"}
+    if hasattr(kept["data"], "items") and kept["data"].get("verify"):
+        kept["data"] = {name: value for name, value in kept["data"].items() if name not in STORED}
+    return kept
+
+
 def same(first: Any, second: Any) -> bool:
     """Return whether two configs have the same source; no data set is read, and no code outside the package runs.
 
@@ -86,7 +108,7 @@ def same(first: Any, second: Any) -> bool:
         Whether the specs are equal, or both are N(0, I).
     """
     outside = any(places.outside_places([first, second]))
-    plain = [workdir.plain({"source": spec}) for spec in (first, second)]
+    plain = [workdir.plain({"source": recorded(spec)}) for spec in (first, second)]
     return plain[0] == plain[1] or (not outside and is_normal(first) and is_normal(second))
 
 
