@@ -66,7 +66,7 @@ def test_the_default_source_changes_no_number_and_no_record(tmp_path):
     del old["source"]
     train.main(settings.read(old), tmp_path / "w")
     (tmp_path / "w" / "config.json").write_text(json.dumps(old))
-    assert "source" not in "".join(records.read(tmp_path / "w" / "flow")["fields"])
+    assert "source" not in "".join(records.read_record(tmp_path / "w" / "flow")["fields"])
     for spec in ({"name": "gaussian_noise"}, {"name": "gaussian_noise", "mean": 0, "std": (1.0, 1.0)}):
         chosen = read(source=spec)
         assert chosen.common.normal_source and assemble.flow_plan(chosen, build.data(POINTS)).data.batch(0).x0 is None
@@ -76,6 +76,8 @@ def test_the_default_source_changes_no_number_and_no_record(tmp_path):
         )
     assert networks.identity(read(source=UNIFORM), {}) != networks.identity(read(), {})
     train.main(read(steps=8), tmp_path / "w")
+    with pytest.raises(WorkdirError, match="source.name is absent there"):
+        train.main(read(steps=8, source=UNIFORM), tmp_path / "w")
     train.main(read(steps=8), tmp_path / "whole")
     assert digest(tmp_path / "w" / "flow") == digest(tmp_path / "whole" / "flow")
     trained = fmjax.load(tmp_path / "w")
