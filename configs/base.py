@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     c.guidance = 1.0  # scale of classifier-free guidance when sampling; 1 is no guidance
     c.negatives = config_dict.placeholder(str)  # 'any' or 'other_label': the negatives of the contrastive method
     c.path = "linear"  # an interpolant of fmjax.paths
+    c.source = {"name": "gaussian_noise"}  # what the flow starts from, of fmjax.sources, or "data" with a data set
     c.init = config_dict.placeholder(str)  # run folder whose averaged parameters training starts from
     c.teacher = config_dict.placeholder(str)  # run folder whose averaged parameters are the target of target='frozen'
     c.fsdp = False  # split parameters, optimiser and average over the devices

@@ -29,6 +29,7 @@ if typing.TYPE_CHECKING:
         paths,
         predictions,
         sampling,
+        sources,
         storage,
         straightening,
         times,
@@ -43,8 +44,8 @@ if typing.TYPE_CHECKING:
 
 _PACKAGES = (
     "checks", "convert", "correction", "couplings", "data", "experiments", "fractions", "interpolants", "keys",
-    "methods", "metrics", "nets", "oracles", "paths", "predictions", "sampling", "storage", "straightening", "times",
-    "training", "transport", "types",
+    "methods", "metrics", "nets", "oracles", "paths", "predictions", "sampling", "sources", "storage", "straightening",
+    "times", "training", "transport", "types",
 )  # fmt: skip
 _NAMES = {
     **dict.fromkeys(("flow_matching", "lagrangian"), "methods"),
@@ -56,8 +57,8 @@ _NAMES = {
 __all__ = [
     "Batch", "Method", "Run", "checks", "convert", "correction", "couplings", "data", "euler", "experiments",
     "flow_matching", "fractions", "heun", "interpolants", "keys", "lagrangian", "load", "methods", "metrics",
-    "nets", "oracles", "paths", "predictions", "rk4", "sample", "sampling", "storage", "straightening", "times",
-    "training", "transport", "types", "uniform_grid",
+    "nets", "oracles", "paths", "predictions", "rk4", "sample", "sampling", "sources", "storage", "straightening",
+    "times", "training", "transport", "types", "uniform_grid",
 ]  # fmt: skip
 
 

@@ -213,7 +213,7 @@ class Batch(NamedTuple):
 
     Attributes:
         x1: data.
-        x0: source; ``None``: the loss draws ``N(0, I)``.
+        x0: examples of the source; ``None``: the loss draws ``N(0, I)``.
         cond: condition, a pytree of arrays ``[B, ...]``.
         t: times ``[B]``, where the data carry a time.
         negative: ``x1`` of another training example, independent of this example (contrastive losses).
@@ -266,6 +266,7 @@ class Method(NamedTuple):
             times ``t`` of a grid, a backward example in ``x1`` and a forward example in ``x0``. ``"ends"``: data in
             ``x1`` and generated examples in ``x0``. ``"trajectories"``: states of a teacher's trajectory.
         frozen: names of the entries of the parameters, a dictionary, that are given and not trained.
+        normal_source: whether the method is valid for the source N(0, I) alone (see ``sources``).
 
     >>> Method(loss=lambda params, target, batch, key: (0.0, {}), velocity=lambda params: lambda x, t, cond=None: x)
     Method(loss, velocity)
@@ -278,6 +279,7 @@ class Method(NamedTuple):
     score: Callable[[Params], VelocityFn] | None = None
     batches: str = "data"
     frozen: tuple[str, ...] = ()
+    normal_source: bool = False
 
     def __repr__(self) -> str:
         names = (name for name, function in zip(self._fields, self, strict=True) if callable(function))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import correction, oracles, paths, sampling
+from fmjax import correction, oracles, paths, sampling, sources
 from fmjax.experiments import comparison, drawing
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.report import best_row
@@ -54,6 +54,17 @@ def test_samplers_share_their_noise_and_have_the_distribution_of_the_data(models
     states = drawing.program(RK4, models, trajectory=True)(models.params, drawing.sample_keys(0, 0, 64))
     assert states.shape == (3, 64, 3)
     np.testing.assert_array_equal(states[-1], draw(RK4, models))
+
+
+def test_mala_of_a_config_leaves_the_distribution_of_the_flow_at_its_time(models):
+    """The density at t = 1/2 is ``p_{1/2}``: with another density Metropolis would move the samples to another end."""
+    oracle = oracles.gaussian(jnp.full(3, MEAN), jnp.full(3, STD))
+    density = jax.jit(drawing._log_density(oracle.velocity, paths.linear(), sources.gaussian_noise()))
+    x = oracle.sample(jax.random.key(0), 6)
+    np.testing.assert_allclose(density(x, jnp.full(6, 0.6)), oracle.log_density(x, 0.6), atol=1e-3)
+    x = draw(Sampler("", "", "rk4", 8, at=(4,), by="mala", options={"step": 0.2}), models, 2048)
+    assert (np.abs(x.mean(0) - MEAN) < 4 * STD / np.sqrt(2048)).all()
+    assert (np.abs(x.std(0) / STD - 1) < 4 / np.sqrt(2 * 2048)).all()
 
 
 def test_a_correction_pulls_as_its_formula_says(models):

@@ -149,7 +149,8 @@ def test_every_bad_value_of_every_field_is_refused_in_one_line(tmp_path, monkeyp
         "correctors.score.method.sigma", "correctors.classifier.coupling", "coupling", "data", "data.train", "ema",
         "flow_map.method", "forward_examples", "guidance", "init", "learning_rate", "metrics", "negatives", "net.width",
         "net.dtype", "net.name", "path", "samplers.euler", "sampling.samples", "seed", "solver", "solver_steps",
-        "steps", "straighten.allocations", "straighten.bounds", "straighten.parts", "teacher", "weighting",
+        "source", "source.name", "steps", "straighten.allocations", "straighten.bounds", "straighten.parts", "teacher",
+        "weighting",
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_in_one_line(field, tmp_path, monkeypatch):

@@ -34,6 +34,7 @@ FLOORS = (
         "times",
         "transport",
         "couplings",
+        "sources",
         "nets",
         "metrics",
     ),

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import correction, oracles, sampling
+from fmjax import correction, couplings, data, oracles, paths, sampling, sources
 
 README = Path(__file__).parents[1] / "README.md"
 GUIDE = README.parent / "docs" / "guide.md"
 if not (README.exists() and GUIDE.exists()):
     pytest.skip("needs the repository's README and docs", allow_module_level=True)
 blocks = lambda page: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-(LEARNED,), (CORRECTED, DIFFUSION) = blocks(README), blocks(GUIDE)
+(LEARNED,), (STARTED, CORRECTED, DIFFUSION) = blocks(README), blocks(GUIDE)
 
 
 def run(code, **names):
@@ -33,6 +33,19 @@ def test_the_example_learns_the_eight_gaussians():
     assert (distance.min(1) < 3 * 0.2).mean() > 0.9  # exact: 1 - exp(-9/2) = 0.989
     fractions = np.bincount(distance.argmin(1), minlength=8) / len(x)
     assert np.abs(fractions - 1 / 8).max() < 0.03
+
+
+def test_the_example_of_a_source_starts_in_its_box():
+    """A shift of the unit square by 3: the density is 1 there, and the pairs of the batch are near each other."""
+    x = np.random.default_rng(0).uniform(3, 4, (512, 2)).astype(np.float32)
+    names = run(
+        STARTED, step=0, jnp=jnp, data=data, couplings=couplings, sources=sources, sampling=sampling,
+        path=paths.linear(), x=x, keys=jax.random.split(jax.random.key(0), 64), velocity=lambda x, t, cond=None: jnp.full_like(x, 3.0),
+    )  # fmt: skip
+    batch = names["batch"]
+    assert all(x0.min() >= 0 and x0.max() <= 1 for x0 in (batch.x0, np.asarray(names["x0"])))
+    assert np.square(batch.x1 - batch.x0 - 3).sum(1).mean() < np.square(batch.x1[::-1] - batch.x0 - 3).sum(1).mean() / 4
+    np.testing.assert_allclose(names["log_p"], 0, atol=1e-5)
 
 
 @pytest.fixture

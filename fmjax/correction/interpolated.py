@@ -69,7 +69,7 @@ def interpolate_marginals(m: Marginals, *, data: Rows | None = None) -> Marginal
             f"steps={steps}, data={'None' if data is None else 'given'}: an end is missing or given twice. Give a set "
             f"with steps 0 and {last}, or one with step 0 and data=."
         )
-    if data is not None and checkpoint.digest_rows(data) != m.manifest.data:
+    if data is not None and (m.manifest.direction, m.manifest.data) != ("backward", checkpoint.digest_rows(data)):
         raise ValueError(f"data={tuple(data.shape)}: the set was built from other data. Give the data of the set.")
     ts = np.asarray(m.manifest.ts, np.float32)
     manifest = m.manifest._replace(steps=tuple(range(last + 1)))

@@ -1,7 +1,7 @@
 """Build and read the marginals of a flow on a solver's grid: data sets on disk, sharded and resumable.
 
 With forward steps ``Phi_n`` from ``t_n`` to ``t_{n+1}`` and backward steps ``Psi_n``, forward marginals start at the
-source, ``p_0 = N(0, I)``, ``p_{n+1} = Phi_n # p_n``, and backward marginals start at the data, ``q_N = data``,
+source, ``p_0 = N(0, I)`` or other, ``p_{n+1} = Phi_n # p_n``, and backward marginals start at the data, ``q_N = data``,
 ``q_n = Psi_n # q_{n+1}``. ``Psi_n`` is the solver with a negative step (``reverse``) or the exact inverse of ``Phi_n``
 (``inverse``; then every f-divergence of ``p_n`` and ``q_n`` is the same for all ``n``). With ``solver="flow_map"`` a
 learned jump ``X_{s,t}`` takes the place of the solver's step; ``reverse`` is then ``X_{t,s}``, for flow maps that were
@@ -111,9 +111,9 @@ def build_marginals(
         directory: folder of the set.
         direction: ``"forward"`` (from the source at ``ts[0]``) or ``"backward"`` (from the data at ``ts[-1]``).
         flow: name of the parameters, usually their digest (``storage.checkpoint.digest``).
-        data: examples ``[M, ...]`` (backward): floats in the units of the network, an array or rows on disk.
-        count: number of examples (forward).
-        shape: shape of one example (forward).
+        data: examples ``[M, ...]`` of the data (backward) or of the source at ``ts[0]`` (forward, in place of count,
+            shape and start): floats in the units of the network, an array or rows on disk.
+        count, shape: number of examples and shape of one example (forward).
         cond: conditions, arrays ``[M, ...]`` (backward: of the data) or ``[count, ...]`` (forward: to draw examples
             for; see ``draw_conditions``).
         start: ``start(keys, shape)`` draws the source ``[B, *shape]`` at ``ts[0]`` from ``[B]`` keys (forward); by
@@ -346,24 +346,25 @@ def _specify(
         raise ValueError(f"dtype={dtype!r}: unknown. Give 'float32' or 'float16'.")
     trajectories.check_options(direction, solver, backward_map)
     backward = direction == "backward"
-    if backward:
-        if data is None or count is not None or shape is not None or start is not normal:
-            raise ValueError("direction='backward': a solve starts at data. Give data, and no count, shape or start.")
+    if data is not None and count is None and shape is None and start is normal:
         data = data if isinstance(data, Rows) and not isinstance(data, jax.Array) else np.asarray(data)
         if data.ndim < 1 or not np.issubdtype(data.dtype, np.floating):
             raise ValueError(f"data={data.dtype}{data.shape}: not floats [M, ...]. Give the units of the network.")
         count, shape, seed = data.shape[0], data.shape[1:], None
+    elif backward:
+        raise ValueError("direction='backward': a solve starts at data. Give data, and no count, shape or start.")
     elif data is not None or count is None or shape is None:
-        raise ValueError("direction='forward': a solve starts at the source. Give count and shape, and no data.")
+        wrong = "direction='forward': a solve starts at the source."
+        raise ValueError(f"{wrong} Give count and shape and no data, or data (examples of it) alone.")
     if count < 1 or shard_size < 1:
         raise ValueError(f"count={count}, shard_size={shard_size}: empty. Give at least 1 of each.")
-    seed = seed if backward else check_seed(seed)
+    seed = check_seed(seed) if data is None else None
     cond = columns.as_columns(cond, count) if jax.tree.leaves(cond) else None
     m = Manifest(
         version=shards.VERSION, direction=direction, flow=flow, solver=solver,
         backward_map=backward_map if backward else None, ts=tuple(ts.tolist()), steps=steps, dtype=dtype,
         shape=tuple(int(i) for i in shape), count=int(count), seed=seed, shard_size=shard_size,
-        data=checkpoint.digest_rows(data) if backward else None,
+        data=None if data is None else checkpoint.digest_rows(data),
         cond=None if cond is None else columns.describe(cond),
         cond_digest=None if cond is None else checkpoint.digest(cond),
         start=None if start is normal else _function_name(start),

@@ -143,7 +143,7 @@ def lower_solve(view: View, params: Params, m: Manifest, mesh: Mesh, batch: int,
 
     def solve(params, rows):
         x, cond = rows
-        if m.direction == "forward":
+        if m.data is None:
             index, x = x, start(example_keys(from_seed(m.seed), x), m.shape)
             if x.shape != (len(index), *m.shape) or x.dtype != jnp.float32:
                 source = f"float32{(len(index), *m.shape)}"
@@ -154,7 +154,7 @@ def lower_solve(view: View, params: Params, m: Manifest, mesh: Mesh, batch: int,
         return x, finite, jax.tree.map(jnp.atleast_1d, result), defect  # one result per device
 
     x = jax.ShapeDtypeStruct((batch,), np.int32)
-    if m.direction == "backward":
+    if m.data is not None:
         x = jax.ShapeDtypeStruct((batch, *m.shape), np.float32)
     return by_rows(solve, mesh).lower(params, (x, _cond_structs(m.cond, batch)))
 

@@ -16,6 +16,7 @@ from fmjax.checks import nearest
 from fmjax.couplings import Coupling
 from fmjax.data.dataset import Dataset, Examples, Rows, check_conditions
 from fmjax.keys import check_seed, generator
+from fmjax.sources import Source
 from fmjax.types import Batch, Cond
 
 Value = TypeVar("Value")
@@ -32,7 +33,7 @@ def batches(
     batch_size: int,
     seed: int,
     couple: Coupling | None = None,
-    source: np.ndarray | None = None,
+    source: Source | np.ndarray | None = None,
     negatives: str | None = None,
     flip: bool = False,
     process_index: int = 0,
@@ -49,10 +50,11 @@ def batches(
         cond: conditions, a pytree of arrays ``[n, ...]``: integer labels, floats, or several of them.
         batch_size: the number of examples in the global batch, 1..n and a multiple of ``process_count``.
         seed: the seed of permutations, mirror images, noise and negatives, not negative.
-        couple: a coupling. ``x0 ~ N(0, I)`` is drawn for the global batch and paired before this process takes its
-            rows, so that the numbers do not depend on ``process_count``. Without a coupling ``Batch.x0`` is ``None``.
-        source: ``[n, ...]``, fixed pairs in place of a coupling: ``Batch.x0`` is the source of the same row. For reflow
-            (arXiv 2209.03003) ``x`` holds the samples of a flow and ``source`` the noise that they came from.
+        couple: a coupling. ``x0`` is drawn for the global batch and paired before this process takes its rows, so that
+            the numbers do not depend on ``process_count``. Without a coupling and a source ``Batch.x0`` is ``None``.
+        source: a ``Source`` in place of N(0, I): ``Batch.x0`` is drawn from the seed, the step and the row of the
+            global batch. Or an array ``[n, ...]``, fixed pairs in place of a coupling: ``Batch.x0`` is the source of
+            the same row. For reflow (arXiv 2209.03003) ``x`` holds the samples of a flow and ``source`` their noise.
         negatives: ``Batch.negative`` holds another example for each row, for contrastive losses (arXiv 2506.05350).
             ``"any"``: uniform over the examples that differ from the row's ``x1``; ``"other_label"``: uniform over the
             examples with other labels, the integer leaves of ``cond``.
@@ -67,8 +69,8 @@ def batches(
 
     Raises:
         ValueError: for a size, seed or step out of range, examples that are not floating, conditions of another length,
-            ``flip`` of anything but images, a ``source`` of another shape or beside ``couple``, and negatives that do
-            not exist.
+            ``flip`` of anything but images, a ``source`` of another shape, pairs beside ``couple``, and negatives that
+            do not exist.
 
     >>> import numpy as np
     >>> x, labels = np.eye(4, dtype=np.float32), np.arange(4)
@@ -79,7 +81,10 @@ def batches(
     cond = jax.tree.map(np.asarray, cond)
     n = len(x)
     _check(x, cond, batch_size, seed, flip, process_index, process_count)
-    _check_pairs(x, couple, source)
+    pairs, drawn = (None, source) if isinstance(source, Source) else (source, None)
+    _check_pairs(x, couple, pairs)
+    if drawn:
+        drawn.check_shape(x.shape[1:])
     label = _labels(cond) if negatives == "other_label" else None
     _check_negatives(x, negatives, label, flip)
     count = batch_size // process_count
@@ -99,11 +104,15 @@ def batches(
         mirrored = generator(seed, _FLIP, step).random(batch_size) < 0.5 if flip else None
         if couple is None and negatives is None:  # no example needs another: gather this process's rows only
             rows, mirrored = rows[mine], mirrored[mine] if flip else None
-        x0 = None if source is None else _take(source, rows, mirrored)
+        x0 = None if pairs is None else _take(pairs, rows, mirrored)
+        if drawn:
+            first = mine.start if len(rows) == count else 0  # this process's rows, or the whole batch
+            x0 = drawn.rows(seed, step, first + np.arange(len(rows)), x.shape[1:]).astype(x.dtype, copy=False)
         out = Batch(_take(x, rows, mirrored), x0, _rows(cond, rows))
         if couple is not None:
             rng = generator(seed, _PAIR, step)
-            x0, x1, kept = couple(rng, _noise(rng, out.x1), out.x1, out.cond)
+            x0 = _noise(rng, out.x1) if drawn is None else out.x0
+            x0, x1, kept = couple(rng, x0, out.x1, out.cond)
             out = Batch(x1, x0, kept)
         if negatives is not None:
             out = out._replace(negative=negative(generator(seed, _NEGATIVE, step), out))

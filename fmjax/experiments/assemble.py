@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 from fmjax import sampling
 from fmjax.checks import refusal
 from fmjax.data import Dataset, batches, mean
-from fmjax.experiments import build, specs, workdir
+from fmjax.experiments import build, sources, specs, workdir
 from fmjax.experiments.settings import SECTIONS, Common, Settings, Training
 from fmjax.methods import weighting
 from fmjax.methods.residual import BASE, with_base
@@ -36,7 +35,7 @@ SAMPLING = (
     "forward_examples",
 )  # no training of a flow uses these
 PICTURES = 36  # conditions kept for sample pictures
-STORED = ("data.source_dir", "data.data_dir")  # where verified files lie
+STORED = tuple(f"data.{name}" for name in sources.STORED)  # where verified files lie
 
 
 def flow_plan(settings: Settings, data: Dataset) -> loop.Plan:
@@ -211,6 +210,9 @@ def network_and_method(
             model = weighting.with_log_variance(model)
     if kind in ("flow", "flow_map"):
         method = _conditional(method, common, classes, guided)
+        if not common.normal_source:
+            path, called = build.path(common.path), specs.name_of(part.method)
+            method = sources.limited(method, common.source, name=called, path=path)
     if getattr(method, NEEDS[kind]) is None:
         wrong = f"gives no {NEEDS[kind].replace('_', ' ')}, which the stage {name!r} needs"
         raise refusal(f"{prefix}method", specs.name_of(part.method), wrong, "Take another method")
@@ -288,9 +290,12 @@ def _example_conditions(common: Common, data: Dataset) -> Cond:
 def _data_batches(common: Common, part: Training, data: Dataset, field: str) -> Callable[[int], Batch]:
     """Return the batches of the training data as a function of the step."""
     x, y = data.train.x, conditions(common, data)
+    source = None if common.normal_source else common.origin.training
+    if source and specs.name_of(part.coupling) == build.SEMIDISCRETE:
+        source.check_normal("the coupling 'semidiscrete'", "Take coupling='minibatch_ot'")
     couple = build.coupling(part.coupling, x, y, flip=common.flip, seed=common.seed, field=field)
     return batches(
-        x, y, batch_size=part.batch_size, seed=common.seed, couple=couple, negatives=common.negatives,
+        x, y, batch_size=part.batch_size, seed=common.seed, couple=couple, source=source, negatives=common.negatives,
         flip=common.flip, process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
 
@@ -335,8 +340,11 @@ def start_of(plan: loop.Plan, settings: Settings, field: str) -> Params | None:
         folder = workdir.network_folder(place)
     except workdir.WorkdirError as error:
         raise refusal(field, place, "has no checkpoint of a flow", "Give the folder of a trained run") from error
-    method = _method_of(folder, settings)
-    kinds = {specs.name_of(settings.flow.method), method}
+    config = next((f / workdir.CONFIG for f in (folder, folder.parent) if (f / workdir.CONFIG).exists()), None)
+    trained = files.read_json(config) if config else {}  # a converted network may have no config
+    if field == "teacher" and not sources.same(trained.get("source", "gaussian_noise"), settings.common.source):
+        raise refusal(field, place, "its flow starts from another source", "Set source to the source of the teacher")
+    kinds = {specs.name_of(part) for part in (settings.flow.method, trained.get("method") or settings.flow.method)}
     if len(kinds) > 1 and kinds & set(PREDICTIONS):
         wrong = f"networks of {' and '.join(sorted(kinds))} predict different things"
         raise refusal(field, place, wrong, "sampling.as_flow converts a prediction to a flow, in Python")
@@ -344,13 +352,6 @@ def start_of(plan: loop.Plan, settings: Settings, field: str) -> Params | None:
         _, base, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
         return loop.merge_parameters(plan, {BASE: base}, f"{field}={str(place)!r}")
     return loop.load_average(plan, folder, field)
-
-
-def _method_of(folder: Path, settings: Settings) -> str:
-    """Return the name of the method that trained a folder's network; for a converted network, of these settings."""
-    config = next((f / workdir.CONFIG for f in (folder, folder.parent) if (f / workdir.CONFIG).exists()), None)
-    spec = files.read_json(config).get("method") if config else None
-    return specs.name_of(spec if spec else settings.flow.method)
 
 
 def flow_fields(settings: Settings) -> dict[str, Any]:
@@ -362,8 +363,9 @@ def flow_fields(settings: Settings) -> dict[str, Any]:
     Returns:
         Plain values by dotted name.
     """
-    top = {name: value for name, value in settings.config.items() if name not in (*FREE, *SAMPLING, *SECTIONS)}
-    fields = workdir.flat(workdir.plain(top))
+    dropped = (*FREE, *SAMPLING, *SECTIONS, "source")
+    top = {name: value for name, value in settings.config.items() if name not in dropped}
+    fields = workdir.flat(workdir.plain(top | settings.common.source_field()))
     if fields.get("data.verify"):
         fields = {name: value for name, value in fields.items() if name not in STORED}
     return fields
@@ -383,4 +385,5 @@ def stage_fields(settings: Settings, name: str) -> dict[str, Any]:
     for key in name.split("."):
         part = part[key]
     shared = {key: settings.config[key] for key in ("seed", "flip", "path", "conditional")}
+    shared |= settings.common.source_field()
     return workdir.flat(workdir.plain({name: part})) | workdir.plain(shared)

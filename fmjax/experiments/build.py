@@ -260,6 +260,23 @@ def step(
     return functools.partial(factory, **options) if options else factory
 
 
+def uses_noise(spec: Spec, path: paths.Path) -> bool:
+    """Return whether a solver step is valid for the source N(0, I) alone, as a step of diffusion models is.
+
+    Args:
+        spec: a step of ``fmjax.sampling``, or a place outside the package.
+        path: the flow's interpolant; with a latent, stochastic steps take a score that was learned.
+
+    Returns:
+        Whether the step takes the path, from which the step knows the noise and the score in a state.
+
+    >>> uses_noise("ddim", paths.linear()), uses_noise("heun", paths.linear())
+    (True, False)
+    """
+    known = specs.options_of(specs.resolve(specs.SOLVER, spec, field="solver")[0] if specs.is_spec(spec) else spec)
+    return "path" in known and not (path.gamma is not None and "score" in known)
+
+
 def optimiser(
     *,
     learning_rate: PositiveFloat,

@@ -292,3 +292,19 @@ def grids(data: Dataset, drawn: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
         Examples ``[n, ...]`` by caption.
     """
     return {"test data": np.asarray(data.test.x[:SHOWN])} | {name: x[0, :SHOWN] for name, x in drawn.items()}
+
+
+def source_grid(models: Models, draws: Draws) -> dict[str, np.ndarray]:
+    """Return the examples of the source from which the shown samples start.
+
+    Args:
+        models: the networks.
+        draws: how many samples, and from which keys.
+
+    Returns:
+        Examples ``[n, ...]`` by caption; nothing for the source N(0, I).
+    """
+    if models.source.normal:
+        return {}
+    keys = drawing.sample_keys(draws.seed, 0, min(SHOWN, draws.samples))
+    return {f"source: {models.source.name}": np.asarray(drawing.starts(models, keys))}

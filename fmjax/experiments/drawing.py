@@ -25,8 +25,9 @@ from fmjax.experiments import build, records, specs
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler, corrector_factory, time_grid
 from fmjax.keys import as_keys, fold_in, from_seed
 from fmjax.sampling import grids
+from fmjax.sources import Source, gaussian_noise
 from fmjax.storage import files, lock
-from fmjax.types import Cond, Costed, FlowMapFn, Method, Multistep, Params
+from fmjax.types import Cond, Costed, FlowMapFn, Method, Multistep, Params, over_batch
 
 CHUNK = 512  # examples per call of a program; no sample depends on this number
 
@@ -40,6 +41,7 @@ class Models(NamedTuple):
         shape: shape of one example.
         path: the flow's interpolant.
         ts: the times of the marginals in ``params["drift"]``.
+        source: what samples start from.
     """
 
     methods: dict[str, Method]
@@ -47,6 +49,7 @@ class Models(NamedTuple):
     shape: tuple[int, ...]
     path: paths.Path
     ts: np.ndarray | None = None
+    source: Source = gaussian_noise()
 
 
 class Draws(NamedTuple):
@@ -80,6 +83,10 @@ def solver_step(sampler: Sampler, models: Models, params: dict[str, Params]) -> 
         return models.methods[FLOW_MAP].flow_map(params[FLOW_MAP])
     flow = models.methods[FLOW]
     score = flow.score(params[FLOW]) if flow.score else None
+    if not models.source.normal and build.uses_noise(sampler.solver, models.path):
+        models.source.check_normal(
+            f"the solver {specs.name_of(sampler.solver)!r}", "Take 'heun', 'rk4' or 'from_diffrax'"
+        )
     return build.step(sampler.solver, path=models.path, score=score)(flow.velocity(params[FLOW]))
 
 
@@ -135,16 +142,16 @@ def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Ca
 
     Returns:
         A function of parameters by name, keys ``[B]`` and conditions ``[B, ...]`` that returns samples ``[B, ...]``.
-        The noise depends on the keys alone, so that samplers can be compared example by example. ``options`` replaces
+        The start depends on the keys alone, so that samplers can be compared example by example. ``options`` replaces
         options of the corrector, so that a search over strengths compiles one program.
     """
     ts = time_grid(sampler.grid, sampler.steps, models.path)
 
     @jax.jit
-    def draw(params: dict[str, Params], keys, cond=None, options=None):
+    def solve(params: dict[str, Params], keys, x0, cond, options):
         return sampling.sample(
             solver_step(sampler, models, params),
-            _source(models.path, keys, models.shape, float(ts[0])),
+            starts(models, keys, float(ts[0])) if x0 is None else x0,
             ts,
             key=fold_in(keys, 1),
             cond=cond,
@@ -154,12 +161,29 @@ def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Ca
             trajectory=trajectory,
         )
 
+    def draw(params: dict[str, Params], keys, cond=None, options=None):
+        # N(0, I) is drawn in the program; examples of another source, perhaps of a data set, are its argument
+        x0 = None if models.source.normal else starts(models, keys, float(ts[0]))
+        return solve(params, keys, x0, cond, options)
+
     return draw
 
 
-def _source(path: paths.Path, keys, shape: tuple[int, ...], t: float = 0.0) -> jax.Array:
-    """Return states ``[B, ...]`` at the start ``t`` of sampling: ``alpha_t`` times standard normal noise."""
-    return sampling.source_sample(path, fold_in(keys, 0), (len(keys), *shape), start=float(t))
+def starts(models: Models, keys, t: float = 0.0) -> jax.Array:
+    """Return the states at which samples start.
+
+    Args:
+        models: the networks, with the path and the source.
+        keys: one key per sample, ``[B]``.
+        t: the first time of the grid.
+
+    Returns:
+        States ``[B, ...]``: ``alpha_t`` times examples of the source, plus the latent of the path.
+    """
+    shape = (len(keys), *models.shape)
+    if isinstance(keys, jax.core.Tracer) and not models.source.normal:  # a check on shapes
+        return jnp.zeros(shape, jnp.float32)
+    return sampling.source_sample(models.path, fold_in(keys, 0), shape, start=float(t), source=models.source)
 
 
 def source_scale(path: paths.Path, t: float = 0.0) -> float:
@@ -328,20 +352,27 @@ def _training_free(sampler: Sampler, models: Models, params, options: dict[str, 
     factory = corrector_factory("corrections", sampler.by, [])
     velocity = models.methods[FLOW].velocity(params[FLOW])
     score = models.methods[FLOW].score
+    names = [p.name for p in inspect.signature(factory).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    needs_score = not score and bool({"score", "direction"} & set(names))
+    if needs_score or "path" in specs.options_of(factory):
+        models.source.check_normal(f"the corrector {specs.name_of(sampler.by)!r}", "Take a trained corrector")
     sources = {
         "step": lambda: solver_step(sampler, models, params),
         "velocity": lambda: velocity,
         "score": lambda: score(params[FLOW]) if score else correction.score_of(velocity, path=models.path),
         "direction": lambda: score(params[FLOW]) if score else correction.score_of(velocity, path=models.path),
-        "log_density": lambda: _log_density(velocity),
+        "log_density": lambda: _log_density(velocity, models.path, models.source),
     }
     if "path" in specs.options_of(factory):
         options["path"] = models.path
-    names = [p.name for p in inspect.signature(factory).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     return factory(*(sources[name]() for name in names), **options)
 
 
-def _log_density(velocity):
-    """Return the log-density of the flow at ``t = 1``, by the change of variables."""
-    ts = np.linspace(1.0, 0.0, 2, dtype=np.float32)
-    return lambda x, t, cond=None: sampling.log_density(velocity, x, ts, cond=cond).log_p
+def _log_density(velocity, path: paths.Path, source: Source):
+    """Return the log-density of the flow, ``(x, t, cond) -> [B]``, by the change of variables; one time for all."""
+
+    def log_density(x, t, cond=None):
+        ts, start = [over_batch(t, x)[0], path.span[0]], None if source.normal else source
+        return sampling.log_density(velocity, x, cond, path=path, ts=ts, source=start).log_p
+
+    return log_density

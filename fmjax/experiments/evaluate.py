@@ -62,9 +62,10 @@ def _write(settings: Settings, path: Path, data, metrics, drawn, names, models: 
     facts |= comparison.facts(settings, data, metrics)
     record = comparison.as_record(rows, verdicts) | {"step": step, "environment": workdir.environment()}
     files.write_json(path / "evaluation.json", record)
+    grids = comparison.source_grid(models, draws) | comparison.grids(data, drawn)
     contents = report.Contents(
         title=f"fmjax: {data.name}", summary=comparison.best_lines(rows), rows=rows, verdicts=verdicts,
-        grids=comparison.grids(data, drawn), trajectories={}, curves=curves(path, [FLOW]), gaps={}, facts=facts,
+        grids=grids, trajectories={}, curves=curves(path, [FLOW]), gaps={}, facts=facts,
         notes=comparison.notes(metrics),
     )  # fmt: skip
     report.write_report(path / "evaluation.html", contents)

@@ -1,4 +1,4 @@
-"""Build the marginals of a flow: forward from noise (p_n) and backward from data (q_n), on the grid of a solver."""
+"""Build the marginals of a flow: forward from the source (p_n) and backward from data (q_n), on a solver's grid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, drawing, records, samplers, workdir
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.workdir import WorkdirError
-from fmjax.keys import normal
+from fmjax.keys import example_keys, from_seed, normal
 from fmjax.storage import checkpoint
 from fmjax.storage.shards import Unfinished
 from fmjax.training import logs, loop
@@ -94,7 +94,7 @@ class Recipe(NamedTuple):
     def size(self) -> int:
         """Return the bytes of all sets on disk."""
         counts = (o["count"] if "count" in o else len(o["data"]) for o in self.options.values())
-        return 4 * sum(counts) * len(self.ts) * int(np.prod(self.options["forward"]["shape"]))
+        return 4 * sum(counts) * len(self.ts) * int(np.prod(self.measured[0].shape[1:]))
 
     def stand_ins(self) -> tuple[correction.Marginals, correction.Marginals]:
         """Return marginals of zeros with the numbers of examples and the conditions of the sets, for checks."""
@@ -122,7 +122,7 @@ def recipe(settings: Settings, plan: loop.Plan, data: Dataset) -> Recipe:
     """Return the settings from which the marginals of a config's flow are built.
 
     Backward marginals start at the training data, with ``flip`` also at mirrored images; forward marginals start at
-    noise, with the conditions of training examples where the flow is conditional.
+    the source, with the conditions of training examples where the flow is conditional.
 
     Args:
         settings: the config.
@@ -150,7 +150,12 @@ def recipe(settings: Settings, plan: loop.Plan, data: Dataset) -> Recipe:
         "cond": cond if cond is None else take(np.arange(sets.forward_examples) % len(x)),
     }  # fmt: skip
     along = build.path(common.path)
-    if (alpha := drawing.source_scale(along)) != 1:
+    alpha = drawing.source_scale(along)
+    if not common.normal_source:
+        keys = example_keys(from_seed(common.seed), jnp.arange(sets.forward_examples))
+        x0 = np.asarray(common.origin.training.examples(keys, x.shape[1:]))
+        forward = {"direction": "forward", "data": np.float32(alpha) * x0, "cond": forward["cond"]}
+    elif alpha != 1:
         forward["start"] = functools.partial(_scaled_noise, alpha=alpha)
     both = lambda a: np.concatenate([a, a])
     backward = {
@@ -160,7 +165,7 @@ def recipe(settings: Settings, plan: loop.Plan, data: Dataset) -> Recipe:
         "backward_map": sets.backward_map,
     }
     named = {name: getattr(sets, name) for name in ("solver", "solver_steps", "backward_map", "forward_examples")}
-    fields = named | {"guidance": common.guidance, "seed": common.seed, "flip": common.flip}
+    fields = named | {"guidance": common.guidance, "seed": common.seed, "flip": common.flip} | common.source_field()
     return Recipe(
         getattr(plan.method, view),
         samplers.time_grid(None, sets.solver_steps, along),

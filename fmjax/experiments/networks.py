@@ -76,8 +76,10 @@ def _combine(
     """Return methods and parameters by network in the form that samplers use; see ``models``."""
     if FLOW_MAP not in methods and methods[FLOW].flow_map is not None:
         methods[FLOW_MAP], params[FLOW_MAP] = methods[FLOW], params[FLOW]
-    path = build.path(settings.common.path)
-    return Models(methods, params, shape, path, time_grid(None, settings.marginals.solver_steps, path))
+    path, source = build.path(settings.common.path), settings.common.origin.sampling
+    source.check_shape(shape)
+    ts = time_grid(None, settings.marginals.solver_steps, path)
+    return Models(methods, params, shape, path, ts, source)
 
 
 def shapes(settings: Settings, plans: Plans) -> Models:
@@ -122,9 +124,11 @@ def identity(settings: Settings, params: Mapping[str, Params]) -> str:
         params: the parameters by network, and the stored marginals where they are used.
 
     Returns:
-        The digest of the parameters, and the guidance scale.
+        The digest of the parameters, the guidance scale, and the source if it is not N(0, I).
     """
-    return f"{checkpoint.digest(params)} guidance {settings.common.guidance}"
+    common = settings.common
+    source = "" if common.normal_source else f" source {workdir.plain({'source': common.source})}"
+    return f"{checkpoint.digest(params)} guidance {common.guidance}{source}"
 
 
 def picture(settings: Settings, plan: loop.Plan) -> Callable[[Params], Any] | None:
@@ -135,7 +139,7 @@ def picture(settings: Settings, plan: loop.Plan) -> Callable[[Params], Any] | No
         plan: the flow's plan.
 
     Returns:
-        ``draw(params) -> [n, ...]``, from the noise of the run's samples; ``None`` for data that cannot be shown.
+        ``draw(params) -> [n, ...]``, with the starts of the run's samples; ``None`` for data that cannot be shown.
     """
     kind = pictures.writer_for(plan.data.shape)
     if kind is None:

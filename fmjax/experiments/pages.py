@@ -22,8 +22,8 @@ from fmjax.sampling import grids
 ROWS = 8  # number of trajectories shown
 DRAWN = ("image", "points")  # kinds of data whose trajectories are shown
 NOTES = [
-    "Forward marginals p_n start at noise and follow the flow; backward marginals q_n start at the training examples "
-    "and follow the flow back in time. For a perfect flow p_n and q_n are the same distribution.",
+    "Forward marginals p_n start at the source and follow the flow; backward marginals q_n start at the training "
+    "examples and follow the flow back in time. For a perfect flow p_n and q_n are the same distribution.",
     "Each correction is compared with its baseline by paired differences over runs.",
 ]
 CHOSEN = "Steps, alpha and beta were chosen on validation data with other noise than in the table."
@@ -90,13 +90,14 @@ def pipeline(
             {}
             if data.kind not in DRAWN
             else {
-                "forward: from noise along the flow": forward.x[:ROWS].swapaxes(0, 1),
-                "backward: from training data along the flow (noise first)": backward.x[:ROWS].swapaxes(0, 1),
+                "forward: from the source along the flow": forward.x[:ROWS].swapaxes(0, 1),
+                "backward: from training data along the flow (source first)": backward.x[:ROWS].swapaxes(0, 1),
             }
         )
     trajectories |= _jumps(names, models, draws) if data.kind in DRAWN else {}
+    grids = comparison.source_grid(models, draws) | comparison.grids(data, drawn)
     contents = report.Contents(
-        title=f"fmjax: {data.name}", summary=lines, rows=rows, verdicts=verdicts, grids=comparison.grids(data, drawn),
+        title=f"fmjax: {data.name}", summary=lines, rows=rows, verdicts=verdicts, grids=grids,
         trajectories=trajectories, curves=curves(path, results), gaps=gaps, facts=facts,
         notes=[*comparison.notes(metrics), *NOTES],
     )  # fmt: skip

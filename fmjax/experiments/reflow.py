@@ -68,6 +68,9 @@ def student_stages(settings: Settings, data: Dataset) -> tuple[list[Stage], Stud
         models, options = straightening.comparison_models(s.bounds, s.parts, s.sharing, full=s.full)
     except ValueError as error:
         raise ValueError(f"straighten.{error}") from error
+    if s.baselines and not settings.common.normal_source:
+        wrong = "these samplers of the teacher (DDIM, DPM-Solver++, ...) need the source N(0, I)"
+        raise refusal("straighten.baselines", s.baselines, wrong, "Set straighten.baselines=()")
     if not options:
         raise refusal("straighten.sharing", s.sharing, "trains no student", "Give ('gated',), or set straighten.full")
     flow = assemble.flow_plan(settings, data)

@@ -108,7 +108,7 @@ class Run:
 
         Args:
             n: number of samples.
-            seed: seed of the noise.
+            seed: seed of the starts, which come from the source of the config, and of noise on the way.
             label: one label for all samples.
             cond: conditions ``[n, ...]``; by default labels one after the other, if the run has labels.
             guidance: guidance scale; by default the config's.
@@ -133,7 +133,7 @@ class Run:
         return drawing.in_chunks(lambda keys, cond: program(models.params, keys, cond), keys, cond)
 
     def encode(self, x, *, cond: Cond = None, steps: int = 64) -> np.ndarray:
-        """Return the noise that the flow carries to ``x``, by RK4 steps backwards.
+        """Return the state at ``t = 0``, a point of the source, that the flow carries to ``x``, by RK4 steps backwards.
 
         Args:
             x: examples ``[B, ...]``.
@@ -141,15 +141,15 @@ class Run:
             steps: number of steps.
 
         Returns:
-            Noise ``[B, ...]``.
+            Points of the source ``[B, ...]``.
         """
         return self._solve(x, cond, np.linspace(1.0, 0.0, steps + 1, dtype=np.float32))
 
     def decode(self, z, *, cond: Cond = None, steps: int = 64) -> np.ndarray:
-        """Return the examples to which the flow carries noise, by RK4 steps.
+        """Return the examples to which the flow carries points of the source, by RK4 steps.
 
         Args:
-            z: noise ``[B, ...]``.
+            z: points of the source ``[B, ...]``.
             cond: conditions ``[B, ...]``.
             steps: number of steps.
 
@@ -170,7 +170,11 @@ class Run:
 
         Returns:
             Examples ``[n, ...]``.
+
+        Raises:
+            ValueError: a source other than N(0, I), which no great circle follows.
         """
+        self.models.source.check_normal("the great circle of interpolate", "Interpolate between encode(a), encode(b)")
         add = lambda tree: None if tree is None else jax.tree.map(lambda v: jnp.asarray(v)[None], tree)
         za, zb = (self.encode(add(x), cond=add(cond), steps=steps)[0] for x in (a, b))
         angle = np.arccos(np.clip(np.sum(za * zb) / (np.linalg.norm(za) * np.linalg.norm(zb)), -1, 1))
@@ -189,19 +193,21 @@ class Run:
             probes: Hutchinson probes an example; by default the exact divergence up to 64 dimensions, else 1.
 
         Returns:
-            ``log p(x)``, ``[B]``.
+            ``log p(x)``, ``[B]``; ``-inf`` for examples that come from where the density of the source is zero.
 
         Raises:
-            ValueError: a path whose source is not standard normal.
+            ValueError: a path that scales the source, or a source without a density.
             RuntimeError: the adaptive solver failed.
         """
+        source = None if self.models.source.normal else self.models.source
         if drawing.source_scale(self.models.path) != 1:
-            raise refusal("path", self.settings.common.path, "its source is not N(0, I)", "Use a path with alpha_0 = 1")
+            raise refusal("path", self.settings.common.path, "it scales the source", "Use a path with alpha_0 = 1")
         x = jnp.asarray(x, jnp.float32)
         if probes is None and x[0].size > 64:
             probes = 1
         key = None if probes is None else drawing.sample_keys(seed, 0, len(x), purpose=5)
-        density = jax.jit(functools.partial(sampling.log_density, self.velocity, probes=probes))(x, cond, key)
+        solve = functools.partial(sampling.log_density, self.velocity, source=source, probes=probes)
+        density = jax.jit(solve)(x, cond, key)
         return np.asarray(sampling.checked_density(density))
 
     def sampler(self, solver: Any, steps: int | None, grid: Any, corrections: Mapping[str, Any] | None) -> Sampler:
@@ -268,7 +274,8 @@ class Run:
 
     def _solve(self, x, cond: Cond, ts: np.ndarray) -> np.ndarray:
         @jax.jit
-        def solve(x, cond):
-            return sampling.sample(sampling.rk4(self.velocity), x, ts, cond=cond)
+        def solve(params, x, cond):
+            return sampling.sample(sampling.rk4(self.method.velocity(params)), x, ts, cond=cond)
 
-        return drawing.in_chunks(solve, jnp.asarray(x, jnp.float32), cond)
+        params = self.params  # read here, and not while the program is traced
+        return drawing.in_chunks(functools.partial(solve, params), jnp.asarray(x, jnp.float32), cond)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fmjax import checks
 from fmjax.checks import NonNegative, Positive, PositiveFloat, Range, Seed, refusal
-from fmjax.experiments import places, specs
+from fmjax.experiments import places, sources, specs
 
 Count = Annotated[int, Range(1, 1e9)]
 Decay = Annotated[float, Range(0, 1, open_high=True)]
@@ -33,6 +34,21 @@ class Common:
     save_every: Positive
     sample_every: NonNegative
     keep: Positive
+    source: Any = "gaussian_noise"  # of run folders that do not have the field
+
+    @functools.cached_property
+    def origin(self) -> sources.Origin:
+        """The source, built once; a data set is read here."""
+        return sources.origin(self.source)
+
+    @functools.cached_property
+    def normal_source(self) -> bool:
+        """Whether the source is N(0, I)."""
+        return sources.is_normal(self.source)
+
+    def source_field(self) -> dict[str, Any]:
+        """Return what a training depends on of the field ``source``, for its record; nothing for N(0, I)."""
+        return {} if self.normal_source else {"source": sources.recorded(self.source)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +190,10 @@ def read(config: Any) -> Settings:
 
 def _take(kind: type, fields: dict[str, Any]) -> Any:
     """Remove the fields of the record ``kind`` from ``fields`` and return the record."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    if missing := [name for name in names if name not in fields]:
+    required = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in fields]:
         raise ValueError(f"{missing[0]}: the config has no such field. Start from configs/base.py, which has them all.")
+    names = [field.name for field in dataclasses.fields(kind) if field.name in fields]
     return _make(kind, {name: fields.pop(name) for name in names}, "")
 
 

@@ -16,7 +16,7 @@ from fmjax.experiments.drawing import Draws
 from fmjax.experiments.pages import Page
 from fmjax.experiments.report import Row
 from fmjax.experiments.settings import Settings, Straighten
-from fmjax.keys import fold_in, normal
+from fmjax.keys import fold_in
 from fmjax.metrics import mean_se, spectrum
 from fmjax.sampling import grids
 from fmjax.straightening import FULL, TEACHER, SegmentedModel
@@ -82,7 +82,8 @@ def compare_students(
     _, s = settings.straighten
     shape = data.train.x.shape[1:]
     keys = [fold_in(drawing.sample_keys(draws.seed, i, draws.samples), 0) for i in range(draws.seeds)]
-    noise = jnp.concatenate([normal(k, shape) for k in keys])
+    source = settings.common.origin.sampling
+    noise = jnp.concatenate([source.examples(k, shape) for k in keys])
     cond = jax.tree.map(lambda a: np.concatenate([a] * draws.seeds), draws.cond)
     flow = methods[TEACHER].velocity
     ts, index = teacher_grid(s.grid, s.reference_steps, s.bounds)
@@ -213,17 +214,18 @@ def _segment_measures(
     _, s = settings.straighten
     count = min(s.probes, data.train.count, reference.shape[1])
     keys = drawing.sample_keys(draws.seed, draws.seeds, count)
-    real = np.asarray(data.train.x[:count])
+    real, source = np.asarray(data.train.x[:count]), settings.common.origin.training
+    x0 = None if source.normal else source.examples(keys, real.shape[1:])
     conds = drawing.first(cond, count), drawing.first(data.train.cond if cond is not None else None, count)
 
     def of(model: SegmentedModel):
         @jax.jit
-        def measure(params, states, real):
+        def measure(params, states, real, x0):
             each = straightening.segment_velocities(model, methods, params)
             teacher = methods[TEACHER].velocity(params[TEACHER])
-            return straightening.segment_measures(each, teacher, s.bounds, states, real, keys, *conds)
+            return straightening.segment_measures(each, teacher, s.bounds, states, real, keys, *conds, x0)
 
-        return jax.tree.map(float, measure(params, reference[:, :count], real))
+        return jax.tree.map(float, measure(params, reference[:, :count], real, x0))
 
     return [model._asdict() | of(model) for model in models]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fmjax import correction, straightening
@@ -21,6 +22,7 @@ from fmjax.experiments.results import Result, finished, read_trained
 from fmjax.experiments.samplers import FLOW
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
+from fmjax.keys import example_keys, from_seed
 from fmjax.storage import checkpoint
 from fmjax.storage.shards import Unfinished
 from fmjax.training import loop, plans, sharding
@@ -68,6 +70,7 @@ def student(settings: Settings, data: Dataset, plan: loop.Plan, options: Mapping
     keep = tuple(options.get("keep", ()))
     kept = {"kept_fraction": 0.5 if options.get("retention", 1.0) else 0.0}
     real = {"keep": keep, "real": data.train.x, "real_cond": assemble.conditions(settings.common, data), **kept}
+    real["source"] = None if settings.common.normal_source else settings.common.origin.training
 
     def work(results: dict[str, Result], folder: Path) -> Result:
         flow, ends = results[FLOW].value, results["trajectories"].value
@@ -97,7 +100,7 @@ def _training_only(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
-    """Return the stage that solves the teacher's ODE from noise and stores the states at the bounds.
+    """Return the stage that solves the teacher's ODE from the source and stores the states at the bounds.
 
     Args:
         settings: the config, with ``straighten``.
@@ -115,9 +118,14 @@ def trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
         "direction": "forward", "count": s.examples, "shape": flow.data.shape, "seed": s.seed, "solver": s.solver,
         "steps": index, "mesh": flow.mesh, "cond": jax.tree.map(repeat, cond),
     }  # fmt: skip
+    if not settings.common.normal_source:
+        keys = example_keys(from_seed(s.seed), jnp.arange(s.examples))
+        options["data"] = np.asarray(settings.common.origin.training.examples(keys, flow.data.shape))
+        options = {name: value for name, value in options.items() if name not in ("count", "shape", "seed")}
 
     def read(folder: Path, digest: str) -> Result:
-        named = {name: options[name] for name in ("direction", "count", "seed", "solver", "steps")}
+        named = {name: options[name] for name in ("direction", "count", "seed", "solver", "steps") if name in options}
+        named |= {"data": checkpoint.digest_rows(options["data"])} if "data" in options else {}
         states = correction.read_marginals(folder, expect={"flow": digest, "ts": ts, **named})
         words = f"{len(states.x)} of the teacher, at {', '.join(f'{t:g}' for t in states.ts)}"
         return Result(states, hashlib.sha256(repr(states.manifest).encode()).hexdigest(), words)
@@ -152,6 +160,6 @@ def trajectories(settings: Settings, flow: loop.Plan, data: Dataset) -> Stage:
             raise ValueError(f"straighten.{error}") from error
 
     names = ("seed", "bounds", "grid", "grid_steps", "solver", "examples")
-    fields = {f"straighten.{name}": getattr(s, name) for name in names}
+    fields = {f"straighten.{name}": getattr(s, name) for name in names} | settings.common.source_field()
     size = lambda: 4 * s.examples * len(index) * math.prod(flow.data.shape)
     return Stage("trajectories", (FLOW,), fields, check, work, complete, size=size)

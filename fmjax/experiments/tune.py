@@ -1,6 +1,7 @@
 """Choose the steps and the strengths of the corrections of a finished run.
 
-Steps and strengths are chosen on validation examples and reported on test examples, with different noise.
+Steps and strengths are chosen on validation examples and reported on test examples, with different noise. Where the
+source is a data set, the search starts from its validation examples.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def main(
     plain = samplers.plain_samplers({solver: (steps,)})[0]
     folder = path / "tuning" / files.slug(f"{by} {plain.name} {distance.name}")
     draws = comparison.draws_of(settings, data)
-    choice = _search(everywhere, models, draws, distance, space, most, seeds, folder, identity)
+    searched = models._replace(source=settings.common.origin.tuning)
+    choice = _search(everywhere, searched, draws, distance, space, most, seeds, folder, identity)
     best = choice.chosen.placement
     entry = {"solver": solver, "steps": steps, "by": by, **{k: list(v) for k, v in best._asdict().items()}}
     tuned = samplers.corrected_samplers({"tuned": entry} if best.at else {}, [plain], [by])

@@ -78,4 +78,4 @@ def contrastive(
         return unbiased
 
     score = views.score_view(path, velocity) if path.gamma is None else None
-    return FlowMethod(loss, velocity=velocity, score=score)
+    return FlowMethod(loss, velocity=velocity, score=score, normal_source=True)

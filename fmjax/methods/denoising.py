@@ -62,4 +62,5 @@ def denoising(
         loss,
         velocity=lambda params: lambda x, t, cond=None: read(params, x, t, cond, "velocity"),
         score=lambda params: lambda x, t, cond=None: read(params, x, t, cond, "score"),
+        normal_source=True,
     )

@@ -75,4 +75,4 @@ def discriminator(
         pair = batch._replace(x1=noised(k_real, batch.x1), x0=noised(k_generated, batch.x0), t=t)
         return classifier.loss(params, target, pair, k_net)
 
-    return CorrectorMethod(loss, direction=classifier.direction, batches="ends")
+    return CorrectorMethod(loss, direction=classifier.direction, batches="ends", normal_source=True)

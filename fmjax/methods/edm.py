@@ -63,4 +63,5 @@ def edm(
 
     straight = views.velocity_view(net)
     velocity = straight if path is _LINEAR else lambda params: paths.change(straight(params), _LINEAR, path)
-    return DiffusionMethod(loss, velocity=velocity, score=views.score_view(path, velocity))
+    score = views.score_view(path, velocity)
+    return DiffusionMethod(loss, velocity=velocity, score=score, normal_source=True)

@@ -72,4 +72,4 @@ def learned_coupling(
         residual = aux["per_example"]
         return c.reduce(residual + weight * kl, t=aux["t"], residual=residual, kl=kl)
 
-    return flow._replace(loss=loss, score=None)
+    return flow._replace(loss=loss, score=None, normal_source=True)

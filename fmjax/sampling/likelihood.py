@@ -1,6 +1,6 @@
-"""Log-density of a flow or of a flow map with a Gaussian source, its divergence, and bits per dimension.
+"""Log-density of a flow or of a flow map, its divergence, and bits per dimension.
 
-``log p_t(x_t) = log N(x_0) - int_0^t div v(x_r, r) dr`` along the flow (arXiv 1806.07366, 1810.01367). The state and
+``log p_t(x_t) = log p_0(x_0) - int_0^t div v(x_r, r) dr`` along the flow (arXiv 1806.07366, 1810.01367). The state and
 the integral are one solve. A velocity must treat its examples independently, as every network of ``nets`` does.
 """
 
@@ -18,6 +18,7 @@ from fmjax import checks, paths
 from fmjax.keys import as_keys, normal
 from fmjax.sampling import adaptive, grids
 from fmjax.sampling.states import wide_state
+from fmjax.sources import Source
 from fmjax.types import Cond, FlowMapFn, VelocityFn, over_batch
 
 COLUMNS = 64  # jvps side by side: bounds the memory of an exact divergence
@@ -29,15 +30,17 @@ class Density(NamedTuple):
 
     Attributes:
         log_p: log-density of each example in nats, ``[B]``.
-        x0: the noise that flows to ``x``, ``[B, ...]``.
+        x0: the state at ``t = 0`` that flows to ``x``, ``[B, ...]``.
         halved: ``log_p`` with every step halved, ``[B]``; ``None`` where steps are adaptive.
         result: a ``diffrax.RESULTS``; ``None`` where nothing was solved.
+        outside: whether ``x0`` lies where the density of the source is zero, ``[B]``; ``None`` for N(0, I).
     """
 
     log_p: Array
     x0: Array
     halved: Array | None
     result: Any
+    outside: Array | None = None
 
 
 def divergence(velocity: VelocityFn, x: Float[Array, "b ..."], t: Any, cond: Cond = None) -> tuple[Array, Array]:
@@ -124,6 +127,7 @@ def log_density(
     key=None,
     *,
     path: paths.Path = paths.linear(),
+    source: Source | None = None,
     probes: int | None = None,
     distribution: str = "rademacher",
     ts: Any = None,
@@ -144,8 +148,9 @@ def log_density(
         x: states ``[B, ...]`` at ``ts[0]``.
         cond: the condition of the velocity.
         key: one key, or keys ``[B]``, of the probes.
-        path: the path of the velocity. Its noise at ``ts[-1]``, ``N(0, alpha^2 I)``, is the density there, so what the
-            path keeps of the data (``beta``) must be small.
+        path: the path of the velocity. The density at ``ts[-1]`` is the density of ``alpha x0``, so what the path
+            keeps of the data (``beta``) must be small.
+        source: the distribution of ``x0``, with a density; by default N(0, I).
         probes: number of Hutchinson probes for each example, fixed over the solve. ``None`` takes the exact divergence:
             ``d`` derivatives an evaluation, for small ``d``.
         distribution: of the probes, see ``draw_probes``.
@@ -160,8 +165,8 @@ def log_density(
         Log-densities ``[B]`` in nats and what tells how far to trust them.
 
     Raises:
-        ValueError: for a grid that does not fall to the noise, a key without probes or probes without a key, and for
-            everything that ``integrate`` refuses.
+        ValueError: for a grid that does not fall to the noise, a key without probes or probes without a key, a source
+            without a density, and for everything that ``integrate`` refuses.
 
     >>> import jax.numpy as jnp
     >>> density = log_density(lambda x, t, cond=None: 0 * x, jnp.zeros((1, 2)))
@@ -169,6 +174,7 @@ def log_density(
     -1.8379
     """
     x, _ = wide_state("x", x)
+    _check_density(source, x.shape[1:])
     noise, data = path.span
     ts = grids.check_grid((data, noise) if ts is None else ts)
     if not grids.is_traced(ts) and (ts[-1] > noise + grids.SAME or ts[0] < ts[-1]):
@@ -195,31 +201,40 @@ def log_density(
             augmented, start, ts, solver=solver, cond=cond, rtol=rtol, atol=atol, max_steps=max_steps
         )
         x0, gain = ys[-1, :, :-1], ys[-1, :, -1]  # backwards in time: the integral comes with its minus sign
-        return _log_normal(x0, scale) + gain, x0.reshape(x.shape), result
+        x0 = x0.reshape(x.shape)
+        return _log_source(source, x0, scale) + gain, x0, result
 
     log_p, x0, result = solve(ts)
+    outside = None if source is None else jnp.isneginf(log_p) & jnp.isfinite(x0.reshape(b, d)).all(1)
     if rtol is not None:
-        return Density(log_p, x0, None, result)
+        return Density(log_p, x0, None, result, outside)
     middle = (ts[:-1] + ts[1:]) / 2
     finer = jnp.stack([ts[:-1], middle], 1).ravel() if grids.is_traced(ts) else np.stack([ts[:-1], middle], 1).ravel()
     finer = (jnp if grids.is_traced(ts) else np).append(finer, ts[-1])
-    return Density(log_p, x0, solve(finer)[0], result)
+    return Density(log_p, x0, solve(finer)[0], result, outside)
 
 
 def flow_map_log_density(
-    flow_map: FlowMapFn, x: Float[Array, "b ..."], *, ts: Any = (0.0, 1.0), cond: Cond = None, tolerance: float = 0.01
+    flow_map: FlowMapFn,
+    x: Float[Array, "b ..."],
+    *,
+    ts: Any = (0.0, 1.0),
+    cond: Cond = None,
+    source: Source | None = None,
+    tolerance: float = 0.01,
 ) -> Density:
     """Return the log-density of states under a flow map that is its own inverse, by one jump to the noise.
 
-    ``log p(x) = log N(z) + log|det dz/dx|`` with ``z = X_{1,0}(x)``: the change of variables with the exact Jacobian
+    ``log p(x) = log p_0(z) + log|det dz/dx|`` with ``z = X_{1,0}(x)``: the change of variables with the exact Jacobian
     (``d`` derivatives, for small ``d``). It holds only where ``X_{0,1}(X_{1,0}(x)) = x``, which a map that was trained
     for ``s <= t`` does not satisfy: the round trip is checked on these ``x``. Not under jit.
 
     Args:
-        flow_map: ``X(x, s, t, cond)`` with source ``N(0, I)``.
+        flow_map: ``X(x, s, t, cond)``.
         x: states ``[B, ...]`` at ``ts[1]``.
         ts: the times of the noise, 0, and of ``x``.
         cond: the condition of the flow map.
+        source: the distribution ``p_0``, with a density; by default N(0, I).
         tolerance: largest distance of the round trip, relative to the size of ``x``, of the worst example.
 
     Returns:
@@ -233,6 +248,7 @@ def flow_map_log_density(
     >>> round(float(density.log_p[0]), 4)
     -1.8379
     """
+    _check_density(source, x.shape[1:])
     ts = grids.check_grid(ts)
     if len(ts) != 2 or ts[0] != 0 or not ts[1] > 0:
         raise ValueError(f"ts={ts.tolist()}: must be the time of the noise, 0, and the time of x. Give (0, t).")
@@ -248,8 +264,8 @@ def flow_map_log_density(
     axes = jnp.eye(d, dtype=x.dtype).reshape(d, *x.shape[1:])
     columns = jax.lax.map(lambda e: push(jnp.broadcast_to(e, x.shape)), axes, batch_size=min(COLUMNS, d))
     jacobian = columns.reshape(d, b, d).swapaxes(0, 1)  # transposed, which no determinant sees
-    log_p = _log_normal(z.reshape(b, d), 1.0) + jnp.linalg.slogdet(jacobian)[1]
-    return Density(log_p, z, None, None)
+    log_p = _log_source(source, z, 1.0) + jnp.linalg.slogdet(jacobian)[1]
+    return Density(log_p, z, None, None, None if source is None else jnp.isneginf(log_p))
 
 
 def checked_density(density: Density, *, tolerance: float = 0.01) -> Float[Array, " b"]:
@@ -261,7 +277,7 @@ def checked_density(density: Density, *, tolerance: float = 0.01) -> Float[Array
             absolute changes over the batch. With ``inf`` any change passes.
 
     Returns:
-        ``log_p: [B]`` in nats.
+        ``log_p: [B]`` in nats; ``-inf`` where the density of the source is zero.
 
     Raises:
         RuntimeError: where the solve failed, a value is not finite, or fixed steps are too few.
@@ -270,16 +286,18 @@ def checked_density(density: Density, *, tolerance: float = 0.01) -> Float[Array
     >>> checked_density(Density(jnp.zeros(2), jnp.ones((2, 1)), None, None)).tolist()
     [0.0, 0.0]
     """
-    log_p = adaptive.checked_solve(density.log_p[None], density.result, what="the solve of the log-density")[0]
+    outside = jnp.zeros(len(density.log_p), bool) if density.outside is None else density.outside
+    finite = jnp.where(outside, 0.0, density.log_p)
+    adaptive.checked_solve(finite[None], density.result, what="the solve of the log-density")
     if density.halved is not None:
         d = math.prod(density.x0.shape[1:])
-        change = float(jnp.abs(density.halved - log_p).mean()) / (d * math.log(2))
+        change = float(jnp.abs(jnp.where(outside, 0.0, density.halved) - finite).mean()) / (d * math.log(2))
         if not change < tolerance:
             raise RuntimeError(
                 f"tolerance={tolerance:g}: halving the fixed steps changes the likelihood by {change:.3g} bits/dim, so "
                 "they are too few. Refine ts, give rtol and atol, or raise tolerance."
             )
-    return log_p
+    return density.log_p
 
 
 def bits_per_dim(density: Density, *, level: float, tolerance: float = 0.01) -> Float[Array, " b"]:
@@ -332,9 +350,21 @@ def dequantise(key, x: Float[Array, "b ..."], *, level: float) -> Float[Array, "
     return x + level * uniform(as_keys(key, x.shape[0]))
 
 
-def _log_normal(z: Array, scale: float) -> Array:
-    """``log N(z; 0, scale^2 I)`` of rows ``[B, d]``."""
-    return -0.5 * ((z / scale) ** 2 + math.log(2 * math.pi)).sum(1) - z.shape[1] * math.log(scale)
+def _check_density(source: Source | None, shape: tuple[int, ...]) -> None:
+    """Refuse a source without a density, or of another shape."""
+    if source is not None:
+        source.check_shape(shape)
+        if source.log_density is None:
+            wrong = "has no density, which a likelihood needs"
+            raise checks.refusal("source", source.name, wrong, "Take a source with one, such as gaussian_noise")
+
+
+def _log_source(source: Source | None, z: Array, scale: float) -> Array:
+    """Return the log-density of ``scale x0`` at states ``z: [B, ...]``; of N(0, I) without a source."""
+    d = math.prod(z.shape[1:])
+    if source is not None:
+        return source.log_density(z / scale) - d * math.log(scale)
+    return -0.5 * ((z.reshape(len(z), d) / scale) ** 2 + math.log(2 * math.pi)).sum(1) - d * math.log(scale)
 
 
 def _along(velocity: VelocityFn, x, t, cond, directions, reduce) -> tuple[Array, Array]:

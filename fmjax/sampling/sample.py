@@ -21,6 +21,7 @@ from fmjax.sampling import grids
 from fmjax.sampling.costs import evaluations
 from fmjax.sampling.states import time_dtype, wide_state
 from fmjax.sampling.stochastic import draw_noise
+from fmjax.sources import Source
 from fmjax.types import Aux, Cond, Corrector, Costed, FlowMapFn, Multistep, over_batch, stated
 
 
@@ -158,11 +159,17 @@ def sample(
 
 
 def source_sample(
-    path: paths.Path, key, shape: tuple[int, ...], *, start: float | None = None, dtype: Any = jnp.float32
+    path: paths.Path,
+    key,
+    shape: tuple[int, ...],
+    *,
+    start: float | None = None,
+    source: Source | None = None,
+    dtype: Any = jnp.float32,
 ) -> Array:
-    """Draw the noise that a sampler starts from: ``alpha x0`` with ``x0 ~ N(0, I)``.
+    """Draw the states that a sampler starts from: ``alpha x0 + gamma z`` with ``x0`` from the source.
 
-    ``alpha`` is 1 at ``t = 0`` of most paths, but ``sigma_max`` on ``paths.ve``. A latent adds its variance.
+    ``alpha`` is 1 at ``t = 0`` of most paths, but ``sigma_max`` on ``paths.ve``; ``gamma`` is 0 there.
     Where the path keeps some of the data at ``start`` (``beta > 0``), that part is left out: it must be small.
 
     Args:
@@ -170,6 +177,7 @@ def source_sample(
         key: one key, or keys ``[B]``.
         shape: the shape ``(B, ...)`` of the states.
         start: the first time of the grid, by default the start of ``path.span``.
+        source: the distribution of ``x0``, by default N(0, I). Another source is drawn outside of ``jax.jit``.
         dtype: the type of the states.
 
     Returns:
@@ -182,9 +190,15 @@ def source_sample(
     True
     """
     start = path.span[0] if start is None else start
+    keys, other = as_keys(key, shape[0]), source is not None and not source.normal
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        scale = float(paths.one_sided(path).coefficients(jnp.asarray(start, jnp.float64))[0])
-    return jnp.asarray(scale, dtype) * normal(as_keys(key, shape[0]), tuple(shape[1:]), dtype)
+        t = jnp.asarray(start, jnp.float64)  # N(0, I) and a latent are one Gaussian
+        scale = float((path if other else paths.one_sided(path)).coefficients(t)[0])
+        gamma = float(path.gamma(t)) if other and path.gamma else 0.0
+    if not other:
+        return jnp.asarray(scale, dtype) * normal(keys, tuple(shape[1:]), dtype)
+    x = jnp.asarray(scale, dtype) * jnp.asarray(source.examples(keys, shape[1:]), dtype)
+    return x + jnp.asarray(gamma, dtype) * normal(fold_in(keys, 1), tuple(shape[1:]), dtype) if gamma else x
 
 
 def with_memory(step: FlowMapFn | Multistep) -> Multistep:

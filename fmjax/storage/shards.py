@@ -61,8 +61,8 @@ class Manifest(NamedTuple):
         dtype: dtype of the records.
         shape: shape of one example at one time.
         count: the number of examples, ``M``.
-        seed: seed of the noise; ``None`` for the backward direction.
-        data: SHA-256 of the data; ``None`` for the forward direction.
+        seed: seed of the starts; ``None`` where data are.
+        data: SHA-256 of the examples that solves start from; ``None`` where they are drawn from the seed.
         shard_size: examples in a shard; the last one may hold fewer.
         cond: description of an example's conditions (``columns.describe``); ``None`` for a set without conditions.
         cond_digest: SHA-256 of all conditions; ``None`` for a set without conditions.

@@ -171,6 +171,7 @@ def segment_measures(
     key,
     cond: Cond = None,
     real_cond: Cond = None,
+    x0: Float[Array, "n ..."] | None = None,
     *,
     path: paths.Path = paths.linear(),
 ) -> dict[str, list[Array]]:
@@ -190,6 +191,7 @@ def segment_measures(
         key: one key, or ``[N]`` keys, for the noise and the times of the data.
         cond: conditions of the states.
         real_cond: conditions of the data.
+        x0: examples of the source beside the data, ``[N, ...]``; by default drawn from N(0, I).
         path: path of the flow.
 
     Returns:
@@ -202,14 +204,14 @@ def segment_measures(
     (4.0, [0.0, 4.0])
     """
     edges, keys = check_bounds(bounds), as_keys(key, len(real))
-    z = jax.vmap(lambda k: jax.random.normal(k, real.shape[1:]))(keys)
+    x0 = jax.vmap(lambda k: jax.random.normal(k, real.shape[1:]))(keys) if x0 is None else x0
     u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1)))(keys)
     measures: dict[str, list[Array]] = {"straightness": [], "jump": [], "departure": []}
     for k, v in enumerate(each):
         low, high = float(edges[k]), float(edges[k + 1])
         measures["straightness"].append(segments.segment_straightness(v, states[k], low, high, cond))
         t = low + (high - low) * u
-        x, _ = paths.with_velocity(path, z, real, t)
+        x, _ = paths.with_velocity(path, x0, real, t)
         measures["departure"].append(jnp.mean(jnp.square(v(x, t, real_cond) - teacher(x, t, real_cond))))
         if k:
             before = lambda x, t, cond, v=each[k - 1]: v(x, jnp.nextafter(t, jnp.zeros_like(t)), cond)

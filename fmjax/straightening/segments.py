@@ -29,6 +29,7 @@ from fmjax.correction.marginals import Marginals, take_conditions
 from fmjax.data.dataset import Rows
 from fmjax.keys import example_keys, fold_in, from_seed, generator, normal, split
 from fmjax.sampling import grids
+from fmjax.sources import Source
 from fmjax.types import Batch, Cond, FlowMapFn, Multistep, Params, VelocityFn, expand, over_batch
 
 
@@ -147,6 +148,7 @@ def segment_batches(
     real_cond: Cond = None,
     kept_fraction: float = 0.5,
     path: paths.Path = paths.linear(),
+    source: Source | None = None,
 ) -> Callable[[int], Batch]:
     """Return batches for ``straighten``: ``Batch(x0=x_{b_k}, x1=x_{b_{k+1}}, t=b_k)`` of a teacher's trajectories.
 
@@ -162,10 +164,11 @@ def segment_batches(
         longest: fraction of the trajectories of each set to leave out, those whose ends are farthest apart (0.1 in
             arXiv 2511.23342).
         keep: segments that are not straightened, for the retention loss.
-        real: data ``[n, ...]`` for the segments ``keep``: ``x1 = alpha_t z + beta_t x`` at a uniform time ``t``.
+        real: data ``[n, ...]`` for the segments ``keep``: ``x1 = alpha_t x0 + beta_t x`` at a uniform time ``t``.
         real_cond: conditions of ``real``, where the sets have conditions.
         kept_fraction: fraction of the batch in the segments ``keep``.
         path: path of the flow, for ``real``.
+        source: the distribution of ``x0``, for ``real``; by default N(0, I).
 
     Returns:
         A function of the step that gives a batch, float32, with the conditions of the examples.
@@ -192,12 +195,12 @@ def segment_batches(
 
     def batch(step: int) -> Batch:
         rng = generator(seed, step)
-        source, k = rng.choice(len(sets), batch_size, p=weights), rng.choice(straight, batch_size)
-        example = rng.integers(np.array([len(index) for index in rows])[source])
+        chosen, k = rng.choice(len(sets), batch_size, p=weights), rng.choice(straight, batch_size)
+        example = rng.integers(np.array([len(index) for index in rows])[chosen])
         x0, x1 = np.empty((2, batch_size, *sets[0].x.shape[2:]), np.float32)
         cond = jax.tree.map(lambda c: np.empty((batch_size, *c.shape[1:]), c.dtype), sets[0].cond)
         for n, each in enumerate(sets):
-            place = np.flatnonzero(source == n)
+            place = np.flatnonzero(chosen == n)
             i = rows[n][example[place]]
             x0[place], x1[place] = (each.x[i, at[n][k[place] + d]] for d in (0, 1))
             _put(cond, place, each.cond, i)
@@ -209,7 +212,9 @@ def segment_batches(
             i = rng.integers(len(real), size=kept)
             alpha, beta = (np.asarray(c).reshape(-1, *(1,) * (x1.ndim - 1)) for c in path.coefficients(jnp.asarray(r)))
             x = real[i]
-            x1[place] = alpha * rng.standard_normal(x.shape, np.float32) + beta * x
+            default = source is None or source.normal
+            z = rng.standard_normal(x.shape, np.float32) if default else source.rows(seed, step, place, x.shape[1:])
+            x1[place] = alpha * z + beta * x
             x0[place] = x1[place]
             _put(cond, place, real_cond, i)
         return Batch(x1=x1, x0=x0, t=t, cond=cond)
