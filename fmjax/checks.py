@@ -180,6 +180,35 @@ def check_batch(batch: Any) -> None:
             raise rows(f"cond{jax.tree_util.keystr(path)}", leaf, f"not of leading size {shape[0]}")
 
 
+def check_pixels(name: str, x: np.ndarray) -> None:
+    """Refuse images on another scale than [-1, 1]: bytes, 0 .. 255 as floats, or another scale that starts at 0.
+
+    Samples may overshoot, so that only a scale is refused which no samples have: nothing below 0 and more than 2.
+
+    Args:
+        name: name of the argument, for the message.
+        x: images of any shape.
+
+    Raises:
+        ValueError: ``x`` is on another scale, or not finite.
+
+    >>> check_pixels("images", np.array([-1.2, 0.5]))
+    >>> check_pixels("images", np.array([0.0, 255.0]))
+    Traceback (most recent call last):
+    ValueError: images in [0, 255]: images lie in [-1, 1]. Scale them: images / 127.5 - 1.
+    """
+    x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}={x.dtype}{list(x.shape)}: images are floats in [-1, 1]. Convert and scale them.")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name}={x.dtype}{list(x.shape)}: not all values are finite. Leave out what diverged.")
+    if x.size and x.min() >= 0 and (high := x.max()) > 2:
+        advice = "127.5" if 16 < high <= 255 else f"{high / 2:g}"
+        raise ValueError(
+            f"{name} in [{x.min():g}, {high:g}]: images lie in [-1, 1]. Scale them: {name} / {advice} - 1."
+        )
+
+
 class Range(NamedTuple):
     """The finite numbers from ``low`` to ``high``, for type hints: ``width: Annotated[int, Range(low=1)]``.
 

@@ -336,7 +336,13 @@ WRONG = {  # field -> values that broadcast against four examples [2], or are ca
     "x1": (1.0, np.ones((0, 2), np.float32), np.ones((4, 2), np.uint8), [[1.0, 2.0]] * 4),
     "x0": (np.ones(2, np.float32), np.ones((1, 2), np.float32), np.ones((4, 1), np.float32), np.ones((4, 2), int)),
     "negative": (np.float32(1), np.ones((1, 2), np.float32), np.ones((4, 2), int)),
-    "t": (np.float32(0.5), np.ones(1, np.float32), np.ones((4, 1), np.float32), np.ones(2, np.float32), np.ones(4, int)),
+    "t": (
+        np.float32(0.5),
+        np.ones(1, np.float32),
+        np.ones((4, 1), np.float32),
+        np.ones(2, np.float32),
+        np.ones(4, int),
+    ),
     "progress": (np.float32(0.5), np.ones(1, np.float32), np.ones((4, 1), np.float32)),
     "cond": (np.int32(3), np.ones(1, int), np.ones(3, int), {"a": np.ones(4), "b": np.ones((2, 4))}),
 }
