@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from laboratory import config_file, numbers, read, refused, run
+from laboratory import config_file, no_checkpoint, numbers, read, refused, run
 from laboratory import laboratory as laboratory  # a fixture
 from test_convert_edm import NCSN, TINY, names
 from test_convert_edm_snapshots import snapshot
@@ -176,7 +176,7 @@ def test_a_run_starts_from_a_converted_network_and_learns_from_it(converted, tmp
     assert int(trained.step) == 1 and 0 < max(np.abs(a - b).max() for a, b in pairs) < 0.01  # Adam at its first step
 
 
-def test_a_file_without_a_shape_is_evaluated_on_data_and_sampled_with_a_shape(tmp_path, laboratory):
+def test_a_file_without_a_shape_is_evaluated_on_data_and_sampled_with_a_shape(tmp_path, laboratory, as_users_call):
     """The file of ``--to`` holds weights alone: a converted folder of it states no shape of an example."""
     run("train", f"--config={config_file(tmp_path)}", f"--workdir={tmp_path / 'w'}")
     run("convert", f"--workdir={tmp_path / 'w'}", f"--to={tmp_path / 'w.safetensors'}")
@@ -187,6 +187,9 @@ def test_a_file_without_a_shape_is_evaluated_on_data_and_sampled_with_a_shape(tm
     assert line.startswith(f"workdir={tmp_path / 'unknown'}") and "--shape" in line
     run("sample", f"--workdir={tmp_path / 'known'}", *sample)
     assert np.load(tmp_path / "x.npz")["x"].shape == (3, 2)
+    for option in ("--shape=0", "--shape=-2", "--shape=3,3,x", "--shape=7", "--shape=", "--options=[]", "--source="):
+        line = refused("convert", f"--workdir={tmp_path / 'z'}", f"--source={tmp_path / 'w.safetensors'}", option)
+        assert option.removeprefix("--").partition("=")[0] in line.partition(":")[0] and no_checkpoint(tmp_path / "z")
     run("evaluate", f"--config={config_file(tmp_path)}", f"--workdir={tmp_path / 'unknown'}")
     assert numbers(tmp_path / "unknown", "evaluation.json")["rows"]
 
