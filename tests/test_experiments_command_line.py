@@ -2,12 +2,13 @@
 
 import json
 import re
+import signal
 
 import pytest
 
 from fmjax.experiments import command_line, settings, workdir
 from fmjax.experiments.command_line import Option
-from fmjax.storage import files
+from fmjax.storage import files, lock
 
 base = pytest.importorskip("configs.base")
 CONFIG = """
@@ -173,3 +174,36 @@ def test_an_error_of_the_command_is_one_line_and_a_traceback_on_demand(tmp_path)
         command_line.run(fail, "A command.", argv=argv)
     with pytest.raises(ValueError, match="field=1"):
         command_line.run(fail, "A command.", argv=[*argv, "--debug"])
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_signal_outside_of_a_training_is_one_line_and_gives_the_lock_back(
+    name, status, with_config, tmp_path, capsys
+):
+    """While samples are drawn, marginals are built, or strengths are searched."""
+    (tmp_path / "c.py").write_text(CONFIG)
+    former = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def work(*arguments, **options):
+        with lock.owned(tmp_path / "w"):
+            signal.raise_signal(getattr(signal, name))
+            raise AssertionError("works on after the signal")
+
+    with pytest.raises(SystemExit) as end:
+        if with_config:
+            command_line.run(work, "A command.", argv=[f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'w'}"])
+        else:
+            command_line.run_plain(work, "A command.", argv=[])
+    assert end.value.code == status
+    assert capsys.readouterr().err == f"interrupted ({name}). Run the same command to continue.\n"
+    assert not (tmp_path / "w" / lock.FILE).exists()
+    assert former == {s: signal.getsignal(s) for s in former}
+
+
+def test_a_signal_that_is_ignored_stays_ignored_outside_of_a_training():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        command_line.run_plain(lambda: signal.raise_signal(signal.SIGHUP), "A command.", argv=[])
+    finally:
+        signal.signal(signal.SIGHUP, former)

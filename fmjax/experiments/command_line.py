@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from fmjax import checks
 from fmjax.experiments import settings, workdir
 from fmjax.storage import untrusted
 from fmjax.training import sharding
+from fmjax.training.signals import Interrupted, interrupts
 
 FILE = "FILE"
 NO_FIELD = "the config has no field"
@@ -72,7 +74,10 @@ def run(function: Callable[..., Any], doc: str, *options: Option, argv: Sequence
             return
         sharding.start()
         _quiet()
-        function(read, path, **values)
+        with interrupts():
+            function(read, path, **values)
+    except (Interrupted, KeyboardInterrupt) as error:
+        _interrupted(error)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if take["debug"]:
             raise
@@ -95,11 +100,21 @@ def run_plain(function: Callable[..., Any], doc: str, *options: Option, argv: Se
         sys.exit(f"error: {rest[0]}: no such option{checks.nearest(rest[0].lstrip('-'), known)}.")
     try:
         _quiet()
-        function(**values)
+        with interrupts():
+            function(**values)
+    except (Interrupted, KeyboardInterrupt) as error:
+        _interrupted(error)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if debug:
             raise
         sys.exit(f"error: {_one_line(error)}")
+
+
+def _interrupted(error: BaseException) -> None:
+    """End the process with one line and the status of a signal."""
+    number = error.args[0] if isinstance(error, Interrupted) else signal.SIGINT
+    print(f"interrupted ({number.name}). Run the same command to continue.", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def _parse(doc: str, options: Sequence[Option], argv: list[str]) -> tuple[dict[str, Any], list[str]]:
