@@ -178,9 +178,7 @@ def test_an_error_of_the_command_is_one_line_and_a_traceback_on_demand(tmp_path)
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 @pytest.mark.parametrize("with_config", [True, False])
-def test_a_signal_outside_of_a_training_is_one_line_and_gives_the_lock_back(
-    name, status, with_config, tmp_path, capsys
-):
+def test_a_signal_outside_of_a_training_is_one_line_and_unlocks(name, status, with_config, tmp_path, capsys):
     """While samples are drawn, marginals are built, or strengths are searched."""
     (tmp_path / "c.py").write_text(CONFIG)
     former = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
