@@ -12,6 +12,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 LENGTH = 300  # largest number of characters of a refusal
@@ -114,6 +116,97 @@ def check_bounds(bounds: Sequence[float]) -> np.ndarray:
     if edges.ndim != 1 or len(edges) < 2 or (np.diff(edges) <= 0).any() or edges[0] < 0 or edges[-1] > 1:
         raise ValueError(f"bounds={tuple(bounds)}: do not rise strictly within [0, 1]. Give two times or more.")
     return edges
+
+
+def check_state(name: str, x: Any) -> None:
+    """Refuse a state that is not a floating array with a batch axis: integers would be stepped by times rounded to 0.
+
+    Args:
+        name: name of the argument, for the message.
+        x: states ``[B, ...]``.
+
+    Raises:
+        TypeError: ``x`` is no array, or not floating.
+        ValueError: ``x`` has no batch axis.
+
+    >>> check_state("x", np.zeros((4, 2)))
+    >>> check_state("x", np.zeros((4, 2), int))
+    Traceback (most recent call last):
+    TypeError: x=int64[4, 2]: a state is floating. Convert it: x.astype(jnp.float32).
+    """
+    if not (hasattr(x, "dtype") and hasattr(x, "shape")):
+        raise TypeError(f"{name}={_SHORT.repr(x)}: a state is a floating array. Give jnp.asarray({name}, jnp.float32).")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name}={x.dtype}{list(x.shape)}: a state is floating. Convert it: {name}.astype(jnp.float32)."
+        )
+    if not x.shape:
+        raise ValueError(f"{name}={x.dtype}[]: a state has a batch axis. Give an array [B, ...].")
+
+
+def check_batch(batch: Any) -> None:
+    """Refuse a batch whose fields do not have one row for each example: broadcasting would train on other data.
+
+    Args:
+        batch: a ``types.Batch``; under ``jax.jit`` its shapes and types are known.
+
+    Raises:
+        TypeError: ``x1``, ``x0`` or ``negative`` is not a floating array.
+        ValueError: no example, a field of another shape, times that are not floating, or a condition of another length.
+
+    >>> from fmjax.types import Batch
+    >>> check_batch(Batch(np.zeros((4, 2)), x0=np.zeros((4, 2)), t=np.zeros(4)))
+    >>> check_batch(Batch(np.zeros((4, 2)), x0=np.zeros((1, 2))))
+    Traceback (most recent call last):
+    ValueError: batch.x0=float64[1, 2]: batch.x1 is [4, 2]. Give one row for each example.
+    """
+    shape = np.shape(batch.x1)
+    rows = lambda field, value, expected: ValueError(
+        f"batch.{field}={np.result_type(value).name}{list(np.shape(value))}: {expected}. Give one row for each example."
+    )
+    for field in ("x1", "x0", "negative"):
+        if (value := getattr(batch, field)) is not None:
+            check_state(f"batch.{field}", value)
+            if value.shape != shape or not shape[0]:
+                raise rows(field, value, f"batch.x1 is {list(shape)}" if shape[0] else "no example")
+    for field in ("t", "progress"):
+        value = getattr(batch, field)
+        if value is None:
+            continue
+        if np.shape(value) != shape[:1] or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise rows(field, value, f"not floats [{shape[0]}]")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch.cond):
+        if np.shape(leaf)[:1] != shape[:1]:
+            raise rows(f"cond{jax.tree_util.keystr(path)}", leaf, f"not of leading size {shape[0]}")
+
+
+def check_pixels(name: str, x: np.ndarray) -> None:
+    """Refuse images on another scale than [-1, 1]: bytes, 0 .. 255 as floats, or another scale that starts at 0.
+
+    Samples may overshoot, so that only a scale is refused which no samples have: nothing below 0 and more than 2.
+
+    Args:
+        name: name of the argument, for the message.
+        x: images of any shape.
+
+    Raises:
+        ValueError: ``x`` is on another scale, or not finite.
+
+    >>> check_pixels("images", np.array([-1.2, 0.5]))
+    >>> check_pixels("images", np.array([0.0, 255.0]))
+    Traceback (most recent call last):
+    ValueError: images in [0, 255]: images lie in [-1, 1]. Scale them: images / 127.5 - 1.
+    """
+    x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}={x.dtype}{list(x.shape)}: images are floats in [-1, 1]. Convert and scale them.")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name}={x.dtype}{list(x.shape)}: not all values are finite. Leave out what diverged.")
+    if x.size and x.min() >= 0 and (high := x.max()) > 2:
+        advice = "127.5" if 16 < high <= 255 else f"{high / 2:g}"
+        raise ValueError(
+            f"{name} in [{x.min():g}, {high:g}]: images lie in [-1, 1]. Scale them: {name} / {advice} - 1."
+        )
 
 
 class Range(NamedTuple):

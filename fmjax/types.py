@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from fmjax import checks
+
 Params = Any
 Cond = Any
 Aux = dict[str, Array]
@@ -386,8 +388,15 @@ def over_batch(t, x: Array) -> Float[Array, " b"]:
     Returns:
         Times ``[B]``: float32, or float64 where ``x`` is float64.
 
+    Raises:
+        TypeError: ``x`` is not a floating array.
+        ValueError: ``t`` is neither a scalar nor ``[B]``.
+
     >>> over_batch(0.5, jnp.zeros((3, 2)))
     Array([0.5, 0.5, 0.5], dtype=float32)
     """
+    checks.check_state("x", x)
+    if jnp.shape(t) not in ((), x.shape[:1]):
+        raise ValueError(f"t.shape={jnp.shape(t)}: not times of {len(x)} examples. Give a number, or one for each.")
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     return jnp.broadcast_to(jnp.asarray(t, dtype), (x.shape[0],))

@@ -45,6 +45,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -71,6 +72,14 @@ def x64():
     """Float64 for a test that compares with a closed form to rounding."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def as_users_call():
+    """Without the run-time check of array types, which only this suite has: what is refused then is refused by us."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

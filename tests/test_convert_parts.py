@@ -1,5 +1,6 @@
 """Which entry of a checkpoint is its network, and the names of its tensors."""
 
+import functools
 import json
 import pickle
 
@@ -34,12 +35,14 @@ TABLE = {"exp_avg": np.ones(3)}
         ({**EDM, "step": np.array(3)}, None),
         ({"a/b": np.ones(2)}, None),
         ({"state_dict": {"layer.weight": np.ones(2)}}, "state_dict"),
+        ({"ema": {"module": EDM}, "epoch": 3}, "ema.module"),
+        ({"run": {"state": {"model": EDM}}, "optimizer": {"state": {0: TABLE}}}, "run.state.model"),
     ],
 )
 def test_the_only_network_of_a_checkpoint_is_taken(content, part):
     state, taken = parts.state_dict(content)
     assert taken == part
-    expected = content if part is None else content[part]
+    expected = content if part is None else functools.reduce(lambda entry, name: entry[name], part.split("."), content)
     assert state.keys() == expected.keys() and all(state[name] is expected[name] for name in state)
 
 
@@ -61,6 +64,8 @@ def test_a_choice_between_raw_and_averaged_weights_is_the_users(raw, averaged):
         ({"epoch": 3, "optimizer": {"state": {}}}, None, "the file has no state dict"),
         ({**EDM, "ema": EDM}, None, "several networks, the file itself, ema"),
         ({"a": TABLE, "b": TABLE}, None, "several networks, a, b"),
+        ({"model": EDM, "ema": {"module": {**EDM}}}, None, "several networks, model, ema.module"),
+        ({"ema": {"shadow": {**EDM}, "decay": 0.999}, "model": EDM}, None, "several networks, model, ema.shadow"),
         ({"model": EDM}, "optim", "part='optim': .*it has model"),
         ({"n" * 10**6: EDM, "m" * 10**6: EDM}, None, "several networks, n{40}, m{40}"),
     ],
@@ -71,7 +76,18 @@ def test_a_file_without_one_network_is_refused(content, part, message):
     assert len(str(caught.value)) <= 300
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "module.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.net.",
+        "ema_model.module.",
+        "_fsdp_wrapped_module.",
+    ],
+)
 def test_prefixes_of_wrappers_are_dropped(prefix):
     """From DataParallel, torch.compile, both in either order, and Lightning; a counter of AveragedModel beside them."""
     state = names(**TINY)

@@ -147,3 +147,20 @@ def test_rows_on_disk_are_read_whole_unless_made_from_bytes(from_bytes, reads):
     assert isinstance(rows, Rows)
     dataset(Examples(rows), examples(), examples())
     assert rows.reads == reads  # once for finite values, once for the range
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("x", [[[0.1, 0.2]] * 4, None, np.float32(1), "abc", {"x": np.ones((4, 2))}])
+def test_examples_that_are_no_array_are_refused_by_their_split(x):
+    with pytest.raises(ValueError, match=r"^test\.x="):
+        dataset(examples(), examples(), Examples(x))
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_numbers_of_levels_and_classes_are_whole_and_labels_fit_into_a_table():
+    for field, values in {"levels": (1, 2.5, np.nan, "256", True), "classes": (0, -1, 3.0, np.nan, 10**9)}.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{field}="):
+                dataset(*three(cond=np.arange(6) % 3), **{field: value})
+    with pytest.raises(ValueError, match="^classes="):
+        dataset(*three(n=4, cond=np.array([0, 1, 2, 10**12])))

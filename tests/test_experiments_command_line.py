@@ -1,12 +1,14 @@
 """Command lines: options and overrides parse, what is wrong ends with one line, and the run folder is config enough."""
 
 import json
+import re
+import signal
 
 import pytest
 
 from fmjax.experiments import command_line, settings, workdir
 from fmjax.experiments.command_line import Option
-from fmjax.storage import files
+from fmjax.storage import files, lock
 
 base = pytest.importorskip("configs.base")
 CONFIG = """
@@ -89,10 +91,59 @@ def test_a_missing_folder_or_file_ends_with_one_line(launch, tmp_path):
         command_line.run(lambda *a, **k: None, "A command.", argv=[f"--config={tmp_path / 'c.py'}"])
 
 
-def test_a_config_file_that_fails_shows_its_traceback(launch, tmp_path):
-    (tmp_path / "bad.py").write_text("import configs\n\ndef get_config():\n    return configs.zzz\n")
-    with pytest.raises(AttributeError, match="zzz"):
-        launch(config=tmp_path / "bad.py")
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("import configs\n\ndef get_config():\n    return configs.zzz\n", "failed in line 4 (AttributeError: .*zzz"),
+        ("def get_config(:\n", "failed in line 1 (SyntaxError: "),
+        ("import none_such\n", "failed in line 1 (ModuleNotFoundError: .*none_such"),
+        ("steps = 4\n", "failed .*get_config"),
+        ("def get_config(name):\n    pass\n", "failed .*get_config"),
+        ("def get_config():\n    return 3\n", "."),
+        ("raise MemoryError\n", "."),
+    ],
+)
+def test_a_config_file_that_fails_ends_with_its_line_and_its_error(text, what, launch, tmp_path):
+    (tmp_path / "bad.py").write_text(text)
+    line = refused(launch, config=tmp_path / "bad.py")
+    assert re.search(what.replace("(", r"\("), line) and len(line) <= 300, line
+    (tmp_path / "debug").mkdir()
+    with pytest.raises(Exception, match="."):  # the traceback
+        launch("--debug", config=tmp_path / "bad.py")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "w/config.json", "/dev/null", "/tmp"])
+def test_what_is_no_python_file_is_no_config(name, launch):
+    assert refused(launch, config=name).startswith("config=")
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\0b", "w" * 256, "é" * 200, "s3://bucket/w"])
+def test_a_name_that_no_folder_can_have_is_refused_by_its_option(name, launch, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        command_line.run(
+            lambda *a, **k: None, "A command.", argv=[f"--config={tmp_path / 'c.py'}", f"--workdir={name}"]
+        )
+    line = str(end.value.code)
+    assert line.startswith("error: workdir") and len(line) <= 307 and "\0" not in line
+
+
+def test_a_long_message_keeps_its_end_and_short_paths(tmp_path, monkeypatch):
+    deep = "/" + "/".join(["d" * 100] * 5)
+
+    def failing(*a, **k):
+        raise RuntimeError(f"workdir={deep}: its stage 'flow' is in the way of {deep}/flow. Delete it.")
+
+    with pytest.raises(SystemExit) as end:
+        command_line.run_plain(failing, "A command.", argv=[])
+    line = str(end.value.code)
+    assert len(line) <= 307 and line.endswith("Delete it.") and "its stage 'flow'" in line
+
+    def missing(*a, **k):
+        open("/nowhere/x" * 40)
+
+    with pytest.raises(SystemExit) as end:
+        command_line.run_plain(missing, "A command.", argv=[])
+    assert "No such file or directory" in str(end.value.code) and len(str(end.value.code)) <= 307
 
 
 def test_help_lists_options_and_config_fields(launch, capsys):
@@ -123,3 +174,34 @@ def test_an_error_of_the_command_is_one_line_and_a_traceback_on_demand(tmp_path)
         command_line.run(fail, "A command.", argv=argv)
     with pytest.raises(ValueError, match="field=1"):
         command_line.run(fail, "A command.", argv=[*argv, "--debug"])
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_signal_outside_of_a_training_is_one_line_and_unlocks(name, status, with_config, tmp_path, capsys):
+    """While samples are drawn, marginals are built, or strengths are searched."""
+    (tmp_path / "c.py").write_text(CONFIG)
+    former = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def work(*arguments, **options):
+        with lock.owned(tmp_path / "w"):
+            signal.raise_signal(getattr(signal, name))
+            raise AssertionError("works on after the signal")
+
+    with pytest.raises(SystemExit) as end:
+        if with_config:
+            command_line.run(work, "A command.", argv=[f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'w'}"])
+        else:
+            command_line.run_plain(work, "A command.", argv=[])
+    assert end.value.code == status
+    assert capsys.readouterr().err == f"interrupted ({name}). Run the same command to continue.\n"
+    assert not (tmp_path / "w" / lock.FILE).exists()
+    assert former == {s: signal.getsignal(s) for s in former}
+
+
+def test_a_signal_that_is_ignored_stays_ignored_outside_of_a_training():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        command_line.run_plain(lambda: signal.raise_signal(signal.SIGHUP), "A command.", argv=[])
+    finally:
+        signal.signal(signal.SIGHUP, former)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from laboratory import read
+from laboratory import config_file, no_checkpoint, numbers, read, refused, run
+from laboratory import laboratory as laboratory  # a fixture
 from test_convert_edm import NCSN, TINY, names
 from test_convert_edm_snapshots import snapshot
 from test_convert_torchcfm import FILE, RECORDED, draw
@@ -173,6 +174,24 @@ def test_a_run_starts_from_a_converted_network_and_learns_from_it(converted, tmp
     trained = loop.train(plan, tmp_path / "r", params=start, teacher=teacher)
     pairs = zip(*map(jax.tree.leaves, (trained.params, restored(tmp_path / "w"))), strict=True)
     assert int(trained.step) == 1 and 0 < max(np.abs(a - b).max() for a, b in pairs) < 0.01  # Adam at its first step
+
+
+def test_a_file_without_a_shape_is_evaluated_on_data_and_sampled_with_a_shape(tmp_path, laboratory, as_users_call):
+    """The file of ``--to`` holds weights alone: a converted folder of it states no shape of an example."""
+    run("train", f"--config={config_file(tmp_path)}", f"--workdir={tmp_path / 'w'}")
+    run("convert", f"--workdir={tmp_path / 'w'}", f"--to={tmp_path / 'w.safetensors'}")
+    for name, *shape in (("unknown",), ("known", "--shape=2")):
+        run("convert", f"--workdir={tmp_path / name}", f"--source={tmp_path / 'w.safetensors'}", *shape)
+    sample = (f"--out={tmp_path / 'x.npz'}", "--count=3", "--solver=euler", "--solver_steps=2")
+    line = refused("sample", f"--workdir={tmp_path / 'unknown'}", *sample)
+    assert line.startswith(f"workdir={tmp_path / 'unknown'}") and "--shape" in line
+    run("sample", f"--workdir={tmp_path / 'known'}", *sample)
+    assert np.load(tmp_path / "x.npz")["x"].shape == (3, 2)
+    for option in ("--shape=0", "--shape=-2", "--shape=3,3,x", "--shape=7", "--shape=", "--options=[]", "--source="):
+        line = refused("convert", f"--workdir={tmp_path / 'z'}", f"--source={tmp_path / 'w.safetensors'}", option)
+        assert option.removeprefix("--").partition("=")[0] in line.partition(":")[0] and no_checkpoint(tmp_path / "z")
+    run("evaluate", f"--config={config_file(tmp_path)}", f"--workdir={tmp_path / 'unknown'}")
+    assert numbers(tmp_path / "unknown", "evaluation.json")["rows"]
 
 
 def test_a_converted_network_is_evaluated_and_sampled_as_it_is(converted, tmp_path):

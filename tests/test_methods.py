@@ -18,7 +18,7 @@ from fmjax import paths, training
 from fmjax.keys import example_keys, normal
 from fmjax.storage import checkpoint
 from fmjax.training import sharding
-from fmjax.types import Net, expand, over_batch
+from fmjax.types import Batch, Net, Network, expand, over_batch
 
 Z = 4.5  # two-sided, 7e-6 a test: some 200 z-tests under fixed seeds
 FLOOR = 1e-6  # float64: the oracle's u is a quotient for |t - s| > 1e-4 and a trapezium, off by 1e-8 u'', below
@@ -329,6 +329,36 @@ def test_a_special_case_is_the_general_method_with_arguments(name):
         factory(name)(mlp, path=path), factory(CASES[name].of)(mlp, path=path, **CASES[name].options),
         wide(batch), example_keys(KEYS, jnp.arange(32)), wide(mlp_params()), wide(mlp_params(1)),
     )  # fmt: skip
+
+
+ROWS = Batch(np.ones((4, 2), np.float32), **{n: np.ones((4, 2), np.float32) for n in ("x0", "negative")})
+WRONG = {  # field -> values that broadcast against four examples [2], or are cast without a word
+    "x1": (1.0, np.ones((0, 2), np.float32), np.ones((4, 2), np.uint8), [[1.0, 2.0]] * 4),
+    "x0": (np.ones(2, np.float32), np.ones((1, 2), np.float32), np.ones((4, 1), np.float32), np.ones((4, 2), int)),
+    "negative": (np.float32(1), np.ones((1, 2), np.float32), np.ones((4, 2), int)),
+    "t": (
+        np.float32(0.5),
+        np.ones(1, np.float32),
+        np.ones((4, 1), np.float32),
+        np.ones(2, np.float32),
+        np.ones(4, int),
+    ),
+    "progress": (np.float32(0.5), np.ones(1, np.float32), np.ones((4, 1), np.float32)),
+    "cond": (np.int32(3), np.ones(1, int), np.ones(3, int), {"a": np.ones(4), "b": np.ones((2, 4))}),
+}
+
+
+@pytest.mark.parametrize("name", discover())
+def test_a_batch_that_would_broadcast_is_refused_by_its_field(name):
+    net = Network(lambda params, x, s, t, cond=None, key=None: x, encoder=lambda *args: args[1])
+    options = {"contrastive": {"mean": np.zeros(2)}, "score_corrector": {"sigma": 0.1}}.get(name, {})
+    options |= {"bounds": (0.0, 1.0)} if name == "straighten" else {}
+    loss = factory(name)(net, **options).loss
+    for field, values in WRONG.items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=rf"^batch\.{field}[=\[]") as error:
+                loss({}, {}, ROWS._replace(**{field: value}), jax.random.key(0))
+            assert len(str(error.value)) <= 300 and "\n" not in str(error.value)
 
 
 def test_every_method_file_has_a_factory_and_an_entry():

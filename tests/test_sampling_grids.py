@@ -136,3 +136,39 @@ def test_a_schedule_by_step_is_its_array_on_any_grid_with_those_times():
     for bad in (values[:-1], 0.5):
         with pytest.raises(ValueError, match=r"values=\("):
             grids.per_step(ts, bad)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    "ts",
+    [["0", "1"], "01", [False, True], np.array([0, 1], object), {0.0: 1.0}, (i for i in (0, 1)), [0, 1j], None],
+)
+def test_what_is_no_list_of_numbers_is_no_grid(ts):
+    for take in (grids.check_grid, lambda ts: grids.per_step(ts, [1.0, 2.0]), lambda ts: grids.same_times((0,), ts, 4)):
+        with pytest.raises(ValueError, match="^ts=") as error:
+            take(ts)
+        assert len(str(error.value)) <= 300
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    "at", [(0.5,), (1.0,), ("0",), "12", (True,), (np.nan,), (None,), 3, ((0, 1),), np.array([0.5])]
+)
+def test_a_step_that_is_no_whole_number_is_refused_not_rounded(at):
+    with pytest.raises(ValueError, match="^at="):
+        grids.check_at(at, 4)
+    assert grids.check_at(np.array([3, 0]), 4) == grids.check_at([0, np.int64(3)], 4) == (0, 3)
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_a_uniform_grid_lies_in_the_unit_interval_and_has_steps():
+    for options in ({"start": -0.5}, {"stop": 2.0}, {"start": np.nan}, {"stop": np.inf}, {"start": 1.0}, {"stop": "1"}):
+        with pytest.raises(ValueError, match=f"^({'|'.join(options)}|stop)="):
+            grids.uniform_grid(4, **options)
+    for make in (grids.uniform_grid, grids.edm_grid, grids.log_snr_grid):
+        for n in (0, -1, 2.0, True, None, "3", np.nan):
+            with pytest.raises(ValueError, match="^n="):
+                make(n)
+    for ts in ([0.0, 500.0], [np.nan, 1.0], [-0.1, 1.0]):
+        with pytest.raises(ValueError, match="^ts="):
+            grids.per_step(ts, [1.0, 2.0])

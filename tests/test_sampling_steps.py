@@ -130,6 +130,21 @@ def test_a_short_state_is_carried_in_float32_and_cast_back(name, key):
 
 
 @every_step
+def test_a_step_alone_refuses_states_it_would_round_and_keeps_short_ones(name, key):
+    """A step is public: what ``sample`` checks holds for one call, too."""
+    step = sampling.with_memory(made(name))
+    right = jnp.asarray(X, jnp.float32)
+    for x in (jnp.full((3, 1), 3), jnp.full((3, 1), 3, jnp.uint8), jnp.ones((3, 1), bool)):
+        with pytest.raises(TypeError, match="^x="):
+            step.step(step.init(right), x, 0.25, 0.5, None, key)
+    for t in (jnp.full(1, 0.5), jnp.full((3, 1), 0.5), jnp.full(2, 0.5)):
+        with pytest.raises(ValueError, match=r"^t.shape="):
+            step.step(step.init(right), right, 0.25, t, None, key)
+    one = lambda x: step.step(step.init(x), x, 0.25, 0.5, None, key)[0]
+    assert jax.eval_shape(one, SHORT).shape == SHORT.shape
+
+
+@every_step
 def test_a_traced_grid_gives_the_sample_of_the_static_grid(name, key):
     x, run = SHORT.astype(jnp.float32), lambda x, ts: sampling.sample(made(name), x, ts, key=key)
     np.testing.assert_allclose(jax.jit(run)(x, jnp.asarray(GRIDS["rising"])), plain(name), rtol=1e-5, atol=1e-6)

@@ -10,7 +10,11 @@ import numpy as np
 
 from fmjax.checks import refusal
 
-WRAPPERS = re.compile(r"(?:(?:module|model|_orig_mod)\.)+")  # of DataParallel, Lightning, EMA and torch.compile
+# of DataParallel, Lightning, averages, torch.compile, FSDP and DeepSpeed
+WRAPPERS = re.compile(
+    r"(?:(?:module|model|net|network|unet|ema|ema_model|model_ema|_orig_mod|_fsdp_wrapped_module|_forward_module)\.)+"
+)
+DEPTH = 4  # of dictionaries in dictionaries: {"ema": {"module": {...}}}
 TORCHCFM = {"net_model", "ema_model"}  # torchcfm's own checkpoints: the trained and the averaged network
 MARKS = {"edm": "map_layer0.weight", "torchcfm": "time_embed.0.weight"}
 
@@ -47,7 +51,8 @@ def network_kind(state: Mapping[str, Any]) -> str | None:
 def state_dict(content: Any, *, part: str | None = None) -> tuple[dict[str, np.ndarray], str | None]:
     """Return the state dict of a checkpoint: the whole file, or the one entry that can be meant.
 
-    Where several entries are networks, as in ``{"model": raw, "model_ema": average}``, the choice is the user's. Of
+    An entry may lie deeper, as ``"ema.module"`` in ``{"ema": {"module": average}}``. Where several entries are
+    networks, as in ``{"model": raw, "model_ema": average}``, the choice is the user's. Of
     torchcfm's own ``net_model`` and ``ema_model`` the average is taken.
 
     Args:
@@ -68,8 +73,7 @@ def state_dict(content: Any, *, part: str | None = None) -> tuple[dict[str, np.n
     ValueError: part=None: the file has several networks, model, model_ema. Give one of them as --part.
     """
     entries = content if isinstance(content, dict) else {}
-    states: dict[str | None, dict[str, np.ndarray]] = {None: _arrays(entries)}
-    states |= {name: _arrays(entry) for name, entry in entries.items() if isinstance(name, str)}
+    states: dict[str | None, dict[str, np.ndarray]] = {None: _arrays(entries), **_within(entries)}
     states = {name: state for name, state in states.items() if state}
     offered = ", ".join(f"{name:.40}" for name in states if name is not None) or "none"
     if part is not None:
@@ -86,6 +90,22 @@ def state_dict(content: Any, *, part: str | None = None) -> tuple[dict[str, np.n
         names = ", ".join("the file itself" if name is None else f"{name:.40}" for name in chosen)
         raise refusal("part", None, f"the file has several networks, {names}", "Give one of them as --part")
     return states[chosen[0]], chosen[0]
+
+
+def _within(content: dict) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of every dictionary inside a dictionary, by the path to it; each object is entered once."""
+    states, level, seen = {}, [("", content)], {id(content)}
+    for _ in range(DEPTH):
+        following = []
+        for path, entry in level:
+            for name, inner in entry.items():
+                if isinstance(name, str) and isinstance(inner, dict):
+                    states[f"{path}{name}"] = _arrays(inner)
+                    if id(inner) not in seen:
+                        seen.add(id(inner))
+                        following.append((f"{path}{name}.", inner))
+        level = following
+    return states
 
 
 def _arrays(entry: Any) -> dict[str, np.ndarray]:

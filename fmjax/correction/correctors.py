@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 from fmjax import checks, paths
 from fmjax.keys import as_keys, normal, split
 from fmjax.sampling import evaluations
+from fmjax.sampling.states import wide_state
 from fmjax.types import Corrector, Costed, DirectionFn, FlowMapFn, accept, expand, over_batch, stated
 
 Schedule = float | Callable[[Array], Array]
@@ -157,7 +158,7 @@ def langevin(
     _check_count("steps", steps)
 
     def correct(key, x, t, cond=None):
-        t = over_batch(t, x)
+        (x, dtype), t = wide_state("x", x), over_batch(t, x)
 
         def move(x, k):
             s, z = score(x, t, cond), normal(k, x.shape[1:], x.dtype)
@@ -165,10 +166,10 @@ def langevin(
                 h = at_time(step, t, x)
             else:
                 h = 2 * at_time(snr, t, x) ** 2 * expand(_square(z) / _square(s), x)
-            return x + h * s + jnp.sqrt(2 * h) * z, None
+            return (x + h * s + jnp.sqrt(2 * h) * z).astype(x.dtype), None
 
         y, _ = jax.lax.scan(move, x, jnp.stack(split(as_keys(key, len(x)), steps)))
-        return y, {"moved": _rms(y - x)}
+        return y.astype(dtype), {"moved": _rms(y - x)}
 
     return Costed(correct, evaluations(score, calls=steps), check_all(score, step, snr))
 
@@ -210,9 +211,9 @@ def mala(
     _check_count("steps", steps)
 
     def correct(key, x, t, cond=None):
-        t = over_batch(t, x)
+        (x, dtype), t = wide_state("x", x), over_batch(t, x)
         h = at_time(step, t, x)
-        state = lambda x: (x, score(x, t, cond), log_density(x, t, cond))
+        state = lambda x: (x, score(x, t, cond).astype(x.dtype), log_density(x, t, cond).astype(x.dtype))
 
         def move(now, k):
             (x, s, log_p), (k_noise, k_accept) = now, split(k, 2)
@@ -224,7 +225,7 @@ def mala(
             return jax.tree.map(lambda new, old: jnp.where(expand(accepted, new), new, old), proposal, now), accepted
 
         (y, *_), accepted = jax.lax.scan(move, state(x), jnp.stack(split(as_keys(key, len(x)), steps)))
-        return y, {"moved": _rms(y - x), "accepted": accepted.mean(0)}
+        return y.astype(dtype), {"moved": _rms(y - x), "accepted": accepted.mean(0)}
 
     nfe = evaluations(score, log_density, calls=steps + 1)
     return Costed(correct, nfe, check_all(score, log_density, step))
@@ -276,7 +277,7 @@ def restart(
                 )
 
     def correct(key, x, t, cond=None):
-        t = over_batch(t, x)
+        (x, dtype), t = wide_state("x", x), over_batch(t, x)
         early = jnp.broadcast_to(jnp.asarray(to(t) if callable(to) else to, t.dtype), t.shape)
         early = jnp.where((0 <= early) & (early < t), early, jnp.nan)
 
@@ -286,7 +287,7 @@ def restart(
             return _uniform_steps(step, k_steps, x, early, t, cond, steps), None
 
         y, _ = jax.lax.scan(loop, x, jnp.stack(split(as_keys(key, len(x)), loops)))
-        return y, {"moved": _rms(y - x)}
+        return y.astype(dtype), {"moved": _rms(y - x)}
 
     return Costed(correct, evaluations(step, calls=steps * loops), check_all(step, to, also=check))
 
@@ -297,7 +298,7 @@ def _uniform_steps(step, keys, x, s, t, cond, steps: int) -> Array:
 
     def body(x, now):
         i, k = now
-        return step(x, between(i / steps), between((i + 1) / steps), cond, k), None
+        return step(x, between(i / steps), between((i + 1) / steps), cond, k).astype(x.dtype), None
 
     return jax.lax.scan(body, x, (jnp.arange(steps, dtype=t.dtype), jnp.stack(split(keys, steps))))[0]
 

@@ -184,7 +184,7 @@ def _divide(x: Rows, y: np.ndarray | None, validation: float, test: float, seed:
 
 def _converted(x: np.ndarray, stream: bool, field: str) -> Rows:
     """Return examples in float32, in memory or mapped; scale uint8 images."""
-    if x.dtype.kind != "f" and not (x.dtype == np.uint8 and x.ndim == 4):
+    if not x.ndim or x.dtype.kind != "f" and not (x.dtype == np.uint8 and x.ndim == 4):
         sizes = ", ".join(map(str, x.shape))
         raise ValueError(f"{field} is {x.dtype} [{sizes}]. Give floats, or uint8 images [n, H, W, C].")
     if stream:

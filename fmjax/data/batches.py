@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from fmjax import transport
-from fmjax.checks import nearest
+from fmjax.checks import Positive, check_hints, nearest
 from fmjax.couplings import Coupling
 from fmjax.data.dataset import Dataset, Examples, Rows, check_conditions
 from fmjax.keys import check_seed, generator
@@ -30,7 +30,7 @@ def batches(
     x: Rows,
     cond: Cond = None,
     *,
-    batch_size: int,
+    batch_size: Positive,
     seed: int,
     couple: Coupling | None = None,
     source: Source | np.ndarray | None = None,
@@ -247,7 +247,8 @@ def _check(x, cond, batch_size, seed, flip, process_index, process_count) -> Non
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"x={x.dtype}: examples must be floating. Convert them; scale uint8 images by x / 127.5 - 1.")
     check_conditions("cond", cond, len(x))
-    if not 1 <= batch_size <= len(x):
+    check_hints(batches, {"batch_size": batch_size})
+    if batch_size > len(x):
         raise ValueError(f"batch_size={batch_size}: there are {len(x)} examples. Give a number in 1..{len(x)}.")
     if process_count < 1 or not 0 <= process_index < process_count:
         raise ValueError(

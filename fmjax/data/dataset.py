@@ -8,12 +8,14 @@ from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from fmjax.checks import Range
+from fmjax.checks import Range, check_hints
 from fmjax.types import Cond
 
 KINDS = ("image", "points", "vector", "series")
 Count = Annotated[int, Range(2, 1e8)]  # the number of examples in one split
 Part = Annotated[float, Range(0, 1, open_low=True, open_high=True)]  # the fraction of the examples in one split
+
+Labels = Annotated[int, Range(1, 1e6)]  # the number of label classes
 
 _ROWS = 4096  # examples read at a time
 
@@ -110,8 +112,8 @@ def dataset(
     validation: Examples,
     test: Examples,
     *,
-    levels: int | None = None,
-    classes: int | None = None,
+    levels: Annotated[int, Range(low=2)] | None = None,
+    classes: Labels | None = None,
     name: str = "",
 ) -> Dataset:
     """Return a data set of three splits after a check of every value.
@@ -141,6 +143,7 @@ def dataset(
     >>> data.kind, data.classes, data.train.count
     ('points', 2, 2)
     """
+    check_hints(dataset, {"levels": levels, "classes": classes})
     splits = {"train": train, "validation": validation, "test": test}
     for split, examples in splits.items():
         _check_examples(split, examples)
@@ -152,8 +155,6 @@ def dataset(
     kind = kind_of(train.x.shape[1:])
     if kind == "image":
         _check_pixels(splits)
-    if levels is not None and levels < 2:
-        raise ValueError(f"levels={levels}: a pixel has at least 2 levels. Give 256 for 8-bit images, or None.")
     return Dataset(train, validation, test, kind, levels, _classes(splits, classes), name)
 
 
@@ -198,6 +199,8 @@ def check_conditions(field: str, cond: Cond, count: int) -> None:
 
 def _check_examples(split: str, examples: Examples) -> None:
     x = examples.x
+    if not (hasattr(x, "dtype") and getattr(x, "ndim", 0)):
+        raise ValueError(f"{split}.x={type(x).__name__}: not an array of examples. Give an array [n, ...].")
     where = f"{split}.x={np.dtype(x.dtype).name} [{_sizes(x.shape)}]"
     if not np.issubdtype(x.dtype, np.floating):
         advice = "x / 127.5 - 1 scales uint8 images" if x.dtype == np.uint8 else "x.astype(np.float32)"
@@ -238,6 +241,8 @@ def _classes(splits: dict[str, Examples], classes: int | None) -> int:
         return 0
     low, high = min(int(y.min()) for y in conditions.values()), max(int(y.max()) for y in conditions.values())
     count = high + 1 if classes is None else classes
+    if low >= 0 and classes is None:
+        check_hints(dataset, {"classes": count})
     for split, labels in conditions.items():
         wrong = np.flatnonzero((np.asarray(labels) < 0) | (np.asarray(labels) >= count))
         if len(wrong):

@@ -6,14 +6,18 @@ import argparse
 import importlib.util
 import json
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmjax import checks
 from fmjax.experiments import settings, workdir
+from fmjax.storage import untrusted
 from fmjax.training import sharding
+from fmjax.training.signals import Interrupted, interrupts
 
 FILE = "FILE"
 NO_FIELD = "the config has no field"
@@ -61,7 +65,7 @@ def run(function: Callable[..., Any], doc: str, *options: Option, argv: Sequence
     values, overrides = _parse(doc, [WORKDIR, *options, TRUST, PRINT, DEBUG], argv)
     take = {name: values.pop(name) for name in ("workdir", "trust", "print_config", "debug")}
     try:
-        if take["workdir"] is None:
+        if not take["workdir"]:
             raise ValueError("workdir: not given. Give --workdir=FOLDER, the folder of the run.")
         path = workdir.local(take["workdir"])
         read = settings.read(_read_config(overrides, path, trust=take["trust"]))
@@ -70,7 +74,10 @@ def run(function: Callable[..., Any], doc: str, *options: Option, argv: Sequence
             return
         sharding.start()
         _quiet()
-        function(read, path, **values)
+        with interrupts():
+            function(read, path, **values)
+    except (Interrupted, KeyboardInterrupt) as error:
+        _interrupted(error)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if take["debug"]:
             raise
@@ -93,11 +100,21 @@ def run_plain(function: Callable[..., Any], doc: str, *options: Option, argv: Se
         sys.exit(f"error: {rest[0]}: no such option{checks.nearest(rest[0].lstrip('-'), known)}.")
     try:
         _quiet()
-        function(**values)
+        with interrupts():
+            function(**values)
+    except (Interrupted, KeyboardInterrupt) as error:
+        _interrupted(error)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if debug:
             raise
         sys.exit(f"error: {_one_line(error)}")
+
+
+def _interrupted(error: BaseException) -> None:
+    """End the process with one line and the status of a signal."""
+    number = error.args[0] if isinstance(error, Interrupted) else signal.SIGINT
+    print(f"interrupted ({number.name}). Run the same command to continue.", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def _parse(doc: str, options: Sequence[Option], argv: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -141,11 +158,15 @@ def _read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -
         name = argument.partition("=")[0]
         if re.search(r"\s", name):
             raise ValueError(f"{name}: a flag cannot set a name with a space. Set it in a config file, or rename it.")
+    file = _config_file(arguments)
+    if file is not None and not re.search(r"\.py(:|$)", file):
+        raise checks.refusal("config", file, "not a Python file", "Give a file of configs/, or --workdir=FOLDER alone")
     arguments = [re.sub(r"^--config=~", lambda _: f"--config={Path.home()}", a) for a in arguments]
     find_configs()
     holder, stored = flags.FlagValues(), None
     if not any(re.match(r"--config(=|$)", a) for a in arguments):
         stored = _as_config(workdir.read_config(path, trust=trust))
+    sys.modules.pop("config_config", None)  # under this name ml_collections keeps the file that it read before
     former, sys.argv = sys.argv, ["fmjax", *arguments]  # ml_collections reads the overrides from there
     try:
         if stored is None:
@@ -154,13 +175,18 @@ def _read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -
             config_flags.DEFINE_config_dict("config", stored, "", flag_values=holder, lock_config=True)
         holder(["fmjax", *arguments])
         config = holder["config"].value
-        getattr(config, "items", None)  # ml_collections keeps a file's failure until the config is used
+        if not hasattr(config, "items"):  # ml_collections keeps a file's failure until the config is used
+            raise TypeError(f"get_config returns {config!r:.40}, not a config")
         return config
     except (flags.Error, OSError, AttributeError, KeyError, TypeError) as error:
         line = _explain(error, stored if stored is not None else holder["config"].value)
         if isinstance(error, (flags.Error, OSError)) or line.startswith(NO_FIELD):
             raise ValueError(line) from error
-        raise  # the config file itself failed: its traceback says where
+        raise ValueError(_failure(arguments, error)) from error
+    except ValueError:
+        raise
+    except Exception as error:  # a config file can fail in any way
+        raise ValueError(_failure(arguments, error)) from error
     finally:
         sys.argv = former
 
@@ -201,14 +227,43 @@ def _explain(error: Exception, config: Any = None) -> str:
     if quoted and isinstance(error, (AttributeError, KeyError)):
         return f"{NO_FIELD} {quoted[1]!r}" + (f"; did you mean {quoted[2]!r}?" if quoted[2] else "")
     missing = re.search(r"No such file or directory: '(.*?)'", text)
+    if "Error whilst parsing config file" in text and not missing:
+        value, cause = text.partition("--config=")[2].partition(": ")[0], text.strip().splitlines()[-1]
+        cause = cause if len(cause) <= 120 else re.sub(r".* (\w+Error: )", r"\1", cause)
+        return f"config={value}: failed ({untrusted.one_line(cause, 120)}). Correct the file or its argument."
     return f"config={missing[1]!r}: no such file. Give a file of configs/." if missing else _one_line(text)
 
 
+def _config_file(arguments: Sequence[str]) -> str | None:
+    """Return the value of ``--config=FILE`` or ``--config FILE``; ``None`` without the option."""
+    for i, argument in enumerate(arguments):
+        if re.match(r"--config(=|$)", argument):
+            return argument.partition("=")[2] if "=" in argument else "".join(arguments[i + 1 : i + 2])
+    return None
+
+
+def _failure(arguments: Sequence[str], error: Exception) -> str:
+    """Return the error of a config file with the line of the file where it happened."""
+    file = _config_file(arguments) or ""
+    name = Path(file.partition(":")[0]).name
+    at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == name]
+    line = error.lineno if isinstance(error, SyntaxError) else at[-1] if at else None
+    where = "" if line is None else f" in line {line}"
+    what = untrusted.one_line(f"{type(error).__name__}: {getattr(error, 'msg', error)}", 120)
+    return f"config={untrusted.short_path(file)}: failed{where} ({what}). Correct it; --debug shows the traceback."
+
+
 def _one_line(error: Any) -> str:
-    """Return a message on one line."""
+    """Return a message on one line of bounded length."""
     if isinstance(error, MemoryError):
         return f"memory: not enough for these sizes ({' '.join(str(error).split()) or 'MemoryError'}). Ask for less."
-    return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None and type(error).__module__ == "builtins":
+        place = untrusted.short_path(str(error.filename2 or error.filename))
+        error = f"{place}: {error.strerror}. Give a place that can be read and written."
+    line = untrusted.one_line(error, 10**4)
+    if len(line) > checks.LENGTH:  # the end of a message says what to do: long paths are cut first
+        line = re.sub(r"/[^\s'\"(),;]{60,}", lambda path: f"…{path[0][-59:]}", line)
+    return untrusted.one_line(line, checks.LENGTH)
 
 
 def field_names(config: Any, prefix: str = "") -> Iterator[str]:

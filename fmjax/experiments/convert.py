@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fmjax import checks
 from fmjax.checks import refusal
@@ -89,7 +91,11 @@ def convert_file(
         ValueError: a file that is not of the kind, or an option that cannot work.
         CheckpointError: ``path`` has checkpoints.
     """
-    source, path = workdir.local(source), workdir.local(path)
+    source, path = files.local_path("source", source), workdir.local(path)
+    if options is not None and not isinstance(options, Mapping):
+        raise refusal("options", options, "not a mapping", 'Give {"heads": 4}, or leave it out')
+    if shape is not None and (not shape or not all(isinstance(n, numbers.Integral) and 1 <= n <= 2**20 for n in shape)):
+        raise refusal("shape", shape, "not the shape of an example", "Give positive sizes, as in 32,32,3")
     if kind is not None and kind not in KINDS:
         raise refusal("kind", kind, f"no such kind{checks.nearest(kind, KINDS)}", f"There are {', '.join(KINDS)}")
     try:
@@ -99,6 +105,8 @@ def convert_file(
             raise
         raise ValueError(untrusted.one_line(f"{untrusted.short_path(source)}: {error}")) from error
     shape = None if shape is None else [int(n) for n in shape]
+    if shape and net is not None:
+        _check_shape(net, params, shape, classes)
     record = {
         "kind": recognised, "source": source.name, "part": taken, "net": net, "classes": classes, "shape": shape,
         "parameters": _count(params),
@@ -113,6 +121,18 @@ def convert_file(
     if net is not None:
         files.write_json(path / workdir.CONFIG, workdir.plain(_run_config(net, bool(classes))))
     return record
+
+
+def _check_shape(net: Mapping[str, Any], params: Params, shape: Sequence[int], classes: int | None) -> None:
+    """Refuse the shape of an example that the network does not take, or does not return."""
+    x, cond = jnp.zeros((1, *shape)), jnp.zeros(1, int) if classes else None
+    try:
+        out = jax.eval_shape(lambda p: build.net(net).net(p, x, 0.0, 0.0, cond), params).shape
+    except Exception as error:  # a network fails in its own words
+        line = untrusted.one_line(error, 60)
+        raise refusal("shape", shape, f"the network does not take it ({line})", "Give another") from error
+    if out[:-1] != x.shape[:-1]:
+        raise refusal("shape", shape, f"the network returns {list(out[1:])}", "Give the shape of an example")
 
 
 def _run_config(net: Mapping[str, Any], labelled: bool) -> Mapping[str, Any]:
@@ -142,7 +162,7 @@ def export(path: str | Path, file: str | Path) -> int:
         ValueError: another ending of the file.
         WorkdirError: no trained network in ``path``.
     """
-    file = workdir.local(file)
+    file = files.local_path("to", file)
     if file.suffix != ".safetensors":
         raise refusal("to", str(file), "weights are written as .safetensors", "Give FILE.safetensors")
     folder = workdir.network_folder(path)

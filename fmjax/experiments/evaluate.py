@@ -43,7 +43,8 @@ def main(settings: Settings, path: Path) -> None:
         data = _in_memory_data(data, settings)
         metrics = comparison.distances(settings, data, data.test)
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
-    models, identity, step = networks.load_models(settings, path, drift=any(s.by == DRIFT for s in names))
+    drift, shape = any(s.by == DRIFT for s in names), tuple(data.train.x.shape[1:])
+    models, identity, step = networks.load_models(settings, path, drift=drift, shape=shape)
     names = _drawable(names, models, settings.correctors)
     for sampler in names:
         drawing.check_sampler(sampler, models, cond=draws.cond)

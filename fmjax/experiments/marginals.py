@@ -22,7 +22,7 @@ from fmjax.experiments import assemble, build, drawing, records, samplers, workd
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.workdir import WorkdirError
 from fmjax.keys import example_keys, from_seed, normal
-from fmjax.storage import checkpoint
+from fmjax.storage import checkpoint, files
 from fmjax.storage.shards import Unfinished
 from fmjax.training import logs, loop
 from fmjax.types import Params
@@ -213,14 +213,17 @@ def main(
     plans = recipe(settings, plan, data)
     plans.check()
     folder = workdir.network_folder(path)
-    stages = {samplers.FLOW: assemble.flow_fields(settings)} | ({} if out else {"marginals": plans.fields})
+    stages = {samplers.FLOW: assemble.flow_fields(settings)} | ({} if out is not None else {"marginals": plans.fields})
     workdir.open_workdir(path, settings.config, stages)
     step, flow, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
     flow = loop.merge_parameters(plan, flow)
     directions = DIRECTIONS if direction == "both" else (direction,)
     stored = {"steps": None if keep is None else tuple(keep), "dtype": dtype}
     needs = {samplers.FLOW: checkpoint.digest(flow)}
-    out = workdir.begin_stage(path, "marginals", plans.fields, needs=needs) if out is None else workdir.local(out)
+    if out is None:
+        out = workdir.begin_stage(path, "marginals", plans.fields, needs=needs)
+    else:
+        out = files.local_path("out", out)
     first = jax.process_index() == 0
     for name in directions:
         estimate = correction.estimate_cost(plans.view, flow, plans.ts, **_build_sizes(plans.options[name]), **stored)

@@ -196,22 +196,29 @@ def example_facts(path: Path) -> dict[str, Any]:
     return record["data"]
 
 
-def load_models(settings: Settings, path: Path, *, drift: bool = False) -> tuple[Models, str, int]:
+def load_models(
+    settings: Settings, path: Path, *, drift: bool = False, shape: tuple[int, ...] | None = None
+) -> tuple[Models, str, int]:
     """Read the trained networks of a run folder; the data set is not needed.
 
     Args:
         settings: the config.
         path: the folder of a flow, of a pipeline, or of a converted network.
         drift: read the stored marginals too, which the kernel drift takes.
+        shape: shape of one example, for a converted network whose folder does not state it.
 
     Returns:
         The networks in the form that samplers use, their digest (see ``identity``), and the training step of the flow.
 
     Raises:
-        WorkdirError: no flow is trained there.
+        WorkdirError: no flow is trained there, or nothing states the shape of an example.
     """
     facts = example_facts(path)
-    shape, classes = tuple(facts["shape"]), facts["classes"] if settings.common.conditional else 0
+    if (shape := facts["shape"] or shape) is None:
+        raise workdir.WorkdirError(
+            f"workdir={path}: does not state the shape of an example. Convert the file again with --shape=32,32,3."
+        )
+    shape, classes = tuple(shape), facts["classes"] if settings.common.conditional else 0
     average = lambda: np.asarray(facts["mean"], np.float32)
     parts = {FLOW: settings.flow} | settings.correctors | ({FLOW_MAP: settings.flow_map} if settings.flow_map else {})
     methods, params = {}, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import jax
 import numpy as np
 
 from fmjax.checks import Range, check_range, refusal
-from fmjax.experiments import records, workdir
+from fmjax.experiments import records
 from fmjax.experiments.drawing import CHUNK, hash_arrays
 from fmjax.experiments.run import Run
 from fmjax.experiments.settings import Settings
 from fmjax.storage import files, images
+from fmjax.storage.names import hidden
 from fmjax.training import logs, pictures, sharding
 
 
@@ -52,7 +54,7 @@ def main(
         ValueError: an output or an option that cannot work, before anything is drawn.
         WorkdirError: no trained flow.
     """
-    run, target = Run(settings, path), workdir.local(out)
+    run, target = Run(settings, path), files.local_path("out", out)
     options: dict[str, Any] = {"guidance": guidance, "solver": _json("solver", solver), "steps": solver_steps}
     options["corrections"] = _json("corrections", corrections)
     check_range("count", count, Range(1, 1e9))
@@ -67,7 +69,8 @@ def main(
     sampler = run.sampler(options["solver"], solver_steps, None, options["corrections"])
     run.prepare(sampler, guidance, run.conditions(min(count, CHUNK), label, None))
     what = {"sampler": sampler.fields(), "seed": seed, "label": label, "guidance": guidance, "run": run.identity}
-    parts = target.with_name(f".{target.name}.{hash_arrays([np.frombuffer(repr(what).encode(), np.uint8)])[:12]}")
+    _check_space(target, count, run.models.shape)
+    parts = target.with_name(f"{hidden(target.name)}{hash_arrays([np.frombuffer(repr(what).encode(), np.uint8)])[:12]}")
     starts, content = list(range(0, count, CHUNK)), repr(what)
     parts.mkdir(parents=True, exist_ok=True)
     with logs.bar("samples", count, unit="sample") as progress:
@@ -84,6 +87,15 @@ def main(
         _write(target, x, run.conditions(count, label, None))
         shutil.rmtree(parts)
         print(f"{count} samples of {sampler.name} in {target}")
+
+
+def _check_space(target: Path, count: int, shape: tuple[int, ...]) -> None:
+    """Refuse a number of samples that the disk has no space for: they are written in parts, then as one file."""
+    folder = next(folder for folder in target.parents if folder.is_dir())
+    need, free = 8 * count * math.prod(shape), shutil.disk_usage(folder).free
+    if need > free:
+        line = f"disk too small: {need / 1e9:.3g} GB are needed in {folder}, {free / 1e9:.3g} GB are free"
+        raise refusal("count", count, line, "Ask for less, or take another disk")
 
 
 def _write(target: Path, x: np.ndarray, cond: Any) -> None:
@@ -107,7 +119,7 @@ def _json(field: str, text: str | None) -> Any:
         value = json.loads(text)
     except ValueError:
         value = text
-    if field == "corrections" and not isinstance(value, dict):
+    if field == "corrections" and not (isinstance(value, dict) and value):
         raise refusal(field, text, "not a mapping in JSON", 'Give {"at": [0], "by": "score", "alpha": 0.5}')
     return value
 

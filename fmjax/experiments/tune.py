@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 
 from fmjax import checks, correction
-from fmjax.checks import refusal
+from fmjax.checks import Finite, NonNegativeFloat, Positive, Range, check_hints, refusal
 from fmjax.experiments import assemble, build, comparison, drawing, networks, pages, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.samplers import FLOW, Sampler
@@ -36,12 +37,12 @@ def main(
     *,
     by: str,
     solver: str,
-    solver_steps: int,
+    solver_steps: Annotated[int, Range(1, 100_000)],
     metric: str | None = None,
-    most: int | None = 3,
-    seeds: int = 4,
-    alpha: Sequence[float] | None = None,
-    beta: Sequence[float] | None = None,
+    most: Positive | None = 3,
+    seeds: Annotated[int, Range(2, 1e6)] = 4,
+    alpha: Sequence[Finite] | None = None,
+    beta: Sequence[NonNegativeFloat] | None = None,
 ) -> None:
     """Tune a corrector of a finished run for one plain sampler.
 
@@ -66,6 +67,7 @@ def main(
         ValueError: a corrector or distance that does not exist (with the nearest), or too few runs.
         WorkdirError: a run that is not complete.
     """
+    check_hints(main, {"solver_steps": solver_steps, "most": most, "seeds": seeds, "alpha": alpha, "beta": beta})
     data = build.data(settings.common.data)
     if by not in settings.correctors:
         near = checks.nearest(by, settings.correctors)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fmjax import paths, times
+from fmjax.checks import check_batch
 from fmjax.keys import as_keys, normal, split
 from fmjax.types import (
     Aux,
@@ -26,16 +27,18 @@ from fmjax.types import (
 
 
 def keyed(loss: LossFn) -> LossFn:
-    """Make a loss accept one key or one key per example.
+    """Make a loss check its batch, and accept one key or one key per example.
 
     Args:
         loss: loss whose ``key`` is ``[B]``, one key per example.
 
     Returns:
-        The loss, for which one key stands for the keys of the examples ``0 .. B-1`` (``keys.as_keys``).
+        The loss, for which one key stands for the keys of the examples ``0 .. B-1`` (``keys.as_keys``). It raises
+        ``ValueError`` or ``TypeError`` as ``checks.check_batch`` does.
     """
 
     def with_keys(params, target, batch, key):
+        check_batch(batch)
         return loss(params, target, batch, as_keys(key, batch.x1.shape[0]))
 
     return with_keys

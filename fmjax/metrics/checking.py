@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -19,9 +20,12 @@ def finite_rows(name: str, x: Any, *, least: int = 2) -> np.ndarray:
         The samples ``[n, ...]``, float64.
 
     Raises:
-        ValueError: for fewer samples, or a row that is not finite.
+        ValueError: for fewer samples, a row that is not finite, and samples that are not floating.
     """
-    x = np.asarray(x, np.float64)
+    x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}={x.dtype}[{_sizes(x)}]: samples are floating. Convert and scale them like the data.")
+    x = x.astype(np.float64)
     if not x.ndim or len(x) < least:
         raise ValueError(f"{name}=[{_sizes(x)}]: {least} samples or more are needed. Give an array [n, ...].")
     finite = np.isfinite(x).reshape(len(x), -1).all(1)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from fmjax.metrics import checking
 from fmjax.types import Cond, LogitNet, Params
 
 Logits = Float[np.ndarray, " n"]
@@ -37,7 +38,8 @@ def bce(positive: Logits, negative: Others) -> tuple[float, float]:
     >>> round(bce(np.zeros(4), np.zeros(4))[0], 6) == round(float(np.log(2)), 6)
     True
     """
-    terms = np.logaddexp(0, -np.asarray(positive, np.float64)), np.logaddexp(0, np.asarray(negative, np.float64))
+    positive, negative = _pair(positive, negative)
+    terms = np.logaddexp(0, -positive), np.logaddexp(0, negative)
     return float(sum(a.mean() for a in terms) / 2), float(np.sqrt(sum(a.var(ddof=1) / len(a) for a in terms)) / 2)
 
 
@@ -54,6 +56,7 @@ def auc(positive: Logits, negative: Others) -> float:
     >>> auc(np.array([1.0, 2.0]), np.array([0.0, 1.0]))
     0.875
     """
+    positive, negative = _pair(positive, negative)
     below = lambda side: np.searchsorted(np.sort(negative), positive, side).sum()
     return float((below("left") + below("right")) / (2 * len(positive) * len(negative)))
 
@@ -71,7 +74,8 @@ def accuracy(positive: Logits, negative: Others) -> float:
     >>> accuracy(np.array([1.0, -1.0]), np.array([-2.0]))
     0.75
     """
-    return float((np.mean(np.asarray(positive) > 0) + np.mean(np.asarray(negative) < 0)) / 2)
+    positive, negative = _pair(positive, negative)
+    return float((np.mean(positive > 0) + np.mean(negative < 0)) / 2)
 
 
 class ByStep(NamedTuple):
@@ -126,7 +130,8 @@ def by_step(
         The numbers at each step.
 
     Raises:
-        ValueError: if the marginals have another number of steps than ``ts``.
+        ValueError: if the marginals have another number of steps than ``ts``, conditions another number of examples,
+            or a logit is not finite.
 
     >>> net = lambda params, x, s, t, cond=None, key=None: x
     >>> steps = by_step(net, None, np.ones((3, 2), np.float32), -np.ones((3, 2), np.float32), np.array([0.0, 1.0]))
@@ -137,6 +142,10 @@ def by_step(
         raise ValueError(
             f"ts=[{len(ts)}]: the marginals are {positive.shape} and {negative.shape}. Give [n, steps, ...]."
         )
+    for name, x, cond in (("positive", positive, positive_cond), ("negative", negative, negative_cond)):
+        for leaf in jax.tree.leaves(cond):
+            if np.shape(leaf)[:1] != (len(x),):
+                raise ValueError(f"{name}_cond={np.shape(leaf)}: there are {len(x)} examples. Give one row for each.")
     rows, sides = [], ((positive, positive_cond, 1.0), (negative, negative_cond, -1.0))
     for n, t in enumerate(ts):
         logits = [_logits(net, attack, params, x[:, n], cond, t, y, batch) for x, cond, y in sides]
@@ -144,6 +153,15 @@ def by_step(
         rows.append([*bce(p, q), auc(p, q), accuracy(p, q), accuracy(robust_p, robust_q)])
     *clean, robust = np.array(rows).T
     return ByStep(np.asarray(ts), *clean, None if attack is None else robust)
+
+
+def _pair(positive, negative) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits of both classes in float64, after a check: one number each, all finite."""
+    pair = [checking.finite_rows(n, a, least=1) for n, a in (("positive", positive), ("negative", negative))]
+    for name, logits in zip(("positive", "negative"), pair, strict=True):
+        if logits.ndim != 1:
+            raise ValueError(f"{name}={logits.shape}: a classifier gives one logit an example. Give logits [n].")
+    return tuple(pair)
 
 
 def _logits(net, attack, params, x, cond: Cond, t, y: float, batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,13 +14,15 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from fmjax import checks
+from fmjax.checks import Range
 from fmjax.keys import from_seed
 from fmjax.metrics import checking
 from fmjax.metrics.frechet import frechet
@@ -59,7 +61,7 @@ class Features(NamedTuple):
     weights: str
 
 
-def quantise(x: Num[np.ndarray | jax.Array, "*s"], levels: int) -> Float[np.ndarray, "*s"]:
+def quantise(x: Num[np.ndarray | jax.Array, "*s"], levels: Annotated[int, Range(low=2)]) -> Float[np.ndarray, "*s"]:
     """Round images to equally spaced grey levels in [-1, 1], and clip them.
 
     Data sets hold grey levels, samplers real numbers; a metric that detects the difference measures the file format.
@@ -73,13 +75,13 @@ def quantise(x: Num[np.ndarray | jax.Array, "*s"], levels: int) -> Float[np.ndar
         The nearest level of each value, float32.
 
     Raises:
-        ValueError: for fewer than two levels.
+        ValueError: for another number of levels, and for images on another scale or with values that are not finite.
 
     >>> quantise(np.array([-1.2, -0.1, 0.3, 0.9]), 3).tolist()
     [-1.0, 0.0, 0.0, 1.0]
     """
-    if levels < 2:
-        raise ValueError(f"levels={levels}: a pixel has at least 2 levels. Give 256 for 8-bit images, 17 for digits.")
+    checks.check_hints(quantise, {"levels": levels})
+    checks.check_pixels("x", x)
     top = levels - 1
     steps = np.clip(np.floor((np.asarray(x, np.float64) + 1) / 2 * top + 0.5), 0, top)
     return (steps / top * 2 - 1).astype(np.float32)
@@ -120,11 +122,11 @@ def small_classifier(
     Traceback (most recent call last):
     ValueError: train_y=[200]: all labels are 0, so that there is nothing to classify. Use random_features.
     """
-    x, y = np.asarray(train_x, np.float32), np.asarray(train_y, np.int32)
-    if x.ndim != 4 or y.shape != x.shape[:1] or len(x) < RECIPE["batch"]:
-        raise ValueError(
-            f"train_x={x.shape}, train_y={y.shape}: give images [n, h, w, c] and labels [n], n >= {RECIPE['batch']}."
-        )
+    checks.check_pixels("train_x", train_x)
+    x = np.asarray(train_x, np.float32)
+    if x.ndim != 4 or len(x) < RECIPE["batch"]:
+        raise ValueError(f"train_x={x.shape}: not {RECIPE['batch']} images or more. Give images [n, h, w, c].")
+    y = _labels("train_y", train_y, len(x))
     if not np.abs(x).max() <= 1 or y.min() < 0:
         raise ValueError(
             "train_x: images lie in [-1, 1] without NaN, and labels are 0 or above. Scale or correct them."
@@ -180,7 +182,8 @@ def label_accuracy(features: Features, x: Images, y: Int[np.ndarray | jax.Array,
     >>> round(label_accuracy(net, np.zeros((3, 8, 8, 1)), np.array([0, 1, 0])), 3)
     0.667
     """
-    return float((features.logits(x).argmax(1) == np.asarray(y)).mean())
+    y = _labels("y", y, len(x))
+    return float((features.logits(x).argmax(1) == y).mean())
 
 
 def fd_small(features: Features, samples: Images, reference: Num[np.ndarray | jax.Array, "m h w c"]) -> float:
@@ -207,6 +210,14 @@ def fd_small(features: Features, samples: Images, reference: Num[np.ndarray | ja
     pair = checking.pair(samples, reference, ("samples", "reference"))
     a, b = (features.features(quantise(x, features.levels) if features.levels else x) for x in pair)
     return frechet(a, b)
+
+
+def _labels(name: str, y, count: int) -> np.ndarray:
+    """Return integer labels ``[n]``, one for each image."""
+    y = np.asarray(y)
+    if y.dtype.kind not in "iu" or y.shape != (count,):
+        raise ValueError(f"{name}={y.dtype}{list(y.shape)}: there are {count} images. Give integer labels [{count}].")
+    return y.astype(np.int32)
 
 
 def _features(params: dict, shape: tuple[int, ...], levels: int | None) -> Features:

@@ -34,6 +34,8 @@ def moments(features: Features) -> tuple[Vector, Matrix]:
     ([1.0, 1.0], [[2.0, 0.0], [0.0, 0.0]])
     """
     x = checking.finite_rows("features", features)
+    if x.ndim != 2:
+        raise ValueError(f"features={x.shape}: a mean and a covariance are taken of rows. Give features [n, d].")
     mu = x.mean(0)
     x = x - mu
     return mu, x.T @ x / (len(x) - 1)
@@ -55,12 +57,13 @@ def frechet_distance(mu1: np.ndarray, s1: np.ndarray, mu2: np.ndarray, s2: np.nd
         The squared distance.
 
     Raises:
-        ValueError: for means and covariances whose shapes do not match.
+        ValueError: for means and covariances whose shapes do not match, that are not finite, or are no covariances.
 
     >>> frechet_distance(np.zeros(2), np.eye(2), np.ones(2), 4 * np.eye(2))
     4.0
     """
-    mu1, s1, mu2, s2 = (np.asarray(a, np.float64) for a in (mu1, s1, mu2, s2))
+    names = ("mu1", "s1", "mu2", "s2")
+    mu1, s1, mu2, s2 = (_real(name, a) for name, a in zip(names, (mu1, s1, mu2, s2), strict=True))
     shapes = {"mu1": mu1.shape, "s1": s1.shape, "mu2": mu2.shape, "s2": s2.shape}
     d = mu1.shape[0] if mu1.ndim == 1 else -1
     for name, shape in {"mu1": (d,), "s1": (d, d), "mu2": (d,), "s2": (d, d)}.items():
@@ -112,11 +115,14 @@ def trace_sqrt_product(s1: Matrix, s2: Matrix, *, form: str | None = None) -> fl
         The trace.
 
     Raises:
-        ValueError: for another ``form``.
+        ValueError: for another ``form``, and for matrices that are no covariances of one size.
 
     >>> trace_sqrt_product(np.eye(2), 4 * np.eye(2))
     4.0
     """
+    s1, s2 = _covariance("s1", s1), _covariance("s2", s2)
+    if s1.shape != s2.shape:
+        raise ValueError(f"s2={s2.shape}: s1 is {s1.shape}. Give covariances of one size.")
     form = form or ("eigh" if len(s1) <= 512 else "cholesky")
     check_choice("form", form, ("eigh", "cholesky"))
     root = None
@@ -151,3 +157,21 @@ def trace_sqrt_features(features_a: Features, features_b: Others) -> float:
     pair = checking.pair(features_a, features_b, ("features_a", "features_b"))
     a, b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in pair)
     return float(np.linalg.norm(a @ b.T, "nuc"))
+
+
+def _real(name: str, a) -> np.ndarray:
+    """Return finite real numbers in float64."""
+    a = np.asarray(a)
+    if a.dtype.kind not in "fiu" or not np.isfinite(a).all():
+        raise ValueError(f"{name}={a.dtype}{list(a.shape)}: not finite real numbers. Take them from `moments`.")
+    return a.astype(np.float64)
+
+
+def _covariance(name: str, s) -> np.ndarray:
+    """Return a covariance in float64, after a check of its shape, symmetry and variances."""
+    s = _real(name, s)
+    if s.ndim != 2 or s.shape[0] != s.shape[1] or not s.size:
+        raise ValueError(f"{name}={s.shape}: a covariance is a square matrix. Give [d, d].")
+    if (np.diag(s) < 0).any() or not np.allclose(s, s.T, rtol=1e-5, atol=1e-8 * np.abs(s).max(initial=0)):
+        raise ValueError(f"{name}={s.shape}: not symmetric, or a variance below 0. Give a covariance of `moments`.")
+    return s

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Num
 
+from fmjax.checks import Positive, check_hints
 from fmjax.keys import generator
 from fmjax.metrics import checking
 
@@ -19,7 +20,7 @@ Cells = Float[np.ndarray, "i j"]
 SIDE = 4  # squares on a side of the board
 
 
-def counts(samples: Samples, *, bins: int) -> Cells:
+def counts(samples: Samples, *, bins: Positive) -> Cells:
     """Count the samples in each of ``bins x bins`` cells ``[a, b)`` of [-1, 1)^2.
 
     Args:
@@ -37,8 +38,7 @@ def counts(samples: Samples, *, bins: int) -> Cells:
     """
     if np.ndim(samples) != 2 or np.shape(samples)[1] != 2:
         raise ValueError(f"samples={np.shape(samples)}: the histogram is in the plane. Give samples [n, 2].")
-    if bins < 1:
-        raise ValueError(f"bins={bins}: a side has at least one cell. Give 1 or more.")
+    check_hints(counts, {"bins": bins})
     x = checking.finite_rows("samples", samples, least=1)
     index = np.floor((x + 1) * (bins / 2))
     inside = ((index >= 0) & (index < bins)).all(1)
@@ -77,7 +77,7 @@ def kl(samples: Samples, mass: Cells) -> float:
     return float((p[on] * np.log(p[on] / q)).sum())
 
 
-def checkerboard_mass(*, bins: int) -> Cells:
+def checkerboard_mass(*, bins: Positive) -> Cells:
     """Return the probabilities of cells under ``data.draw_checkerboard``: ``2 / bins^2`` for half of the cells.
 
     Args:
@@ -92,6 +92,7 @@ def checkerboard_mass(*, bins: int) -> Cells:
     >>> checkerboard_mass(bins=4)[0].tolist()
     [0.125, 0.0, 0.125, 0.0]
     """
+    check_hints(checkerboard_mass, {"bins": bins})
     if bins < SIDE or bins % SIDE:
         near = max(SIDE, SIDE * round(bins / SIDE))
         raise ValueError(
@@ -128,7 +129,7 @@ def checkerboard_kl(samples: Samples, *, bins: int = 64) -> float:
     return kl(samples, checkerboard_mass(bins=bins))
 
 
-def checkerboard_floor(n: int, *, bins: int = 64, seed: int = 0) -> float:
+def checkerboard_floor(n: Positive, *, bins: int = 64, seed: int = 0) -> float:
     """Return ``checkerboard_kl`` of perfect samples; about ``(bins^2 / 2 - 1) / (2 n)``.
 
     Args:
@@ -145,8 +146,7 @@ def checkerboard_floor(n: int, *, bins: int = 64, seed: int = 0) -> float:
     >>> checkerboard_floor(1_000_000, bins=4) < 1e-5
     True
     """
-    if n < 1:
-        raise ValueError(f"n={n}: a floor needs at least one sample. Give 1 or more.")
+    check_hints(checkerboard_floor, {"n": n})
     mass = checkerboard_mass(bins=bins)
     h = generator(seed).multinomial(n, mass[mass > 0])
     return float(-np.log((h + 0.5) / (n + len(h) / 2) * len(h)).mean())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from fmjax.checks import Positive, check_hints
 from fmjax.metrics import checking
 
 Features = Float[np.ndarray, "n d"]
 Others = Float[np.ndarray, "m d"]
 
 
-def precision_recall(real: Features, samples: Others, *, k: int = 3) -> tuple[float, float]:
+def precision_recall(real: Features, samples: Others, *, k: Positive = 3) -> tuple[float, float]:
     """Return improved precision and recall (arXiv 1904.06991, eq. 2).
 
     The support of a set is the union of balls around its points; each ball reaches to the ``k``-th nearest other point
@@ -36,6 +37,7 @@ def precision_recall(real: Features, samples: Others, *, k: int = 3) -> tuple[fl
     """
     from sklearn.neighbors import NearestNeighbors
 
+    check_hints(precision_recall, {"k": k})
     real, samples = checking.pair(real, samples, ("real", "samples"))
     if min(len(real), len(samples)) <= k:
         raise ValueError(f"k={k}: there are {len(real)} real examples and {len(samples)} samples. Give more than {k}.")

@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
+from fmjax.metrics import checking
+
 
 def radial(x: np.ndarray) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
     """Return the power of images in rings of frequency: ``|F x|^2 / (H W)^2``, mean over images and channels.
@@ -29,8 +31,9 @@ def radial(x: np.ndarray) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " 
     """
     if np.ndim(x) != 4:
         raise ValueError(f"x={np.shape(x)}: a spectrum is taken of images. Give [n, H, W, C].")
-    n, height, width, channels = np.shape(x)
-    modes = np.abs(np.fft.fft2(np.asarray(x, np.float64), axes=(1, 2))) ** 2 / (height * width) ** 2
+    x = checking.finite_rows("x", x, least=1)
+    n, height, width, channels = x.shape
+    modes = np.abs(np.fft.fft2(x, axes=(1, 2))) ** 2 / (height * width) ** 2
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
     ring = np.rint(radius * min(height, width)).astype(int)
     power = np.bincount(ring.ravel(), modes.sum((0, 3)).ravel() / (n * channels))
@@ -48,8 +51,13 @@ def low_fraction(frequency: ArrayLike, power: ArrayLike, *, below: float = 0.2) 
     Returns:
         The fraction, in [0, 1].
 
+    Raises:
+        ValueError: for frequencies and powers that do not match, or are not finite.
+
     >>> low_fraction([0.0, 0.25, 0.5], [3.0, 1.0, 0.0])
     0.75
     """
-    frequency, power = np.asarray(frequency), np.asarray(power)
+    frequency, power = (checking.finite_rows(*a, least=1) for a in (("frequency", frequency), ("power", power)))
+    if power.ndim != 1 or frequency.shape != power.shape:
+        raise ValueError(f"power={power.shape}: frequencies are {frequency.shape}. Give both as `radial` returns them.")
     return float(power[frequency < below].sum() / power.sum())

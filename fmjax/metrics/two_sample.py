@@ -7,11 +7,13 @@ same counts, between held-out data and the reference.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
 from jaxtyping import Num
 
+from fmjax.checks import Finite, Positive, PositiveFloat, Range, check_hints
 from fmjax.keys import generator
 from fmjax.metrics import checking
 
@@ -19,7 +21,7 @@ Samples = Num[np.ndarray | jax.Array, "n ..."]
 Others = Num[np.ndarray | jax.Array, "m ..."]
 
 
-def sliced_w2(x: Samples, y: Others, *, directions: int = 512, seed: int = 0) -> float:
+def sliced_w2(x: Samples, y: Others, *, directions: Positive = 512, seed: int = 0) -> float:
     """Return the sliced 2-Wasserstein distance: ``sqrt(E_u W2^2(u.x, u.y))`` over random unit vectors ``u``.
 
     ``d * sliced_w2**2`` is comparable with ``W2**2`` in ``d`` dimensions. The one-dimensional distances are exact, also
@@ -38,6 +40,7 @@ def sliced_w2(x: Samples, y: Others, *, directions: int = 512, seed: int = 0) ->
     >>> sliced_w2(x, x + 2, directions=4)
     2.0
     """
+    check_hints(sliced_w2, {"directions": directions})
     x, y = _flat_pair(x, y)
     n, m = len(x), len(y)
     u = generator(seed).standard_normal((x.shape[1], directions))
@@ -88,7 +91,7 @@ def w2_exact(x: Samples, y: Others) -> float:
     return float(np.sqrt(ot.emd2(uniform, uniform, cost, numItermax=10_000_000)))
 
 
-def energy_distance(x: Samples, y: Others, *, within: float | None = None, block: int = 1024) -> float:
+def energy_distance(x: Samples, y: Others, *, within: Finite | None = None, block: Positive = 1024) -> float:
     """Return the energy distance ``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, unbiased.
 
     The expectations are over pairs of distinct samples: for equal distributions the mean is 0, and a value can be
@@ -106,12 +109,13 @@ def energy_distance(x: Samples, y: Others, *, within: float | None = None, block
     >>> energy_distance(np.array([[0.0], [1.0]]), np.array([[10.0], [11.0]]))
     18.0
     """
+    check_hints(energy_distance, {"within": within, "block": block})
     x, y = _flat_pair(x, y)
     within = mean_distance(y, block=block) if within is None else within
     return 2 * _sum(x, y, np.sqrt, block) / (len(x) * len(y)) - mean_distance(x, block=block) - within
 
 
-def mean_distance(y: Samples, *, block: int = 1024) -> float:
+def mean_distance(y: Samples, *, block: Positive = 1024) -> float:
     """Return ``E|Y - Y'|`` over the pairs of distinct samples.
 
     Args:
@@ -124,12 +128,13 @@ def mean_distance(y: Samples, *, block: int = 1024) -> float:
     >>> mean_distance(np.array([[0.0], [3.0]]))
     3.0
     """
+    check_hints(mean_distance, {"block": block})
     y, _ = _flat_pair(y, y)
     # The distance of a sample to itself is zero up to rounding (1e-8 of the scale), so the sum is one over pairs.
     return _sum(y, y, np.sqrt, block) / (len(y) * (len(y) - 1))
 
 
-def median_distance(y: Samples, *, count: int = 1000, seed: int = 0) -> float:
+def median_distance(y: Samples, *, count: Annotated[int, Range(low=2)] = 1000, seed: int = 0) -> float:
     """Return the median distance of distinct samples, the usual bandwidth of a kernel.
 
     Args:
@@ -143,12 +148,15 @@ def median_distance(y: Samples, *, count: int = 1000, seed: int = 0) -> float:
     >>> median_distance(np.array([[0.0], [1.0], [3.0]]))
     2.0
     """
+    check_hints(median_distance, {"count": count})
     y, _ = _flat_pair(y, y)
     y = y[generator(seed).permutation(len(y))[:count]]
     return float(np.median(np.sqrt(_squared_distances(y, y)[np.triu_indices(len(y), 1)])))
 
 
-def mmd(x: Samples, y: Others, *, bandwidth: float, within: float | None = None, block: int = 1024) -> float:
+def mmd(
+    x: Samples, y: Others, *, bandwidth: PositiveFloat, within: Finite | None = None, block: Positive = 1024
+) -> float:
     """Return the squared maximum mean discrepancy with a Gaussian kernel, unbiased (Gretton et al., 2012, eq. 3).
 
     ``E k(X, X') + E k(Y, Y') - 2 E k(X, Y)`` with ``k(a, b) = exp(-|a - b|^2 / (2 bandwidth^2))``, over pairs of
@@ -171,13 +179,14 @@ def mmd(x: Samples, y: Others, *, bandwidth: float, within: float | None = None,
     >>> round(mmd(x, x + 1e3, bandwidth=1.0), 12)
     2.0
     """
+    check_hints(mmd, {"bandwidth": bandwidth, "within": within, "block": block})
     x, y = _flat_pair(x, y)
     within = mean_kernel(y, bandwidth=bandwidth, block=block) if within is None else within
     across = _sum(x, y, _kernel(bandwidth), block) / (len(x) * len(y))
     return mean_kernel(x, bandwidth=bandwidth, block=block) + within - 2 * across
 
 
-def mean_kernel(y: Samples, *, bandwidth: float, block: int = 1024) -> float:
+def mean_kernel(y: Samples, *, bandwidth: PositiveFloat, block: Positive = 1024) -> float:
     """Return ``E k(Y, Y')`` over the pairs of distinct samples, with the kernel of ``mmd``.
 
     Args:
@@ -194,6 +203,7 @@ def mean_kernel(y: Samples, *, bandwidth: float, block: int = 1024) -> float:
     >>> mean_kernel(np.zeros((3, 1)), bandwidth=1.0)
     1.0
     """
+    check_hints(mean_kernel, {"bandwidth": bandwidth, "block": block})
     y, _ = _flat_pair(y, y)
     return (_sum(y, y, _kernel(bandwidth), block) - len(y)) / (len(y) * (len(y) - 1))
 
@@ -217,7 +227,11 @@ def mean_se(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def bootstrap_se(
-    statistic: Callable[[np.ndarray], float], samples: Samples, *, resamples: int = 100, seed: int = 0
+    statistic: Callable[[np.ndarray], float],
+    samples: Samples,
+    *,
+    resamples: Annotated[int, Range(low=2)] = 100,
+    seed: int = 0,
 ) -> float:
     """Return the standard error of a statistic: its standard deviation over resamples with replacement.
 
@@ -236,6 +250,9 @@ def bootstrap_se(
     >>> bootstrap_se(lambda x: float(x.mean()), np.ones((4, 1)))
     0.0
     """
+    check_hints(bootstrap_se, {"resamples": resamples})
+    samples = np.asarray(samples)
+    checking.finite_rows("samples", samples, least=1)
     rng = generator(seed)
     n = len(samples)
     return float(np.std([statistic(samples[rng.integers(n, size=n)]) for _ in range(resamples)], ddof=1))
@@ -248,8 +265,6 @@ def _flat_pair(x, y) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _kernel(bandwidth: float) -> Callable[[np.ndarray], np.ndarray]:
-    if not 0 < bandwidth < np.inf:
-        raise ValueError(f"bandwidth={bandwidth}: a kernel needs a positive width. Give median_distance(y).")
     return lambda squared: np.exp(squared / (-2 * bandwidth**2))
 
 

@@ -193,14 +193,14 @@ def from_diffrax(
     def step(x, s, t, cond=None, key=None):
         import diffrax
 
-        s, h = over_batch(s, x), over_batch(t, x) - over_batch(s, x)
+        (x, dtype), s, h = wide_state("x", x), over_batch(s, x), over_batch(t, x) - over_batch(s, x)
 
         def over_interval(y, fraction, cond):
             return expand(h, y).astype(y.dtype) * velocity(y, s + fraction * h, cond)
 
         first, last = jnp.zeros((), s.dtype), jnp.ones((), s.dtype)
         solution = _between(over_interval, x, first, last, cond, solver, rtol, atol, max_steps)
-        return jnp.where(solution.result == diffrax.RESULTS.successful, solution.ys[-1], jnp.nan)
+        return jnp.where(solution.result == diffrax.RESULTS.successful, solution.ys[-1], jnp.nan).astype(dtype)
 
     return Costed(step)
 

@@ -8,6 +8,7 @@ that are fitted to a teacher in ``grid_search``.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from fmjax import paths
+from fmjax.checks import Range, check_range
 from fmjax.types import Costed
 
 SAME = 1e-6  # times closer than this are equal: float32 grids of other lengths differ by a rounding error
@@ -35,13 +37,17 @@ def uniform_grid(n: int, *, start: float = 0.0, stop: float = 1.0) -> np.ndarray
         Times ``[n + 1]``, float64.
 
     Raises:
-        ValueError: for ``n < 1``.
+        ValueError: for ``n < 1``, and for times outside [0, 1] or that are equal.
 
     >>> uniform_grid(4).tolist()
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
     check_steps(n)
-    return np.linspace(start, stop, n + 1)
+    check_range("start", start, Range(0, 1))
+    check_range("stop", stop, Range(0, 1))
+    if start == stop:
+        raise ValueError(f"stop={stop}: a grid from {start} to itself has no steps. Give two times.")
+    return np.linspace(start, stop, operator.index(n) + 1)
 
 
 def default_grid(path: paths.Path, n: int) -> np.ndarray:
@@ -152,7 +158,7 @@ def check_grid(ts: Any, *, dtype: Any = np.float64) -> np.ndarray | Array:
     traced_dtype = jax.dtypes.canonicalize_dtype(dtype)
     if isinstance(ts, (list, tuple)) and any(map(is_traced, ts)):
         ts = jnp.stack([jnp.asarray(t, traced_dtype) for t in ts])
-    ts = ts.astype(traced_dtype) if is_traced(ts) else np.asarray(ts, dtype)
+    ts = (ts if is_traced(ts) else _numbers(ts)).astype(traced_dtype if is_traced(ts) else dtype)
     if ts.ndim != 1 or ts.size < 2:
         raise ValueError(f"ts={_short(ts)}: shape {ts.shape}, but a grid is one axis of two times or more. Add times.")
     if is_traced(ts):
@@ -225,12 +231,17 @@ def check_at(at: Iterable[int], n: int) -> tuple[int, ...]:
         The sorted indices.
 
     Raises:
-        ValueError: for an index outside ``0 .. n``.
+        ValueError: for an index outside ``0 .. n``, and for what is no index.
 
     >>> check_at([10, 0, 5, 5], 10)
     (0, 5, 10)
     """
-    at = tuple(sorted({int(i) for i in at}))
+    whole = lambda i: isinstance(i, numbers.Integral) and not isinstance(i, (bool, np.bool_))
+    steps = list(at) if isinstance(at, Iterable) and not isinstance(at, (str, bytes)) else [at]
+    if not isinstance(at, Iterable) or not all(map(whole, steps)):
+        wrong = next((i for i in steps if not whole(i)), at)
+        raise ValueError(f"at={wrong!r:.80}: not a step. Give a list of whole numbers from 0 to {n}.")
+    at = tuple(sorted({int(i) for i in steps}))
     outside = [i for i in at if not 0 <= i <= n]
     if outside:
         raise ValueError(f"at={outside[0]}: no such step. With {n} solver steps, correct at 0 .. {n}.")
@@ -281,7 +292,9 @@ def per_step(ts: Any, values: Any) -> Costed:
     >>> per_step(uniform_grid(2), [0.0, 0.25, 0.5])(jnp.array([1.0, 0.5, 0.7])).tolist()
     [0.5, 0.25, nan]
     """
-    ts, values = np.asarray(ts, np.float64), jnp.asarray(values)
+    ts, values = _numbers(ts).astype(np.float64), jnp.asarray(values)
+    if ts.ndim == 1 and not ((ts >= 0) & (ts <= 1)).all():
+        raise ValueError(f"ts={_short(ts)}: times lie in [0, 1]. Give the times of a grid.")
     if ts.shape != values.shape or ts.ndim != 1:
         raise ValueError(f"values={values.shape}: not the shape {ts.shape} of the times. Give one value a time.")
 
@@ -293,17 +306,26 @@ def per_step(ts: Any, values: Any) -> Costed:
     return Costed(schedule, nfe=0, check=lambda t: steps_at(ts, t))
 
 
+def _numbers(ts: Any) -> np.ndarray:
+    """Return times as an array of numbers; strings would be parsed, and booleans taken for 0 and 1."""
+    known = isinstance(ts, (list, tuple, range, float, np.ndarray, np.generic, jax.Array))
+    array = np.asarray(ts if known else None)
+    if array.dtype.kind not in "fiu" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"ts={ts!r:.80}: not times. Give a list or an array of numbers in [0, 1].")
+    return array
+
+
 def check_steps(n: int) -> None:
-    """Refuse a number of steps that is not positive.
+    """Refuse a number of steps that is not a positive integer.
 
     Args:
         n: number of steps.
 
     Raises:
-        ValueError: for ``n < 1``.
+        ValueError: for any other value.
     """
-    if n < 1:
-        raise ValueError(f"n={n}: not a number of steps. Give 1 or more.")
+    if not isinstance(n, numbers.Integral) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"n={n!r:.80}: not a number of steps. Give 1 or more.")
 
 
 def at_times(path: paths.Path, linear: np.ndarray) -> np.ndarray:

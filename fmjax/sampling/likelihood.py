@@ -249,7 +249,7 @@ def flow_map_log_density(
     -1.8379
     """
     _check_density(source, x.shape[1:])
-    ts = grids.check_grid(ts)
+    (x, _), ts = wide_state("x", x), grids.check_grid(ts)
     if len(ts) != 2 or ts[0] != 0 or not ts[1] > 0:
         raise ValueError(f"ts={ts.tolist()}: must be the time of the noise, 0, and the time of x. Give (0, t).")
     start, stop = ts.tolist()
@@ -346,6 +346,7 @@ def dequantise(key, x: Float[Array, "b ..."], *, level: float) -> Float[Array, "
     >>> bool(((noisy >= 0) & (noisy < 0.5)).all())
     True
     """
+    checks.check_state("x", x)
     uniform = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], x.dtype))
     return x + level * uniform(as_keys(key, x.shape[0]))
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
+
+from fmjax import checks
 
 
 def wide_state(name: str, x: Any) -> tuple[Array, Any]:
@@ -19,16 +22,11 @@ def wide_state(name: str, x: Any) -> tuple[Array, Any]:
         The state in the precision in which it is carried, and the type of ``x``.
 
     Raises:
-        TypeError: for integers and other types that are not floating.
+        TypeError: for integers and other types that are not floating, and for what is no array.
         ValueError: for a state without a batch axis.
     """
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"{name}={x.dtype}{list(x.shape)}: a state is floating. Convert it: {name}.astype(jnp.float32)."
-        )
-    if x.ndim == 0:
-        raise ValueError(f"{name}={x.dtype}[]: a state has a batch axis. Give an array [B, ...].")
+    x = jnp.asarray(x) if isinstance(x, (list, tuple, np.ndarray)) and np.asarray(x).dtype.kind in "biufc" else x
+    checks.check_state(name, x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)), x.dtype
 
 

@@ -13,6 +13,7 @@ from fmjax import paths
 from fmjax.keys import as_keys, normal
 from fmjax.sampling.costs import evaluations
 from fmjax.sampling.explicit import euler, heun
+from fmjax.sampling.states import wide_state
 from fmjax.types import Costed, VelocityFn, expand, over_batch
 
 Strength = float | str | Callable[[Array], Array]
@@ -101,7 +102,7 @@ def stochastic_heun(
     fields, gain = _sde(velocity, strength, path, score)
 
     def step(x, s, t, cond=None, key=None):
-        s, t = over_batch(s, x), over_batch(t, x)
+        (x, dtype), s, t = wide_state("x", x), over_batch(s, x), over_batch(t, x)
         wide = lambda a: expand(a, x).astype(x.dtype)
         h, (g_s, noisy), (g_t, regular) = wide(t - s), gain(s), gain(t)
         middle = jnp.where(noisy, gain((s + t) / 2)[0], 0)
@@ -113,11 +114,11 @@ def stochastic_heun(
             v, push = fields(y, time, g, scored, cond)
             push = jnp.where(expand(scored, x), push, before)
             move = h * v + jnp.abs(h) * push
-            return (x + move + noise, push, moved + move / 2), None
+            return jax.tree.map(lambda a: a.astype(x.dtype), (x + move + noise, push, moved + move / 2)), None
 
         rows = (jnp.stack([s, t]), jnp.stack([g_s, g_t]), jnp.stack([noisy, noisy & regular]))
         (_, _, moved), _ = jax.lax.scan(stage, (x, jnp.zeros_like(x), jnp.zeros_like(x)), rows)
-        return x + moved + noise
+        return (x + moved + noise).astype(dtype)
 
     return Costed(step, evaluations(velocity, *(() if score is None else (score,)), calls=2))
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from fmjax.storage import untrusted
-from fmjax.storage.names import cache_folder, local_path, naming, slug
+from fmjax.storage.names import cache_folder, hidden, local_path, naming, slug
 
 __all__ = [
     "DamagedFile", "append_jsonl", "as_json", "cache_folder", "commit", "file_digest", "local_path", "read_array",
@@ -326,10 +326,10 @@ def as_json(value: Any) -> Any:
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a temporary neighbour, then give it the file's name; delete neighbours that killed processes left."""
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*"):
+    for old in path.parent.glob(f"{glob.escape(hidden(path.name))}*"):
         if time.time() - old.stat().st_mtime > ABANDONED:
             old.unlink(missing_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=hidden(path.name))
     try:
         with naming(path), os.fdopen(handle, "wb") as file:
             file.writelines(parts)

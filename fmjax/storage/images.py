@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fmjax.checks import check_pixels
 from fmjax.storage.files import write_bytes
 
 TILE = 40  # pixels: the least side of an image in a grid
@@ -123,7 +124,7 @@ def check_pictures(name: str, x: np.ndarray, *, ndim: int) -> None:
         ndim: the number of axes, 4 or 5.
 
     Raises:
-        ValueError: another shape or dtype, or values that are not finite.
+        ValueError: another shape or dtype, values that are not finite, or another scale, as 0 .. 255.
     """
     if x.ndim != ndim or x.shape[-1] not in (1, 3) or 0 in x.shape or not np.issubdtype(x.dtype, np.floating):
         shape = "[n, H, W, C]" if ndim == 4 else "[T, n, H, W, C]"
@@ -132,6 +133,7 @@ def check_pictures(name: str, x: np.ndarray, *, ndim: int) -> None:
             "of two coordinates"
         )
     check_finite_values(name, x)
+    check_pixels(name, x)
 
 
 def check_finite_values(name: str, x: np.ndarray) -> None:

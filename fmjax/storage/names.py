@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+LONGEST = 255  # bytes of the name of a file or folder
+
 
 def cache_folder() -> Path:
     """Return the folder of files that can be recomputed: ``$XDG_CACHE_HOME/fmjax``, by default ``~/.cache/fmjax``.
@@ -28,14 +30,35 @@ def local_path(field: str, path: str | Path) -> Path:
         The absolute path.
 
     Raises:
-        ValueError: a URL.
+        ValueError: an empty name, a URL, or a name that no file system takes.
 
     >>> local_path("out", "/tmp/a.npz").as_posix()
     '/tmp/a.npz'
     """
     if "://" in str(path):
         raise ValueError(f"{field}={path}: is a URL. Give a place in a local or mounted file system.")
+    if not str(path).strip():
+        raise ValueError(f"{field}={str(path)!r}: names no file or folder. Give a path; the current folder is '.'.")
+    if "\0" in str(path) or any(len(os.fsencode(part)) > LONGEST for part in Path(path).parts):
+        raise ValueError(
+            f"{field}={str(path)!r:.80}: no file system takes this name. Give names of at most {LONGEST} bytes."
+        )
     return Path(path).expanduser().absolute()
+
+
+def hidden(name: str) -> str:
+    """Return the beginning of the names of a file's temporary neighbours; a long name is cut.
+
+    Args:
+        name: the name of the file.
+
+    Returns:
+        A dot, the name or its first 100 bytes, and a dot.
+
+    >>> hidden("samples.npz")
+    '.samples.npz.'
+    """
+    return f".{name.encode()[:100].decode(errors='ignore')}."
 
 
 def slug(name: str) -> str:
