@@ -325,7 +325,8 @@ def with_null(cond: Cond, null: Cond) -> Cond:
     Args:
         cond: condition of a batch, or a pair ``(labels, scale)``, the condition of a guided network. A pair keeps its
             scale unless ``null`` is a pair, too.
-        null: condition that stands for no label, without the batch axis; ``None`` stands for no condition at all.
+        null: condition that stands for no label, without the batch axis; for the float conditions of ``nets`` NaN, for
+            all leaves alike. ``None`` stands for no condition at all.
 
     Returns:
         A condition of the structure, shapes and types of ``cond``; ``None`` for ``null=None``.
@@ -338,7 +339,7 @@ def with_null(cond: Cond, null: Cond) -> Cond:
     if isinstance(cond, tuple) and not isinstance(null, tuple):
         return (with_null(cond[0], null), *cond[1:])
     fill = lambda n, c: jnp.broadcast_to(jnp.asarray(n, jnp.asarray(c).dtype), jnp.shape(c))
-    return jax.tree.map(fill, null, cond)
+    return jax.tree.map(lambda n, part: jax.tree.map(lambda c: fill(n, c), part), null, cond)
 
 
 def is_null(cond: Cond, null: Cond) -> Array:
@@ -354,7 +355,8 @@ def is_null(cond: Cond, null: Cond) -> Array:
     >>> is_null(jnp.array([3, 10]), 10)
     Array([False,  True], dtype=bool)
     """
-    same = lambda a, b: jnp.all((a == b).reshape(a.shape[0], -1), 1)
+    equal = lambda a, b: (a == b) | ((a != a) & (b != b))  # NaN is the null condition of floats
+    same = lambda a, b: jnp.all(equal(a, b).reshape(a.shape[0], -1), 1)
     return jnp.stack(jax.tree.leaves(jax.tree.map(same, cond, with_null(cond, null)))).all(0)
 
 

@@ -13,7 +13,7 @@ from fmjax import data
 from fmjax.data import batches, decoding, splits, units
 from fmjax.data.arrays import Mapped, arrays
 from fmjax.data.folder import folder
-from fmjax.data.table import Column
+from fmjax.data.table import TableRows
 
 RNG = np.random.default_rng(0)
 
@@ -245,7 +245,7 @@ def test_a_tfds_set_has_its_images_and_labels(stream, tfds_folder):
     loaded = data.tfds(dataset="tiny", data_dir=tfds_folder, size=4, stream=stream)
     assert (loaded.kind, loaded.classes, loaded.labels, loaded.levels) == ("image", 2, ("a", "b"), 256)
     assert [part.count for part in loaded[:3]] == [27, 3, 6]
-    assert isinstance(loaded.train.x, Column if stream else np.ndarray)
+    assert isinstance(loaded.train.x, TableRows if stream else np.ndarray)
     seen = []
     for part in loaded[:2]:
         levels = np.rint((part.x[:] + 1) * 127.5).astype(int)

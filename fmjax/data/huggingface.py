@@ -130,7 +130,7 @@ def _feature(feature: Any, rows: Any, name: str) -> table.Feature:
     return table.Feature("array", value.shape, value.dtype) if value.dtype.kind in "biuf" else table.Feature("")
 
 
-def _columns(rows, x, y, features, shape, pixels, decode) -> tuple[table.Column, np.ndarray | None]:
+def _columns(rows, x, y, features, shape, pixels, decode) -> tuple[table.TableRows, np.ndarray | None]:
     """Return the examples of a split, on disk, and its conditions."""
     import datasets
 
@@ -143,7 +143,7 @@ def _columns(rows, x, y, features, shape, pixels, decode) -> tuple[table.Column,
     values = None if y is None else np.asarray(rows.select_columns([y]).with_format("numpy")[:][y])
     if values is not None and values.dtype.kind in "iu":
         values = values.astype(np.int32)
-    return table.Column(fetch, np.arange(len(rows)), shape, pixels), values
+    return table.TableRows(fetch, np.arange(len(rows)), shape, pixels), values
 
 
 def _content(path: str) -> bytes:

@@ -34,7 +34,7 @@ class Feature(NamedTuple):
     names: tuple[str, ...] = ()
 
 
-class Column:
+class TableRows:
     """Examples that are read from a table, and decoded, when they are needed.
 
     Attributes:
@@ -68,9 +68,9 @@ class Column:
                 raise ValueError(f"x: {wrong}. Set size for images, or give examples of one shape.")
         return np.stack(values) if values else np.empty((0, *self.shape[1:]), np.float32)
 
-    def select(self, rows: np.ndarray) -> Column:
+    def select(self, rows: np.ndarray) -> TableRows:
         """Return some of the rows, on disk as well."""
-        return Column(self.fetch, self.index[rows], self.shape[1:], self.from_bytes)
+        return TableRows(self.fetch, self.index[rows], self.shape[1:], self.from_bytes)
 
     def load(self) -> np.ndarray:
         """Read all rows into memory."""
@@ -143,7 +143,7 @@ def examples_of(feature: Feature, *, size: int | None, channels: int | None) -> 
 
 
 def from_columns(
-    parts: Mapping[str, tuple[Column, np.ndarray | None]],
+    parts: Mapping[str, tuple[TableRows, np.ndarray | None]],
     *,
     names: Sequence[str],
     validation: float,
@@ -171,7 +171,7 @@ def from_columns(
     Raises:
         ValueError: as ``dataset`` raises, and for a table without training rows.
 
-    >>> column = Column(lambda rows: [np.ones(3, np.float32)] * len(rows), np.arange(20), (3,), False)
+    >>> column = TableRows(lambda rows: [np.ones(3, np.float32)] * len(rows), np.arange(20), (3,), False)
     >>> options = dict(names=(), validation=0.1, test=0.1, seed=0, standardise=False, stream=True, name="ones")
     >>> from_columns({"train": (column, None)}, **options).train.count
     16

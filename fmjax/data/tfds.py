@@ -121,7 +121,7 @@ def _feature(feature: Any) -> table.Feature:
     return table.Feature("")
 
 
-def _columns(builder, split, x, y, features, shape, pixels, decode) -> tuple[table.Column, np.ndarray | None]:
+def _columns(builder, split, x, y, features, shape, pixels, decode) -> tuple[table.TableRows, np.ndarray | None]:
     """Return the examples of a split, on disk, and its conditions; image files stay as they are until they are read."""
     from tensorflow_datasets import decode as decoders
 
@@ -129,9 +129,9 @@ def _columns(builder, split, x, y, features, shape, pixels, decode) -> tuple[tab
     source = builder.as_data_source(split=split, decoders=raw or None)
     fetch = lambda rows: [decode(record[x]) for record in source.__getitems__(rows)]
     if not y:
-        return table.Column(fetch, np.arange(len(source)), shape, pixels), None
+        return table.TableRows(fetch, np.arange(len(source)), shape, pixels), None
     starts = range(0, len(source), 4096)
     rows = [list(range(start, min(start + 4096, len(source)))) for start in starts]
     values = np.array([record[y] for part in rows for record in source.__getitems__(part)])
     values = values.astype(np.int32) if values.dtype.kind in "iu" else values
-    return table.Column(fetch, np.arange(len(source)), shape, pixels), values
+    return table.TableRows(fetch, np.arange(len(source)), shape, pixels), values
