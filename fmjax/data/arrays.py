@@ -67,7 +67,7 @@ def arrays(
     """
     check_hints(arrays, {"validation": validation, "test": test, "seed": seed, "levels": levels, "classes": classes})
     file = local_path("path", path)
-    content = _read(file, stream)
+    content = read_arrays("path", path, stream=stream)
     try:
         parts, raw = _parts(content, validation, test, seed, stream)
         levels = 256 if levels is None and raw else levels
@@ -125,8 +125,22 @@ class Mapped:
         return scale_pixels(part) if self.from_bytes else part.astype(np.float32)
 
 
-def _read(path: Path, stream: bool) -> dict[str, np.ndarray]:
-    """Read the arrays of a file; with ``stream`` its examples are mapped. Nothing in the file is executed."""
+def read_arrays(field: str, path: str | Path, *, stream: bool = False) -> dict[str, np.ndarray]:
+    """Read the arrays of a ``.npz`` or ``.npy`` file. Nothing in the file is executed.
+
+    Args:
+        field: the name of the option that names the file, for messages.
+        path: the file; the array of a ``.npy`` file is named ``x``.
+        stream: whether arrays whose name begins with ``x`` are memory-mapped.
+
+    Returns:
+        The arrays by name.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        ValueError: for a file that cannot be read as arrays of numbers.
+    """
+    path = local_path(field, path)
     try:
         with untrusted.open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -141,12 +155,12 @@ def _read(path: Path, stream: bool) -> dict[str, np.ndarray]:
             return _mapped_npz(path, file, size) if stream else untrusted.npz_arrays(file, size)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"path={untrusted.short_path(path)}: there is no such file. Give a .npz or .npy file."
+            f"{field}={untrusted.short_path(path)}: there is no such file. Give a .npz or .npy file."
         ) from error
     except Exception as error:  # a damaged file can fail anywhere
         line = untrusted.one_line(error, 100) or type(error).__name__
         raise ValueError(
-            f"path={untrusted.short_path(path)}: it cannot be read as arrays ({line}). Write it with np.savez."
+            f"{field}={untrusted.short_path(path)}: it cannot be read as arrays ({line}). Write it with np.savez."
         ) from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from fmjax.data import Dataset
+from fmjax.data import Dataset, describe_data
 from fmjax.experiments import assemble, build, comparison, drawing, marginals, networks, pages, report, stages, workdir
 from fmjax.experiments.drawing import Draws
 from fmjax.experiments.networks import Plans
@@ -18,7 +18,7 @@ from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
 from fmjax.storage import files
-from fmjax.training import loop
+from fmjax.training import logs, loop
 
 
 @workdir.owner
@@ -42,6 +42,7 @@ def main(settings: Settings, path: Path) -> None:
     stages.check_stages(every)
     fields = {stage.name: stage.fields for stage in trained}
     path = workdir.open_workdir(path, settings.config, fields, stages.grows(every))
+    logs.say(f"data {data.name}: {describe_data(data)}")
     began = time.perf_counter()
     results = stages.run_all(every, path)
     if jax.process_index() == 0:

@@ -195,7 +195,7 @@ class Run:
         rows = jax.tree.map(lambda v: jnp.repeat(v, n, 0), add(cond))
         return self.decode(z.astype(np.float32), cond=rows, steps=steps)
 
-    def log_prob(self, x, *, cond: Cond = None, seed: int = 0, probes: int | None = None) -> np.ndarray:
+    def log_prob(self, x, *, cond: Cond = None, seed: int = 0, probes: int | None = None, first: int = 0) -> np.ndarray:
         """Return the log-density of the flow, by an adaptive solver.
 
         Args:
@@ -203,6 +203,7 @@ class Run:
             cond: conditions of the examples.
             seed: seed of the probes.
             probes: Hutchinson probes an example; by default the exact divergence up to 64 dimensions, else 1.
+            first: index of the first example, for the seeds of its probes.
 
         Returns:
             ``log p(x)``, ``[B]``: the density in the units of the data.
@@ -217,9 +218,8 @@ class Run:
         cond = self._in_network(cond, "conditions")
         if probes is None and x[0].size > 64:
             probes = 1
-        key = None if probes is None else drawing.sample_keys(seed, 0, len(x), purpose=5)
-        solve = jax.jit(functools.partial(sampling.log_density, self.velocity, probes=probes))
-        density = solve(x, cond=cond, key=key)
+        key = None if probes is None else drawing.sample_keys(seed, 0, first + len(x), purpose=5)[first:]
+        density = self._density(x, cond=cond, key=key, probes=probes)
         volume = 0.0 if self.units is None else np.log(np.broadcast_to(self.units.scale, x.shape[1:])).sum()
         return np.asarray(sampling.checked_density(density)) - np.float32(volume)
 
@@ -291,6 +291,10 @@ class Run:
             sizes = ", ".join(["n", *map(str, facts.get("cond", ["..."]))])
             raise ValueError(f"cond=None: this run is conditioned on arrays. Give cond, floats [{sizes}].")
         return np.arange(first, first + n, dtype=np.int32) % facts["classes"]
+
+    @functools.cached_property
+    def _density(self):
+        return jax.jit(functools.partial(sampling.log_density, self.velocity), static_argnames="probes")
 
     @functools.cached_property
     def _programs(self) -> dict[str, tuple[Models, Any]]:
