@@ -215,7 +215,7 @@ class Run:
         if drawing.source_scale(self.models.path) != 1:
             raise refusal("path", self.settings.common.path, "its source is not N(0, I)", "Use a path with alpha_0 = 1")
         x = jnp.asarray(self._in_network(np.asarray(x), "examples"), jnp.float32)
-        cond = self._in_network(cond, "conditions")
+        cond = self._in_network(self._checked(cond, len(x)), "conditions")
         if probes is None and x[0].size > 64:
             probes = 1
         key = None if probes is None else drawing.sample_keys(seed, 0, first + len(x), purpose=5)[first:]
@@ -274,23 +274,31 @@ class Run:
             if not 0 <= label < facts["classes"]:
                 raise refusal("label", label, f"labels are 0 .. {facts['classes'] - 1}", "Give one of them")
             return np.full(n, label, np.int32)
-        if cond is not None:
-            if not self.settings.common.conditional:
-                raise refusal("cond", type(cond).__name__, "this run takes no conditions", "Leave cond out")
-            if any(np.shape(leaf)[:1] != (n,) for leaf in jax.tree.leaves(cond)):
-                shapes = [np.shape(leaf) for leaf in jax.tree.leaves(cond)]
-                raise refusal("cond", shapes, f"not {n} conditions", "Give arrays [n, ...]")
-            expected = facts.get("cond")
-            if expected is not None and list(np.shape(cond)[1:]) != expected:
-                sizes = ", ".join(["n", *map(str, expected)])
-                raise refusal("cond", list(np.shape(cond)), "another shape than in training", f"Give [{sizes}]")
-            return cond
-        if not self.settings.common.conditional:
-            return None
-        if not facts["classes"]:
-            sizes = ", ".join(["n", *map(str, facts.get("cond", ["..."]))])
-            raise ValueError(f"cond=None: this run is conditioned on arrays. Give cond, floats [{sizes}].")
+        if cond is not None or not (self.settings.common.conditional and facts["classes"]):
+            return self._checked(cond, n)
         return np.arange(first, first + n, dtype=np.int32) % facts["classes"]
+
+    def _checked(self, cond: Cond, n: int) -> Cond:
+        """Return the conditions of ``n`` examples, lists as arrays; refuse others than the run was trained with."""
+        facts = self.facts
+        if not self.settings.common.conditional:
+            if cond is not None:
+                raise refusal("cond", type(cond).__name__, "this run takes no conditions", "Leave cond out")
+            return None
+        expected = [] if facts["classes"] else facts.get("cond")
+        form = (
+            "integer labels [n]" if facts["classes"] else f"floats [{', '.join(['n', *map(str, expected or ['...'])])}]"
+        )
+        if cond is None:
+            raise ValueError(f"cond=None: this run is conditioned on {form}. Give cond.")
+        if isinstance(cond, list):
+            cond = np.asarray(cond, np.int32 if facts["classes"] else np.float32)
+        if any(np.shape(leaf)[:1] != (n,) for leaf in jax.tree.leaves(cond)):
+            shapes = [np.shape(leaf) for leaf in jax.tree.leaves(cond)]
+            raise refusal("cond", shapes, f"not {n} conditions", "Give arrays [n, ...]")
+        if expected is not None and list(np.shape(cond)[1:]) != expected:
+            raise refusal("cond", list(np.shape(cond)), "another shape than in training", f"Give {form}")
+        return cond
 
     @functools.cached_property
     def _density(self):
@@ -307,7 +315,7 @@ class Run:
         return to_units(self.units, x, of="examples", to="data")
 
     def _solve(self, x, cond: Cond, ts: np.ndarray) -> np.ndarray:
-        cond = self._in_network(cond, "conditions")
+        cond = self._in_network(self._checked(cond, len(x)), "conditions")
 
         @jax.jit
         def solve(x, cond):

@@ -73,7 +73,7 @@ def record(y: jax.Array, old: Any, new: Any) -> jax.Array:
         ``y``.
 
     >>> jax.grad(lambda old: 7 * record(jnp.array(2.0), old, {"mean": jnp.array(3.0)}))({"mean": jnp.array(5.0)})
-    {'mean': Array(2., dtype=float32, weak_type=True)}
+    {'mean': Array(2., dtype=float32)}
     """
     change = jax.tree.map(lambda a, b: jax.lax.stop_gradient(a - jnp.asarray(b, a.dtype)), old, new)
     return _recorded(y, old, change)
