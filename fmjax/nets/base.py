@@ -50,7 +50,7 @@ def check_images(x: Array) -> None:
         )
 
 
-def check_grid(x: Array) -> None:
+def check_images_or_series(x: Array) -> None:
     """Refuse inputs that are neither images ``[B, H, W, C]`` nor series ``[B, L, C]``.
 
     Args:

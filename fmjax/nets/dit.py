@@ -183,7 +183,7 @@ class DiT(base.Checked):
         return tuple(a or b for a, b in zip(own, SIZES[self.size], strict=True))
 
     def _check(self, x: Array) -> None:
-        base.check_grid(x)
+        base.check_images_or_series(x)
         if any(size % self.patch for size in x.shape[1:-1]):
             sizes, form = ("length", "[B, L, C]") if x.ndim == 3 else ("height and width", "[B, H, W, C]")
             raise ValueError(

@@ -157,7 +157,7 @@ def check_size(x: Array, multipliers: Sequence[int]) -> None:
     Raises:
         ValueError: ``x`` has another rank, or one of its sizes is not divisible by ``2^(levels - 1)``.
     """
-    base.check_grid(x)
+    base.check_images_or_series(x)
     factor = 2 ** (len(multipliers) - 1)
     if any(size % factor for size in x.shape[1:-1]):
         sizes, form = ("a length", "[B, L, C]") if x.ndim == 3 else ("a height and a width", "[B, H, W, C]")
