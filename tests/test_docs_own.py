@@ -1,5 +1,6 @@
 """The page about own data and networks: its Python runs in order, and its commands name fields that exist."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from laboratory import ROOT, config_file, run
 from laboratory import laboratory as laboratory  # a fixture
 
+from fmjax.data import digits
 from fmjax.experiments import command_line, settings
 
 PAGE = ROOT / "docs" / "own.md"
@@ -38,6 +40,16 @@ def test_the_samples_of_the_page_are_samples_of_the_run(names):
     np.testing.assert_allclose(names["one"][0], x[9], atol=1e-5)
     np.testing.assert_allclose(names["back"], x[:2], atol=1e-2)
     assert names["between"].shape == (5, 8, 8, 1) and np.isfinite(names["nats"]).all()
+
+
+def test_bits_per_dimension_of_digits_count_their_levels(names):
+    """A flow of eight steps hardly moves noise: nearly the bits of N(0, 1) at 17 levels in [-1, 1]."""
+    run("likelihood", f"--workdir={names['W']}", "--count=8")
+    result = json.loads((Path(names["W"]) / "likelihood.json").read_text())
+    x = digits().test.x[:8]
+    nats = 0.5 * (x.astype(np.float64) ** 2).mean() + 0.5 * np.log(2 * np.pi)
+    assert (result["unit"], result["count"]) == ("bits per dimension", 8)
+    assert result["mean"] == pytest.approx(nats / np.log(2) + 3, abs=0.4) and result["standard_error"] < 0.3
 
 
 def test_the_example_of_inpainting_keeps_what_is_known(names):

@@ -149,6 +149,15 @@ def test_losses_with_a_jvp_train_networks_with_statistics(library, key):
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(grads))
 
 
+def test_only_state_beside_parameters_is_written():
+    """Entries that a wrapper adds beside both (a learned weight, an encoder) are trained like parameters."""
+    params = {"params": jnp.ones(2), "state": jnp.ones(2), "log_variance": {"state": jnp.ones(2)}}
+    tx = nets.state.keep_state(optax.sgd(0.5))
+    updates, _ = tx.update(jax.tree.map(lambda a: 0.1 * a, params), tx.init(params), params)
+    first = jax.tree.map(lambda a: round(float(a[0]), 6), updates)
+    assert first == {"params": -0.05, "state": -0.1, "log_variance": {"state": -0.05}}
+
+
 def test_a_network_without_statistics_keeps_its_parameters_and_optimiser(key):
     model = nets.from_linen(nn.Dense(3), call=lambda m, x, s, t, cond, train: m(x))
     params = model.init(key, X)

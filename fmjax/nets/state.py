@@ -8,7 +8,6 @@ the state. Several evaluations in one loss add up their changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -136,7 +135,7 @@ def has_state(params: Params) -> bool:
 
 def _labels(tree: Any) -> Any:
     """Return ``"state"`` or ``"trained"`` for every leaf."""
-    pair = lambda part: isinstance(part, dict) and part.keys() == {PARAMS, STATE}
-    label = lambda name: lambda part: jax.tree.map(lambda _: name, part)
-    split: Callable = lambda part: {PARAMS: label(TRAINED)(part[PARAMS]), STATE: label(STATE)(part[STATE])}
+    pair = lambda part: isinstance(part, dict) and {PARAMS, STATE} <= part.keys()
+    name = lambda key: STATE if key == STATE else TRAINED
+    split = lambda part: {key: jax.tree.map(lambda _, key=key: name(key), value) for key, value in part.items()}
     return jax.tree.map(lambda part: split(part) if pair(part) else TRAINED, tree, is_leaf=pair)
