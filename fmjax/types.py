@@ -8,8 +8,8 @@ Conventions, stated once:
   ``X_{s,t}(x) = x + (t - s) Net(x, s, t)`` is the flow map.
 * Positional arguments are arrays (traced); keyword-only arguments are static.
 * Randomness belongs to the example: inside the library ``key`` is an array ``[B]`` of typed keys, one per example,
-  folded from the run's key, the step and the example's global index. The draw of an example is therefore the same for
-  every batch size, mesh and number of processes. Public functions accept one key, too.
+  folded from the run's key, the step and the example's global index: the same for every batch size, mesh and number
+  of processes. Public functions accept one key, too.
 """
 
 from __future__ import annotations
@@ -219,8 +219,7 @@ class Batch(NamedTuple):
         cond: condition, a pytree of arrays ``[B, ...]``.
         t: times ``[B]``, where the data carry a time.
         negative: ``x1`` of another training example, independent of this example (contrastive losses).
-        progress: fraction of the training that is done, in [0, 1), for losses that change during training; ``None``
-            stands for the end of the training.
+        progress: fraction of the training that is done, in [0, 1), for losses that change; ``None`` stands for its end.
     """
 
     x1: Array
@@ -253,17 +252,16 @@ BATCHES = ("data", "marginals", "ends", "trajectories")
 class Method(NamedTuple):
     """A training objective and the functions that its trained parameters define: the views of the method.
 
-    Compare ``optax.GradientTransformation``. Each view takes parameters and returns a function of arrays, for example
-    ``method.velocity(params)(x, t, cond)``. A view that a method does not have is ``None``; the subclasses below state
-    in their types which views are always there. ``method._replace(loss=...)`` keeps the subclass.
+    Each view takes parameters and returns a function of arrays, for example ``method.velocity(params)(x, t, cond)``. A
+    view that a method does not have is ``None``; the subclasses below state in their types which views are always
+    there. ``method._replace(loss=...)`` keeps the subclass.
 
     Attributes:
         loss: ``loss(params, target, batch, key) -> (scalar, aux)``; ``key`` is one key, or one key per example ``[B]``.
         velocity: ``velocity(params)(x, t, cond) -> [B, ...]``, the drift of the probability flow.
         flow_map: ``flow_map(params)(x, s, t, cond, key) -> [B, ...]``, the jump ``X_{s,t}(x)``.
         direction: ``direction(params)(x, t, cond) -> [B, ...]``, where a corrector pushes ``x``.
-        score: ``score(params)(x, t, cond) -> [B, ...]``, ``grad log p_t(x)``, which an SDE step needs beside the
-            velocity.
+        score: ``score(params)(x, t, cond) -> [B, ...]``, ``grad log p_t(x)``, which an SDE step needs.
         batches: which batches the loss takes, one of ``BATCHES``. ``"data"``: data in ``x1``. ``"marginals"``: at all
             times ``t`` of a grid, a backward example in ``x1`` and a forward example in ``x0``. ``"ends"``: data in
             ``x1`` and generated examples in ``x0``. ``"trajectories"``: states of a teacher's trajectory.
@@ -329,7 +327,8 @@ def with_null(cond: Cond, null: Cond) -> Cond:
     Args:
         cond: condition of a batch, or a pair ``(labels, scale)``, the condition of a guided network. A pair keeps its
             scale unless ``null`` is a pair, too.
-        null: condition that stands for no label, without the batch axis; ``None`` stands for no condition at all.
+        null: condition that stands for no label, without the batch axis; for the float conditions of ``nets`` NaN, for
+            all leaves alike. ``None`` stands for no condition at all.
 
     Returns:
         A condition of the structure, shapes and types of ``cond``; ``None`` for ``null=None``.
@@ -342,7 +341,7 @@ def with_null(cond: Cond, null: Cond) -> Cond:
     if isinstance(cond, tuple) and not isinstance(null, tuple):
         return (with_null(cond[0], null), *cond[1:])
     fill = lambda n, c: jnp.broadcast_to(jnp.asarray(n, jnp.asarray(c).dtype), jnp.shape(c))
-    return jax.tree.map(fill, null, cond)
+    return jax.tree.map(lambda n, part: jax.tree.map(lambda c: fill(n, c), part), null, cond)
 
 
 def is_null(cond: Cond, null: Cond) -> Array:
@@ -358,7 +357,8 @@ def is_null(cond: Cond, null: Cond) -> Array:
     >>> is_null(jnp.array([3, 10]), 10)
     Array([False,  True], dtype=bool)
     """
-    same = lambda a, b: jnp.all((a == b).reshape(a.shape[0], -1), 1)
+    equal = lambda a, b: (a == b) | ((a != a) & (b != b))  # NaN is the null condition of floats
+    same = lambda a, b: jnp.all(equal(a, b).reshape(a.shape[0], -1), 1)
     return jnp.stack(jax.tree.leaves(jax.tree.map(same, cond, with_null(cond, null)))).all(0)
 
 
@@ -389,8 +389,7 @@ def over_batch(t, x: Array) -> Float[Array, " b"]:
         Times ``[B]``: float32, or float64 where ``x`` is float64.
 
     Raises:
-        TypeError: ``x`` is not a floating array.
-        ValueError: ``t`` is neither a scalar nor ``[B]``.
+        TypeError, ValueError: ``x`` is not a floating array, or ``t`` is neither a scalar nor ``[B]``.
 
     >>> over_batch(0.5, jnp.zeros((3, 2)))
     Array([0.5, 0.5, 0.5], dtype=float32)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "configs").is_dir():
     pytest.skip("needs the repository's configs", allow_module_level=True)
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "base")
+OWN = {"images": "folder", "table": "arrays", "series": "arrays"}  # trained by test_experiments_own.py
 STRAIGHTENED = {"half_straightening_digits": "digits", "half_straightening_mnist": "mnist"}
 DATA = STRAIGHTENED | {"data_to_data": "eight_gaussians"}  # of configs with another name
 SETS = ("mnist", "fashion_mnist", "cifar10", "imagenet64")
@@ -66,7 +67,7 @@ def test_a_config_is_locked_and_states_its_command(name):
     documented = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
     launcher = "reflow" if name in STRAIGHTENED else "train"
     assert re.search(rf"^python -m launch\.{launcher} --config=configs/{name}\.py --workdir=\S+", documented, re.M)
-    assert c.data.name == DATA.get(name, name)
+    assert c.data.name == (DATA | OWN).get(name, name)
     assert set(c) == set(get("base")), "every field is stated in configs/base.py"
     checked = settings.read(c)
     assert checked.correctors and checked.flow_map and checked.samplers, "every config can be corrected and compared"
@@ -80,7 +81,7 @@ def test_every_field_of_the_base_config_has_a_comment():
 
 
 # test_launch.py trains on the digits
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("digits", *STRAIGHTENED)])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("digits", *STRAIGHTENED, *OWN)])
 def test_a_config_trains_on_its_data_from_the_first_step(name, tmp_path):
     """The network starts at zero, so the first loss is the mean of ``|x1 - x0|^2``, known from the batch."""
     middle = ["net.middle=False"] if name in ("cifar10", "imagenet64") else []  # attention over all pixels

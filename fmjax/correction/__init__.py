@@ -1,6 +1,7 @@
 """Marginal correction: correctors, marginal data sets and the search for strengths."""
 
 from fmjax.correction.batches import marginal_batches, marginal_pairs
+from fmjax.correction.clamping import clamp, in_turn
 from fmjax.correction.correctors import langevin, mala, marginal_matching, preset, restart
 from fmjax.correction.diagnostics import dispersion_ratio, round_trip, straightness_defect
 from fmjax.correction.directions import kernel_drift, score_of
@@ -31,8 +32,8 @@ from fmjax.correction.search import (
 
 __all__ = [
     "Between", "Choice", "Estimate", "Evaluations", "Marginals", "Placement", "Reported", "Space", "Trial",
-    "build_marginals", "choose", "classifier_space", "dispersion_ratio", "draw_conditions", "estimate_cost",
-    "greedy", "grid_search", "influence", "interpolate_marginals", "kernel_drift", "langevin", "mala",
+    "build_marginals", "choose", "clamp", "classifier_space", "dispersion_ratio", "draw_conditions", "estimate_cost",
+    "greedy", "grid_search", "in_turn", "influence", "interpolate_marginals", "kernel_drift", "langevin", "mala",
     "marginal_batches", "marginal_matching", "marginal_pairs", "preset", "read_marginals", "restart", "round_trip",
     "score_of", "score_space", "sensitivity", "straightness_defect", "to_json", "transfer", "value_grid",
 ]  # fmt: skip

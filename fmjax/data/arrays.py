@@ -11,9 +11,10 @@ from typing import Annotated
 import numpy as np
 
 from fmjax.checks import Positive, Range, Seed, check_hints
-from fmjax.data.dataset import Dataset, Examples, Part, Rows, dataset, first_not_finite
+from fmjax.data import splits
+from fmjax.data.dataset import Dataset, Examples, Part, Rows, dataset
 from fmjax.data.images import scale_pixels
-from fmjax.keys import generator
+from fmjax.data.units import standardise as standardised
 from fmjax.storage import untrusted
 from fmjax.storage.files import local_path
 
@@ -28,14 +29,15 @@ def arrays(
     seed: Seed = 0,
     levels: Annotated[int, Range(low=2)] | None = None,
     classes: Positive | None = None,
+    standardise: bool = False,
     stream: bool = False,
 ) -> Dataset:
     """Load a data set from a ``.npz`` or ``.npy`` file.
 
     The file holds ``x: [n, ...]`` and, for conditional models, ``y: [n, ...]``, integer labels or floats, which are
     split at random. Or it holds the splits, ``x_train``, ``x_validation``, ``x_test`` (and ``y_train``, ...). The
-    kind of data follows from the shape of one example. Images are floats in [-1, 1], or uint8, which is scaled to
-    [-1, 1].
+    kind of data follows from the shape of one example. Images, in ``y`` too, are floats in [-1, 1], or uint8, which is
+    scaled to [-1, 1].
 
     Args:
         path: the file; a ``.npy`` file holds ``x``.
@@ -44,6 +46,8 @@ def arrays(
         seed: the seed of the split of ``x``.
         levels: the number of grey levels of a pixel; ``None`` takes 256 for uint8, and none for floats.
         classes: the number of label classes; ``None`` takes the largest label plus one.
+        standardise: whether the columns of vectors, the channels of series and float conditions get mean 0 and standard
+            deviation 1; samples are returned in the units of the file.
         stream: whether the examples stay on disk, memory-mapped, and are read batch by batch. The file must not be
             compressed: ``np.savez`` or ``np.save``. A compressed file may unpack to three times its size plus 32 MB.
 
@@ -63,10 +67,12 @@ def arrays(
     """
     check_hints(arrays, {"validation": validation, "test": test, "seed": seed, "levels": levels, "classes": classes})
     file = local_path("path", path)
-    content = _read(file, stream)
+    content = read_arrays("path", path, stream=stream)
     try:
         parts, raw = _parts(content, validation, test, seed, stream)
-        return dataset(*parts, levels=256 if levels is None and raw else levels, classes=classes, name=file.stem)
+        levels = 256 if levels is None and raw else levels
+        data = dataset(*parts, levels=levels, classes=classes, name=file.stem)
+        return standardised(data) if standardise else data
     except ValueError as error:  # the file holds something else than examples
         raise ValueError(untrusted.one_line(f"{error} The file is {untrusted.short_path(file)}.")) from error
 
@@ -78,13 +84,15 @@ def _parts(
     x = {name: array for name, array in content.items() if name.startswith("x")}
     raw = all(array.dtype == np.uint8 for array in x.values())
     x = {name: _converted(array, stream, f"{name:.30}") for name, array in x.items()}
-    splits = [f"x_{split}" for split in SPLITS]
+    y = {name: array for name, array in content.items() if name.startswith("y")}
+    y = {name: scale_pixels(array) if _is_pixels(array) else array for name, array in y.items()}
+    needed = [f"x_{split}" for split in SPLITS]
     if "x" in x:
-        return _divide(x["x"], content.get("y"), validation, test, seed), raw
-    if all(name in x for name in splits):
-        return [Examples(x[f"x_{split}"], content.get(f"y_{split}")) for split in SPLITS], raw
+        return splits.divide(x["x"], y.get("y"), validation=validation, test=test, seed=seed), raw
+    if all(name in x for name in needed):
+        return [Examples(x[f"x_{split}"], y.get(f"y_{split}")) for split in SPLITS], raw
     names = untrusted.one_line(", ".join(f"{name:.30}" for name in sorted(content)[:9]), 100) or "nothing"
-    raise ValueError(f"path: it holds {names}. Give x (and y), or all of {', '.join(splits)}.")
+    raise ValueError(f"path: it holds {names}. Give x (and y), or all of {', '.join(needed)}.")
 
 
 class Mapped:
@@ -107,14 +115,32 @@ class Mapped:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def select(self, rows: np.ndarray) -> Mapped:
+        """Return some of the rows, on disk as well."""
+        return Mapped(self.array, self.rows[rows])
+
     def __getitem__(self, rows) -> np.ndarray:
         """Read the rows of a slice, or of indices ``[k]``."""
         part = np.asarray(self.array[self.rows[rows]])
         return scale_pixels(part) if self.from_bytes else part.astype(np.float32)
 
 
-def _read(path: Path, stream: bool) -> dict[str, np.ndarray]:
-    """Read the arrays of a file; with ``stream`` its examples are mapped. Nothing in the file is executed."""
+def read_arrays(field: str, path: str | Path, *, stream: bool = False) -> dict[str, np.ndarray]:
+    """Read the arrays of a ``.npz`` or ``.npy`` file. Nothing in the file is executed.
+
+    Args:
+        field: the name of the option that names the file, for messages.
+        path: the file; the array of a ``.npy`` file is named ``x``.
+        stream: whether arrays whose name begins with ``x`` are memory-mapped.
+
+    Returns:
+        The arrays by name.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        ValueError: for a file that cannot be read as arrays of numbers.
+    """
+    path = local_path(field, path)
     try:
         with untrusted.open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -129,12 +155,12 @@ def _read(path: Path, stream: bool) -> dict[str, np.ndarray]:
             return _mapped_npz(path, file, size) if stream else untrusted.npz_arrays(file, size)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"path={untrusted.short_path(path)}: there is no such file. Give a .npz or .npy file."
+            f"{field}={untrusted.short_path(path)}: there is no such file. Give a .npz or .npy file."
         ) from error
     except Exception as error:  # a damaged file can fail anywhere
         line = untrusted.one_line(error, 100) or type(error).__name__
         raise ValueError(
-            f"path={untrusted.short_path(path)}: it cannot be read as arrays ({line}). Write it with np.savez."
+            f"{field}={untrusted.short_path(path)}: it cannot be read as arrays ({line}). Write it with np.savez."
         ) from error
 
 
@@ -164,27 +190,13 @@ def _mapped(path: Path, start: int, header: untrusted.Header) -> np.ndarray:
     return np.memmap(path, header.dtype, "r", start + header.start, header.shape, order)
 
 
-def _divide(x: Rows, y: np.ndarray | None, validation: float, test: float, seed: int) -> list[Examples]:
-    """Split the examples at random."""
-    counts = round(validation * len(x)), round(test * len(x))
-    if min(*counts, len(x) - sum(counts)) < 2:
-        raise ValueError(
-            f"validation={validation}, test={test}: of {len(x)} examples a split has fewer than 2. Change them."
-        )
-    if y is not None and len(y) != len(x):
-        raise ValueError(f"y=[{len(y)}]: there are {len(x)} examples. Give one condition an example.")
-    row = first_not_finite(x)
-    if row is not None:
-        raise ValueError(f"x=[{len(x)}]: row {row} has a value that is not finite. Repair or remove this example.")
-    order = generator(seed).permutation(len(x))
-    held_out, tested, trained = (np.sort(part) for part in np.split(order, np.cumsum(counts)))
-    rows = lambda part: Mapped(x.array, part) if isinstance(x, Mapped) else x[part]
-    return [Examples(rows(part), None if y is None else y[part]) for part in (trained, held_out, tested)]
+def _is_pixels(array: np.ndarray) -> bool:
+    return array.dtype == np.uint8 and array.ndim == 4
 
 
 def _converted(x: np.ndarray, stream: bool, field: str) -> Rows:
     """Return examples in float32, in memory or mapped; scale uint8 images."""
-    if not x.ndim or x.dtype.kind != "f" and not (x.dtype == np.uint8 and x.ndim == 4):
+    if not x.ndim or x.dtype.kind != "f" and not _is_pixels(x):
         sizes = ", ".join(map(str, x.shape))
         raise ValueError(f"{field} is {x.dtype} [{sizes}]. Give floats, or uint8 images [n, H, W, C].")
     if stream:

@@ -70,6 +70,9 @@ class Dataset(NamedTuple):
         levels: the number of grey levels of a pixel (8-bit images: 256), or ``None`` for continuous values.
         classes: the number of label classes if the conditions are integer labels, else 0.
         name: the name of the data set.
+        labels: the names of the classes, where they have names.
+        units: how the examples were standardised (``units.Units``), which samples undo; ``None`` for examples in
+            their own units.
     """
 
     train: Examples
@@ -79,6 +82,8 @@ class Dataset(NamedTuple):
     levels: int | None = None
     classes: int = 0
     name: str = ""
+    labels: tuple[str, ...] = ()
+    units: Any = None
 
 
 def kind_of(shape: tuple[int, ...]) -> str:

@@ -44,7 +44,11 @@ class Records:
 
     def part(self, start: int, stop: int) -> Records:
         """Return the records of the rows ``start .. stop - 1``."""
-        return Records(_Part(self.source, range(start, stop)), self.shape[1:])
+        return self.select(range(start, stop))
+
+    def select(self, rows) -> Records:
+        """Return the records of some rows."""
+        return Records(_Part(self.source, rows), self.shape[1:])
 
     def __array__(self, *args, **kwargs):
         raise ValueError(
@@ -53,9 +57,9 @@ class Records:
 
 
 class _Part:
-    """Consecutive records of a data source, as a data source."""
+    """Some records of a data source, as a data source."""
 
-    def __init__(self, source, rows: range):
+    def __init__(self, source, rows):
         self.source, self.rows = source, rows
 
     def __len__(self) -> int:

@@ -77,7 +77,7 @@ def prepare(original: Original, *, source_dir: str | None, data_dir: str | None,
     builder = _builder(original, name, source_dir, verify, data_dir)
     if builder.data_path.exists():
         return builder
-    with _alone(Path(builder.data_path).parent):
+    with alone(Path(builder.data_path).parent):
         if not builder.data_path.exists():
             _prepare(builder)
     return _builder(original, name, source_dir, verify, data_dir)
@@ -225,8 +225,18 @@ def _prepare(builder) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; it is released when the process ends, in whatever way."""
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is created; it is released when the process ends, in whatever way.
+
+    Args:
+        folder: the folder.
+
+    Yields:
+        Nothing, while no other process holds the lock.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     import fcntl  # not on Windows, which has no ArrayRecord either
 
     try:

@@ -193,7 +193,8 @@ def network_and_method(
         ValueError: a name or option that cannot work, or a method without the view that the stage needs.
     """
     kind, prefix = name.partition(".")[0], _prefix(name)
-    model, guided = build.net(net, classes=classes, field=f"{prefix}net"), _takes_scale(net)
+    floats = common.conditional and not classes
+    model, guided = build.net(net, classes=classes, floats=floats, field=f"{prefix}net"), _takes_scale(net)
     method = build.method(
         part.method, model.net, path=build.path(common.path), mean=average, null=classes if guided else None,
         field=f"{prefix}method",
@@ -223,6 +224,8 @@ def _label_classes(common: Common, data: Dataset) -> int:
     """Return the number of label classes that networks are conditioned on; 0 without labels."""
     if common.conditional and data.train.cond is None:
         raise refusal("conditional", True, f"the data set {data.name!r} has no labels", "Set conditional=False")
+    if common.conditional and data.classes == 1:
+        raise refusal("conditional", True, f"the data set {data.name!r} has one class", "Set conditional=False")
     if not common.conditional and (common.label_dropout or common.guidance != 1):
         field = "label_dropout" if common.label_dropout else "guidance"
         raise refusal(field, getattr(common, field), "needs a conditional network", "Set conditional=True")
@@ -232,19 +235,23 @@ def _label_classes(common: Common, data: Dataset) -> int:
 
 
 def _conditional(method: Method, common: Common, classes: int, guided: bool) -> Method:
-    """Return the method with label dropout in its loss and guidance in its views; ``classes`` is the null label."""
+    """Return the method with label dropout in its loss and guidance in its views.
+
+    ``classes`` is the null label, and NaN the null condition of floats.
+    """
+    null = classes or np.nan
     if guided and not common.label_dropout:
         raise refusal("net.guided", True, "needs a network that knows the null label", "Set label_dropout=0.1")
     if guided:
         method = sampling.random_scale(method)
     if common.label_dropout:
-        method = sampling.label_dropout(method, rate=common.label_dropout, null=classes)
+        method = sampling.label_dropout(method, rate=common.label_dropout, null=null)
     if guided:
         at = lambda view: view and (lambda params: sampling.at_scale(view(params), common.guidance))
         return method._replace(velocity=at(method.velocity), flow_map=at(method.flow_map), score=None)
     if common.guidance == 1 or method.velocity is None:
         return method
-    guide = lambda params: sampling.classifier_free(method.velocity(params), null=classes, scale=common.guidance)
+    guide = lambda params: sampling.classifier_free(method.velocity(params), null=null, scale=common.guidance)
     return method._replace(velocity=guide)
 
 

@@ -26,7 +26,7 @@ from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Multistep, Net, Veloc
 SEMIDISCRETE = "semidiscrete"  # a coupling that is fitted to the data set
 
 
-def net(spec: Spec, *, classes: int = 0, field: str = "net") -> adapters.Model:
+def net(spec: Spec, *, classes: int = 0, floats: bool = False, field: str = "net") -> adapters.Model:
     """Build a network: ``{"name": "unet", "channels": 64}`` is ``from_linen(UNet(channels=64))``.
 
     Args:
@@ -34,6 +34,7 @@ def net(spec: Spec, *, classes: int = 0, field: str = "net") -> adapters.Model:
             have ``preconditioning`` (a spec of ``nets.preconditioning``, which makes the network a denoiser seen as a
             velocity) and ``noise_encoder`` (a network with two heads that is trained beside it).
         classes: number of label classes; 0 for a network without labels.
+        floats: whether the network is conditioned on float arrays; passed to factories that have this option.
         field: the config field, for messages.
 
     Returns:
@@ -50,7 +51,8 @@ def net(spec: Spec, *, classes: int = 0, field: str = "net") -> adapters.Model:
         factory, _ = specs.resolve(specs.NET, spec, field=field)
         if classes and "classes" not in specs.options_of(factory):
             raise refusal(field, name, f"takes no labels, and the data have {classes} classes", "Set conditional=False")
-    model = _model(specs.build(specs.NET, spec, field=field, **({"classes": classes} if classes else {})), field)
+    context = {name: value for name, value in (("classes", classes), ("floats", floats)) if value}
+    model = _model(specs.build(specs.NET, spec, field=field, **context), field)
     if denoiser:
         denoiser = specs.build(specs.PRECONDITIONER, denoiser, field=f"{field}.preconditioning")
         model = model._replace(net=preconditioning.preconditioned(model.net, denoiser))
@@ -81,11 +83,13 @@ def check_net(spec: Spec, data: Dataset, *, conditional: bool = False, field: st
         return
     axes = getattr(typing.get_type_hints(module.__call__, include_extras=True).get("x"), "dim_str", "...").split()
     shape = list(data.train.x.shape[1:])
-    if "..." not in axes and len(axes) != len(shape) + 1:
-        raise refusal(field, name, f"takes images, and the data are {data.kind} {shape}", "Take 'mlp', or your own")
-    if conditional and not data.classes:
-        wrong = f"the conditions of {data.name!r} are no labels, and {field}={name!r} takes labels alone"
-        raise refusal("conditional", True, wrong, "Take a network of your own, or set conditional=False")
+    grid = "*grid" in axes
+    if "..." not in axes and not (len(shape) in (2, 3) if grid else len(axes) == len(shape) + 1):
+        takes = "takes images and series" if grid else "takes images"
+        raise refusal(field, name, f"{takes}, and the data are {data.kind} {shape}", "Take 'mlp', or your own")
+    if conditional and not data.classes and "floats" not in specs.options_of(module):
+        wrong = f"the conditions of {data.name!r} are arrays, and {field}={name!r} takes no arrays"
+        raise refusal("conditional", True, wrong, "Take 'mlp', 'unet' or 'dit', or set conditional=False")
 
 
 def path(spec: Spec, *, field: str = "path") -> paths.Path:

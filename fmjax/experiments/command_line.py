@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import signal
 import sys
@@ -163,6 +164,7 @@ def _read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -
         raise checks.refusal("config", file, "not a Python file", "Give a file of configs/, or --workdir=FOLDER alone")
     arguments = [re.sub(r"^--config=~", lambda _: f"--config={Path.home()}", a) for a in arguments]
     find_configs()
+    arguments = [re.sub(r"^--config=(\w+)$", lambda m: f"--config={_shipped(m[1])}", a) for a in arguments]
     holder, stored = flags.FlagValues(), None
     if not any(re.match(r"--config(=|$)", a) for a in arguments):
         stored = _as_config(workdir.read_config(path, trust=trust))
@@ -215,6 +217,14 @@ def find_configs() -> None:
             spec.submodule_search_locations = [str(folder)]
             sys.modules["configs"] = importlib.util.module_from_spec(spec)
             return
+
+
+def _shipped(name: str) -> str:
+    """Return the file of a config of this package by its name; another name unchanged."""
+    if os.path.exists(name) or (spec := importlib.util.find_spec("configs.base")) is None:
+        return name
+    file = Path(spec.origin).with_name(f"{name}.py")
+    return str(file) if file.exists() else name
 
 
 def _explain(error: Exception, config: Any = None) -> str:

@@ -161,11 +161,16 @@ def data_facts(settings: Settings, data: Dataset) -> dict[str, Any]:
         data: the data set.
 
     Returns:
-        Plain values by name: ``shape`` of an example, ``kind``, ``classes``, ``levels``, ``name``, and ``mean`` of the
-        training examples where a method of the config takes it.
+        Plain values by name: ``shape`` of an example, ``kind``, ``classes``, ``levels``, ``name``; where they exist,
+        ``labels`` (names of the classes), ``units`` (see ``data.Units``) and ``cond`` (the shape of a float condition);
+        and ``mean`` of the training examples where a method of the config takes it.
     """
     shape = list(data.train.x.shape[1:])
     facts = {"shape": shape, "kind": data.kind, "classes": data.classes, "levels": data.levels, "name": data.name}
+    facts |= {"labels": list(data.labels)} if data.labels else {}
+    facts |= {"units": data.units.to_record()} if data.units is not None else {}
+    if settings.common.conditional and isinstance(data.train.cond, np.ndarray) and not data.classes:
+        facts["cond"] = list(data.train.cond.shape[1:])
     parts = [settings.flow, *settings.correctors.values(), *([settings.flow_map] if settings.flow_map else [])]
     needed = any(_takes_mean(part.method) for part in parts)
     return facts | ({"mean": np.asarray(mean(data.train.x), np.float64).tolist()} if needed else {})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from fmjax.data import Dataset
+from fmjax.data import Dataset, describe_data
 from fmjax.experiments import assemble, build, comparison, drawing, marginals, networks, pages, stages, workdir
 from fmjax.experiments.drawing import Draws
 from fmjax.experiments.networks import Plans
@@ -17,7 +17,7 @@ from fmjax.experiments.results import Result, page_record, write_page
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
-from fmjax.training import loop
+from fmjax.training import logs, loop
 
 
 @workdir.owner
@@ -37,6 +37,7 @@ def main(settings: Settings, path: Path) -> None:
     trained = training_stages(settings, data, plans)
     names = comparison.read_samplers(settings, flow_map=FLOW_MAP in networks.shapes(settings, plans).methods)
     every = [*trained, *_comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
+    logs.say(f"data {data.name}: {describe_data(data)}")
     began = time.perf_counter()
     results, path = stages.run_checked(every, path, settings.config)
     if jax.process_index() == 0:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import sampling
-from fmjax.checks import Range, check_range, refusal
+from fmjax.checks import Range, check_range, nearest, refusal
+from fmjax.data.units import Units, from_record, to_units
 from fmjax.experiments import drawing, networks, samplers, settings, workdir
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler
@@ -86,8 +87,21 @@ class Run:
         """The method of the flow."""
         return self.models.methods[FLOW]
 
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the run folder records of its data set."""
+        return networks.example_facts(self.path)
+
+    @functools.cached_property
+    def units(self) -> Units | None:
+        """How the data were standardised for the network; ``None`` for data in their own units."""
+        return from_record(self.facts.get("units"))
+
     def velocity(self, x, t, cond: Cond = None):
-        """Return the flow's velocity at ``x: [B, ...]`` and ``t``, guided as the config says."""
+        """Return the flow's velocity at ``x: [B, ...]`` and ``t``, guided as the config says.
+
+        Examples and conditions are in the units of the network (``units``).
+        """
         return self.method.velocity(self.params)(jnp.asarray(x), t, cond)
 
     def sample(
@@ -95,7 +109,7 @@ class Run:
         n: int,
         *,
         seed: int = 0,
-        label: int | None = None,
+        label: int | str | None = None,
         cond: Cond = None,
         guidance: float | None = None,
         solver: Any = None,
@@ -109,8 +123,9 @@ class Run:
         Args:
             n: number of samples.
             seed: seed of the starts, which come from the source of the config, and of noise on the way.
-            label: one label for all samples.
-            cond: conditions ``[n, ...]``; by default labels one after the other, if the run has labels.
+            label: one label for all samples, or the name of its class.
+            cond: conditions ``[n, ...]``; by default labels one after the other, if the run has labels. Floats are in
+                the units of the data.
             guidance: guidance scale; by default the config's.
             solver: a solver, or ``"flow_map"``; by default the flow map if the run has one, else ``"rk4"``.
             steps: number of steps; by default 16, and 4 for a flow map.
@@ -119,7 +134,7 @@ class Run:
             first: index of the first sample.
 
         Returns:
-            Samples ``[n, ...]`` in the units of the data that the network was trained on.
+            Samples ``[n, ...]`` in the units of the data set: standardised data are returned to their units.
 
         Raises:
             ValueError: a label or condition that the network cannot take, or a sampler that cannot be drawn.
@@ -127,22 +142,23 @@ class Run:
         check_range("n", n, Range(1, 1e9))
         check_range("seed", seed, Range(0, 2**32 - 1))
         sampler = self.sampler(solver, steps, grid, corrections)
-        cond = self.conditions(n, label, cond, first)
+        cond = self._in_network(self.conditions(n, label, cond, first), "conditions")
         models, program = self.prepare(sampler, guidance, cond)
         keys = drawing.sample_keys(seed, 0, first + n)[first:]
-        return drawing.in_chunks(lambda keys, cond: program(models.params, keys, cond), keys, cond)
+        return self._in_data(drawing.in_chunks(lambda keys, cond: program(models.params, keys, cond), keys, cond))
 
     def encode(self, x, *, cond: Cond = None, steps: int = 64) -> np.ndarray:
         """Return the state at ``t = 0``, a point of the source, that the flow carries to ``x``, by RK4 steps backwards.
 
         Args:
-            x: examples ``[B, ...]``.
+            x: examples ``[B, ...]``, in the units of the data.
             cond: conditions of the examples ``[B, ...]``.
             steps: number of steps.
 
         Returns:
             Points of the source ``[B, ...]``.
         """
+        x = self._in_network(np.asarray(x), "examples")
         return self._solve(x, cond, np.linspace(1.0, 0.0, steps + 1, dtype=np.float32))
 
     def decode(self, z, *, cond: Cond = None, steps: int = 64) -> np.ndarray:
@@ -154,9 +170,9 @@ class Run:
             steps: number of steps.
 
         Returns:
-            Examples ``[B, ...]``.
+            Examples ``[B, ...]``, in the units of the data.
         """
-        return self._solve(z, cond, np.linspace(0.0, 1.0, steps + 1, dtype=np.float32))
+        return self._in_data(self._solve(z, cond, np.linspace(0.0, 1.0, steps + 1, dtype=np.float32)))
 
     def interpolate(self, a, b, n: int, *, cond: Cond = None, steps: int = 64) -> np.ndarray:
         """Interpolate between two examples along the great circle of their noise.
@@ -183,7 +199,7 @@ class Run:
         rows = jax.tree.map(lambda v: jnp.repeat(v, n, 0), add(cond))
         return self.decode(z.astype(np.float32), cond=rows, steps=steps)
 
-    def log_prob(self, x, *, cond: Cond = None, seed: int = 0, probes: int | None = None) -> np.ndarray:
+    def log_prob(self, x, *, cond: Cond = None, seed: int = 0, probes: int | None = None, first: int = 0) -> np.ndarray:
         """Return the log-density of the flow, by an adaptive solver.
 
         Args:
@@ -191,24 +207,26 @@ class Run:
             cond: conditions of the examples.
             seed: seed of the probes.
             probes: Hutchinson probes an example; by default the exact divergence up to 64 dimensions, else 1.
+            first: index of the first example, for the seeds of its probes.
 
         Returns:
-            ``log p(x)``, ``[B]``; ``-inf`` for examples that come from where the density of the source is zero.
+            ``log p(x)``, ``[B]``: the density in the units of the data; ``-inf`` for examples that come from where the
+            density of the source is zero.
 
         Raises:
             ValueError: a path that scales the source, or a source without a density.
             RuntimeError: the adaptive solver failed.
         """
-        source = None if self.models.source.normal else self.models.source
         if drawing.source_scale(self.models.path) != 1:
             raise refusal("path", self.settings.common.path, "it scales the source", "Use a path with alpha_0 = 1")
-        x = jnp.asarray(x, jnp.float32)
+        x = jnp.asarray(self._in_network(np.asarray(x), "examples"), jnp.float32)
+        cond = self._in_network(self._checked(cond, len(x)), "conditions")
         if probes is None and x[0].size > 64:
             probes = 1
-        key = None if probes is None else drawing.sample_keys(seed, 0, len(x), purpose=5)
-        solve = functools.partial(sampling.log_density, self.velocity, source=source, probes=probes)
-        density = jax.jit(solve)(x, cond, key)
-        return np.asarray(sampling.checked_density(density))
+        key = None if probes is None else drawing.sample_keys(seed, 0, first + len(x), purpose=5)[first:]
+        density = self._density(x, cond=cond, key=key, probes=probes)
+        volume = 0.0 if self.units is None else np.log(np.broadcast_to(self.units.scale, x.shape[1:])).sum()
+        return np.asarray(sampling.checked_density(density)) - np.float32(volume)
 
     def sampler(self, solver: Any, steps: int | None, grid: Any, corrections: Mapping[str, Any] | None) -> Sampler:
         """Return the checked sampler for arguments of ``sample``."""
@@ -246,33 +264,66 @@ class Run:
             self._programs[name] = models, drawing.program(sampler, models)
         return self._programs[name]
 
-    def conditions(self, n: int, label: int | None, cond: Cond, first: int = 0) -> Cond:
-        """Return the conditions of ``n`` samples; see ``sample``."""
-        facts = networks.example_facts(self.path)
+    def conditions(self, n: int, label: int | str | None, cond: Cond, first: int = 0) -> Cond:
+        """Return the conditions of ``n`` samples, in the units of the data; see ``sample``."""
+        facts = self.facts
         if label is not None:
             if not self.settings.common.conditional or not facts["classes"]:
                 raise refusal("label", label, "this run has no labels", "Leave label out")
+            names = facts.get("labels", [])
+            if isinstance(label, str) and label in names:
+                label = names.index(label)
+            elif isinstance(label, str):
+                known = ", ".join(names[:9]) or f"0 .. {facts['classes'] - 1}"
+                raise refusal("label", label, f"no such label{nearest(label, names)}", f"There are {known}")
             if not 0 <= label < facts["classes"]:
                 raise refusal("label", label, f"labels are 0 .. {facts['classes'] - 1}", "Give one of them")
             return np.full(n, label, np.int32)
-        if cond is not None:
-            if not self.settings.common.conditional:
-                raise refusal("cond", type(cond).__name__, "this run takes no conditions", "Leave cond out")
-            if any(np.shape(leaf)[:1] != (n,) for leaf in jax.tree.leaves(cond)):
-                shapes = [np.shape(leaf) for leaf in jax.tree.leaves(cond)]
-                raise refusal("cond", shapes, f"not {n} conditions", "Give arrays [n, ...]")
-            return cond
-        if not self.settings.common.conditional:
-            return None
-        if not facts["classes"]:
-            raise ValueError("cond=None: this run is conditioned on arrays. Give cond, arrays [n, ...].")
+        if cond is not None or not (self.settings.common.conditional and facts["classes"]):
+            return self._checked(cond, n)
         return np.arange(first, first + n, dtype=np.int32) % facts["classes"]
+
+    def _checked(self, cond: Cond, n: int) -> Cond:
+        """Return the conditions of ``n`` examples, lists as arrays; refuse others than the run was trained with."""
+        facts = self.facts
+        if not self.settings.common.conditional:
+            if cond is not None:
+                raise refusal("cond", type(cond).__name__, "this run takes no conditions", "Leave cond out")
+            return None
+        expected = [] if facts["classes"] else facts.get("cond")
+        form = (
+            "integer labels [n]" if facts["classes"] else f"floats [{', '.join(['n', *map(str, expected or ['...'])])}]"
+        )
+        if cond is None:
+            raise ValueError(f"cond=None: this run is conditioned on {form}. Give cond.")
+        if isinstance(cond, list):
+            cond = np.asarray(cond, np.int32 if facts["classes"] else np.float32)
+        if any(np.shape(leaf)[:1] != (n,) for leaf in jax.tree.leaves(cond)):
+            shapes = [np.shape(leaf) for leaf in jax.tree.leaves(cond)]
+            raise refusal("cond", shapes, f"not {n} conditions", "Give arrays [n, ...]")
+        if expected is not None and list(np.shape(cond)[1:]) != expected:
+            raise refusal("cond", list(np.shape(cond)), "another shape than in training", f"Give {form}")
+        return cond
+
+    @functools.cached_property
+    def _density(self):
+        source = None if self.models.source.normal else self.models.source
+        solve = functools.partial(sampling.log_density, self.velocity, source=source)
+        return jax.jit(solve, static_argnames="probes")
 
     @functools.cached_property
     def _programs(self) -> dict[str, tuple[Models, Any]]:
         return {}
 
+    def _in_network(self, value: Any, of: str) -> Any:
+        return to_units(self.units, value, of=of, to="network")
+
+    def _in_data(self, x: np.ndarray) -> np.ndarray:
+        return to_units(self.units, x, of="examples", to="data")
+
     def _solve(self, x, cond: Cond, ts: np.ndarray) -> np.ndarray:
+        cond = self._in_network(self._checked(cond, len(x)), "conditions")
+
         @jax.jit
         def solve(params, x, cond):
             return sampling.sample(sampling.rk4(self.method.velocity(params)), x, ts, cond=cond)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from fmjax.checks import Range, check_range, refusal
+from fmjax.data.arrays import read_arrays
 from fmjax.experiments import records
 from fmjax.experiments.drawing import CHUNK, hash_arrays
 from fmjax.experiments.run import Run
@@ -28,7 +29,8 @@ def main(
     count: int,
     out: str,
     seed: int = 0,
-    label: int | None = None,
+    label: int | str | None = None,
+    cond: str | None = None,
     guidance: float | None = None,
     solver: str | None = None,
     solver_steps: int | None = None,
@@ -44,7 +46,9 @@ def main(
         count: number of samples.
         out: ``x.npz`` (``x`` and ``cond``), ``x.png`` (one picture), or a folder (one image per sample).
         seed: seed of the noise.
-        label: one label for all samples; by default labels one after the other.
+        label: one label for all samples, a number or the name of a class; by default labels one after the other.
+        cond: a file of float conditions, ``.npy``, or ``.npz`` with ``cond`` or ``y``, in the units of the data; sample
+            ``i`` has row ``i`` modulo the number of rows.
         guidance: guidance scale; by default the config's.
         solver: solver, as JSON or a name, or ``"flow_map"``.
         solver_steps: number of steps.
@@ -55,6 +59,8 @@ def main(
         WorkdirError: no trained flow.
     """
     run, target = Run(settings, path), files.local_path("out", out)
+    label = int(label) if isinstance(label, str) and label.lstrip("-").isdigit() else label
+    rows = _read_conditions(cond)
     options: dict[str, Any] = {"guidance": guidance, "solver": _json("solver", solver), "steps": solver_steps}
     options["corrections"] = _json("corrections", corrections)
     check_range("count", count, Range(1, 1e9))
@@ -67,8 +73,11 @@ def main(
     if kind == ".png" and pictures.writer_for(run.models.shape) is None:
         raise refusal("out", out, f"vectors {list(run.models.shape)} are not drawn", "Give samples.npz")
     sampler = run.sampler(options["solver"], solver_steps, None, options["corrections"])
-    run.prepare(sampler, guidance, run.conditions(min(count, CHUNK), label, None))
+    part_of = lambda i, n: None if rows is None else rows[np.arange(i, i + n) % len(rows)]
+    first = min(count, CHUNK)
+    run.prepare(sampler, guidance, run.conditions(first, label, part_of(0, first)))
     what = {"sampler": sampler.fields(), "seed": seed, "label": label, "guidance": guidance, "run": run.identity}
+    what |= {} if rows is None else {"cond": hash_arrays(rows)}
     _check_space(target, count, run.models.shape)
     parts = target.with_name(f"{hidden(target.name)}{hash_arrays([np.frombuffer(repr(what).encode(), np.uint8)])[:12]}")
     starts, content = list(range(0, count, CHUNK)), repr(what)
@@ -77,14 +86,14 @@ def main(
         for i in starts[jax.process_index() :: jax.process_count()]:
             n = min(CHUNK, count - i)
             if not _complete(parts / f"{i}-{n}.npy", f"{content} {i}"):
-                x = run.sample(n, seed=seed, label=label, first=i, **options)
+                x = run.sample(n, seed=seed, label=label, cond=part_of(i, n), first=i, **options)
                 files.write_array(parts / f"{i}-{n}.npy", x, content=f"{content} {i}")
             progress.update(n)
     sharding.barrier("samples")
     if jax.process_index() == 0:
         part = lambda i: files.read_array(parts / f"{i}-{min(CHUNK, count - i)}.npy", content=f"{content} {i}")
         x = np.concatenate([part(i) for i in starts])
-        _write(target, x, run.conditions(count, label, None))
+        _write(target, x, run.conditions(count, label, part_of(0, count)))
         shutil.rmtree(parts)
         print(f"{count} samples of {sampler.name} in {target}")
 
@@ -109,6 +118,18 @@ def _write(target: Path, x: np.ndarray, cond: Any) -> None:
         digits = max(6, len(str(len(x) - 1)))
         for i, image in enumerate(x):
             images.save_image(target / f"{i:0{digits}d}.png", image)
+
+
+def _read_conditions(path: str | None) -> np.ndarray | None:
+    """Return the conditions in a file of arrays; nothing in the file is executed."""
+    if path is None:
+        return None
+    content = read_arrays("cond", path)
+    names = [name for name in ("cond", "y", "x") if name in content]
+    if not names or content[names[0]].ndim < 1 or not len(content[names[0]]):
+        raise refusal("cond", path, f"it holds {', '.join(content)[:60] or 'nothing'}", "Give cond or y, [n, ...]")
+    values = content[names[0]]
+    return values.astype(np.float32) if values.dtype.kind == "f" else values
 
 
 def _json(field: str, text: str | None) -> Any:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax
 
-from fmjax.data import Dataset
+from fmjax.data import Dataset, describe_data
 from fmjax.experiments import build, forks, networks, pipeline, reflow, stages, workdir
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
-from fmjax.training import sharding
+from fmjax.training import logs, sharding
 
 
 @workdir.owner
@@ -36,6 +36,7 @@ def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | Non
     fields = {s.name: s.fields for s in every}
     copy_state = forks.fork(fork, path, stage, fields[stage], chosen.plan) if fork else None
     workdir.open_workdir(path, settings.config, fields, stages.grows(every))
+    logs.say(f"data {data.name}: {describe_data(data)}")
     if copy_state:
         copy_state()
         sharding.barrier("fork")

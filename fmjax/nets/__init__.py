@@ -1,6 +1,6 @@
 """Networks, and adapters from the modules of other libraries."""
 
-from fmjax.nets import embedding, preconditioning, remat
+from fmjax.nets import embedding, preconditioning, remat, state
 from fmjax.nets.adapters import (
     Model,
     from_equinox,
@@ -19,5 +19,5 @@ from fmjax.nets.unet import UNet
 
 __all__ = [
     "DiT", "Encoder", "MLP", "Model", "Plain", "SongUNet", "UNet", "embedding", "from_equinox", "from_linen",
-    "from_nnx", "one_time", "preconditioning", "remat", "trigonometric_velocity", "with_encoder",
+    "from_nnx", "one_time", "preconditioning", "remat", "state", "trigonometric_velocity", "with_encoder",
 ]  # fmt: skip

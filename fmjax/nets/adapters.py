@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from fmjax.checks import Range, check_range
 from fmjax.keys import as_keys
+from fmjax.nets import state
 from fmjax.types import Network, Params, expand, network, over_batch
 
 ENCODER = "encoder"
@@ -28,37 +30,40 @@ class Model(NamedTuple):
     net: Network
 
 
-def from_linen(module) -> Model:
+def from_linen(module, *, call: Callable | None = None) -> Model:
     """Return a Flax Linen module as a ``Model``.
 
     Args:
         module: called as ``module(x, s, t, cond, train=...)``; ``train`` is true exactly when the network gets a key.
             Only dropout draws from the key; the first example's key seeds the masks of the whole batch.
+        call: ``call(module, x, s, t, cond, train)`` evaluates a module of another signature, for example
+            ``lambda module, x, s, t, cond, train: module(x, t, deterministic=not train)``.
 
     Returns:
         A model whose ``net.logit`` is the module's ``logit``. If the module has ``attention="fused"``, a kernel
-        without a jvp, ``net.for_jvp`` is the same network with XLA's attention.
+        without a jvp, ``net.for_jvp`` is the same network with XLA's attention. Batch statistics and other state lie
+        beside the parameters and are updated in training (``state``); inside a jvp they are used and not updated.
 
     Raises:
-        ValueError: the module takes other arguments, or keeps state beside its parameters (batch statistics).
+        ValueError: the module takes other arguments.
 
     >>> import jax, jax.numpy as jnp
-    >>> from fmjax import nets
-    >>> model = from_linen(nets.Plain(width=4, depth=1, waves=0, times=0))
+    >>> import flax.linen as nn
+    >>> model = from_linen(nn.Dense(2), call=lambda module, x, s, t, cond, train: module(x))
     >>> params = model.init(jax.random.key(0), jnp.ones((1, 2)))
     >>> model.net(params, jnp.ones((3, 2)), 0.0, 1.0).shape
     (3, 2)
     """
-    _check_call("from_linen", module, "x, s, t, cond=None, *, train=False", train=False)
+    if call is None:
+        _check_call("from_linen", module, "x, s, t, cond=None, *, train=False", train=False)
+        call = lambda module, x, s, t, cond, train: module(x, s, t, cond, train=train)
 
     def init(key, x, cond=None):
         t = over_batch(0.0, x)
 
         def draw(key):
-            variables = module.init({"params": key}, x, t, t, cond)
-            if others := sorted(variables.keys() - {"params"}):
-                raise ValueError(_stateful("from_linen", module, ", ".join(others)))
-            return variables["params"]
+            variables = dict(module.init({"params": key}, x, t, t, cond, False, method=call))
+            return state.beside(variables.pop("params", {}), variables)
 
         if isinstance(key, jax.core.Tracer):
             return draw(key)
@@ -66,29 +71,39 @@ def from_linen(module) -> Model:
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         return jax.jit(draw, compiler_options=options)(key)
 
-    def apply(params, x, s, t, cond=None, key=None):
+    def evaluate(params, x, s, t, cond=None, key=None, *, keep=True):
         s, t = over_batch(s, x), over_batch(t, x)
         rngs = None if key is None else {"dropout": as_keys(key, len(x))[0]}
-        return module.apply({"params": params}, x, s, t, cond, train=key is not None, rngs=rngs)
+        if not state.has_state(params):
+            return module.apply({"params": params}, x, s, t, cond, key is not None, rngs=rngs, method=call)
+        stored = params[state.STATE]
+        variables = {"params": params[state.PARAMS], **jax.lax.stop_gradient(stored)}
+        if key is None:
+            return module.apply(variables, x, s, t, cond, False, method=call)
+        y, new = module.apply(variables, x, s, t, cond, True, rngs=rngs, method=call, mutable=list(stored))
+        return state.record(y, stored, dict(new)) if keep else y
 
     fused = getattr(module, "attention", None) == "fused"
-    for_jvp = from_linen(module.clone(attention="xla")).net.apply if fused else None
-    return Model(init, Network(apply, for_jvp, logit=getattr(module, "logit", False)))
+    inside = from_linen(module.clone(attention="xla")).net.apply if fused else functools.partial(evaluate, keep=False)
+    return Model(init, Network(evaluate, inside, logit=getattr(module, "logit", False)))
 
 
-def from_nnx(model) -> Model:
+def from_nnx(model, *, call: Callable | None = None) -> Model:
     """Return a Flax NNX model as a ``Model``.
 
     Args:
-        model: an initialised NNX model, called as ``model(x, s, t, cond)``. Dropout is on exactly when the network
-            gets a key; the first example's key seeds the masks of the whole batch.
+        model: an initialised NNX model, called as ``model(x, s, t, cond)``. Dropout is on, and batch statistics are
+            taken from the batch, exactly when the network gets a key; the first example's key seeds the masks of the
+            whole batch.
+        call: ``call(model, x, s, t, cond)`` evaluates a model of another signature.
 
     Returns:
-        A model whose parameters are the ``nnx.Param`` variables. ``init`` returns the parameters that ``model`` has
-        and ignores its arguments. Variables of other kinds are constants.
+        A model whose parameters are the ``nnx.Param`` variables, by name. ``init`` returns the parameters that
+        ``model`` has and ignores its arguments. Batch statistics lie beside the parameters and are updated in training
+        (``state``). Variables of other kinds are constants.
 
     Raises:
-        ValueError: the model takes other arguments, or has batch statistics.
+        ValueError: the model takes other arguments.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
@@ -104,37 +119,55 @@ def from_nnx(model) -> Model:
     """
     from flax import nnx
 
-    _check_call("from_nnx", model, "x, s, t, cond=None")
+    if call is None:
+        _check_call("from_nnx", model, "x, s, t, cond=None")
+        call = lambda model, x, s, t, cond: model(x, s, t, cond)
     graph, params, statistics, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-    if jax.tree.leaves(statistics):
-        raise ValueError(_stateful("from_nnx", model, "batch statistics"))
 
-    def apply(params, x, s, t, cond=None, key=None):
-        copy = nnx.merge(graph, params, rest, copy=True)  # its random state changes within one call only
-        copy.set_attributes(deterministic=key is None, raise_if_not_found=False)
-        if key is not None:
+    def evaluate(params_now, x, s, t, cond=None, key=None, *, keep=True):
+        weights, stored = (params_now[n] for n in (state.PARAMS, state.STATE)) if stateful else (params_now, {})
+        now = state.as_before(_by_structure(stored, statistics), statistics)
+        # its random state and its statistics change within one call only
+        copy = nnx.merge(graph, _by_structure(weights, params), now, rest, copy=True)
+        training = key is not None
+        copy.set_attributes(deterministic=not training, use_running_average=not training, raise_if_not_found=False)
+        if training:
             streams = [node for _, node in nnx.iter_graph(copy) if isinstance(node, nnx.RngStream)]
             for i, stream in enumerate(streams):
                 seed = jax.random.fold_in(as_keys(key, len(x))[0], i)
                 stream.key.set_value(jax.random.split(seed, stream.key.shape) if stream.key.shape else seed)
-        return copy(x, over_batch(s, x), over_batch(t, x), cond)
+        y = call(copy, x, over_batch(s, x), over_batch(t, x), cond)
+        if not (stateful and training and keep):
+            return y
+        return state.record(y, stored, _by_name(nnx.state(copy, nnx.BatchStat)))
 
-    return Model(lambda key, x, cond=None: params, Network(apply))
+    start = state.beside(_by_name(params), _by_name(statistics))
+    stateful = state.has_state(start)
+    return Model(
+        lambda key, x, cond=None: start,
+        Network(evaluate, functools.partial(evaluate, keep=False) if stateful else None),
+    )
 
 
-def from_equinox(module) -> Model:
+def from_equinox(module, *, call: Callable | None = None, batch_state: Any = None, axis: str = "batch") -> Model:
     """Return an Equinox module as a ``Model``.
 
     Args:
         module: an initialised module for **one** example, called as ``module(x, s, t, cond, key=key)``. Dropout is on
             exactly when the network gets a key; each example has its own.
+        call: ``call(module, x, s, t, cond, key)`` evaluates a module of another signature; with ``batch_state``
+            ``call(module, x, s, t, cond, key, state)`` returns ``(y, state)``.
+        batch_state: the state of the module (batch statistics), as ``equinox.nn.make_with_state`` returns it. The
+            module is then called as ``module(x, s, t, cond, key=key, state=state)`` and returns ``(y, state)``.
+        axis: the name of the axis of examples, over which batch statistics are taken.
 
     Returns:
-        A model whose parameters are the module's floating arrays. ``init`` returns the parameters that ``module`` has
-        and ignores its arguments.
+        A model whose parameters are the module's floating arrays, by name. ``init`` returns the parameters that
+        ``module`` has and ignores its arguments. State lies beside them and is updated in training (``state``).
 
     Raises:
-        ValueError: the module takes other arguments, or has state (batch statistics).
+        ValueError: the module takes other arguments, has state, and ``batch_state`` is missing, or has flags in its
+            state (batch norm of ``mode="ema"``).
 
     >>> import equinox as eqx, jax, jax.numpy as jnp
     >>> class Linear(eqx.Module):
@@ -148,19 +181,43 @@ def from_equinox(module) -> Model:
     """
     import equinox as eqx
 
-    _check_call("from_equinox", module, "x, s, t, cond=None, *, key=None", key=None)
+    stateful = batch_state is not None
+    options = {"key": None} | ({"state": None} if stateful else {})
+    if call is None:
+        _check_call(
+            "from_equinox", module, f"x, s, t, cond=None, *, {', '.join(f'{o}=None' for o in options)}", **options
+        )
+        call = lambda module, x, s, t, cond, *rest: module(x, s, t, cond, **dict(zip(options, rest, strict=True)))
     is_state = lambda part: isinstance(part, eqx.nn.StateIndex)
-    if any(map(is_state, jax.tree.leaves(module, is_leaf=is_state))):
-        raise ValueError(_stateful("from_equinox", module, "state"))
+    if not stateful and any(map(is_state, jax.tree.leaves(module, is_leaf=is_state))):
+        raise ValueError(
+            f"module={type(module).__name__}: it has state (batch statistics). Make it by equinox.nn.make_with_state "
+            "and give from_equinox the state as batch_state."
+        )
+    if any(jnp.issubdtype(jnp.result_type(leaf), jnp.bool_) for leaf in jax.tree.leaves(batch_state)):
+        raise ValueError(
+            f"module={type(module).__name__}: its state has a flag, which cannot follow the gradient. "
+            "Use equinox.nn.BatchNorm(mode='batch'), or LayerNorm."
+        )
     params, static = eqx.partition(module, eqx.is_inexact_array)
 
-    def apply(params, x, s, t, cond=None, key=None):
-        whole = eqx.nn.inference_mode(eqx.combine(params, static), value=key is None)
-        example = lambda x, s, t, cond, key: whole(x, s, t, cond, key=key)
+    def evaluate(params_now, x, s, t, cond=None, key=None, *, keep=True):
+        weights, stored = (params_now[n] for n in (state.PARAMS, state.STATE)) if stateful else (params_now, {})
+        whole = eqx.nn.inference_mode(eqx.combine(_by_structure(weights, params), static), value=key is None)
         keys = None if key is None else as_keys(key, len(x))
-        return jax.vmap(example)(x, over_batch(s, x), over_batch(t, x), cond, keys)
+        rows = (x, over_batch(s, x), over_batch(t, x), cond, keys)
+        if not stateful:
+            return jax.vmap(lambda *row: call(whole, *row))(*rows)
+        now = state.as_before(_by_structure(stored, batch_state), batch_state)
+        example = lambda row, now: call(whole, *row, now)
+        y, new = jax.vmap(example, axis_name=axis, in_axes=(0, None), out_axes=(0, None))(rows, now)
+        return y if key is None or not keep else state.record(y, stored, _by_name(new))
 
-    return Model(lambda key, x, cond=None: params, Network(apply))
+    start = state.beside(_by_name(params), _by_name(batch_state) if stateful else {})
+    return Model(
+        lambda key, x, cond=None: start,
+        Network(evaluate, functools.partial(evaluate, keep=False) if stateful else None),
+    )
 
 
 def one_time(f: Callable[..., Any]) -> Network:
@@ -261,8 +318,30 @@ def _check_call(adapter: str, module: Any, takes: str, **options: Any) -> None:
         ) from None
 
 
-def _stateful(adapter: str, module: Any, what: str) -> str:
-    return (
-        f"module={type(module).__name__}: it has {what}, and {adapter} keeps parameters only. "
-        "Use GroupNorm or LayerNorm in place of BatchNorm."
-    )
+def _by_name(tree: Any) -> dict[str, Any]:
+    """Return a pytree as dictionaries by name, which a checkpoint gives back without knowing the library."""
+    out: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        *parents, last = _names(path)
+        place = out
+        for name in parents:
+            place = place.setdefault(name, {})
+        place[last] = leaf
+    return out
+
+
+def _by_structure(named: dict[str, Any], like: Any) -> Any:
+    """Return dictionaries by name as a pytree of the structure of ``like``: the inverse of ``_by_name``."""
+    leaves = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(like):
+        leaf = named
+        for name in _names(path):
+            leaf = leaf[name]
+        leaves.append(leaf)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _names(path: tuple) -> list[str]:
+    """Return the names along a path of a pytree; a variable of NNX has no name beside its module's."""
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    return names[:-1] if len(names) > 1 and names[-1] == "value" and hasattr(path[-1], "name") else names

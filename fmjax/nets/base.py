@@ -48,3 +48,19 @@ def check_images(x: Array) -> None:
             f"x of shape {x.shape}: this network takes images [B, H, W, C]. "
             "Give x four axes, or use the network 'mlp' for other data."
         )
+
+
+def check_images_or_series(x: Array) -> None:
+    """Refuse inputs that are neither images ``[B, H, W, C]`` nor series ``[B, L, C]``.
+
+    Args:
+        x: the input of a network for images and series.
+
+    Raises:
+        ValueError: ``x`` does not have three or four axes.
+    """
+    if x.ndim not in (3, 4):
+        raise ValueError(
+            f"x of shape {x.shape}: this network takes images [B, H, W, C] or series [B, L, C]. "
+            "Use the network 'mlp' for other data."
+        )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from fmjax.checks import Positive
 from fmjax.nets import base
-from fmjax.nets.embedding import TwoTimes, condition
+from fmjax.nets.embedding import TwoTimes, by_channels, condition
 from fmjax.nets.remat import rematerialised
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
@@ -37,6 +37,37 @@ def positions(height: int, width: int, dim: int) -> np.ndarray:
     half = lambda p: np.concatenate([np.sin(p[..., None] * w), np.cos(p[..., None] * w)], -1)
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     return np.concatenate([half(rows), half(columns)], -1).reshape(height * width, dim)
+
+
+def positions_of_series(length: int, dim: int) -> np.ndarray:
+    """Return fixed embeddings of the positions in a series, ``[sin(w p), cos(w p)]`` with ``dim / 2`` frequencies.
+
+    Args:
+        length: number of tokens.
+        dim: width of the embedding, even; the frequencies are ``w_i = 10000^(-i / (dim / 2))``.
+
+    Returns:
+        Embeddings ``[length, dim]``.
+    """
+    angle = np.arange(length)[:, None] * 1e4 ** (-np.arange(dim // 2) / (dim // 2))
+    return np.concatenate([np.sin(angle), np.cos(angle)], -1)
+
+
+def _patches(x: Array, p: int) -> Array:
+    """Return the patches of images or series as tokens ``[B, n, p^2 C]`` or ``[B, n, p C]``, row by row."""
+    if x.ndim == 3:
+        return x.reshape(x.shape[0], x.shape[1] // p, p * x.shape[2])
+    b, height, width, c = x.shape
+    tiles = x.reshape(b, height // p, p, width // p, p, c).swapaxes(2, 3)
+    return tiles.reshape(b, height * width // p**2, p * p * c)
+
+
+def _whole(tokens: Array, p: int, shape: tuple[int, ...]) -> Array:
+    """Return tokens as images or series of a shape: the inverse of ``_patches``."""
+    if len(shape) == 3:
+        return tokens.reshape(shape)
+    b, height, width, c = shape
+    return tokens.reshape(b, height // p, width // p, p, p, c).swapaxes(2, 3).reshape(shape)
 
 
 class Block(nn.Module):
@@ -74,14 +105,17 @@ class Block(nn.Module):
 
 
 class DiT(base.Checked):
-    """Map images ``[B, H, W, C]`` to ``[B, H, W, outputs C]`` by a transformer on ``(H / patch)(W / patch)`` tokens.
+    """Map images ``[B, H, W, C]`` or series ``[B, L, C]`` to ``[..., outputs C]`` by a transformer on patches.
 
-    The output starts at zero. ``DiT(size="XL", classes=1000, outputs=2)`` on latents ``[32, 32, 4]`` is the paper's
+    Images give ``(H / patch)(W / patch)`` tokens, series ``L / patch``. The output starts at zero. Float conditions on
+    the grid of ``x`` are further channels of its patches, and others are embedded with the times.
+
+    ``DiT(size="XL", classes=1000, outputs=2)`` on latents ``[32, 32, 4]`` is the paper's
     DiT-XL/2, except for the second time and the norms of queries and keys.
 
     Attributes:
         size: one of the published sizes, which sets width, depth and heads.
-        patch: height and width of a patch, in pixels.
+        patch: height and width of a patch of images, length of a patch of series.
         width: width of a token; if positive, it replaces the width of ``size``.
         depth: number of blocks; if positive, it replaces the depth of ``size``.
         heads: number of attention heads; if positive, it replaces the heads of ``size``.
@@ -89,6 +123,7 @@ class DiT(base.Checked):
             losses of flow maps use XLA's attention inside their jvp (``Network.for_jvp``).
         classes: see ``MLP``.
         guided: see ``MLP``.
+        floats: see ``MLP``.
         outputs: see ``MLP``.
         dropout: see ``MLP``.
         remat: see ``remat.rematerialised``.
@@ -129,6 +164,7 @@ class DiT(base.Checked):
     attention: Literal["xla", "fused"] = "xla"
     classes: base.Classes = 0
     guided: bool = False
+    floats: bool = False
     outputs: base.Outputs = 1
     dropout: base.Dropout = 0.0
     remat: base.Remat = "dots"
@@ -147,10 +183,11 @@ class DiT(base.Checked):
         return tuple(a or b for a, b in zip(own, SIZES[self.size], strict=True))
 
     def _check(self, x: Array) -> None:
-        base.check_images(x)
-        if x.shape[1] % self.patch or x.shape[2] % self.patch:
+        base.check_images_or_series(x)
+        if any(size % self.patch for size in x.shape[1:-1]):
+            sizes, form = ("length", "[B, L, C]") if x.ndim == 3 else ("height and width", "[B, H, W, C]")
             raise ValueError(
-                f"patch={self.patch}: not a divisor of the height and width of x, of shape {x.shape} ([B, H, W, C]). "
+                f"patch={self.patch}: not a divisor of the {sizes} of x, of shape {x.shape} ({form}). "
                 "Give a common divisor."
             )
         if self.attention == "fused" and (jax.default_backend() != "gpu" or self.dtype not in ("bfloat16", "float16")):
@@ -160,19 +197,18 @@ class DiT(base.Checked):
             )
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
-        """Return the outputs ``[B, H, W, outputs C]``."""
+    def __call__(self, x: Float[Array, "b *grid c"], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
+        """Return the outputs ``[..., outputs C]``."""
         self._check(x)
         width, depth, heads = self._sizes()
-        b, height, columns, c = x.shape
-        p, rows, columns = self.patch, height // self.patch, columns // self.patch
         e = TwoTimes(width, 256)(s, t)
-        labels = nn.initializers.normal(0.02)
-        e = nn.silu(condition(e, cond, classes=self.classes, guided=self.guided, init=labels))
+        options = {"classes": self.classes, "guided": self.guided, "floats": self.floats, "grid": x.shape[1:-1]}
+        e = nn.silu(condition(e, cond, init=nn.initializers.normal(0.02), **options))
 
-        patches = x.reshape(b, rows, p, columns, p, c).swapaxes(2, 3).reshape(b, rows * columns, p * p * c)
-        h = nn.Dense(width, dtype=self.dtype, name="input")(patches)
-        h += positions(rows, columns, width).astype(h.dtype)
+        p, grid = self.patch, [size // self.patch for size in x.shape[1:-1]]
+        inputs = by_channels(x, cond) if self.floats else x
+        h = nn.Dense(width, dtype=self.dtype, name="input")(_patches(inputs, p))
+        h += (positions(*grid, width) if len(grid) == 2 else positions_of_series(*grid, width)).astype(h.dtype)
         block = rematerialised(Block, self.remat, static=(3,))
         options = (heads, self.dropout, self.attention, self.dtype)
         if self.scan:
@@ -189,6 +225,7 @@ class DiT(base.Checked):
         shift = nn.Dense(2 * width, dtype=self.dtype, name="film", kernel_init=nn.initializers.zeros)(e)[:, None]
         gain, bias = jnp.split(shift, 2, -1)
         h = nn.LayerNorm(use_bias=False, use_scale=False, dtype=self.dtype)(h) * (1 + gain) + bias
-        out = nn.Dense(p * p * self.outputs * c, kernel_init=nn.initializers.zeros, name="output")(h)
-        out = out.reshape(b, rows, columns, p, p, self.outputs * c).swapaxes(2, 3)
-        return out.reshape(*x.shape[:-1], self.outputs * c).astype(x.dtype)
+        shape = (*x.shape[:-1], self.outputs * x.shape[-1])
+        size = p ** len(grid) * shape[-1]
+        out = nn.Dense(size, kernel_init=nn.initializers.zeros, name="output")(h)
+        return _whole(out, p, shape).astype(x.dtype)

@@ -111,21 +111,32 @@ class TwoTimes(Checked):
 
 
 def condition(
-    e: Float[Array, "b d"], cond: Any, *, classes: int, guided: bool = False, init: Any = None
+    e: Float[Array, "b d"],
+    cond: Any,
+    *,
+    classes: int,
+    guided: bool = False,
+    floats: bool = False,
+    grid: tuple[int, ...] | None = None,
+    init: Any = None,
 ) -> Float[Array, "b d"]:
-    """Add the embeddings of labels, and of guidance scales, to the embedding of times.
+    """Add the embeddings of labels, of guidance scales or of float conditions to the embedding of times.
 
-    Call it inside a compact module; the parameters are ``Embed_0`` (``classes + 1`` labels) and ``scale``. A guided
-    network adds ``W (phi(1 - 1/w) - phi(0))``, with ``W`` initialised at zero: at ``w = 1`` it is the network without
-    guidance.
+    Call it inside a compact module; the parameters are ``Embed_0`` (``classes + 1`` labels) and ``scale``, or for
+    floats two dense layers an array, and a vector that stands for a missing one (NaN). A guided network adds
+    ``W (phi(1 - 1/w) - phi(0))``, with ``W`` initialised at zero: at ``w = 1`` it is the network without guidance.
 
     Args:
         e: embedding of the times, ``[B, D]``.
         cond: integer labels ``[B]`` in ``0 .. classes``, where ``classes`` is the null label; for a guided network
             also a pair ``(labels, scale)`` of labels and guidance scales ``[B]`` (labels alone: scale 1). ``None`` for
-            ``classes=0``.
-        classes: number of labels; 0: the network takes no condition.
+            ``classes=0``. With ``floats`` a floating array ``[B, ...]``, or a pytree of them; a row with a NaN is
+            missing.
+        classes: number of labels; 0: the network takes no labels.
         guided: whether the network takes the guidance scale as an input.
+        floats: whether the conditions are floating arrays.
+        grid: the height and width of images, or the length of series: arrays on this grid are not embedded, because
+            they are channels of the input (``by_channels``).
         init: initialiser of the table of labels; ``None``: Flax's own.
 
     Returns:
@@ -137,6 +148,10 @@ def condition(
     """
     if guided and not classes:
         raise ValueError("guided=True: guidance needs labels. Set classes to the number of labels.")
+    if floats and classes:
+        raise ValueError(f"floats=True, classes={classes}: conditions are labels or floats. Set one of them.")
+    if floats:
+        return _add_floats(e, cond, grid)
     if not classes:
         refuse_condition(cond, "this network has classes=0", "Set classes to the number of labels, or omit cond")
         return e
@@ -153,6 +168,53 @@ def condition(
         gain = jnp.zeros(e.shape[0]) if scale is None else 1 - 1 / _scales(scale, e.shape[0])
         e += nn.Dense(features, name="scale", use_bias=False, kernel_init=nn.initializers.zeros)(jump_waves(gain))
     return e
+
+
+def by_channels(x: Float[Array, "b ..."], cond: Any) -> Float[Array, "b ..."]:
+    """Return the input of a network with float conditions on its grid as further channels; a missing one is zero.
+
+    Args:
+        x: images ``[B, H, W, C]`` or series ``[B, L, C]``.
+        cond: floating arrays ``[B, ...]``; ``[B, H, W, K]`` and ``[B, L, K]`` lie on the grid of ``x``.
+
+    Returns:
+        The input, with the channels of all arrays on its grid.
+
+    >>> by_channels(jnp.zeros((2, 8, 1)), {"past": jnp.zeros((2, 8, 3)), "mean": jnp.zeros(2)}).shape
+    (2, 8, 4)
+    """
+    grid = x.shape[1:-1]
+    channels = [jnp.where(_missing(c, x), 0, c) for c in jax.tree.leaves(cond) if _on_grid(c, grid)]
+    return jnp.concatenate([x, *(c.astype(x.dtype) for c in channels)], -1)
+
+
+def _add_floats(e: Float[Array, "b d"], cond: Any, grid: tuple[int, ...] | None) -> Float[Array, "b d"]:
+    leaves, features = jax.tree.leaves(cond), e.shape[-1]
+    if not leaves:
+        raise ValueError(
+            "cond=None: this network has floats=True. Give float conditions [B, ...], or set floats=False."
+        )
+    for i, c in enumerate(leaves):
+        if not jnp.issubdtype(jnp.result_type(c), jnp.floating) or jnp.shape(c)[:1] != e.shape[:1]:
+            remedy = f"Give floating arrays of {e.shape[0]} rows"
+            raise ValueError(f"cond={_summary(c)}: a network with floats=True takes other conditions. {remedy}.")
+        flat = c.reshape(e.shape[0], -1).astype(e.dtype)
+        missing = _missing(flat, e)
+        if grid is None or not _on_grid(c, grid):
+            h = nn.Dense(features, name=f"float_{i}_in")(jnp.where(missing, 0, flat))
+            e += jnp.where(missing, 0, nn.Dense(features, name=f"float_{i}_out")(nn.silu(h)))
+        e += nn.Dense(features, use_bias=False, name=f"missing_{i}")(missing.astype(e.dtype))
+    return e
+
+
+def _on_grid(c: Array, grid: tuple[int, ...]) -> bool:
+    return c.ndim == len(grid) + 2 and c.shape[1:-1] == tuple(grid)
+
+
+def _missing(c: Array, like: Array) -> Array:
+    """Return the mask ``[B, 1, ...]`` of the rows that have a NaN."""
+    missing = jnp.isnan(c).reshape(c.shape[0], -1).any(1)
+    return missing.reshape(c.shape[0], *(1 for _ in range(like.ndim - 1)))
 
 
 def refuse_condition(cond: Any, problem: str, remedy: str) -> None:

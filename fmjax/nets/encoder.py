@@ -1,4 +1,4 @@
-"""The encoder half of the U-Net, pooled to one number per example: a classifier for images."""
+"""The encoder half of the U-Net, pooled to one number per example: a classifier for images and series."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fmjax.nets.unet import GroupNorm, Levels
 
 
 class Encoder(Levels):
-    """Classify images ``[B, H, W, C]`` with a logit ``[B]``: the first half of a ``UNet``, then a pooling.
+    """Classify images ``[B, H, W, C]`` or series ``[B, L, C]`` with a logit ``[B]``: half a ``UNet``, then a pooling.
 
     The output layer starts at zero: the initial probability is one half. The other fields are the fields of ``UNet``.
 
@@ -37,12 +37,12 @@ class Encoder(Levels):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], s: Array, t: Array, cond=None, *, train: bool = False
+        self, x: Float[Array, "b *grid c"], s: Array, t: Array, cond=None, *, train: bool = False
     ) -> Float[Array, " b"]:
         """Return logits ``[B]``."""
-        h, _ = self._descend(x, self._embedding(s, t, cond), train)
+        h, _ = self._descend(x, self._embedding(x, s, t, cond), cond, train)
         h = nn.silu(GroupNorm(self.per_group, self.dtype)(h))
-        b, *_, c = h.shape
+        b, c = h.shape[0], h.shape[-1]
         pixels = h.reshape(b, -1, c)
         h = pixels.mean(1, keepdims=True)
         if self.pool == "attention":

@@ -23,6 +23,7 @@ class MLP(base.Checked):
         depth: number of blocks.
         classes: number of labels; 0: the network takes no condition. Label ``classes`` is the null label.
         guided: whether the condition may be a pair ``(labels, scale)`` (``embedding.condition``).
+        floats: whether the network takes float conditions ``[B, ...]`` (``embedding.condition``).
         outputs: number of fields of the shape of ``x``, for methods that learn several at once.
         logit: whether the network returns one number per example, ``[B]``, for methods that classify.
         dropout: probability that a hidden unit is dropped, in training.
@@ -40,6 +41,7 @@ class MLP(base.Checked):
     depth: base.Depth = 3
     classes: base.Classes = 0
     guided: bool = False
+    floats: bool = False
     outputs: base.Outputs = 1
     logit: bool = False
     dropout: base.Dropout = 0.0
@@ -55,7 +57,7 @@ class MLP(base.Checked):
         """Return the outputs ``[B, ..., outputs C]``, or logits ``[B]``."""
         dense = lambda features, **kw: nn.Dense(features, dtype=self.dtype, **kw)
         e = TwoTimes(self.width)(s, t)
-        e = nn.silu(condition(e, cond, classes=self.classes, guided=self.guided))
+        e = nn.silu(condition(e, cond, classes=self.classes, guided=self.guided, floats=self.floats))
         h = dense(self.width, name="input")(x.reshape(x.shape[0], -1))
         for i in range(self.depth):
             film = dense(2 * self.width, name=f"film_{i}")(e)

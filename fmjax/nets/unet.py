@@ -1,4 +1,4 @@
-"""A U-Net of the ADM family (arXiv 2105.05233): residual blocks, attention at chosen resolutions, skip connections."""
+"""A U-Net of the ADM family (arXiv 2105.05233), for images and for series: residual blocks, attention, skips."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from fmjax.checks import Positive
 from fmjax.nets import base
-from fmjax.nets.embedding import Spectrum, TwoTimes, condition
+from fmjax.nets.embedding import Spectrum, TwoTimes, by_channels, condition
 from fmjax.nets.remat import rematerialised
 
 
@@ -62,11 +62,18 @@ class GroupNorm(nn.Module):
 
 
 def _half(x: Array) -> Array:
-    return nn.avg_pool(x, (2, 2), (2, 2))
+    twos = (2,) * (x.ndim - 2)
+    return nn.avg_pool(x, twos, twos)
 
 
 def _double(x: Array) -> Array:
-    return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
+    for axis in range(1, x.ndim - 1):
+        x = jnp.repeat(x, 2, axis)
+    return x
+
+
+def _kernel(x: Array) -> tuple[int, ...]:
+    return (3,) * (x.ndim - 2)
 
 
 class Block(nn.Module):
@@ -92,17 +99,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, e: Array, train: bool = False) -> Array:
-        conv = lambda **kw: nn.Conv(self.features, (3, 3), dtype=self.dtype, **kw)
+        conv = lambda **kw: nn.Conv(self.features, _kernel(x), dtype=self.dtype, **kw)
+        spread = lambda a: a.reshape(a.shape[0], *(1 for _ in x.shape[1:-1]), -1)
         norm = lambda: GroupNorm(self.per_group, self.dtype)
         dense = lambda features, **kw: nn.Dense(features, dtype=self.dtype, **kw)
         resample = {"down": _half, "up": _double, None: lambda x: x}[self.resample]
         h = conv(name="first")(resample(nn.silu(norm()(x))))
         x = resample(x)
         if self.film:
-            a, b = jnp.split(dense(2 * self.features, name="film")(e)[:, None, None], 2, -1)
+            a, b = jnp.split(spread(dense(2 * self.features, name="film")(e)), 2, -1)
             h = norm()(h) * (1 + a) + b
         else:
-            h = norm()(h + dense(self.features, name="shift")(e)[:, None, None])
+            h = norm()(h + spread(dense(self.features, name="shift")(e)))
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
         h = conv(name="second", kernel_init=nn.initializers.zeros)(h)
         if x.shape[-1] != self.features:
@@ -131,30 +139,31 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        b, h, w, c = x.shape
+        b, c = x.shape[0], x.shape[-1]
         y = GroupNorm(self.per_group, self.dtype, self.groups, self.epsilon)(x)
         qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv", kernel_init=self.qkv_init)(y)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, c // self.heads), 2, 0)
-        out = jax.nn.dot_product_attention(q, k, v, implementation="xla").reshape(b, h, w, c)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, self.heads, c // self.heads), 2, 0)
+        out = jax.nn.dot_product_attention(q, k, v, implementation="xla").reshape(x.shape)
         return x + nn.Dense(c, dtype=self.dtype, name="out", kernel_init=nn.initializers.zeros)(out)
 
 
 def check_size(x: Array, multipliers: Sequence[int]) -> None:
-    """Refuse inputs that are not images ``[B, H, W, C]``, or that cannot be halved once between two levels.
+    """Refuse inputs that are no images or series, or that cannot be halved once between two levels.
 
     Args:
-        x: the images.
+        x: images ``[B, H, W, C]`` or series ``[B, L, C]``.
         multipliers: one entry per level.
 
     Raises:
-        ValueError: ``x`` has another rank, or its height or width is not divisible by ``2^(levels - 1)``.
+        ValueError: ``x`` has another rank, or one of its sizes is not divisible by ``2^(levels - 1)``.
     """
-    base.check_images(x)
+    base.check_images_or_series(x)
     factor = 2 ** (len(multipliers) - 1)
-    if x.shape[1] % factor or x.shape[2] % factor:
+    if any(size % factor for size in x.shape[1:-1]):
+        sizes, form = ("a length", "[B, L, C]") if x.ndim == 3 else ("a height and a width", "[B, H, W, C]")
         raise ValueError(
-            f"multipliers={tuple(multipliers)}: {len(multipliers)} levels need a height and a width divisible by "
-            f"{factor}, and x has shape {x.shape} ([B, H, W, C]). Use fewer levels, or pad the images."
+            f"multipliers={tuple(multipliers)}: {len(multipliers)} levels need {sizes} divisible by "
+            f"{factor}, and x has shape {x.shape} ({form}). Use fewer levels, or pad the examples."
         )
 
 
@@ -174,6 +183,7 @@ class Levels(base.Checked):
     resample: Literal["conv", "block"] = "conv"
     classes: base.Classes = 0
     guided: bool = False
+    floats: bool = False
     dropout: base.Dropout = 0.0
     remat: base.Remat = "none"
     dtype: base.Dtype = "float32"
@@ -191,9 +201,10 @@ class Levels(base.Checked):
             )
         return channels // n if self.head_channels else n
 
-    def _embedding(self, s: Array, t: Array, cond) -> Array:
+    def _embedding(self, x: Array, s: Array, t: Array, cond) -> Array:
         e = TwoTimes(4 * self.channels, 64 if self.spectrum == "wide" else self.channels, self.spectrum)(s, t)
-        return nn.silu(condition(e, cond, classes=self.classes, guided=self.guided))
+        options = {"classes": self.classes, "guided": self.guided, "floats": self.floats, "grid": x.shape[1:-1]}
+        return nn.silu(condition(e, cond, **options))
 
     def _block(self, h: Array, e: Array, train: bool, features: int, name: str, resample: str | None = None) -> Array:
         block = rematerialised(Block, self.remat, static=(3,))
@@ -208,12 +219,13 @@ class Levels(base.Checked):
         return attention(self._heads(h.shape[-1]), name=f"{name}_attention", **common)(h)
 
     def _conv(self, h: Array, name: str, **options) -> Array:
-        return nn.Conv(h.shape[-1], (3, 3), padding=1, dtype=self.dtype, name=name, **options)(h)
+        return nn.Conv(h.shape[-1], _kernel(h), padding=1, dtype=self.dtype, name=name, **options)(h)
 
-    def _descend(self, x: Array, e: Array, train: bool) -> tuple[Array, list[Array]]:
+    def _descend(self, x: Array, e: Array, cond, train: bool) -> tuple[Array, list[Array]]:
         """Return the result of the middle, and the intermediate results for the skip connections."""
         check_size(x, self.multipliers)
-        h = nn.Conv(self.channels * self.multipliers[0], (3, 3), dtype=self.dtype, name="input")(x)
+        x = by_channels(x, cond) if self.floats else x
+        h = nn.Conv(self.channels * self.multipliers[0], _kernel(x), dtype=self.dtype, name="input")(x)
         skips = [h]
         for level, m in enumerate(self.multipliers):
             if level and self.resample == "conv":
@@ -234,15 +246,16 @@ class Levels(base.Checked):
 
 
 class UNet(Levels):
-    """Map images ``[B, H, W, C]`` to ``[B, H, W, outputs C]`` by a U-Net of the ADM family.
+    """Map images ``[B, H, W, C]`` or series ``[B, L, C]`` to ``[..., outputs C]`` by a U-Net of the ADM family.
 
-    The last convolution starts at zero.
+    The last convolution starts at zero. Float conditions on the grid of ``x`` (an image, the past of a series) are
+    further channels of its input, and others are embedded with the times.
 
     Attributes:
         channels: number of channels at multiplier 1.
         multipliers: one per level, in units of ``channels``; each level has half the height and width of the last.
         blocks: residual blocks per level on the way down (one more on the way up).
-        attention: heights, in pixels, at which every block is followed by attention.
+        attention: heights (lengths, for series) at which every block is followed by attention.
         heads: number of attention heads.
         head_channels: channels per head; if positive, it replaces ``heads``.
         middle: whether the middle has attention between two blocks, or one block alone.
@@ -252,6 +265,7 @@ class UNet(Levels):
         resample: how levels are joined: by a convolution (``"conv"``) or a residual block (``"block"``).
         classes: see ``MLP``.
         guided: see ``MLP``.
+        floats: see ``MLP``.
         dropout: see ``MLP``.
         remat: see ``remat.rematerialised``.
         dtype: see ``MLP``.
@@ -285,10 +299,10 @@ class UNet(Levels):
     outputs: base.Outputs = 1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
-        """Return the outputs ``[B, H, W, outputs C]``."""
-        e = self._embedding(s, t, cond)
-        h, skips = self._descend(x, e, train)
+    def __call__(self, x: Float[Array, "b *grid c"], s: Array, t: Array, cond=None, *, train: bool = False) -> Array:
+        """Return the outputs ``[..., outputs C]``."""
+        e = self._embedding(x, s, t, cond)
+        h, skips = self._descend(x, e, cond, train)
         for level, m in reversed(list(enumerate(self.multipliers))):
             for i in range(self.blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], -1)
@@ -299,5 +313,5 @@ class UNet(Levels):
             elif level:
                 h = self._block(h, e, train, h.shape[-1], f"up_{level}", "up")
         h = nn.silu(GroupNorm(self.per_group, self.dtype)(h))
-        out = nn.Conv(self.outputs * x.shape[-1], (3, 3), kernel_init=nn.initializers.zeros, name="output")(h)
+        out = nn.Conv(self.outputs * x.shape[-1], _kernel(x), kernel_init=nn.initializers.zeros, name="output")(h)
         return out.astype(x.dtype)

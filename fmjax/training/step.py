@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from fmjax import checks
 from fmjax.keys import example_keys, is_key
+from fmjax.nets.state import keep_state
 from fmjax.training import sharding
 from fmjax.training.sharding import AXIS
 from fmjax.types import Aux, Batch, LossFn, Params
@@ -64,7 +65,7 @@ def init(params: Params, tx: optax.GradientTransformation, *, mesh: Mesh | None 
     >>> init({"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}, optax.adam(1e-3))
     State(step=0, params=9 numbers in 2 arrays)
     """
-    mesh = mesh or sharding.make_mesh()
+    mesh, tx = mesh or sharding.make_mesh(), keep_state(tx)
     average = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True)
     make = lambda params: State(jnp.zeros((), jnp.int32), params, tx.init(params), jax.tree.map(average, params))
     layout = _layout(jax.eval_shape(make, params), mesh, fsdp)
@@ -118,7 +119,7 @@ def make_step(
     checks.check_choice("target", target, TARGETS)
     if not 0 <= ema < 1:
         raise ValueError(f"ema={ema}: the decay of the average lies in [0, 1). Give 0 to keep no average.")
-    mesh = mesh or sharding.make_mesh()
+    mesh, tx = mesh or sharding.make_mesh(), keep_state(tx)
 
     def update(state, batch, key, teacher):
         layout = sharding.specs(state.params, mesh, fsdp=fsdp)
