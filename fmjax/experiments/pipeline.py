@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, comparison, drawing, marginals, networks, pages, report, stages, workdir
+from fmjax.experiments import (
+    assemble,
+    build,
+    comparison,
+    drawing,
+    marginals,
+    networks,
+    pages,
+    pushes,
+    report,
+    stages,
+    workdir,
+)
 from fmjax.experiments.drawing import Draws
 from fmjax.experiments.networks import Plans
 from fmjax.experiments.results import Result, page_record
@@ -37,7 +49,11 @@ def main(settings: Settings, path: Path) -> None:
     plans = networks.plans(settings, data)
     trained = training_stages(settings, data, plans)
     names = comparison.read_samplers(settings, flow_map=FLOW_MAP in networks.shapes(settings, plans).methods)
-    every = [*trained, *_comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
+    every, needs = list(trained), [stage.name for stage in trained]
+    if pushes.fitted(names):
+        ready = lambda results: _networks(settings, plans, results)[0]
+        every.append(pushes.stage(settings, data, names, needs, ready))
+    every += _comparing_stages(settings, data, plans, names, [stage.name for stage in every])
     stages.check_space(every, path)
     stages.check_stages(every)
     fields = {stage.name: stage.fields for stage in trained}
@@ -106,7 +122,7 @@ def _comparing_stages(
     """Return the stages ``"samples"`` and ``"comparison"``; ``needs`` are the stages that train the networks."""
     draws = comparison.draws_of(settings, data)
     fields = {"samplers": [sampler._asdict() for sampler in names], "draws": draws[:3], "metrics": settings.metrics}
-    samples = _samples_stage(settings, plans, names, draws, fields, needs)
+    samples = _samples_stage(settings, data, plans, names, draws, fields, needs)
 
     def check() -> None:
         for metric in comparison.distances(settings, data, data.test):
@@ -129,22 +145,34 @@ def _comparing_stages(
     return [samples, stage]
 
 
+def _networks(settings: Settings, plans: Plans, results: Mapping[str, Result]) -> tuple[drawing.Models, str]:
+    """Return the networks of complete stages in the form that samplers use, and the name of their parameters."""
+    value = {name: results[networks.stage_name(name)].value for name in plans}
+    params = {name: v[0] if name in settings.correctors else v for name, v in value.items()}
+    if "marginals" in results:
+        params[DRIFT] = networks.bank(*results["marginals"].value)
+    return networks.models(settings, plans, params), networks.identity(settings, params)
+
+
 def _samples_stage(
-    settings: Settings, plans: Plans, names: Sequence[Sampler], draws: Draws, fields, needs: Sequence[str]
+    settings: Settings,
+    data: Dataset,
+    plans: Plans,
+    names: Sequence[Sampler],
+    draws: Draws,
+    fields,
+    needs: Sequence[str],
 ) -> Stage:
     """Return the stage that draws the samples of all samplers; its value is ``(samples, costs, models)``."""
 
     def check() -> None:
-        models = networks.shapes(settings, plans)
+        models = pushes.with_stand_ins(networks.shapes(settings, plans), names, data)
         for sampler in names:
             drawing.check_sampler(sampler, models, cond=draws.cond)
 
     def run(results: dict[str, Result], folder: Path) -> Result:
-        value = {name: results[networks.stage_name(name)].value for name in plans}
-        params = {name: v[0] if name in settings.correctors else v for name, v in value.items()}
-        if "marginals" in results:
-            params[DRIFT] = networks.bank(*results["marginals"].value)
-        models, identity = networks.models(settings, plans, params), networks.identity(settings, params)
+        models, identity = _networks(settings, plans, results)
+        models = pushes.add(models, results[pushes.STAGE].value if pushes.STAGE in results else {})
         drawn = comparison.draw_all(names, models, draws, directory=folder, identity=identity)
         costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
         summary = f"{len(drawn)} samplers x {draws.seeds} runs x {draws.samples} samples"
