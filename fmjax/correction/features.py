@@ -96,12 +96,12 @@ class Features(NamedTuple):
         i, j = np.triu_indices(self.products)
         return np.concatenate([z, z[:, i] * z[:, j], np.cos(z @ self.waves.T + self.phases)], 1)
 
-    def means(self, z: Float[np.ndarray, "m l"]) -> Float[np.ndarray, " n"]:
-        """Return the mean of the features over all rows."""
-        return sum(self.values(z[i : i + CHUNK]).sum(0) for i in range(0, len(z), CHUNK)) / len(z)
+    def sums(self, z: Float[np.ndarray, "m l"]) -> Float[np.ndarray, " n"]:
+        """Return the sum of the features over all rows."""
+        return sum(self.values(z[i : i + CHUNK]).sum(0) for i in range(0, len(z), CHUNK))
 
-    def grams(self, z: Float[np.ndarray, "m l"]) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n n"]]:
-        """Return ``E phi phi^T`` and ``E grad phi . grad phi^T`` over rows."""
+    def grams(self, z: Float[np.ndarray, "m l"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return ``E phi``, ``E phi phi^T`` and ``E grad phi . grad phi^T`` over rows, ``[n]`` and ``[n, n]``."""
         phi, r, w = self.values(z), self.products, self.waves
         i, j = np.triu_indices(r)
         y, sines = z[:, :r], np.sin(z @ w.T + self.phases)
@@ -114,7 +114,7 @@ class Features(NamedTuple):
         linear = -(w * sines.mean(0)[:, None]).T
         cosines = (w @ w.T) * (sines.T @ sines / len(z))
         gradients = np.block([[same, products, linear], [products.T, pairs, crossed], [linear.T, crossed.T, cosines]])
-        return phi.T @ phi / len(z), gradients
+        return phi.mean(0), phi.T @ phi / len(z), gradients
 
     def parts(self, weights: Float[np.ndarray, " n"]) -> dict[str, np.ndarray]:
         """Return weights as ``linear [L]``, the symmetric ``quadratic [r, r]`` of the gradient, ``amplitudes [F]``."""
@@ -171,18 +171,17 @@ def solve(
     from scipy.linalg import cho_factor, cho_solve
 
     p, q = (z[_order(z)] for z in (p, q))
-    (values_p, slopes_p), (values_q, slopes_q) = (features.grams(z[:gram]) for z in (p, q))
-    slopes = (slopes_p + slopes_q) / 2
-    halves = [features.means(q[h::2]) - features.means(p[h::2]) for h in (0, 1)]
-    mean_p, mean_q = (features.means(z[:gram]) for z in (p, q))
-    centre = (mean_p + mean_q) / 2  # f is determined up to a constant: its mean over m is 0
-    matrix = slopes + ((values_p + values_q) / 2 - np.outer(centre, centre)) / (8 * lam)
+    pairs = zip(features.grams(p[:gram]), features.grams(q[:gram]), strict=True)
+    mean, values, slopes = (sum(pair) / 2 for pair in pairs)
+    matrix = slopes + (values - np.outer(mean, mean)) / (8 * lam)  # f is determined up to a constant: E_m f = 0
     scale = np.sqrt(np.diag(matrix))
     scale = np.where(scale > 0, scale, 1.0)
     factor = cho_factor(matrix / np.outer(scale, scale) + ridge * np.eye(len(scale)), lower=True)
     of = lambda gap: cho_solve(factor, gap / scale) / scale
-    weights = of(features.means(q) - features.means(p))
-    apart = of(halves[0] - halves[1])
+    (p_0, p_1), (q_0, q_1) = ([features.sums(z[half::2]) for half in (0, 1)] for z in (p, q))
+    weights = of((q_0 + q_1) / len(q) - (p_0 + p_1) / len(p))
+    means = lambda first, second, z: first / len(z[0::2]) - second / len(z[1::2])
+    apart = of(means(q_0, q_1, q) - means(p_0, p_1, p))
     noise = float(apart @ slopes @ apart) / 4
     return Solution(weights, float(weights @ slopes @ weights) - noise, noise)
 
