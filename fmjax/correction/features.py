@@ -142,11 +142,11 @@ def cosines(around: Space, count: int, scales: tuple[float, ...], rng: np.random
 
 
 class Solution(NamedTuple):
-    """Weights of the features; ``signal`` and ``noise`` estimate the parts of the mean squared length of the push."""
+    """Weights of the features; the mean squared length of the push without noise, and by the noise of either set."""
 
     weights: Float[np.ndarray, " n"]
     signal: float
-    noise: float
+    noise: tuple[float, float]
 
 
 def solve(
@@ -155,7 +155,7 @@ def solve(
     """Solve the linear system of a push.
 
     ``(E_m [J J^T] + Cov_m phi / (8 lam)) w = E_q phi - E_p phi``, scaled to a unit diagonal, plus ``ridge``. The noise
-    comes from the difference of the pushes that two halves of the examples give.
+    of a set comes from the difference of the pushes that its two halves give.
 
     Args:
         features: the features.
@@ -178,12 +178,13 @@ def solve(
     scale = np.where(scale > 0, scale, 1.0)
     factor = cho_factor(matrix / np.outer(scale, scale) + ridge * np.eye(len(scale)), lower=True)
     of = lambda gap: cho_solve(factor, gap / scale) / scale
-    (p_0, p_1), (q_0, q_1) = ([features.sums(z[half::2]) for half in (0, 1)] for z in (p, q))
-    weights = of((q_0 + q_1) / len(q) - (p_0 + p_1) / len(p))
-    means = lambda first, second, z: first / len(z[0::2]) - second / len(z[1::2])
-    apart = of(means(q_0, q_1, q) - means(p_0, p_1, p))
-    noise = float(apart @ slopes @ apart) / 4
-    return Solution(weights, float(weights @ slopes @ weights) - noise, noise)
+    weights, noise = 0.0, []
+    for z, sign in ((p, -1), (q, 1)):
+        halves = [features.sums(z[half::2]) for half in (0, 1)]
+        weights = weights + sign * of(sum(halves) / len(z))
+        apart = of(halves[0] / len(z[0::2]) - halves[1] / len(z[1::2]))
+        noise.append(float(apart @ slopes @ apart) / 4)
+    return Solution(weights, float(weights @ slopes @ weights) - sum(noise), tuple(noise))
 
 
 def _order(z: np.ndarray) -> np.ndarray:

@@ -53,7 +53,8 @@ class Push(NamedTuple):
         waves: frequencies of the cosines, ``[steps, F, L]``.
         phases: phases of the cosines, ``[steps, F]``.
         signal: mean squared length of the push from ``p`` to ``q`` without the noise of the fit, ``[steps, K]``.
-        noise: mean squared length that the noise of the fit adds, ``[steps, K]``.
+        noise: mean squared length that the noise of the fit adds, by the examples of ``p`` and of ``q``,
+            ``[steps, K, 2]``.
         labels: the labels ``[K]``, or ``None``.
     """
 
@@ -87,7 +88,7 @@ def fit_push(
     ridge: float = 0.01,
     seed: int = 0,
 ) -> Push:
-    """Fit the smoothest push from ``p`` to ``q``, in float64 on the host; warn where the push is mostly noise.
+    """Fit the smoothest push from ``p`` to ``q``, in float64 on the host; warn where it is mostly noise.
 
     Means are taken over all examples, the matrices of the linear system over ``gram`` examples of each set. Neither
     depends on the order of the examples. The features are scaled to a unit diagonal before ``ridge`` is added.
@@ -130,7 +131,7 @@ def fit_push(
         for n in range(p.shape[1])
     ]
     push = Push(**{name: np.stack([step[name] for step in steps]).astype(np.float32) for name in steps[0]})
-    _warn(push, len(p), len(q))
+    _warn(push, len(p))
     return push._replace(labels=labels)
 
 
@@ -280,11 +281,11 @@ def _check_numbers(lam, affine, smooth, products, cosines, gram, ridge) -> None:
         raise ValueError(f"gram={gram}, ridge={ridge}: out of range. Give {FEWEST} or more, and 0 or more.")
 
 
-def _warn(push: Push, m: int, n: int) -> None:
-    """Say where the noise of the fit moves the samples further than the push that it estimates."""
-    signal, noise = push.signal.sum(1), push.noise.sum(1)
+def _warn(push: Push, m: int) -> None:
+    """Say where the noise of the generated examples moves samples further than the push that it estimates."""
+    signal, noise = push.signal.sum(1), push.noise[..., 0].sum(1)
     for i in np.flatnonzero(noise > signal):
         logging.getLogger(__name__).warning(
-            "step %d of the push: %.2g of its mean squared length is noise of the fit, %.2g is not, with %d and %d "
-            "examples. Generate more examples, or leave this correction out.", i, noise[i], max(signal[i], 0), m, n,
+            "step %d of the push: its mean squared length is %.2g by noise of the %d generated examples, %.2g without "
+            "noise. Generate more examples, or leave this correction out.", i, noise[i], m, max(signal[i], 0),
         )  # fmt: skip

@@ -97,7 +97,7 @@ def with_stand_ins(models: Models, names: Sequence[Sampler], data: Dataset) -> M
         labels = np.arange(data.classes, dtype=np.int32) if sampler.options["per_class"] else None
         kinds = 1 if labels is None else len(labels)
         vector, matrix, wave = zeros(n, kinds, 1), zeros(n, kinds, 1, 1), zeros(n, 1, 1)
-        facts = {"signal": vector[..., 0], "noise": vector[..., 0], "labels": labels}
+        facts = {"signal": vector[..., 0], "noise": zeros(n, kinds, 2), "labels": labels}
         pushes[push_key(sampler)] = Push(
             centre=zeros(n, d), basis=zeros(n, 1, d), start=vector, shift=vector, stretch=matrix,
             linear=vector,
@@ -335,8 +335,7 @@ def sentence(push: Push, sampler: Sampler) -> str:
     Returns:
         One line.
     """
-    length, noise = (np.sqrt(np.maximum(a.mean(1), 0)) for a in (push.signal, push.noise))
-    words = ", ".join(
-        f"{a:.2g} at {n} (noise of the fit {b:.1g})" for n, a, b in zip(sampler.at, length, noise, strict=True)
-    )
+    squares = (push.signal.mean(1), push.noise[..., 0].mean(1), push.noise[..., 1].mean(1))
+    lengths = zip(sampler.at, *(np.sqrt(np.maximum(a, 0)) for a in squares), strict=True)
+    words = ", ".join(f"{a:.2g} at {n} (noise of the samples {b:.1g}, of the data {c:.1g})" for n, a, b, c in lengths)
     return f"fitted on {sampler.options['examples']} samples; length {words}"

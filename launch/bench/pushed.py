@@ -82,9 +82,9 @@ def push_theory(repeats: int) -> list[dict]:
     """What is left after a push against ``q - m f / (8 lam)``, in 200 test functions, by size of the error and ``lam``.
 
     The test functions are cosines of frequencies up to 4; the flow has the mixed error of ``correction_toy`` times a
-    factor and ends of 20 Runge-Kutta steps. Left over is the root mean square of ``E_{p'} - E_q`` over that of
-    ``E_p - E_q``; predicted is the same of ``-E_m f / (8 lam)``; apart is their difference. The noise of 20,000 other
-    samples in the same ratio is the last column.
+    factor and ends of 20 Runge-Kutta steps. Left over is the root mean square of ``E_{p'} - E_q``, in units of the root
+    mean square of ``E_p - E_q``; predicted is the same of ``-E_m f / (8 lam)``; apart is their difference. The last
+    column is the same of 20,000 other data.
     """
     rows, rng = [], np.random.default_rng(0)
     waves, phases = 1.5 * rng.standard_normal((WAVES, 2)), rng.uniform(0, 2 * np.pi, WAVES)
