@@ -77,7 +77,7 @@ def test_linear_features_give_the_linear_solution(key):
 
 def test_the_matrices_are_those_of_the_features_derivatives(x64):
     rng = np.random.default_rng(0)
-    phi = features.Features(3, rng.standard_normal((5, 4)), rng.uniform(0, 6, 5))
+    phi = features.PushFeatures(3, rng.standard_normal((5, 4)), rng.uniform(0, 6, 5))
     z = rng.standard_normal((50, 4))
     i, j = np.triu_indices(3)
     one = lambda z: jnp.concatenate([z, z[i] * z[j], jnp.cos(phi.waves @ z + phi.phases)])
@@ -264,10 +264,10 @@ def test_many_dimensions_have_a_space_of_leading_directions(monkeypatch):
     std = np.array([3.0, 0.01, 2.0, 0.01, 1.0, 0.01])
     p, q = rng.standard_normal((4000, 6)) * std, rng.standard_normal((4000, 6)) * std
     q[:, 2] += 0.5
-    exact = features.space(p, q)
+    exact = features.subspace(p, q)
     monkeypatch.setattr(features, "SQUARE", 4)
     monkeypatch.setattr(features, "WIDEST", 3)
-    few = features.space(p, q)
+    few = features.subspace(p, q)
     np.testing.assert_allclose(few.spread, exact.spread[:3], rtol=1e-6)
     np.testing.assert_allclose(np.abs(few.basis @ exact.basis[:3].T), np.eye(3), atol=1e-4)
     push = fit(p, q, affine=True, smooth=False)

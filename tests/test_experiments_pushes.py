@@ -8,7 +8,7 @@ from laboratory import JUMP, RK4, WHOLE, numbers, read, run, stamps, whole_run
 from laboratory import laboratory as laboratory  # a fixture
 
 from fmjax import correction, load, metrics
-from fmjax.experiments import build, drawing, networks, pipeline, pushes, samplers
+from fmjax.experiments import build, comparison, drawing, networks, pipeline, pushes, samplers
 from fmjax.experiments.samplers import corrected_samplers, plain_samplers
 from fmjax.storage import files
 
@@ -118,6 +118,22 @@ def test_a_second_run_reads_and_a_damaged_push_is_fitted_again(finished, tmp_pat
     pipeline.main(read(**CONFIG), path)
     assert "fitted again" in capsys.readouterr().err
     assert file.read_bytes() == content
+
+
+def test_a_recommendation_is_chosen_on_validation_and_reported_on_test():
+    """Two corrections, one nearer to validation and one nearer to test examples: the first, with its loss on test."""
+    plain = plain_samplers({"rk4": (2,), "euler": (2,)})
+    names = plain + of({k: {**RK4, "at": (2,), "by": k} for k in ("push", "affine")})
+    of_name = lambda by: next(s.name for s in names if s.by == by)
+    values = {plain[0].name: 0.5, plain[1].name: 0.0, of_name("push"): 1.0, of_name("affine"): 0.4}
+    drawn = {name: v + np.array([-0.01, 0.01]).reshape(2, 1, 1) * np.ones((2, 5, 1)) for name, v in values.items()}
+    away = lambda name, target: metrics.Metric(name, lambda x: abs(float(x.mean()) - target))
+    validation, test = [away("a", 0.9), away("b", 1.1)], [away("a", 0.0), away("b", 0.0)]
+    (line,) = comparison.recommendations(names, drawn, validation, test)
+    assert line.startswith("Chosen on validation examples among 2 corrections and controls of rk4, 2 steps: ")
+    assert "rk4, 2 steps, push at 2. On test examples a is higher by 0.5000" in line
+    (line,) = comparison.recommendations(names, drawn, [away("a", 0.5)], test)
+    assert line.endswith("none, use rk4, 2 steps as it is.")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Features of smooth pushes and their linear system, in float64 on the host.
+"""The features of smooth pushes and their linear system, in float64 on the host.
 
-A ``Space`` has the leading directions of two sets of states; the features are functions of the coordinates ``z`` there:
-the coordinates, products of the first of them, and cosines ``cos(omega . z + b)``.
+A ``Subspace`` has the leading directions of two sets of states; the features are functions of the coordinates ``z``
+there: the coordinates, products of the first of them, and cosines ``cos(omega . z + b)``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AFFINE = 256  # most directions whose covariance an affine map changes
 TINY = 1e-8  # added to covariances, relative to the mean variance
 
 
-class Space(NamedTuple):
+class Subspace(NamedTuple):
     """The leading directions of two sets of states.
 
     Attributes:
@@ -40,7 +40,7 @@ class Space(NamedTuple):
         return np.concatenate(parts)
 
 
-def space(p: Float[np.ndarray, "m d"], q: Float[np.ndarray, "n d"]) -> Space:
+def subspace(p: Float[np.ndarray, "m d"], q: Float[np.ndarray, "n d"]) -> Subspace:
     """Return the leading directions of the mixture of two sets, half each.
 
     Args:
@@ -50,7 +50,7 @@ def space(p: Float[np.ndarray, "m d"], q: Float[np.ndarray, "n d"]) -> Space:
     Returns:
         All directions up to ``WIDEST``; in more than ``SQUARE`` dimensions they come from a block power iteration.
 
-    >>> space(np.zeros((2, 3)), np.array([[1.0, 0, 0], [-1, 0, 0]])).spread.round(3).tolist()
+    >>> subspace(np.zeros((2, 3)), np.array([[1.0, 0, 0], [-1, 0, 0]])).spread.round(3).tolist()
     [0.5, 0.0, 0.0]
     """
     mean_p, mean_q = (x.mean(0, dtype=np.float64) for x in (p, q))
@@ -66,7 +66,7 @@ def space(p: Float[np.ndarray, "m d"], q: Float[np.ndarray, "n d"]) -> Space:
         spread, turn = np.linalg.eigh(vectors.T @ apply(vectors))
         vectors = vectors @ turn
     keep = np.argsort(spread, kind="stable")[::-1][:WIDEST]
-    return Space(centre, vectors[:, keep].T, np.maximum(spread[keep], 0.0), variance)
+    return Subspace(centre, vectors[:, keep].T, np.maximum(spread[keep], 0.0), variance)
 
 
 def _scatter(x: np.ndarray, centre: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ def _scatter(x: np.ndarray, centre: np.ndarray, v: np.ndarray) -> np.ndarray:
     return total / len(x)
 
 
-class Features(NamedTuple):
+class PushFeatures(NamedTuple):
     """The features: all coordinates, the products of the first ``products``, and cosines.
 
     Attributes:
@@ -125,7 +125,7 @@ class Features(NamedTuple):
         return {"linear": linear, "quadratic": quadratic + quadratic.T, "amplitudes": amplitudes}
 
 
-def cosines(around: Space, count: int, scales: tuple[float, ...], rng: np.random.Generator):
+def cosines(around: Subspace, count: int, scales: tuple[float, ...], rng: np.random.Generator):
     """Draw phases, and frequencies ``omega ~ N(0, k^2 / tr C)``: ``omega . z`` has the standard deviation ``k``.
 
     Args:
@@ -150,7 +150,13 @@ class Solution(NamedTuple):
 
 
 def solve(
-    features: Features, p: Float[np.ndarray, "m l"], q: Float[np.ndarray, "k l"], *, lam: float, gram: int, ridge: float
+    features: PushFeatures,
+    p: Float[np.ndarray, "m l"],
+    q: Float[np.ndarray, "k l"],
+    *,
+    lam: float,
+    gram: int,
+    ridge: float,
 ) -> Solution:
     """Solve the linear system of a push.
 

@@ -137,9 +137,9 @@ def fit_push(
 
 def _fit_step(p, q, groups, lam, cosines: int, rng, *, products: int, **options) -> dict[str, np.ndarray]:
     """Return the arrays of a push at one time, from ``p [m, d]`` to ``q [n, d]``."""
-    space = features.space(p, q)
+    space = features.subspace(p, q)
     waves, phases = features.cosines(space, cosines, SCALES, rng)
-    phi = features.Features(min(products, len(space.spread)), waves, phases)
+    phi = features.PushFeatures(min(products, len(space.spread)), waves, phases)
     z_p, z_q = space.project(p), space.project(q)
     lam = max(space.variance, 1e-12) if lam is None else lam
     parts = [_fit_group(phi, z_p[of_p], z_q[of_q], lam, **options) for of_p, of_q in groups]

@@ -133,7 +133,7 @@ def draw_all(names: Sequence[Sampler], models: Models, draws: Draws, *, director
     drawn = {}
     with logs.bar("samples", len(names), unit="sampler") as progress:
         for sampler in names:
-            name = identity + pushes.identity(models.params.get(PUSH, {}), sampler)
+            name = identity + pushes.push_identity(models.params.get(PUSH, {}), sampler)
             drawn[sampler.name] = drawing.draw(sampler, models, draws, directory=directory, identity=name)
             progress.update()
     return drawn

@@ -52,7 +52,7 @@ def main(settings: Settings, path: Path) -> None:
     every, needs = list(trained), [stage.name for stage in trained]
     if pushes.fitted(names):
         ready = lambda results: _networks(settings, plans, results)[0]
-        every.append(pushes.stage(settings, data, names, needs, ready))
+        every.append(pushes.push_stage(settings, data, names, needs, ready))
     every += _comparing_stages(settings, data, plans, names, [stage.name for stage in every])
     stages.check_space(every, path)
     stages.check_stages(every)

@@ -119,7 +119,7 @@ def add(models: Models, pushes: Mapping[str, Push]) -> Models:
     return models._replace(params=models.params | {PUSH: dict(pushes)}) if pushes else models
 
 
-def identity(pushes: Mapping[str, Push], sampler: Sampler) -> str:
+def push_identity(pushes: Mapping[str, Push], sampler: Sampler) -> str:
     """Return what the samples of a sampler depend on beside the networks: the digest of its push.
 
     Args:
@@ -134,7 +134,7 @@ def identity(pushes: Mapping[str, Push], sampler: Sampler) -> str:
     return f" {drawing.hash_arrays(pushes[push_key(sampler)]._replace(labels=None))}"
 
 
-def stage(settings: Settings, data: Dataset, names: Sequence[Sampler], needs: Sequence[str], models_of) -> Stage:
+def push_stage(settings: Settings, data: Dataset, names: Sequence[Sampler], needs: Sequence[str], models_of) -> Stage:
     """Return the stage that fits the pushes of all samplers that need one.
 
     Args:
@@ -150,7 +150,7 @@ def stage(settings: Settings, data: Dataset, names: Sequence[Sampler], needs: Se
     chosen = fitted(names)
 
     def result(pushes: dict[str, Push]) -> Result:
-        digest = hashlib.sha256("".join(identity(pushes, s) for s in chosen).encode()).hexdigest()
+        digest = hashlib.sha256("".join(push_identity(pushes, s) for s in chosen).encode()).hexdigest()
         return Result(pushes, digest, f"{len(pushes)} fitted on samples of their samplers")
 
     def run(results: dict[str, Result], folder: Path) -> Result:
