@@ -131,7 +131,7 @@ def test_a_recommendation_is_chosen_on_validation_and_reported_on_test():
     validation, test = [away("a", 0.9), away("b", 1.1)], [away("a", 0.0), away("b", 0.0)]
     (line,) = comparison.recommendations(names, drawn, validation, test)
     assert line.startswith("Chosen on validation examples among 2 corrections and controls of rk4, 2 steps: ")
-    assert "rk4, 2 steps, push at 2. On test examples a is higher by 0.5000" in line
+    assert "rk4, 2 steps, push at 2. On test examples a is higher by 0.500" in line
     (line,) = comparison.recommendations(names, drawn, [away("a", 0.5)], test)
     assert line.endswith("none, use rk4, 2 steps as it is.")
 
