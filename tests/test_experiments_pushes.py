@@ -112,7 +112,11 @@ def test_a_second_run_reads_and_a_damaged_push_is_fitted_again(finished, tmp_pat
     pipeline.main(read(**CONFIG), path)
     changed = {str(p) for p, time in stamps(path).items() if before.get(p) != time}
     assert changed <= {"environment.json", "config.json", "samples/stage.json", "pushes/stage.json"}
-    (file,) = (path / "pushes").glob("rk4*/linear.npy")
+    other = CORRECTIONS | {"end": CORRECTIONS["end"] | {"lam": 0.5}}  # the run's networks are kept
+    pipeline.main(read(**CONFIG | {"corrections": other}), path)
+    assert len(list((path / "pushes").glob("rk4*/linear.npy"))) == 2
+    pipeline.main(read(**CONFIG), path)
+    file = next(path / p for p in before if p.parts[0] == "pushes" and p.name == "linear.npy" and "rk4" in str(p))
     content = file.read_bytes()
     file.write_bytes(content[:-80] + b"\x00" + content[-79:])
     pipeline.main(read(**CONFIG), path)
