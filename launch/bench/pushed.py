@@ -1,17 +1,21 @@
-"""Suites of ``launch.bench``: smooth pushes on flows whose error is known, and against the theory of the push."""
+"""Suites of ``launch.bench``: smooth pushes where the error is known, against their theory, and on digits."""
 
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import correction
+from fmjax import correction, metrics
 from fmjax.correction import Push
-from fmjax.experiments.samplers import PUSHES
+from fmjax.experiments import build, comparison, drawing, networks, pushes, report, settings, workdir
+from fmjax.experiments.samplers import PUSHES, Sampler, corrected_samplers, plain_samplers
 from fmjax.oracles import mismatch
+from launch.bench.measure import FOLDER
 from launch.bench.mismatch import ERRORS, REPORTING, RING, SAMPLES, STEPS, TUNING, distance, line, uncorrected
 
 SIZES, LAMS = (1.0, 0.5, 0.25), (0.1, 0.5, 2.0)  # of the error; of the push
@@ -113,4 +117,71 @@ def push_theory(repeats: int) -> list[dict]:
     return rows
 
 
-SUITES = (pushed_toy, push_theory)
+JUMPS = (("flow_map", 1), ("flow_map", 2), ("flow_map", 4), ("rk4", 2))
+
+
+def pushed_digits(repeats: int) -> list[dict]:
+    """Variants of a push on the networks of the quickstart: ``lam``, mid-path, two rounds; distances to test digits.
+
+    The run of ``configs/digits.py`` lies in ``workdir/bench/digits_pushed`` and is made where it is missing. All rows
+    of a sampler start from the same noise: mean and standard error over 4 seeds of 400.
+    """
+    folder = FOLDER / "digits_pushed"
+    command = [sys.executable, "-m", "launch.pipeline", "--config=configs/digits.py", f"--workdir={folder}"]
+    if not (folder / "metrics.json").exists():
+        subprocess.run(command, check=True)
+    config = settings.read(workdir.read_config(folder))
+    models, identity, _ = networks.load_models(config, folder)
+    data = build.data(config.common.data)
+    distances, draws = comparison.distances(config, data, data.test), comparison.draws_of(config, data)
+    rows = []
+    for solver, n in JUMPS:
+        plain = plain_samplers({solver: (n,)})[0]
+        variants = {"none": plain} | {name: _pushed(plain, **options) for name, options in _variants(n).items()}
+        for name, sampler in variants.items():
+            fits = pushes.fit_all(config, data, [sampler], models, folder / pushes.STAGE)
+            ready = pushes.add(models, fits)
+            drawn = comparison.draw_all([sampler], ready, draws, directory=folder / "draws", identity=identity)
+            cost = drawing.sampler_cost(sampler, ready)
+            rows.append(_row(plain, name, cost.nfe, drawn[sampler.name], distances))
+            if name == "affine, then push":
+                again = _second_round(config, data, sampler, ready, drawn[sampler.name])
+                rows.append(_row(plain, "affine, then push, twice", cost.nfe, again, distances))
+    floor = comparison.measure(comparison.training_runs(data, draws), distances)
+    cells = {name: report.plus_minus(*metrics.mean_se(values)) for name, values in floor.items()}
+    return [*rows, {"sampler": "training data", "correction": "-", "NFE": "-"} | cells]
+
+
+def _variants(n: int) -> dict[str, dict]:
+    """Return the options of the corrections of a sampler of ``n`` steps, by name."""
+    middle = (n // 2, n) if n > 1 else (0, 1)
+    both = {"by": "affine_push", "at": (n,)}
+    return {
+        "affine": {"by": "affine", "at": (n,)}, "push": {"by": "push", "at": (n,)}, "affine, then push": both,
+        "affine, then push, lam / 8": both | {"lam": 0.035}, "affine, then push, 8 lam": both | {"lam": 2.2},
+        f"affine, then push, at {middle[0]} and {n}": both | {"at": middle},
+    }  # fmt: skip
+
+
+def _pushed(plain: Sampler, *, by: str, at: tuple[int, ...], **options) -> Sampler:
+    entry = {"solver": plain.solver, "steps": plain.steps, "at": at, "by": by, **options}
+    return corrected_samplers({"push": entry}, [plain], [])[-1]
+
+
+def _row(plain: Sampler, name: str, nfe: int, x: np.ndarray, distances) -> dict:
+    values = comparison.measure(x, distances)
+    cells = {metric: report.plus_minus(*metrics.mean_se(v)) for metric, v in values.items()}
+    return {"sampler": plain.name, "correction": name, "NFE": nfe} | cells
+
+
+def _second_round(config, data, sampler: Sampler, models, drawn: np.ndarray) -> np.ndarray:
+    """Return drawn samples ``[runs, n, ...]`` after a second push, fitted on other samples after the first."""
+    program = drawing.program(sampler, models)
+    keys = drawing.sample_keys(config.common.seed, 2, sampler.options["examples"], pushes.PURPOSE)
+    x = drawing.in_chunks(lambda keys: program(models.params, keys), keys)
+    target, _ = pushes.examples(config, data)
+    push = correction.fit_push(x[:, None], target[:, None], **PUSHES[sampler.by])
+    return np.stack([np.asarray(ends(push, jnp.asarray(run))) for run in drawn])
+
+
+SUITES = (pushed_toy, push_theory, pushed_digits)
