@@ -21,7 +21,16 @@ def get_config():
     c.samplers = {"euler": (4, 8, 16, 32), "rk4": (2, 4, 8), "flow_map": (1, 2, 4)}
     rk4, jump = {"solver": "rk4", "steps": 8}, {"solver": "flow_map", "steps": 4}
     push = lambda by, alpha, beta=0.0: {"by": by, "alpha": alpha, "beta": beta}
+    end = lambda solver, steps, by: {"solver": solver, "steps": steps, "at": (steps,), "by": by}
+    fitted = (("rk4", 8), ("rk4", 2), ("euler", 4), ("flow_map", 1), ("flow_map", 2), ("flow_map", 4))
     c.corrections = {
+        # what to use first: fitted on samples of each sampler in closed form, at strength 1
+        **{f"{solver}_{steps}": end(solver, steps, "affine_push") for solver, steps in fitted},
+        "push": end("rk4", 8, "push"),
+        "affine": end("rk4", 8, "affine"),
+        "map_push": end("flow_map", 4, "push"),
+        "map_affine": end("flow_map", 4, "affine"),
+        # what it is compared with
         "start": {**rk4, "at": (0,), **push("score", 0.5, 0.4)},
         "end": {**rk4, "at": (8,), **push("score", 0.5)},
         "three": {**rk4, "at": (0, 4, 8), **push("score", 0.1, 0.1)},

@@ -216,8 +216,7 @@ class Batch(NamedTuple):
     Attributes:
         x1: data.
         x0: examples of the source; ``None``: the loss draws ``N(0, I)``.
-        cond: condition, a pytree of arrays ``[B, ...]``.
-        t: times ``[B]``, where the data carry a time.
+        cond, t: condition, a pytree of arrays ``[B, ...]``, and times ``[B]`` where the data carry a time.
         negative: ``x1`` of another training example, independent of this example (contrastive losses).
         progress: fraction of the training that is done, in [0, 1), for losses that change; ``None`` stands for its end.
     """

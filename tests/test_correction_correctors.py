@@ -79,6 +79,12 @@ def test_presets_without_noise_contract_a_perfect_model(name, alpha, x64, key):
 
 def test_presets_by_name():
     assert correctors.preset("tweedie", 0.3) == {"alpha": 1.0, "beta": 0.0}
+    assert correctors.preset("transport", lam=0.3) == {"alpha": 8 * 0.3, "beta": 0.0}
+    for options in ({}, {"sigma": 0.3}, {"sigma": 0.3, "lam": 1.0}, {"lam": 1.0, "alpha": 1.0}, {"lam": 0.0}):
+        with pytest.raises(ValueError, match="^lam="):
+            correctors.preset("transport", **options)
+    with pytest.raises(ValueError, match="^sigma=None"):
+        correctors.preset("w2", lam=0.3)
     assert correctors.preset("w2", 0.3) == {"alpha": 0.5, "beta": 0.0}
     assert correctors.preset("langevin", 0.3) == {"alpha": 0.5, "beta": 0.3}
     assert correctors.preset("paper", 0.3, alpha=0.7, beta=0.1) == {"alpha": 0.7, "beta": 0.1}

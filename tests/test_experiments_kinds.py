@@ -60,11 +60,13 @@ def test_labels_travel_with_the_marginals_and_the_samples(vectors):
     train_set = build.data({"name": "arrays", "path": str(path.parent / "vectors.npz")}).train
     np.testing.assert_array_equal(backward.cond, train_set.cond)
     np.testing.assert_array_equal(forward.cond, train_set.cond[np.arange(64) % len(train_set.cond)])
-    fix = {"at": (2,), "by": "drift", "alpha": 1.0, "bandwidth": 2.0}
+    drift = {"at": (2,), "by": "drift", "alpha": 1.0, "bandwidth": 2.0}
+    push = {"at": (2,), "by": "affine_push", "per_class": True, "examples": 600}
     trained = fmjax.load(path)
-    for label in range(3):
-        x = trained.sample(20, **EULER, label=label, corrections=fix)
-        np.testing.assert_allclose(x.mean() - 10.0 * label, 0, atol=2.5)
+    for fix, tolerance in ((drift, 2.5), (push, 1.0)):
+        for label in range(3):
+            x = trained.sample(20, **EULER, label=label, corrections=fix)
+            np.testing.assert_allclose(x.mean() - 10.0 * label, 0, atol=tolerance)
     same = trained.sample(3, **EULER, cond=np.ones(3, np.int32))
     np.testing.assert_allclose(trained.sample(4, **EULER, label=1)[:3], same, atol=1e-6)
     with pytest.raises(ValueError, match=r"^cond=\[\(2,\)\]: not 3 conditions"):

@@ -66,6 +66,30 @@ def test_the_robust_loss_of_a_linear_logit_is_the_closed_form(eps, setting):
     assert 0.5 < right.mean() / 2 < 1
 
 
+def test_a_gradient_penalty_is_averaged_over_both_halves(setting):
+    """By hand for a curved logit: ``(softplus + lam |grad f|^2) / 2`` of either side, and the gradient of that."""
+    _, batch, keys = setting
+    curved = lambda p, x, s, t, cond=None, key=None: 0.5 * p["a"] * (x**2).sum(1) + x[:, 0] * p["b"] * t
+    params, lam = {"a": jnp.array(0.4), "b": jnp.array(-0.3)}, 0.7
+
+    def by_hand(params):
+        total = 0
+        for x, y in ((batch.x1, 1), (batch.x0, -1)):
+            slope = params["a"] * x + params["b"] * batch.t[:, None] * jnp.array([1.0, 0.0])
+            total += jax.nn.softplus(-y * curved(params, x, batch.t, batch.t)) / 2 + lam * (slope**2).sum(1) / 2
+        return total
+
+    loss = classifier_corrector(curved, gradient_penalty=lam).loss
+    (_, aux), grad = jax.value_and_grad(loss, has_aux=True)(params, params, batch, keys)
+    np.testing.assert_allclose(aux["per_example"], by_hand(params), rtol=1e-12)
+    expected = jax.grad(lambda p: by_hand(p).mean())(params)
+    for name in params:
+        np.testing.assert_allclose(grad[name], expected[name], rtol=1e-10)
+    for options in ({"gradient_penalty": -1.0}, {"gradient_penalty": 1.0, "eps": 0.5}):
+        with pytest.raises(ValueError, match="^gradient_penalty="):
+            classifier_corrector(curved, **options)
+
+
 def test_steps_stop_once_an_example_is_misclassified(setting):
     """Many short steps take a small margin just below zero, a large one down by ``eps |w|``."""
     params, batch, keys = setting

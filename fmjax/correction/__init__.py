@@ -29,11 +29,13 @@ from fmjax.correction.search import (
     transfer,
     value_grid,
 )
+from fmjax.correction.sobolev import Push, fit_push, sobolev_drift
 
 __all__ = [
-    "Between", "Choice", "Estimate", "Evaluations", "Marginals", "Placement", "Reported", "Space", "Trial",
+    "Between", "Choice", "Estimate", "Evaluations", "Marginals", "Placement", "Push", "Reported", "Space", "Trial",
     "build_marginals", "choose", "clamp", "classifier_space", "dispersion_ratio", "draw_conditions", "estimate_cost",
-    "greedy", "grid_search", "in_turn", "influence", "interpolate_marginals", "kernel_drift", "langevin", "mala",
-    "marginal_batches", "marginal_matching", "marginal_pairs", "preset", "read_marginals", "restart", "round_trip",
-    "score_of", "score_space", "sensitivity", "straightness_defect", "to_json", "transfer", "value_grid",
+    "fit_push", "greedy", "grid_search", "in_turn", "influence", "interpolate_marginals", "kernel_drift", "langevin",
+    "mala", "marginal_batches", "marginal_matching", "marginal_pairs", "preset", "read_marginals", "restart",
+    "round_trip", "score_of", "score_space", "sensitivity", "sobolev_drift", "straightness_defect", "to_json",
+    "transfer", "value_grid",
 ]  # fmt: skip

@@ -74,11 +74,18 @@ def marginal_matching(direction: DirectionFn, *, alpha: Schedule, beta: Schedule
 
 
 def preset(
-    name: str, sigma: Schedule, *, alpha: Schedule | None = None, beta: Schedule | None = None
+    name: str,
+    sigma: Schedule | None = None,
+    *,
+    alpha: Schedule | None = None,
+    beta: Schedule | None = None,
+    lam: float | None = None,
 ) -> dict[str, Schedule]:
     """Return ``alpha`` and ``beta`` of ``marginal_matching`` by name, for a score corrector of noise level ``sigma``.
 
-    With ``q`` the backward marginal and ``b`` its standard deviation, if it is Gaussian:
+    The preset ``transport`` is of a classifier with the gradient penalty ``lam``, whose push has the natural strength
+    ``alpha = 8 lam`` and leaves a perfect model alone (``correction.sobolev_drift`` has ``alpha = 1``). The others,
+    with ``q`` the backward marginal and ``b`` its standard deviation, if it is Gaussian:
 
     ============  =========  =========  ==============================================================================
     name          alpha      beta       effect on a perfect model, ``p = q``
@@ -96,21 +103,30 @@ def preset(
         sigma: noise level that the corrector was trained with: a number, or a function of the times ``[B]``.
         alpha: size of the push, for ``paper`` only.
         beta: standard deviation of the noise, for ``paper`` only.
+        lam: gradient penalty of the classifier, for ``transport`` only.
 
     Returns:
         The keyword arguments ``alpha`` and ``beta``.
 
     Raises:
-        ValueError: an unknown name; ``paper`` without both numbers, another name with one; ``sigma`` not positive.
+        ValueError: an unknown name; ``paper`` without both numbers, another name with one; ``sigma`` not positive;
+            ``transport`` with anything but ``lam``, another name with it.
 
-    >>> preset("langevin", 0.3)
-    {'alpha': 0.5, 'beta': 0.3}
+    >>> preset("langevin", 0.3), preset("transport", lam=0.25)
+    ({'alpha': 0.5, 'beta': 0.3}, {'alpha': 2.0, 'beta': 0.0})
 
     Source: OpenReview kRjLBXWn1T.
     """
+    if name == "transport":
+        if (sigma, alpha, beta) != (None, None, None) or lam is None:
+            raise ValueError(f"lam={lam}: preset 'transport' needs lam, the gradient penalty, alone. Give lam=...")
+        check_positive("lam", lam)
+        return {"alpha": 8.0 * lam, "beta": 0.0}
+    if sigma is None or lam is not None:
+        raise ValueError(f"sigma={sigma}, lam={lam}: preset {name!r} needs sigma, and no lam. Give sigma.")
     check_positive("sigma", sigma)
     fixed = {"tweedie": (1.0, 0.0), "w2": (0.5, 0.0), "langevin": (0.5, sigma)}
-    names = ("paper", *fixed)
+    names = ("paper", "transport", *fixed)
     if name not in names:
         raise ValueError(f"preset={name!r}: unknown. Give one of {', '.join(names)}{checks.nearest(name, names)}")
     if name == "paper":

@@ -12,10 +12,10 @@ import numpy as np
 from fmjax import metrics
 from fmjax.checks import refusal
 from fmjax.data import Dataset, Examples
-from fmjax.experiments import build, drawing, report, samplers, specs, workdir
+from fmjax.experiments import build, drawing, pushes, report, samplers, specs, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.report import Row, Verdict
-from fmjax.experiments.samplers import FLOW_MAP, NOISE, Sampler
+from fmjax.experiments.samplers import FLOW_MAP, NOISE, PUSH, Sampler
 from fmjax.experiments.settings import Common, Settings
 from fmjax.keys import generator
 from fmjax.metrics import Metric, mean_se
@@ -133,7 +133,8 @@ def draw_all(names: Sequence[Sampler], models: Models, draws: Draws, *, director
     drawn = {}
     with logs.bar("samples", len(names), unit="sampler") as progress:
         for sampler in names:
-            drawn[sampler.name] = drawing.draw(sampler, models, draws, directory=directory, identity=identity)
+            name = identity + pushes.push_identity(models.params.get(PUSH, {}), sampler)
+            drawn[sampler.name] = drawing.draw(sampler, models, draws, directory=directory, identity=name)
             progress.update()
     return drawn
 
@@ -219,6 +220,42 @@ def best_lines(rows: Sequence[Row]) -> list[str]:
             control = ", control without corrector" if least.control else ""
             value, real = report.plus_minus(*least.distances[metric]), report.plus_minus(*limit)
             sentences.append(f"Best {metric} {value}: {least.name} (NFE {least.nfe}{control}); real data {real}.")
+    return sentences
+
+
+def recommendations(
+    names: Sequence[Sampler], drawn: Mapping[str, np.ndarray], validation: Sequence[Metric], test: Sequence[Metric]
+) -> list[str]:
+    """Return one sentence per plain sampler that has several corrections: which one to use first, and what it changes.
+
+    The correction is chosen by distances to validation examples (the least mean rank over all of them) among the plain
+    sampler, its corrections and their controls; the changes are of distances to test examples, paired over runs.
+
+    Args:
+        names: the samplers.
+        drawn: samples ``[runs, samples, ...]`` by name of the sampler.
+        validation: distances to validation examples.
+        test: distances to test examples.
+
+    Returns:
+        The sentences.
+    """
+    sentences = []
+    for plain in (s for s in names if not s.at):
+        same = [s for s in names if s.at and (s.solver, s.steps, s.grid) == (plain.solver, plain.steps, plain.grid)]
+        if len(same) < 2:
+            continue
+        each = [np.mean(list(measure(drawn[s.name], validation).values()), 1) for s in (plain, *same)]
+        ranks = np.argsort(np.argsort(each, 0, kind="stable"), 0).mean(1)
+        best = (plain, *same)[int(np.argmin(ranks))]
+        first = f"Chosen on validation examples among {len(same)} corrections and controls of {plain.name}"
+        if best is plain:
+            sentences.append(f"{first}: none, use {plain.name} as it is.")
+            continue
+        values = [measure(drawn[s.name], test) for s in (best, plain)]
+        changes = [report.verdict(best.name, plain.name, m.name, *(v[m.name] for v in values)) for m in test]
+        words = "; ".join(report.verdict_words(v) for v in changes)
+        sentences.append(f"{first}: {best.name}. On test examples {words}.")
     return sentences
 
 

@@ -21,8 +21,8 @@ from jax.experimental import multihost_utils
 
 from fmjax import correction, paths, sampling
 from fmjax.checks import refusal
-from fmjax.experiments import build, records, specs
-from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler, corrector_factory, time_grid
+from fmjax.experiments import build, records, samplers, specs
+from fmjax.experiments.samplers import FLOW, FLOW_MAP, Sampler, corrector_factory, push_key, time_grid
 from fmjax.keys import as_keys, fold_in, from_seed
 from fmjax.sampling import grids
 from fmjax.sources import Source, gaussian_noise
@@ -37,7 +37,8 @@ class Models(NamedTuple):
 
     Attributes:
         methods: the methods by name: ``"flow"``, perhaps ``"flow_map"``, and the correctors.
-        params: their parameters by the same names; ``"drift"`` has the arguments of ``correction.kernel_drift``.
+        params: their parameters by the same names; ``"drift"`` has the arguments of ``correction.kernel_drift``,
+            ``"push"`` the fitted pushes by ``samplers.push_key``.
         shape: shape of one example.
         path: the flow's interpolant.
         ts: the times of the marginals in ``params["drift"]``.
@@ -102,15 +103,19 @@ def _corrector(sampler: Sampler, models: Models, params: dict[str, Params], opti
     if not sampler.at:
         return None
     options = {**sampler.options, **(options or {})}
+    if sampler.by in samplers.PUSHES:
+        options = {name: options[name] for name in ("alpha", "beta")}
     ts = time_grid(sampler.grid, sampler.steps, models.path)[list(sampler.at)]
     over = lambda value: grids.per_step(ts, jnp.asarray(value)) if np.ndim(value) else value
     options = {name: over(value) for name, value in options.items()}
-    if sampler.by == NOISE:
+    if sampler.by == samplers.NOISE:
         direction = Costed(lambda x, t, cond=None: jnp.zeros_like(x), 0)
-    elif sampler.by == DRIFT:
-        bank, bandwidth = params[DRIFT], options.pop("bandwidth")
+    elif sampler.by == samplers.DRIFT:
+        bank, bandwidth = params[samplers.DRIFT], options.pop("bandwidth")
         labels = bank.get("p_labels"), bank.get("q_labels")
         direction = correction.kernel_drift(bank["p"], bank["q"], *labels, ts=models.ts, bandwidth=bandwidth)
+    elif sampler.by in samplers.PUSHES:
+        direction = correction.sobolev_drift(params[samplers.PUSH][push_key(sampler)], ts=ts)
     elif sampler.by in models.methods:
         direction = models.methods[sampler.by].direction(params[sampler.by])
     else:
@@ -132,13 +137,16 @@ def sampler_cost(sampler: Sampler, models: Models) -> sampling.Cost:
     return sampling.cost(step, sampler.steps, sampler.at, corrector=corrector, parallel=sampler.parallel)
 
 
-def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Callable[..., jax.Array]:
+def program(
+    sampler: Sampler, models: Models, *, trajectory: bool = False, stop: int | None = None
+) -> Callable[..., jax.Array]:
     """Return ``draw(params, keys, cond=None, options=None)``, jitted, which draws one sample per key.
 
     Args:
         sampler: the sampler.
         models: the networks; parameters are an argument of the returned function.
         trajectory: return all states ``[steps + 1, B, ...]`` in place of the last.
+        stop: return the states before step ``stop`` and its correction; by default the samples.
 
     Returns:
         A function of parameters by name, keys ``[B]`` and conditions ``[B, ...]`` that returns samples ``[B, ...]``.
@@ -146,12 +154,16 @@ def program(sampler: Sampler, models: Models, *, trajectory: bool = False) -> Ca
         options of the corrector, so that a search over strengths compiles one program.
     """
     ts = time_grid(sampler.grid, sampler.steps, models.path)
+    ts = ts if stop is None else ts[: stop + 1]
 
     @jax.jit
     def solve(params: dict[str, Params], keys, x0, cond, options):
+        start = starts(models, keys, float(ts[0])) if x0 is None else x0
+        if len(ts) == 1:
+            return start
         return sampling.sample(
             solver_step(sampler, models, params),
-            starts(models, keys, float(ts[0])) if x0 is None else x0,
+            start,
             ts,
             key=fold_in(keys, 1),
             cond=cond,
@@ -213,8 +225,10 @@ def check_sampler(sampler: Sampler, models: Models, *, cond: Cond = None) -> Non
     """
     if sampler.solver == FLOW_MAP and FLOW_MAP not in models.methods:
         raise refusal("samplers.flow_map", sampler.steps, "no flow map is trained here", "Take it out")
-    if sampler.by == DRIFT and DRIFT not in models.params:
-        raise refusal("by", DRIFT, "this run folder has no marginals", "Build them by launch.marginals")
+    if sampler.by == samplers.DRIFT and samplers.DRIFT not in models.params:
+        raise refusal("by", samplers.DRIFT, "this run folder has no marginals", "Build them by launch.marginals")
+    if sampler.by in samplers.PUSHES and push_key(sampler) not in models.params.get(samplers.PUSH, {}):
+        raise refusal("by", sampler.by, "it was not fitted for this sampler", "Fit it by launch.evaluate")
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *np.shape(a)[1:]), np.asarray(a).dtype), cond)
     keys = jax.eval_shape(lambda: as_keys(jax.random.key(0), 2))
     try:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fmjax.data import in_memory
-from fmjax.experiments import assemble, build, comparison, drawing, networks, report, workdir
+from fmjax.experiments import assemble, build, comparison, drawing, networks, pushes, report, workdir
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.results import curves
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler
@@ -38,19 +38,21 @@ def main(settings: Settings, path: Path) -> None:
     data = build.data(settings.common.data)
     draws = comparison.draws_of(settings, data)
     names = comparison.read_samplers(settings, flow_map=True)
+    pushes.check(settings, data, names)
     workdir.network_folder(path)
     if jax.process_index() == 0:
-        data = _in_memory_data(data, settings)
-        metrics = comparison.distances(settings, data, data.test)
+        held = _in_memory_data(data, settings)
+        metrics = comparison.distances(settings, held, held.test)
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
     drift, shape = any(s.by == DRIFT for s in names), tuple(data.train.x.shape[1:])
     models, identity, step = networks.load_models(settings, path, drift=drift, shape=shape)
     names = _drawable(names, models, settings.correctors)
     for sampler in names:
-        drawing.check_sampler(sampler, models, cond=draws.cond)
+        drawing.check_sampler(sampler, pushes.with_stand_ins(models, names, data), cond=draws.cond)
+    models = pushes.add(models, pushes.fit_all(settings, data, names, models, path / pushes.STAGE))
     drawn = comparison.draw_all(names, models, draws, directory=path / "draws", identity=identity)
     if jax.process_index() == 0:
-        _write(settings, path, data, metrics, drawn, names, models, step)
+        _write(settings, path, held, metrics, drawn, names, models, step)
     sharding.barrier("evaluation")
 
 

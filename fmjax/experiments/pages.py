@@ -11,7 +11,7 @@ import numpy as np
 
 from fmjax import correction
 from fmjax.data import Dataset
-from fmjax.experiments import comparison, drawing, report, workdir
+from fmjax.experiments import comparison, drawing, pushes, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.results import Result, curves, parameter_counts
 from fmjax.experiments.samplers import FLOW_MAP, Sampler
@@ -67,7 +67,8 @@ def pipeline(
     drawn, costs, models = results["samples"].value
     metrics = comparison.distances(settings, data, data.test)
     rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
-    lines = [*comparison.best_lines(rows), *([report.count_line(verdicts)] if verdicts else [])]
+    chosen = comparison.recommendations(names, drawn, comparison.distances(settings, data, data.validation), metrics)
+    lines = [*comparison.best_lines(rows), *chosen, *([report.count_line(verdicts)] if verdicts else [])]
     facts, gaps, trajectories = comparison.facts(settings, data, metrics), {}, {}
     record = comparison.as_record(rows, verdicts) | {"environment": workdir.environment()}
     networks = {name: params for name, params in models.params.items() if name in models.methods}
@@ -79,6 +80,10 @@ def pipeline(
         if (areas := results[f"correctors.{name}"].value[1]) is not None:
             facts[f"AUC of the {name} on held-out marginals"] = _numbers(areas) + " along the grid"
             record.setdefault("auc", {})[name] = areas
+    for sampler in pushes.fitted(names):
+        push = results[pushes.STAGE].value[samplers.push_key(sampler)]
+        facts[sampler.name] = pushes.sentence(push, sampler)
+        record.setdefault("pushes", {})[sampler.name] = {"signal": push.signal.tolist(), "noise": push.noise.tolist()}
     if "marginals" in results:
         forward, backward = results["marginals"].value
         gaps = _distances_of_marginals(forward, backward, draws.seeds)

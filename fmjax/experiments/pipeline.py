@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from fmjax.data import Dataset, describe_data
-from fmjax.experiments import assemble, build, comparison, drawing, marginals, networks, pages, stages, workdir
-from fmjax.experiments.drawing import Draws
+from fmjax.experiments import assemble, build, comparison, marginals, networks, stages, workdir
+from fmjax.experiments.comparing import comparing_stages
 from fmjax.experiments.networks import Plans
-from fmjax.experiments.results import Result, page_record, write_page
-from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
+from fmjax.experiments.samplers import FLOW, FLOW_MAP
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
 from fmjax.training import logs, loop
@@ -36,7 +33,7 @@ def main(settings: Settings, path: Path) -> None:
     plans = networks.plans(settings, data)
     trained = training_stages(settings, data, plans)
     names = comparison.read_samplers(settings, flow_map=FLOW_MAP in networks.shapes(settings, plans).methods)
-    every = [*trained, *_comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
+    every = [*trained, *comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
     logs.say(f"data {data.name}: {describe_data(data)}")
     began = time.perf_counter()
     results, path = stages.run_checked(every, path, settings.config)
@@ -94,54 +91,3 @@ def flow_stage(settings: Settings, data: Dataset, plan: loop.Plan | None = None)
         pictures=settings.common.sample_every, picture=networks.picture(settings, plan),
         data=networks.data_facts(settings, data),
     )  # fmt: skip
-
-
-def _comparing_stages(
-    settings: Settings, data: Dataset, plans: Plans, names: Sequence[Sampler], needs: Sequence[str]
-) -> list[Stage]:
-    """Return the stages ``"samples"`` and ``"comparison"``; ``needs`` are the stages that train the networks."""
-    draws = comparison.draws_of(settings, data)
-    fields = {"samplers": [sampler._asdict() for sampler in names], "draws": draws[:3], "metrics": settings.metrics}
-    files_of = lambda folder: (folder.parent / "metrics.json", folder.parent / "report.html")
-    samples = _samples_stage(settings, plans, names, draws, fields, needs)
-
-    def check() -> None:
-        for metric in comparison.distances(settings, data, data.test):
-            metric.distance(data.train.x[: draws.samples])
-
-    def write(results: dict[str, Result], folder: Path) -> Result:
-        page, digest = pages.pipeline(settings, data, draws, names, results, folder.parent), stage.digest(results)
-        write_page(*files_of(folder), digest, page, lines=page.lines)
-        return Result(page.lines, digest, f"{len(page.contents.rows)} rows in metrics.json")
-
-    def read(results: dict[str, Result], folder: Path) -> Result | None:
-        record = page_record(*files_of(folder), stage.digest(results))
-        return record and Result(record["lines"], record["digest"], "complete")
-
-    stage = Stage("comparison", (*needs, "samples"), fields, check, write, read, derived=True)
-    return [samples, stage]
-
-
-def _samples_stage(
-    settings: Settings, plans: Plans, names: Sequence[Sampler], draws: Draws, fields, needs: Sequence[str]
-) -> Stage:
-    """Return the stage that draws the samples of all samplers; its value is ``(samples, costs, models)``."""
-
-    def check() -> None:
-        models = networks.shapes(settings, plans)
-        for sampler in names:
-            drawing.check_sampler(sampler, models, cond=draws.cond)
-
-    def run(results: dict[str, Result], folder: Path) -> Result:
-        value = {name: results[networks.stage_name(name)].value for name in plans}
-        params = {name: v[0] if name in settings.correctors else v for name, v in value.items()}
-        if "marginals" in results:
-            params[DRIFT] = networks.bank(*results["marginals"].value)
-        models, identity = networks.models(settings, plans, params), networks.identity(settings, params)
-        drawn = comparison.draw_all(names, models, draws, directory=folder, identity=identity)
-        costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
-        summary = f"{len(drawn)} samplers x {draws.seeds} runs x {draws.samples} samples"
-        return Result((drawn, costs, models), identity, summary)
-
-    size = lambda: 4 * len(names) * draws.seeds * draws.samples * math.prod(plans[FLOW].data.shape)
-    return Stage("samples", tuple(needs), fields, check, run, lambda results, folder: None, size=size, derived=True)

@@ -255,8 +255,15 @@ def count_line(verdicts: Sequence[Verdict]) -> str:
     )
 
 
-def _verdict_words(v: Verdict) -> str:
-    """Return the change of the metric in words: ``FD-small is lower by 0.12 ± 0.03``."""
+def verdict_words(v: Verdict) -> str:
+    """Return the change of the metric in words.
+
+    Args:
+        v: the verdict.
+
+    Returns:
+        For example ``FD-small is lower by 0.12 ± 0.03``.
+    """
     if v.verdict == "no difference seen":
         return f"{v.metric} differs by {plus_minus(v.difference, v.se)}"
     return f"{v.metric} is {'lower' if v.verdict == 'helps' else 'higher'} by {plus_minus(abs(v.difference), v.se)}"
@@ -356,7 +363,7 @@ def _verdict_groups(verdicts: Sequence[Verdict], rows: dict[str, Row]) -> list[t
         pairs: dict[tuple[str, str], list[str]] = {}
         for v in verdicts:
             if v.verdict == kind:
-                pairs.setdefault((v.name, v.baseline), []).append(_verdict_words(v))
+                pairs.setdefault((v.name, v.baseline), []).append(verdict_words(v))
         entries = [(rows[name], rows[baseline], words) for (name, baseline), words in pairs.items()]
         if entries:
             groups.append((kind, sum(len(words) for _, _, words in entries), entries))

@@ -15,9 +15,9 @@ import numpy as np
 from fmjax import sampling
 from fmjax.checks import Range, check_range, nearest, refusal
 from fmjax.data.units import Units, from_record, to_units
-from fmjax.experiments import drawing, networks, samplers, settings, workdir
+from fmjax.experiments import build, drawing, networks, pushes, samplers, settings, workdir
 from fmjax.experiments.drawing import Models
-from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler
+from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, PUSHES, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.types import Cond, Method, Params
 
@@ -260,9 +260,23 @@ class Run:
             models = self.guided(guidance)
             if sampler.by == DRIFT and (banks := networks.stored_bank(self.path, self.params)) is not None:
                 models = models._replace(params=models.params | {DRIFT: banks[0]}, ts=banks[1])
+            if sampler.by in PUSHES:
+                models = pushes.add(models, {samplers.push_key(sampler): self._push(sampler, models, guidance)})
             drawing.check_sampler(sampler, models, cond=cond)
             self._programs[name] = models, drawing.program(sampler, models)
         return self._programs[name]
+
+    def _push(self, sampler: Sampler, models: Models, guidance: float | None):
+        """Return the stored push of a sampler, or fit one to the data set of the run; that is not stored."""
+        common = self.settings.common
+        common = common if guidance is None else dataclasses.replace(common, guidance=float(guidance))
+        config = self.settings._replace(common=common)
+        push = pushes.stored(sampler, models, config, self.path / pushes.STAGE)
+        if push is None:
+            data = build.data(common.data)
+            pushes.check(config, data, [sampler])
+            push = pushes.fit(sampler, models, config, *pushes.examples(config, data))
+        return push
 
     def conditions(self, n: int, label: int | str | None, cond: Cond, first: int = 0) -> Cond:
         """Return the conditions of ``n`` samples, in the units of the data; see ``sample``."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +16,17 @@ from fmjax.correction import correctors
 from fmjax.experiments import build, places, specs
 from fmjax.experiments.specs import Kind
 from fmjax.sampling import grids
+from fmjax.storage import files
 from fmjax.types import stated
 
-FLOW, FLOW_MAP, DRIFT, NOISE = "flow", "flow_map", "drift", "noise"
+FLOW, FLOW_MAP, DRIFT, NOISE, PUSH = "flow", "flow_map", "drift", "noise", "push"
+PUSHES = {  # fitted on samples of the sampler that they correct: the arguments of ``correction.fit_push``
+    PUSH: {"affine": False, "smooth": True},
+    "affine": {"affine": True, "smooth": False},
+    "affine_push": {"affine": True, "smooth": True},
+}
+PUSH_OPTIONS = {"alpha": 1.0, "beta": 0.0, "lam": None, "examples": 15_000, "per_class": False, "target": "backward"}
+TARGETS = ("backward", "interpolant")
 GRID = Kind("time grid", "sampling", ("n",))
 OPTIONS = ("solver", "steps", "grid", "at", "by", "parallel")  # fields of a correction that are not options of 'by'
 SOURCES = ("direction", "score", "step", "velocity", "log_density")  # positional arguments of a corrector's factory
@@ -32,8 +42,9 @@ class Sampler(NamedTuple):
         steps: number of steps.
         grid: spec of a time grid; ``None`` for the uniform one.
         at: the steps before which the state is corrected; ``steps`` itself corrects the end.
-        by: a trained corrector's name, ``"drift"`` (kernel drift between the marginals), ``"noise"`` (the noise of a
-            correction alone, a control) or a corrector of ``fmjax.correction``.
+        by: a trained corrector's name, ``"drift"`` (kernel drift between the marginals), ``"push"``, ``"affine"`` or
+            ``"affine_push"`` (fitted on samples of the plain sampler), ``"noise"`` (the noise of a correction alone, a
+            control) or a corrector of ``fmjax.correction``.
         options: options of the corrector; ``alpha`` and ``beta`` may have one number per corrected step.
         parallel: evaluate step and correction on the same input.
         baseline: name of the sampler that this sampler is compared with.
@@ -175,6 +186,8 @@ def _corrected(field: str, c: dict[str, Any], plain: Sequence[Sampler], trained:
 
 def _options(field: str, by: Any, options: dict[str, Any], at, trained: Sequence[str], ts) -> dict[str, Any]:
     """Return the options of a correction with defaults, checked against the corrector."""
+    if by in PUSHES:
+        return _push_options(field, by, options, at)
     if by in (*trained, DRIFT):
         known = {"alpha", "beta"} | ({"bandwidth"} if by == DRIFT else set())
         required = known - {"beta"}
@@ -206,6 +219,47 @@ def _options(field: str, by: Any, options: dict[str, Any], at, trained: Sequence
     return options
 
 
+def _push_options(field: str, by: str, options: dict[str, Any], at) -> dict[str, Any]:
+    """Return the options of a fitted push with defaults, checked."""
+    if extra := sorted(options.keys() - PUSH_OPTIONS.keys()):
+        raise refusal(
+            f"{field}.{extra[0]}", options[extra[0]], f"{by!r} has no such option", f"It has {_list(PUSH_OPTIONS)}"
+        )
+    if not at:
+        raise refusal(f"{field}.at", tuple(at), "names no step", "Give steps, such as (0, 4)")
+    options = {**PUSH_OPTIONS, **options}
+    for name in ("alpha", "beta"):
+        options[name] = _strength(f"{field}.{name}", options[name], at)
+    if not np.any(options["alpha"]):
+        raise refusal(f"{field}.alpha", options["alpha"], "corrects nothing", "Give a number other than 0")
+    if np.min(options["beta"]) < 0:
+        raise refusal(f"{field}.beta", options["beta"], "a standard deviation is not negative", "Give 0 or more")
+    lam, count = options["lam"], options["examples"]
+    if lam is not None and not _strength(f"{field}.lam", lam, ()) > 0:
+        raise refusal(f"{field}.lam", lam, "not a squared length", "Give a positive number, or None")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 500:
+        wrong = "too few examples for a fit: its noise falls as their number grows"
+        raise refusal(f"{field}.examples", count, wrong, "Give 15000, at least 500")
+    if not isinstance(options["per_class"], bool):
+        raise refusal(f"{field}.per_class", options["per_class"], "neither True nor False", "Give one of them")
+    if options["target"] not in TARGETS:
+        raise refusal(f"{field}.target", options["target"], "no such target", f"Give one of {', '.join(TARGETS)}")
+    return options
+
+
+def push_key(sampler: Sampler) -> str:
+    """Return the name of the push of a sampler among the parameters: a digest of what its samples depend on.
+
+    Args:
+        sampler: the sampler.
+
+    Returns:
+        12 hexadecimal digits.
+    """
+    fields = json.dumps(sampler.fields(), sort_keys=True, default=files.as_json)
+    return hashlib.sha256(fields.encode()).hexdigest()[:12]
+
+
 def corrector_factory(field: str, by: Any, trained: Sequence[str]) -> Callable:
     """Return the factory of a training-free corrector.
 
@@ -233,7 +287,7 @@ def corrector_factory(field: str, by: Any, trained: Sequence[str]) -> Callable:
     }
     offered.pop("marginal_matching", None)
     if by not in offered:
-        known = [*trained, DRIFT, *sorted(offered)]
+        known = [*trained, DRIFT, *PUSHES, *sorted(offered)]
         near = specs.checks.nearest(by, known)
         raise refusal(f"{field}.by", by, f"no such corrector{near}", f"There are {', '.join(known)}")
     return offered[by]

@@ -23,7 +23,7 @@ from fmjax.storage import checkpoint, lock
 from fmjax.training import hooks, logs, loop, plans, sharding
 from fmjax.types import Params
 
-COMPARING = ("samples", "comparison")  # stages after the trained ones, computed again when anything changes
+COMPARING = ("pushes", "samples", "comparison")  # after the trained stages; computed again when anything changes
 HELD_OUT = 5  # 1 of 5 marginal examples is held out from a classifier, for its score and for early stopping
 
 

@@ -16,7 +16,7 @@ from absl import app, flags
 
 from launch.bench.measure import markdown
 
-NAMES = ("corrected", "costs", "learned", "maps", "mismatch", "nets", "runs", "straightened")
+NAMES = ("corrected", "costs", "learned", "maps", "mismatch", "nets", "pushed", "runs", "straightened")
 MODULES = [importlib.import_module(f"launch.bench.{name}") for name in NAMES]
 SUITES = {suite.__name__: suite for module in MODULES for suite in module.SUITES}
 
