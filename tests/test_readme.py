@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import config_dict
 
 from fmjax import correction, couplings, data, oracles, paths, sampling, sources
+from fmjax.experiments import samplers
 
 README = Path(__file__).parents[1] / "README.md"
 GUIDE = README.parent / "docs" / "guide.md"
 if not (README.exists() and GUIDE.exists()):
     pytest.skip("needs the repository's README and docs", allow_module_level=True)
 blocks = lambda page: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-(LEARNED,), (STARTED, PUSHED, CORRECTED, DIFFUSION) = blocks(README), blocks(GUIDE)
+(LEARNED,), (STARTED, PUSHED, CORRECTED, DIFFUSION, FLUX) = blocks(README), blocks(GUIDE)
 
 
 def run(code, **names):
@@ -95,3 +97,12 @@ def test_the_example_of_diffusion_samples_and_searches_a_grid(ring):
     assert np.abs(np.asarray(names["x"]).std(0) / [0.5, 1.5] - 1).max() < 4 / np.sqrt(2 * 4096) + 0.01
     best = names["best"]
     assert len(best) == 7 and best[0] == names["fine"][0] and best[-1] == names["fine"][-1]
+
+
+def test_the_example_of_a_grid_for_images_is_a_sampler_of_a_config():
+    """For 4096 tokens the grid is the one of shift e^1.15 (Flux)."""
+    c = run(FLUX, c=config_dict.ConfigDict())["c"]
+    for sampler, n in zip(samplers.plain_samplers(c.samplers.to_dict()), (8, 16), strict=True):
+        ts = samplers.time_grid(sampler.grid, sampler.steps, paths.linear())
+        even, shift = 1 - np.arange(n) / n, np.exp(1.15)
+        np.testing.assert_allclose(ts[:n], 1 - shift * even / (1 + (shift - 1) * even), atol=1e-6)
