@@ -40,7 +40,8 @@ def test_the_example_of_a_source_starts_in_its_box():
     x = np.random.default_rng(0).uniform(3, 4, (512, 2)).astype(np.float32)
     names = run(
         STARTED, step=0, jnp=jnp, data=data, couplings=couplings, sources=sources, sampling=sampling,
-        path=paths.linear(), x=x, keys=jax.random.split(jax.random.key(0), 64), velocity=lambda x, t, cond=None: jnp.full_like(x, 3.0),
+        path=paths.linear(), x=x, keys=jax.random.split(jax.random.key(0), 64),
+        velocity=lambda x, t, cond=None: jnp.full_like(x, 3.0),
     )  # fmt: skip
     batch = names["batch"]
     assert all(x0.min() >= 0 and x0.max() <= 1 for x0 in (batch.x0, np.asarray(names["x0"])))
