@@ -76,7 +76,7 @@ def test_the_default_source_changes_no_number_and_no_record(tmp_path):
         )
     assert networks.identity(read(source=UNIFORM), {}) != networks.identity(read(), {})
     train.main(read(steps=8), tmp_path / "w")
-    with pytest.raises(WorkdirError, match="source.name is absent there"):
+    with pytest.raises(WorkdirError, match="source.high is absent there"):
         train.main(read(steps=8, source=UNIFORM), tmp_path / "w")
     train.main(read(steps=8), tmp_path / "whole")
     assert digest(tmp_path / "w" / "flow") == digest(tmp_path / "whole" / "flow")
