@@ -1,7 +1,8 @@
-"""The contents of the report of a pipeline."""
+"""The contents of the reports of a pipeline and of a search of corrections."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from fmjax.experiments.results import Result, curves, parameter_counts
 from fmjax.experiments.samplers import FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.metrics import mean_se, sliced_w2
+from fmjax.sampling import grids
 
 ROWS = 8  # number of trajectories shown
 DRAWN = ("image", "points")  # kinds of data whose trajectories are shown
@@ -24,6 +26,7 @@ NOTES = [
     "and follow the flow back in time. For a perfect flow p_n and q_n are the same distribution.",
     "Each correction is compared with its baseline by paired differences over runs.",
 ]
+CHOSEN = "Steps, alpha and beta were chosen on validation data with other noise than in the table."
 
 
 class Page(NamedTuple):
@@ -98,6 +101,53 @@ def pipeline(
         notes=[*comparison.notes(metrics), *NOTES],
     )  # fmt: skip
     return Page(contents, record, lines)
+
+
+def tuning(data: Dataset, choice: correction.Choice, metric: str, sampler: str, table, drawn, entry) -> report.Contents:
+    """Return the report of a search of corrections.
+
+    Args:
+        data: the data set.
+        choice: the result of the search.
+        metric: name of the distance.
+        sampler: name of the sampler without corrections.
+        table: rows and verdicts of the comparison.
+        drawn: samples ``[seeds, samples, ...]`` by name of the sampler.
+        entry: the chosen correction as an entry of ``corrections`` of a config.
+
+    Returns:
+        The contents of the page.
+    """
+    rows, verdicts = table
+    ts, best, level = grids.uniform_grid(len(choice.influence) - 1), choice.chosen.placement, choice.path[0].value
+    where = "; ".join(f"alpha {a:g}, beta {b:g} at step {i}" for i, a, b in zip(*best, strict=True)) or "none"
+    alone = np.array([trial.value for trial in choice.influence])
+    lines = {"one correction of best strength": alone, "no correction": np.full(len(ts), level)}
+    with_error = lambda r: report.plus_minus(r.mean, r.error)
+    return report.Contents(
+        title=f"fmjax: corrections of {sampler}",
+        summary=[
+            f"{sampler}, {metric}: {with_error(choice.plain)} without corrections, {with_error(choice.reported)} with "
+            f"{where} (validation data, noise of the table).",
+            f"On the noise of the search: {level:.4g} without, {choice.chosen.value:.4g} with.",
+        ],
+        rows=rows,
+        verdicts=verdicts,
+        grids=comparison.grids(data, drawn),
+        trajectories={},
+        curves={},
+        gaps={},
+        facts={
+            "greedy search, number of corrections: value": "; ".join(
+                f"{len(t.placement.at)}: {t.value:.4g}" for t in choice.path
+            ),
+            "value where all alphas are multiplied": json.dumps(choice.sensitivity),
+            "corrections of a config": json.dumps({"tuned": entry}),
+            "environment": json.dumps(workdir.environment(), indent=1),
+        },
+        notes=[*comparison.NOTES, CHOSEN],
+        influence={name: (ts, y, np.zeros(len(ts))) for name, y in lines.items() if np.isfinite(y).all()},
+    )
 
 
 def _jumps(names: Sequence[Sampler], models: Models, draws: Draws) -> dict[str, np.ndarray]:

@@ -10,14 +10,13 @@ from pathlib import Path
 import jax
 
 from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, comparison, drawing, marginals, networks, pages, report, stages, workdir
+from fmjax.experiments import assemble, build, comparison, drawing, marginals, networks, pages, stages, workdir
 from fmjax.experiments.drawing import Draws
 from fmjax.experiments.networks import Plans
-from fmjax.experiments.results import Result, page_record
+from fmjax.experiments.results import Result, page_record, write_page
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
-from fmjax.storage import files
 from fmjax.training import loop
 
 
@@ -38,12 +37,8 @@ def main(settings: Settings, path: Path) -> None:
     trained = training_stages(settings, data, plans)
     names = comparison.read_samplers(settings, flow_map=FLOW_MAP in networks.shapes(settings, plans).methods)
     every = [*trained, *_comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
-    stages.check_space(every, path)
-    stages.check_stages(every)
-    fields = {stage.name: stage.fields for stage in trained}
-    path = workdir.open_workdir(path, settings.config, fields, stages.grows(every))
     began = time.perf_counter()
-    results = stages.run_all(every, path)
+    results, path = stages.run_checked(every, path, settings.config)
     if jax.process_index() == 0:
         for line in results["comparison"].value:
             print(f"      {line}")
@@ -106,6 +101,7 @@ def _comparing_stages(
     """Return the stages ``"samples"`` and ``"comparison"``; ``needs`` are the stages that train the networks."""
     draws = comparison.draws_of(settings, data)
     fields = {"samplers": [sampler._asdict() for sampler in names], "draws": draws[:3], "metrics": settings.metrics}
+    files_of = lambda folder: (folder.parent / "metrics.json", folder.parent / "report.html")
     samples = _samples_stage(settings, plans, names, draws, fields, needs)
 
     def check() -> None:
@@ -114,15 +110,11 @@ def _comparing_stages(
 
     def write(results: dict[str, Result], folder: Path) -> Result:
         page, digest = pages.pipeline(settings, data, draws, names, results, folder.parent), stage.digest(results)
-        if jax.process_index() == 0:
-            report.write_report(folder.parent / "report.html", page.contents)
-            kept = {"digest": digest, "page": files.file_digest(folder.parent / "report.html"), "lines": page.lines}
-            files.write_json(folder.parent / "metrics.json", page.record | kept)
+        write_page(*files_of(folder), digest, page, lines=page.lines)
         return Result(page.lines, digest, f"{len(page.contents.rows)} rows in metrics.json")
 
     def read(results: dict[str, Result], folder: Path) -> Result | None:
-        path = folder.parent
-        record = page_record(path / "metrics.json", path / "report.html", stage.digest(results))
+        record = page_record(*files_of(folder), stage.digest(results))
         return record and Result(record["lines"], record["digest"], "complete")
 
     stage = Stage("comparison", (*needs, "samples"), fields, check, write, read, derived=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fmjax.experiments import records, workdir
+from fmjax.experiments import records, report, workdir
 from fmjax.experiments.workdir import WorkdirError
 from fmjax.storage import checkpoint, files
 from fmjax.training import logs, loop
@@ -97,6 +97,21 @@ def best_average(plan: loop.Plan, folder: Path) -> Params:
     except checkpoint.CheckpointError as error:
         raise WorkdirError(f"{error}. The whole stage is needed: delete {folder} to train it again.") from None
     return loop.merge_parameters(plan, params, plan.name)
+
+
+def write_page(json_file: Path, html_file: Path, digest: str, page: Any, **more: Any) -> None:
+    """Write the page of a comparison and its numbers, on the first process; ``page_record`` reads the numbers.
+
+    Args:
+        json_file: the numbers.
+        html_file: the page.
+        digest: of the results that both depend on.
+        page: ``contents`` of the page and their ``record``.
+        **more: further plain values of the record.
+    """
+    if jax.process_index() == 0:
+        report.write_report(html_file, page.contents)
+        files.write_json(json_file, page.record | more | {"digest": digest, "page": files.file_digest(html_file)})
 
 
 def page_record(json_file: Path, html_file: Path, digest: str) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from fmjax.storage import checkpoint, lock
 from fmjax.training import hooks, logs, loop, plans, sharding
 from fmjax.types import Params
 
+COMPARING = ("samples", "comparison")  # stages after the trained ones, computed again when anything changes
 HELD_OUT = 5  # 1 of 5 marginal examples is held out from a classifier, for its score and for early stopping
 
 
@@ -104,7 +105,7 @@ def check_stages(stages: Sequence[Stage], name: str | None = None) -> None:
         stage.check()
 
 
-def check_space(stages: Sequence[Stage], path: Path) -> None:
+def check_disk(stages: Sequence[Stage], path: Path) -> None:
     """Check that the disk has space for what the stages will write, before the first one works.
 
     Args:
@@ -155,6 +156,28 @@ def run_all(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
             results[stage.name] = stage.complete(results, path) or stage.work(results, path)
             tell(results[stage.name].summary)
     return results
+
+
+def run_checked(stages: Sequence[Stage], path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Result], Path]:
+    """Check all stages, open the run folder, and run the stages that are missing there.
+
+    Args:
+        stages: the stages; every stage comes after the stages that it needs.
+        path: the run folder; it need not exist.
+        config: the config, which the folder keeps.
+
+    Returns:
+        The results by stage, and the absolute path of the folder.
+
+    Raises:
+        ValueError: one line, before the first stage works, for anything that cannot work.
+        WorkdirError: a folder whose stages belong to another config, or a disk that is too small.
+    """
+    check_disk(stages, path)
+    check_stages(stages)
+    fields = {stage.name: stage.fields for stage in stages if stage.name not in COMPARING}
+    path = workdir.open_workdir(path, config, fields, grows(stages))
+    return run_all(stages, path), path
 
 
 def run_one(stages: Sequence[Stage], name: str, path: Path) -> Result:
@@ -294,11 +317,8 @@ def corrector(
         forward, backward = results[needs[1]].value
         stop = _held_out(forward, backward).stop
         conds = (jax.tree.map(lambda a: a[stop:], m.cond) for m in (backward, forward))
-        x, cond = (
-            (backward.x[stop:], forward.x[stop:]),
-            dict(zip(("positive_cond", "negative_cond"), conds, strict=True)),
-        )
-        return classifier.by_step(plan.model.net, params, *x, forward.ts, **cond)
+        cond = dict(zip(("positive_cond", "negative_cond"), conds, strict=True))
+        return classifier.by_step(plan.model.net, params, backward.x[stop:], forward.x[stop:], forward.ts, **cond)
 
     def work(results: dict[str, Result], folder: Path) -> Result:
         ready = on_pairs(*results[needs[1]].value)

@@ -5,7 +5,6 @@ Steps and strengths are chosen on validation examples and reported on test examp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,24 +14,19 @@ import numpy as np
 
 from fmjax import checks, correction
 from fmjax.checks import Finite, NonNegativeFloat, Positive, Range, check_hints, refusal
-from fmjax.data import Dataset
-from fmjax.experiments import assemble, build, comparison, drawing, networks, report, samplers, workdir
+from fmjax.experiments import assemble, build, comparison, drawing, networks, pages, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.samplers import FLOW, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.keys import as_keys
 from fmjax.metrics import Metric
-from fmjax.sampling import grids
 from fmjax.storage import files
 from fmjax.training import logs
 
-ALPHAS = {
-    True: (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0),
-    False: (0.1, 0.25, 0.5, 0.75, 1.0),
-}  # by whether the corrector is a classifier
+# by whether the corrector is a classifier
+ALPHAS = {True: (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0), False: (0.1, 0.25, 0.5, 0.75, 1.0)}
 BETAS = (0.0, 0.5, 1.0, 2.0)  # multiples of the noise level of a score corrector
 TUNING = 4  # purpose of the keys of the search
-NOTE = "Steps, alpha and beta were chosen on validation data with other noise than in the table."
 
 
 @workdir.owner
@@ -98,8 +92,8 @@ def main(
     drawn = comparison.draw_all(names, models, draws, directory=path / "draws", identity=identity)
     costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
     metrics = comparison.distances(settings, data, data.test)
-    rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
-    contents = _page(data, choice, distance.name, plain.name, rows, verdicts, drawn, entry)
+    table = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
+    contents = pages.tuning(data, choice, distance.name, plain.name, table, drawn, entry)
     report.write_report(folder / "report.html", contents)
     for sentence in contents.summary:
         print(sentence)
@@ -154,36 +148,3 @@ def _search(
             identity=what | {"solver": everywhere.solver, "steps": steps},
         )  # fmt: skip
         return correction.choose(value, space, most=most, record=folder / "choice.json")
-
-
-def _page(data: Dataset, choice, metric: str, sampler: str, rows, verdicts, drawn, entry) -> report.Contents:
-    """Return the report of a search."""
-    ts, best, level = grids.uniform_grid(len(choice.influence) - 1), choice.chosen.placement, choice.path[0].value
-    where = "; ".join(f"alpha {a:g}, beta {b:g} at step {i}" for i, a, b in zip(*best, strict=True)) or "none"
-    alone = np.array([trial.value for trial in choice.influence])
-    lines = {"one correction of best strength": alone, "no correction": np.full(len(ts), level)}
-    with_error = lambda r: report.plus_minus(r.mean, r.error)
-    return report.Contents(
-        title=f"fmjax: corrections of {sampler}",
-        summary=[
-            f"{sampler}, {metric}: {with_error(choice.plain)} without corrections, {with_error(choice.reported)} with "
-            f"{where} (validation data, noise of the table).",
-            f"On the noise of the search: {level:.4g} without, {choice.chosen.value:.4g} with.",
-        ],
-        rows=rows,
-        verdicts=verdicts,
-        grids=comparison.grids(data, drawn),
-        trajectories={},
-        curves={},
-        gaps={},
-        facts={
-            "greedy search, number of corrections: value": "; ".join(
-                f"{len(t.placement.at)}: {t.value:.4g}" for t in choice.path
-            ),
-            "value where all alphas are multiplied": json.dumps(choice.sensitivity),
-            "corrections of a config": json.dumps({"tuned": entry}),
-            "environment": json.dumps(workdir.environment(), indent=1),
-        },
-        notes=[*comparison.NOTES, NOTE],
-        influence={name: (ts, y, np.zeros(len(ts))) for name, y in lines.items() if np.isfinite(y).all()},
-    )
