@@ -355,7 +355,7 @@ def check_strength(name: str, value: Schedule) -> None:
 
     Args:
         name: name of the argument.
-        value: a number, which may be traced, or a function of the times.
+        value: a number, or a function of the times.
     """
     if callable(value) or isinstance(value, jax.Array):
         return
