@@ -144,7 +144,7 @@ def check_state(name: str, x: Any) -> None:
         raise ValueError(f"{name}={x.dtype}[]: a state has a batch axis. Give an array [B, ...].")
 
 
-def check_batch(batch: Any) -> None:
+def check_examples(batch: Any) -> None:
     """Refuse a batch whose fields do not have one row for each example: broadcasting would train on other data.
 
     Args:
@@ -155,8 +155,8 @@ def check_batch(batch: Any) -> None:
         ValueError: no example, a field of another shape, times that are not floating, or a condition of another length.
 
     >>> from fmjax.types import Batch
-    >>> check_batch(Batch(np.zeros((4, 2)), x0=np.zeros((4, 2)), t=np.zeros(4)))
-    >>> check_batch(Batch(np.zeros((4, 2)), x0=np.zeros((1, 2))))
+    >>> check_examples(Batch(np.zeros((4, 2)), x0=np.zeros((4, 2)), t=np.zeros(4)))
+    >>> check_examples(Batch(np.zeros((4, 2)), x0=np.zeros((1, 2))))
     Traceback (most recent call last):
     ValueError: batch.x0=float64[1, 2]: batch.x1 is [4, 2]. Give one row for each example.
     """

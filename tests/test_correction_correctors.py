@@ -341,3 +341,43 @@ def test_a_shift_error_moves_the_means_as_in_the_closed_form(x64):
     back, _ = sampling.integrate(velocity, start, ts[::-1])
     expected = -shift * root(ts.astype(float)) * (until[-1] - until)
     np.testing.assert_allclose(back[::-1, 0, 0], expected, atol=2e-6)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, "0.5", None, True, [0.5]])
+def test_strengths_that_are_no_finite_numbers_are_refused(value):
+    """In Python as in a config: ``nan`` would make every sample ``nan``."""
+    pull = lambda x, t, cond=None: -x
+    calls = {
+        "alpha": lambda: correctors.marginal_matching(pull, alpha=value),
+        "beta": lambda: correctors.marginal_matching(pull, alpha=0.1, beta=value),
+        "step": lambda: correctors.langevin(pull, step=value, snr=0.1 if value is None else None),
+        "sigma": lambda: correctors.preset("tweedie", value),
+    }
+    for name, call in calls.items():
+        if (name, value) != ("step", None):
+            with pytest.raises(ValueError, match=f"^{name}="):
+                call()
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("count", [0, -1, 2.5, np.nan, "2", True, None])
+def test_counts_that_are_no_whole_numbers_are_refused(count):
+    pull = lambda x, t, cond=None: -x
+    with pytest.raises(ValueError, match="^steps="):
+        correctors.langevin(pull, step=0.1, steps=count)
+    with pytest.raises(ValueError, match="^loops="):
+        correctors.restart(lambda x, *_: x, to=0.5, loops=count)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_short_state_is_corrected_in_float32_and_cast_back(dtype, key):
+    """A thousand small steps of Langevin would be lost to rounding."""
+    pull = lambda x, t, cond=None: -x
+    fixes = (correctors.langevin(pull, step=1e-4, steps=50), correctors.restart(lambda x, *_: 0.9 * x, to=0.5, steps=3))
+    for fix in fixes:
+        x = jnp.asarray([[1.0, -0.5]], dtype)
+        short, wide = fix(key, x, 1.0)[0], fix(key, x.astype(jnp.float32), 1.0)[0]
+        assert short.dtype == dtype and (short == wide.astype(dtype)).all()
+        with pytest.raises(TypeError, match="^x="):
+            fix(key, jnp.ones((1, 2), int), 1.0)

@@ -181,6 +181,8 @@ def test_an_error_of_the_command_is_one_line_and_a_traceback_on_demand(tmp_path)
 def test_a_signal_outside_of_a_training_is_one_line_and_unlocks(name, status, with_config, tmp_path, capsys):
     """While samples are drawn, marginals are built, or strengths are searched."""
     (tmp_path / "c.py").write_text(CONFIG)
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the suite itself may run where they are ignored
+        signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
     former = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def work(*arguments, **options):

@@ -127,7 +127,7 @@ def test_bad_input_is_named(data, trained, tmp_path):
     x, y = np.asarray(data.train.x), data.train.cond
     with pytest.raises(ValueError, match=r"^train_x: .*\[-1, 1\]"):
         features.small_classifier(8 * x, y, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"^train_x=\(64, 8, 8, 1\), train_y=\(64,\)"):
+    with pytest.raises(ValueError, match=r"^train_x=\(64, 8, 8, 1\)"):
         features.small_classifier(x[:64], y[:64], cache_dir=tmp_path)
     with pytest.raises(ValueError, match=r"^train_y=\[\d+\]: all labels are 3"):
         features.small_classifier(x, np.full(len(x), 3), cache_dir=tmp_path)

@@ -307,3 +307,18 @@ def test_the_density_knows_the_noise_and_the_span_of_its_path(name, key):
     )  # ve keeps the data at its start: 0.3 / 50 of it
     wrong = likelihood.log_density(oracle.velocity, x, ts=path.span[::-1]).log_p
     assert name != "ve" or np.abs(wrong - at_end).min() > 2
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_no_example_and_no_grey_level_have_no_density(key):
+    still = lambda x, t, cond=None: 0 * x
+    for density in (likelihood.log_density, lambda v, x: likelihood.flow_map_log_density(lambda x, s, t, c=None: x, x)):
+        with pytest.raises(ValueError, match=r"^x=float32\[0, 2\]"):
+            density(still, jnp.zeros((0, 2)))
+        with pytest.raises(TypeError, match="^x=int"):
+            density(still, jnp.zeros((1, 2), int))
+    for level in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="^level="):
+            likelihood.dequantise(key, jnp.zeros((1, 2)), level=level)
+    with pytest.raises(TypeError, match="^x="):
+        likelihood.dequantise(key, jnp.zeros((1, 2), jnp.uint8), level=1.0)

@@ -17,6 +17,7 @@ was made from, cannot work; ``sampling.sample`` calls it before it starts.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 
 import jax
@@ -48,7 +49,7 @@ def marginal_matching(direction: DirectionFn, *, alpha: Schedule, beta: Schedule
         A corrector that costs what ``direction`` costs; ``info`` has ``moved: [B]`` and ``noised: [B, ...]``.
 
     Raises:
-        ValueError: a negative ``beta``.
+        ValueError: a negative ``beta``, and strengths that are not finite.
 
     >>> pull = lambda x, t, cond=None: -x
     >>> y, info = marginal_matching(pull, alpha=0.5)(None, jnp.ones((2, 1)), 1.0)
@@ -57,6 +58,8 @@ def marginal_matching(direction: DirectionFn, *, alpha: Schedule, beta: Schedule
 
     Source: OpenReview kRjLBXWn1T, Algorithm 1.
     """
+    check_strength("alpha", alpha)
+    check_strength("beta", beta)
     if not callable(beta) and beta < 0:
         raise ValueError(f"beta={beta}: a standard deviation cannot be negative. Give 0 for no noise.")
 
@@ -359,13 +362,27 @@ def check_positive(name: str, value: Schedule) -> None:
         name: name of the argument.
         value: a number, or a function of the times.
     """
+    check_strength(name, value)
     if not callable(value) and not value > 0:
         raise ValueError(f"{name}={value}: not positive. Give a number above 0.")
 
 
+def check_strength(name: str, value: Schedule) -> None:
+    """Raise ``ValueError`` for a value that is neither a finite number nor a function of time.
+
+    Args:
+        name: name of the argument.
+        value: a number, or a function of the times.
+    """
+    if callable(value) or isinstance(value, jax.Array):
+        return
+    if value not in checks.Range():
+        raise ValueError(f"{name}={value!r:.80}: not a finite number. Give a number, or a function of time.")
+
+
 def _check_count(name: str, count: int) -> None:
-    if count < 1:
-        raise ValueError(f"{name}={count}: nothing to do. Give at least 1.")
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
+        raise ValueError(f"{name}={count!r:.80}: not a number of times. Give a whole number of at least 1.")
 
 
 def _square(x: Array) -> Array:

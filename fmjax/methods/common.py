@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fmjax import paths, times
-from fmjax.checks import check_batch
+from fmjax.checks import check_examples
 from fmjax.keys import as_keys, normal, split
 from fmjax.types import (
     Aux,
@@ -34,11 +34,11 @@ def keyed(loss: LossFn) -> LossFn:
 
     Returns:
         The loss, for which one key stands for the keys of the examples ``0 .. B-1`` (``keys.as_keys``). It raises
-        ``ValueError`` or ``TypeError`` as ``checks.check_batch`` does.
+        ``ValueError`` or ``TypeError`` as ``checks.check_examples`` does.
     """
 
     def with_keys(params, target, batch, key):
-        check_batch(batch)
+        check_examples(batch)
         return loss(params, target, batch, as_keys(key, batch.x1.shape[0]))
 
     return with_keys

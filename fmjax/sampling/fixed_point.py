@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fmjax import checks
+from fmjax.checks import NonNegative, Positive
 from fmjax.sampling.costs import evaluations
 from fmjax.types import Costed, FlowMapFn, Multistep, stated
 
 
 def anderson(
-    residual: Callable[[Array], Array], x: Float[Array, "b ..."], *, iterations: int, memory: int = 5
+    residual: Callable[[Array], Array], x: Float[Array, "b ..."], *, iterations: NonNegative, memory: Positive = 5
 ) -> Float[Array, "b ..."]:
     """Solve ``residual(x) = 0`` for every example, by Anderson acceleration of ``x <- x + residual(x)``.
 
@@ -34,6 +36,7 @@ def anderson(
     >>> anderson(lambda x: 3 - 2 * x, jnp.zeros((1, 1)), iterations=3).tolist()
     [[1.5]]
     """
+    checks.check_hints(anderson, {"iterations": iterations, "memory": memory})
     flat = lambda a: a.reshape(len(x), -1)
     at = lambda z: flat(residual(z.reshape(x.shape)))
     dot = lambda a, b: jnp.sum(a * b, 1, keepdims=True)

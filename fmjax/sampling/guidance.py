@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fmjax import paths
+from fmjax import checks, paths
 from fmjax.sampling.costs import evaluations
 from fmjax.types import Cond, Costed, FlowMapFn, VelocityFn, expand, over_batch, stated, with_null
 
@@ -220,7 +220,8 @@ def density_ratio(
     >>> guided(jnp.ones((1, 1)), 0.5).tolist(), guided.nfe
     ([[2.0]], 3)
     """
-    if not callable(scale) and not math.isfinite(scale):
+    known = callable(scale) or isinstance(scale, jax.Array)
+    if not known and scale not in checks.Range():
         raise ValueError(f"scale={scale}: not a finite number or a function of time. Use 0 for no correction.")
     if not callable(scale) and scale == 0:
         return velocity
@@ -243,7 +244,8 @@ def check_scale(scale: Scale) -> None:
     Args:
         scale: a number, or a function of time.
     """
-    if not callable(scale) and not math.isfinite(scale):
+    known = callable(scale) or isinstance(scale, jax.Array)
+    if not known and scale not in checks.Range():
         raise ValueError(f"scale={scale}: not a finite number or a function of time. Use 1 for no guidance.")
 
 

@@ -173,7 +173,7 @@ def log_density(
     >>> round(float(density.log_p[0]), 4)
     -1.8379
     """
-    x, _ = wide_state("x", x)
+    x, _ = _states(x)
     _check_density(source, x.shape[1:])
     noise, data = path.span
     ts = grids.check_grid((data, noise) if ts is None else ts)
@@ -248,8 +248,8 @@ def flow_map_log_density(
     >>> round(float(density.log_p[0]), 4)
     -1.8379
     """
+    (x, _), ts = _states(x), grids.check_grid(ts)
     _check_density(source, x.shape[1:])
-    (x, _), ts = wide_state("x", x), grids.check_grid(ts)
     if len(ts) != 2 or ts[0] != 0 or not ts[1] > 0:
         raise ValueError(f"ts={ts.tolist()}: must be the time of the noise, 0, and the time of x. Give (0, t).")
     start, stop = ts.tolist()
@@ -347,8 +347,17 @@ def dequantise(key, x: Float[Array, "b ..."], *, level: float) -> Float[Array, "
     True
     """
     checks.check_state("x", x)
+    checks.check_range("level", level, checks.Range(low=0, open_low=True))
     uniform = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], x.dtype))
     return x + level * uniform(as_keys(key, x.shape[0]))
+
+
+def _states(x: Any) -> tuple[Array, Any]:
+    """Return states as ``wide_state`` does, at least one."""
+    x, dtype = wide_state("x", x)
+    if not len(x):
+        raise ValueError(f"x={x.dtype}{list(x.shape)}: no example. Give at least one.")
+    return x, dtype
 
 
 def _check_density(source: Source | None, shape: tuple[int, ...]) -> None:
