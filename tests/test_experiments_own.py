@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from laboratory import ROOT, numbers, refused, run
+from laboratory import ROOT, numbers, read, refused, run
 from laboratory import laboratory as laboratory  # a fixture
 from PIL import Image
 
@@ -221,6 +221,13 @@ def test_what_cannot_work_is_said_before_any_work(name, fields, message, tmp_pat
     line = refused("train", f"--config={ROOT / 'configs' / name}.py", f"--workdir={tmp_path / 'w'}", *arguments)
     assert re.match(message, line), line
     assert not (tmp_path / "w").exists()
+
+
+def test_a_run_keeps_where_its_data_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("own.npy", np.zeros((4, 2)))
+    kept = [read(data={"name": "arrays", "path": path}).config["data"]["path"] for path in ("own.npy", "gone.npy")]
+    assert kept == [str(tmp_path / "own.npy"), "gone.npy"]
 
 
 def test_one_class_cannot_condition(tmp_path):

@@ -260,7 +260,8 @@ def facts(settings: Settings, data: Dataset, distances: Sequence[Metric]) -> dic
         Text by name of the fact.
     """
     s, d = settings.sampling, data
-    return {
+    units = {} if d.units is None else {"units": "standardised by the training examples, distances too"}
+    return units | {
         "data": f"{d.name}: {d.train.count} training, {d.validation.count} validation, {d.test.count} test examples",
         "samples": f"{s.seeds} runs of {s.samples}",
         **{f"{m.name}: {name}": value for m in distances for name, value in m.facts.items()},
