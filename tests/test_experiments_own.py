@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("laboratory")
 EULER = {"solver": "euler", "steps": 8}
 TINY = {
     "batch_size": 16, "steps": 4, "warmup": 1, "log_every": 2, "save_every": 4, "sample_every": 0,
-    "sampling.samples": 8, "samplers.euler": "(2,)", "samplers.rk4": "(2,)", "forward_examples": 32, "solver_steps": 2,
+    "sampling.samples": 8, "samplers.euler": "(2,)", "samplers.rk4": "(2,)", "forward_examples": 64, "solver_steps": 2,
     "correctors.score.steps": 4, "correctors.score.batch_size": 16, "flow_map.steps": 4, "flow_map.batch_size": 16,
     "corrections.end.steps": 2, "corrections.end.at": "(2,)",
 }  # fmt: skip

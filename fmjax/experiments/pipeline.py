@@ -17,7 +17,7 @@ from fmjax.experiments.results import Result, page_record, write_page
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
-from fmjax.training import logs, loop
+from fmjax.training import loop
 
 
 @workdir.owner
@@ -37,9 +37,8 @@ def main(settings: Settings, path: Path) -> None:
     trained = training_stages(settings, data, plans)
     names = comparison.read_samplers(settings, flow_map=FLOW_MAP in networks.shapes(settings, plans).methods)
     every = [*trained, *_comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
-    logs.say(f"data {data.name}: {describe_data(data)}")
     began = time.perf_counter()
-    results, path = stages.run_checked(every, path, settings.config)
+    results, path = stages.run_checked(every, path, settings.config, line=f"data {data.name}: {describe_data(data)}")
     if jax.process_index() == 0:
         for line in results["comparison"].value:
             print(f"      {line}")
