@@ -191,6 +191,17 @@ def test_standardised_data_have_mean_zero_and_deviation_one(shape, axes, stream,
     assert "standardised" in data.describe_data(scaled) and "standardised" not in data.describe_data(plain)
 
 
+def test_images_are_conditions_in_the_same_range(tmp_path):
+    x, y = pixels(40, 4, 4, 3), pixels(40, 4, 4, 1)
+    np.savez(tmp_path / "x.npz", x=x, y=y, unrelated=np.arange(3))
+    loaded = arrays(path=str(tmp_path / "x.npz"))
+    together = {x[i].tobytes(): y[i] for i in range(40)}
+    for image, cond in zip(loaded.train.x, loaded.train.cond, strict=True):
+        stored = np.rint((image + 1) * 127.5).astype(np.uint8)
+        np.testing.assert_allclose(cond, together[stored.tobytes()] / 127.5 - 1, atol=1e-6)
+    assert loaded.classes == 0 and data.describe_data(loaded).endswith("conditions are arrays")
+
+
 def test_constant_columns_stay_and_images_are_refused():
     mean, spread = units.measure_units(np.array([[3.0, 1e6], [3.0, 3e6]]))
     assert mean.tolist() == [3.0, 2e6] and spread.tolist() == [1.0, 1e6]

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from laboratory import ROOT, numbers, refused, run
+from laboratory import ROOT, numbers, read, refused, run
 from laboratory import laboratory as laboratory  # a fixture
 from PIL import Image
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("laboratory")
 EULER = {"solver": "euler", "steps": 8}
 TINY = {
     "batch_size": 16, "steps": 4, "warmup": 1, "log_every": 2, "save_every": 4, "sample_every": 0,
-    "sampling.samples": 8, "samplers.euler": "(2,)", "samplers.rk4": "(2,)", "forward_examples": 32, "solver_steps": 2,
+    "sampling.samples": 8, "samplers.euler": "(2,)", "samplers.rk4": "(2,)", "forward_examples": 64, "solver_steps": 2,
     "correctors.score.steps": 4, "correctors.score.batch_size": 16, "flow_map.steps": 4, "flow_map.batch_size": 16,
     "corrections.end.steps": 2, "corrections.end.at": "(2,)",
 }  # fmt: skip
@@ -221,6 +221,13 @@ def test_what_cannot_work_is_said_before_any_work(name, fields, message, tmp_pat
     line = refused("train", f"--config={ROOT / 'configs' / name}.py", f"--workdir={tmp_path / 'w'}", *arguments)
     assert re.match(message, line), line
     assert not (tmp_path / "w").exists()
+
+
+def test_a_run_keeps_where_its_data_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("own.npy", np.zeros((4, 2)))
+    kept = [read(data={"name": "arrays", "path": path}).config["data"]["path"] for path in ("own.npy", "gone.npy")]
+    assert kept == [str(tmp_path / "own.npy"), "gone.npy"]
 
 
 def test_one_class_cannot_condition(tmp_path):

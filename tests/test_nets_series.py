@@ -97,9 +97,12 @@ def test_float_conditions_act_on_their_own_example(name, cond):
     params = random_parameters(model, x, cond)
     net = jax.jit(model.net)
     out = net(params, x, S, T, cond)
-    other = net(params, x, S, T, jax.tree.map(lambda c: c.at[1].add(1.0), cond))
-    close(other[0], out[0])
-    assert np.abs(other[1] - out[1]).max() > 1e-3
+    leaves, structure = jax.tree.flatten(cond)
+    for i in range(len(leaves)):  # each array, too
+        changed = [c.at[1].add(1.0) if j == i else c for j, c in enumerate(leaves)]
+        other = net(params, x, S, T, jax.tree.unflatten(structure, changed))
+        close(other[0], out[0])
+        assert np.abs(other[1] - out[1]).max() > 1e-3
     nulls = with_null(cond, np.nan)
     missing = net(params, x, S, T, nulls)
     chex.assert_tree_all_finite(missing)

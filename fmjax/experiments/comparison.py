@@ -23,6 +23,7 @@ from fmjax.training import logs
 from fmjax.types import Cond
 
 SDE = ("euler_maruyama", "stochastic_heun")  # steps that need the score
+CLASSIFIED = 128  # least number of labelled images whose classifier gives features
 SHOWN = 36  # examples in a grid of samples
 NOTES = [
     "NFE: network evaluations per sample. All samplers of a run start from the same noise.",
@@ -113,7 +114,8 @@ def distances(settings: Settings, data: Dataset, reference: Examples) -> list[Me
     Raises:
         ValueError: an unknown metric or option.
     """
-    names = settings.metrics or metrics.defaults(data.kind, data.classes)
+    classes = data.classes if data.train.count >= CLASSIFIED else 0  # fewer do not train a classifier
+    names = settings.metrics or metrics.defaults(data.kind, classes)
     return [build.metric(spec, data, reference, field="metrics") for spec in names]
 
 
@@ -297,7 +299,8 @@ def facts(settings: Settings, data: Dataset, distances: Sequence[Metric]) -> dic
         Text by name of the fact.
     """
     s, d = settings.sampling, data
-    return {
+    units = {} if d.units is None else {"units": "standardised by the training examples, distances too"}
+    return units | {
         "data": f"{d.name}: {d.train.count} training, {d.validation.count} validation, {d.test.count} test examples",
         "samples": f"{s.seeds} runs of {s.samples}",
         **{f"{m.name}: {name}": value for m in distances for name, value in m.facts.items()},

@@ -14,7 +14,7 @@ from fmjax.experiments.networks import Plans
 from fmjax.experiments.samplers import FLOW, FLOW_MAP
 from fmjax.experiments.settings import Settings
 from fmjax.experiments.stages import Stage
-from fmjax.training import logs, loop
+from fmjax.training import loop
 
 
 @workdir.owner
@@ -34,9 +34,8 @@ def main(settings: Settings, path: Path) -> None:
     trained = training_stages(settings, data, plans)
     names = comparison.read_samplers(settings, flow_map=FLOW_MAP in networks.shapes(settings, plans).methods)
     every = [*trained, *comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
-    logs.say(f"data {data.name}: {describe_data(data)}")
     began = time.perf_counter()
-    results, path = stages.run_checked(every, path, settings.config)
+    results, path = stages.run_checked(every, path, settings.config, line=f"data {data.name}: {describe_data(data)}")
     if jax.process_index() == 0:
         for line in results["comparison"].value:
             print(f"      {line}")

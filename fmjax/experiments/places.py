@@ -75,6 +75,25 @@ def absolute(tree: Any) -> Any:
     return f"{local_path('config', match[1])}:{match[2]}" if match and match[1].endswith(".py") else tree
 
 
+def with_data_path(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a config whose ``data.path`` is absolute, so that a run folder is read from any folder.
+
+    Args:
+        tree: a config as plain dicts.
+
+    Returns:
+        The config; a path that does not exist stays as it is.
+
+    >>> with_data_path({"data": {"name": "arrays", "path": "."}})["data"]["path"] == os.getcwd()
+    True
+    """
+    data = tree.get("data")
+    path = data.get("path") if isinstance(data, dict) else None
+    if not isinstance(path, str) or not os.path.exists(path):
+        return tree
+    return tree | {"data": data | {"path": os.path.abspath(path)}}
+
+
 def load_factory(place: str, *, field: str) -> Callable:
     """Import the factory at a place outside the package.
 

@@ -306,7 +306,9 @@ class Run:
             return None
         expected = [] if facts["classes"] else facts.get("cond")
         form = (
-            "integer labels [n]" if facts["classes"] else f"floats [{', '.join(['n', *map(str, expected or ['...'])])}]"
+            "integer labels [n]"
+            if facts["classes"]
+            else f"floats [{', '.join(['n', *map(str, ['...'] if expected is None else expected)])}]"
         )
         if cond is None:
             raise ValueError(f"cond=None: this run is conditioned on {form}. Give cond.")

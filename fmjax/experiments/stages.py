@@ -158,13 +158,16 @@ def run_all(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
     return results
 
 
-def run_checked(stages: Sequence[Stage], path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Result], Path]:
+def run_checked(
+    stages: Sequence[Stage], path: Path, config: Mapping[str, Any], *, line: str = ""
+) -> tuple[dict[str, Result], Path]:
     """Check all stages, open the run folder, and run the stages that are missing there.
 
     Args:
         stages: the stages; every stage comes after the stages that it needs.
         path: the run folder; it need not exist.
         config: the config, which the folder keeps.
+        line: what is said once the checks have passed.
 
     Returns:
         The results by stage, and the absolute path of the folder.
@@ -177,6 +180,8 @@ def run_checked(stages: Sequence[Stage], path: Path, config: Mapping[str, Any]) 
     check_stages(stages)
     fields = {stage.name: stage.fields for stage in stages if stage.name not in COMPARING}
     path = workdir.open_workdir(path, config, fields, grows(stages))
+    if line:
+        logs.say(line)
     return run_all(stages, path), path
 
 
