@@ -182,7 +182,7 @@ def fit_all(
     """
     pushes, sets, drawn = {}, examples(settings, data), {}
     for sampler in sorted(fitted(names), key=lambda s: (str(s.solver), s.steps, s.at)):
-        if stored(sampler, models, settings, folder, sets) is None and jax.process_index() == 0:
+        if jax.process_index() == 0 and stored(sampler, models, settings, folder, sets) is None:
             lock.check_owned()
             _write(fit(sampler, models, settings, *sets, drawn=drawn), sampler, models, settings, folder, sets)
         sharding.barrier(f"push {push_key(sampler)}")
@@ -338,16 +338,21 @@ def stored(sampler: Sampler, models: Models, settings: Settings, folder: Path, s
         return None
 
 
-def sentence(push: Push, sampler: Sampler) -> str:
-    """Return what a push was fitted on and how far it moves the states, in words.
+def facts(models: Models, names: Sequence[Sampler]) -> dict[str, str]:
+    """Return what a report says of the pushes.
 
     Args:
-        push: the push.
-        sampler: its sampler.
+        models: the networks with the pushes.
+        names: samplers.
 
     Returns:
-        One line.
+        A sentence by name of each sampler with a push.
     """
+    return {s.name: _sentence(models.params[PUSH][push_key(s)], s) for s in fitted(names)}
+
+
+def _sentence(push: Push, sampler: Sampler) -> str:
+    """Return what a push was fitted on and how far it moves the states, in words."""
     squares = (push.signal.mean(1), push.noise[..., 0].mean(1), push.noise[..., 1].mean(1))
     lengths = zip(sampler.at, *(np.sqrt(np.maximum(a, 0)) for a in squares), strict=True)
     words = ", ".join(f"{a:.2g} at {n} (noise of the samples {b:.1g}, of the data {c:.1g})" for n, a, b, c in lengths)
