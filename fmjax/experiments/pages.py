@@ -80,7 +80,7 @@ def pipeline(
         if (areas := results[f"correctors.{name}"].value[1]) is not None:
             facts[f"AUC of the {name} on held-out marginals"] = _numbers(areas) + " along the grid"
             record.setdefault("auc", {})[name] = areas
-    facts |= pushes.facts(models, names)
+    facts |= pushes.push_facts(models, names)
     for sampler in pushes.fitted(names):
         push = models.params[samplers.PUSH][samplers.push_key(sampler)]
         record.setdefault("pushes", {})[sampler.name] = {"signal": push.signal.tolist(), "noise": push.noise.tolist()}

@@ -338,7 +338,7 @@ def stored(sampler: Sampler, models: Models, settings: Settings, folder: Path, s
         return None
 
 
-def facts(models: Models, names: Sequence[Sampler]) -> dict[str, str]:
+def push_facts(models: Models, names: Sequence[Sampler]) -> dict[str, str]:
     """Return what a report says of the pushes.
 
     Args:
