@@ -99,6 +99,7 @@ def fit_push(
         p_labels: integer labels ``[m]`` of ``p``; with labels every label has a separate push.
         q_labels: integer labels ``[n]`` of ``q``.
         lam: squared length scale of the repair over 8; by default the variance of ``q`` per dimension, at every step.
+            For data in clusters give the variance of a cluster: else the push tries to move mass between clusters.
         affine: first map mean and covariance of ``p`` onto the moments of ``q``, by the optimal affine map.
         smooth: fit the push, after the affine map if there is one.
         products: number of leading directions whose products are features; all directions are linear features.

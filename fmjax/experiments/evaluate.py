@@ -62,7 +62,7 @@ def _write(settings: Settings, path: Path, data, metrics, drawn, names, models: 
     costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
     rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
     facts = {"step of the flow": str(step), "guidance": str(settings.common.guidance)}
-    facts |= comparison.facts(settings, data, metrics)
+    facts |= comparison.facts(settings, data, metrics) | pushes.push_facts(models, names)
     record = comparison.as_record(rows, verdicts) | {"step": step, "environment": workdir.environment()}
     files.write_json(path / "evaluation.json", record)
     grids = comparison.source_grid(models, draws) | comparison.grids(data, drawn)

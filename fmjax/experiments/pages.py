@@ -80,9 +80,9 @@ def pipeline(
         if (areas := results[f"correctors.{name}"].value[1]) is not None:
             facts[f"AUC of the {name} on held-out marginals"] = _numbers(areas) + " along the grid"
             record.setdefault("auc", {})[name] = areas
+    facts |= pushes.push_facts(models, names)
     for sampler in pushes.fitted(names):
-        push = results[pushes.STAGE].value[samplers.push_key(sampler)]
-        facts[sampler.name] = pushes.sentence(push, sampler)
+        push = models.params[samplers.PUSH][samplers.push_key(sampler)]
         record.setdefault("pushes", {})[sampler.name] = {"signal": push.signal.tolist(), "noise": push.noise.tolist()}
     if "marginals" in results:
         forward, backward = results["marginals"].value

@@ -180,17 +180,25 @@ def fit_all(
     Returns:
         The pushes by ``samplers.push_key``.
     """
-    pushes, sets = {}, examples(settings, data)
-    for sampler in fitted(names):
-        if stored(sampler, models, settings, folder, sets) is None and jax.process_index() == 0:
+    pushes, sets, drawn = {}, examples(settings, data), {}
+    for sampler in sorted(fitted(names), key=lambda s: (str(s.solver), s.steps, s.at)):
+        if jax.process_index() == 0 and stored(sampler, models, settings, folder, sets) is None:
             lock.check_owned()
-            _write(fit(sampler, models, settings, *sets), sampler, models, settings, folder, sets)
+            _write(fit(sampler, models, settings, *sets, drawn=drawn), sampler, models, settings, folder, sets)
         sharding.barrier(f"push {push_key(sampler)}")
         pushes[push_key(sampler)] = stored(sampler, models, settings, folder, sets)
     return pushes
 
 
-def fit(sampler: Sampler, models: Models, settings: Settings, data: np.ndarray, cond: Cond) -> Push:
+def fit(
+    sampler: Sampler,
+    models: Models,
+    settings: Settings,
+    data: np.ndarray,
+    cond: Cond,
+    *,
+    drawn: dict[str, np.ndarray] | None = None,
+) -> Push:
     """Fit the push of a sampler on states that it generates; warn where the push is mostly noise.
 
     Args:
@@ -199,6 +207,7 @@ def fit(sampler: Sampler, models: Models, settings: Settings, data: np.ndarray, 
         settings: the config.
         data: training examples ``[n, ...]``.
         cond: their conditions, or ``None``.
+        drawn: states of the last fit by name, which are used again where they are the same.
 
     Returns:
         The push at the steps ``sampler.at``.
@@ -207,12 +216,16 @@ def fit(sampler: Sampler, models: Models, settings: Settings, data: np.ndarray, 
     keys = drawing.sample_keys(seed, 0, options["examples"], PURPOSE)
     take = lambda index: jax.tree.map(lambda a: np.asarray(a)[index], cond)
     drawn_cond = take(np.arange(len(keys)) % len(data))
-    targets, parts = _targets(sampler, models, settings, data, cond), []
+    targets, parts, drawn = _targets(sampler, models, settings, data, cond), [], {} if drawn is None else drawn
     for i, n in enumerate(sampler.at):
         before = sampler._replace(at=sampler.at[:i], options=_first(options, i))
         ready = add(models, {push_key(before): _join(parts)}) if parts else models
         program = drawing.program(before, ready, stop=n)
-        states = drawing.in_chunks(lambda k, c: program(ready.params, k, c), keys, drawn_cond)  # noqa: B023
+        name = repr((n, len(keys), before.fields() if i else (sampler.solver, sampler.steps, sampler.grid)))
+        if name not in drawn:
+            drawn.clear()  # one set in memory
+            drawn[name] = drawing.in_chunks(lambda k, c: program(ready.params, k, c), keys, drawn_cond)  # noqa: B023
+        states = drawn[name]
         labels = (drawn_cond, cond) if options["per_class"] else ()
         arguments = {"lam": options["lam"], "seed": seed, **PUSHES[sampler.by]}
         parts.append(correction.fit_push(states[:, None], targets[n][:, None], *labels, **arguments))
@@ -331,16 +344,21 @@ def stored(sampler: Sampler, models: Models, settings: Settings, folder: Path, s
         return None
 
 
-def sentence(push: Push, sampler: Sampler) -> str:
-    """Return what a push was fitted on and how far it moves the states, in words.
+def push_facts(models: Models, names: Sequence[Sampler]) -> dict[str, str]:
+    """Return what a report says of the pushes.
 
     Args:
-        push: the push.
-        sampler: its sampler.
+        models: the networks with the pushes.
+        names: samplers.
 
     Returns:
-        One line.
+        A sentence by name of each sampler with a push.
     """
+    return {s.name: _sentence(models.params[PUSH][push_key(s)], s) for s in fitted(names)}
+
+
+def _sentence(push: Push, sampler: Sampler) -> str:
+    """Return what a push was fitted on and how far it moves the states, in words."""
     squares = (push.signal.mean(1), push.noise[..., 0].mean(1), push.noise[..., 1].mean(1))
     lengths = zip(sampler.at, *(np.sqrt(np.maximum(a, 0)) for a in squares), strict=True)
     words = ", ".join(f"{a:.2g} at {n} (noise of the samples {b:.1g}, of the data {c:.1g})" for n, a, b, c in lengths)

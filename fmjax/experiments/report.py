@@ -23,7 +23,7 @@ from fmjax.storage import images
 from fmjax.storage.files import write_bytes
 
 # order of the rows; other families follow, and "data" is last
-FAMILIES = ("euler", "rk4", "rk4 + corrections", "flow map", "flow map + corrections")
+FAMILIES = ("euler", "euler + corrections", "rk4", "rk4 + corrections", "flow map", "flow map + corrections")
 VERDICTS = ("helps", "no difference seen", "harms")
 
 

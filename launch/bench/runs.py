@@ -71,7 +71,7 @@ def digits(repeats: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "launch.pipeline", "--config=configs/digits.py", f"--workdir={folder}/w"]
         subprocess.run(command, check=True)
-        return _table(Path(folder, "w", "metrics.json"))
+        return table_of(Path(folder, "w", "metrics.json"))
 
 
 def fashion_mnist(repeats: int) -> list[dict]:
@@ -88,7 +88,7 @@ def fashion_mnist(repeats: int) -> list[dict]:
             command.append(f"--config.data.source_dir={os.environ['FASHION_MNIST']}")
         for launcher in ("train", "evaluate"):
             subprocess.run([sys.executable, "-m", f"launch.{launcher}", *command], check=True)
-        table = _table(Path(folder, "evaluation.json"))
+        table = table_of(Path(folder, "evaluation.json"))
         rows += [{"method": name} | {k: v for k, v in row.items() if k != "corrections"} for row in table]
     floor = next(row for row in rows if not row["NFE"]) | {"method": "-"}
     return [row for row in rows if row["NFE"]] + [floor]
@@ -153,7 +153,7 @@ def _maps(
         checked = settings.read(changed)
         train.main(checked, Path(folder))
         evaluate.main(checked, Path(folder))
-        table = _table(Path(folder, "evaluation.json"))
+        table = table_of(Path(folder, "evaluation.json"))
         rows += [
             {"method": method} | {k: v for k, v in row.items() if k != "corrections"} for row in table if row["NFE"]
         ]
@@ -162,7 +162,7 @@ def _maps(
     ]
 
 
-def _table(file: Path) -> list[dict]:
+def table_of(file: Path) -> list[dict]:
     """The rows of a run's ``metrics.json`` or ``evaluation.json`` with their distances as ``mean ± se``."""
     table = json.loads(file.read_text())
     cells = lambda row: {metric: report.plus_minus(*d) for metric, d in row.distances.items()}
