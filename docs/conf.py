@@ -48,6 +48,8 @@ napoleon_use_param = True
 napoleon_use_ivar = True
 toc_object_entries = False
 nitpicky = True
-nitpick_ignore_regex = [("py:(class|obj|data|attr|exc|meth|func|mod|type)", r".*")]  # of docstrings; guide pages use links
+nitpick_ignore_regex = [
+    ("py:(class|obj|data|attr|exc|meth|func|mod|type)", r".*")
+]  # of docstrings; guide pages use links
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 linkcheck_ignore = [r"https?://.*"]

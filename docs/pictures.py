@@ -1,7 +1,7 @@
 """Draw the picture of the front page: ``python docs/pictures.py`` writes ``docs/static/flow.png``.
 
-Above: the exact flow of eight Gaussians at five times. Below: a flow with a known error before and after one correction,
-and a flow map that was trained here, with one, two and four jumps.
+Above: the exact flow of eight Gaussians at five times. Below: a flow with a known error before and after one
+correction, and a flow map that was trained here, with one, two and four jumps.
 """
 
 import io

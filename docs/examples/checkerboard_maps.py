@@ -2,8 +2,8 @@
 # # Flow maps on the checkerboard
 #
 # Train a flow and a flow map of the same network for the same number of steps, and compare them with few evaluations.
-# The map is Lagrangian self-distillation (`methods.lagrangian`, arXiv 2505.18825): three quarters of the batch learn the
-# velocity on the diagonal $s = t$, one quarter learns $\partial_t X_{s,t}(x) = v(X_{s,t}(x), t)$.
+# The map is Lagrangian self-distillation (`methods.lagrangian`, arXiv 2505.18825): three quarters of the batch learn
+# the velocity on the diagonal $s = t$, one quarter learns $\partial_t X_{s,t}(x) = v(X_{s,t}(x), t)$.
 
 # %%
 import functools
@@ -45,7 +45,8 @@ flow, lagrangian = methods.flow_matching(model.net), methods.lagrangian(model.ne
 flow_params, map_params = train(flow), train(lagrangian)
 
 # %% [markdown]
-# The KL divergence of the checkerboard is computed on a histogram; `checkerboard_floor` is its value for perfect samples.
+# The KL divergence of the checkerboard is computed on a histogram; `checkerboard_floor` is its value for perfect
+# samples.
 
 # %%
 x0 = jax.random.normal(jax.random.key(2), (100_000, 2))

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Correction, and when it harms
 #
-# A correction repairs one kind of error and can make another kind worse. Here every error is known: the flow is the exact
-# velocity of eight Gaussians plus an error, and the correctors are exact, too. What remains is the effect of the
+# A correction repairs one kind of error and can make another kind worse. Here every error is known: the flow is the
+# exact velocity of eight Gaussians plus an error, and the correctors are exact, too. What remains is the effect of the
 # correction itself.
 
 # %%
@@ -71,9 +71,11 @@ figure.colorbar(image, label="change of W2")
 # %% [markdown]
 # What the table shows:
 #
-# * **A flow without an error** is left alone by the classifier, and damaged by a score step without noise, which contracts.
-# * **A flow that is too narrow** gains from noise alone. A corrector must beat that row before its direction deserves credit.
+# * **A flow without an error** is left alone by the classifier, and damaged by a score step without noise, which
+#   contracts.
+# * **A flow that is too narrow** gains from noise alone. A corrector must beat that row before its direction deserves
+#   credit.
 # * **A shift** moves mass from some modes to others. Local corrections cannot move it back.
 #
-# So compare every correction with the noise alone, choose its strength on validation data with 0 among the candidates, and
-# keep the uncorrected sampler in the table. `launch.pipeline` does all three.
+# So compare every correction with the noise alone, choose its strength on validation data with 0 among the candidates,
+# and keep the uncorrected sampler in the table. `launch.pipeline` does all three.

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Handwritten digits, from data to a report
 #
-# The quickstart in Python, with less training: a flow, its marginals, a score corrector, a flow map, samples and a report.
-# `bash launch/quickstart.sh` runs the same pipeline with the full config `configs/digits.py`.
+# The quickstart in Python, with less training: a flow, its marginals, a score corrector, a flow map, samples and a
+# report. `bash launch/quickstart.sh` runs the same pipeline with the full config `configs/digits.py`.
 
 # %%
 import json
@@ -28,8 +28,8 @@ workdir = Path(tempfile.mkdtemp()) / "digits"
 pipeline.main(settings.read(c), workdir)
 
 # %% [markdown]
-# The run folder holds everything: config, checkpoints, marginals, samples, numbers and the page `report.html`. A pipeline
-# that is run again continues where it stopped.
+# The run folder holds everything: config, checkpoints, marginals, samples, numbers and the page `report.html`. A
+# pipeline that is run again continues where it stopped.
 
 # %%
 record = json.loads((workdir / "metrics.json").read_text())
@@ -51,7 +51,9 @@ rows = {
 }
 figure, axes = plt.subplots(4, 1, figsize=(7, 3))
 for axis, (name, images) in zip(axes, rows.items()):
-    axis.imshow(np.hstack([np.pad(image[..., 0], 1, constant_values=-1) for image in images]), cmap="gray", vmin=-1, vmax=1)
+    axis.imshow(
+        np.hstack([np.pad(image[..., 0], 1, constant_values=-1) for image in images]), cmap="gray", vmin=-1, vmax=1
+    )
     axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
@@ -66,4 +68,4 @@ error = np.abs(run.decode(run.encode(a[None], steps=64), steps=64)[0] - a).max()
 print(f"largest error of a round trip with 64 steps: {error:.2g}")
 plt.figure(figsize=(6, 1))
 plt.imshow(np.hstack([x[..., 0] for x in between]), cmap="gray", vmin=-1, vmax=1)
-plt.axis("off");
+plt.axis("off")

@@ -2,8 +2,8 @@
 # # Half-straightening
 #
 # Reflow trains a new flow on the chords of a teacher's trajectories, so that the new trajectories are straight.
-# Half-straightening does this for one part of the time axis and keeps the teacher elsewhere. Here the teacher is the exact
-# flow of eight Gaussians, and the time axis is cut at $t = 0.5$.
+# Half-straightening does this for one part of the time axis and keeps the teacher elsewhere. Here the teacher is the
+# exact flow of eight Gaussians, and the time axis is cut at $t = 0.5$.
 
 # %%
 import tempfile
@@ -85,6 +85,7 @@ for axis, (name, parts) in zip(axes, flows.items()):
     axis.set(title=name, aspect="equal", xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), xticks=[], yticks=[])
 
 # %% [markdown]
-# Orange points are the states at the bound $t = 0.5$. A straight half needs one Euler step; a curved half needs many. As a
-# run with a report, for images: `python -m launch.reflow --config=configs/half_straightening_digits.py --workdir=H`. The
-# [results](../results/straightening.md) compare halves, ways to share parameters, and other samplers of the teacher.
+# Orange points are the states at the bound $t = 0.5$. A straight half needs one Euler step; a curved half needs many.
+# As a run with a report, for images: `python -m launch.reflow --config=configs/half_straightening_digits.py
+# --workdir=H`. The [results](../results/straightening.md) compare halves, ways to share parameters, and other samplers
+# of the teacher.

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Likelihood
 #
-# A flow has a density: $\log p(x) = \log N(x_0; 0, I) - \int_0^1 \nabla\cdot v\,dt$ along the trajectory that ends in $x$.
-# First for a flow whose density is known, then for a learned one.
+# A flow has a density: $\log p(x) = \log N(x_0; 0, I) - \int_0^1 \nabla\cdot v\,dt$ along the trajectory that ends in
+# $x$. First for a flow whose density is known, then for a learned one.
 
 # %%
 import jax
@@ -68,8 +68,8 @@ for axis, values, title in zip(axes, (ring.log_density(grid, jnp.ones(len(grid))
 # %% [markdown]
 # ## Images
 #
-# Pixels are integers, a flow has a density of real numbers. Add noise of one grey level (`sampling.dequantise`), and convert
-# to bits per dimension (`sampling.bits_per_dim`). For a run folder: `fmjax.load(W).log_prob(x)`.
+# Pixels are integers, a flow has a density of real numbers. Add noise of one grey level (`sampling.dequantise`), and
+# convert to bits per dimension (`sampling.bits_per_dim`). For a run folder: `fmjax.load(W).log_prob(x)`.
 
 # %%
 level = 2 / 16  # the digits have 17 grey levels in [-1, 1]

@@ -54,7 +54,9 @@ for axis, (name, params) in zip(axes, trained.items()):
         n: metrics.w2_exact(jax.jit(lambda x, n=n: sampling.sample(sampling.euler(velocity), x, n))(x0), reference)
         for n in (1, 2, 4, 32)
     }
-    print(f"{name:13s} straightness defect {defect:.3f}; W2 by Euler steps", {n: round(d, 3) for n, d in distance.items()})
+    print(
+        f"{name:13s} straightness defect {defect:.3f}; W2 by Euler steps", {n: round(d, 3) for n, d in distance.items()}
+    )
     path = np.asarray(sampling.sample(sampling.rk4(velocity), x0[:120], 24, trajectory=True))
     axis.plot(*path.transpose(2, 0, 1), color="#94a3b8", lw=0.6)
     axis.scatter(*path[0].T, s=6, color="#b45309", label="noise")
@@ -65,6 +67,6 @@ floor = metrics.w2_exact(data.draw_two_moons(jax.random.key(4), 1024), reference
 print(f"floor (other data): {floor:.3f}")
 
 # %% [markdown]
-# **With labels** plain minibatch OT is wrong: data of one class take the noise on their side, and a conditional model meets
-# other noise when it samples (arXiv 2503.10636). The coupling warns; `minibatch_ot(by_class=True)` pairs within classes.
-# From a command: `--config.coupling=minibatch_ot` or `--config.coupling=independent`.
+# **With labels** plain minibatch OT is wrong: data of one class take the noise on their side, and a conditional model
+# meets other noise when it samples (arXiv 2503.10636). The coupling warns; `minibatch_ot(by_class=True)` pairs within
+# classes. From a command: `--config.coupling=minibatch_ot` or `--config.coupling=independent`.

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Your images, with labels and guidance
 #
-# A data set is a file of arrays: `x` and, for labels, `y`. This example draws three kinds of shapes, trains a conditional
-# flow with label dropout, and samples it with and without guidance. No code of the library is changed.
+# A data set is a file of arrays: `x` and, for labels, `y`. This example draws three kinds of shapes, trains a
+# conditional flow with label dropout, and samples it with and without guidance. No code of the library is changed.
 
 # %%
 import tempfile
@@ -69,10 +69,11 @@ for axis, scale in zip(axes, (0.0, 1.0, 2.5)):
     axis.spines[:].set_visible(False)
 
 # %% [markdown]
-# Scale 1 is no guidance, scale 0 ignores the label, and a larger scale exaggerates it: samples become more typical of their
-# class and less diverse. The spread of the samples of one class shows it:
+# Scale 1 is no guidance, scale 0 ignores the label, and a larger scale exaggerates it: samples become more typical of
+# their class and less diverse. The spread of the samples of one class shows it:
 
 # %%
 for scale in (1.0, 2.5):
     drawn = run.sample(300, label=0, guidance=scale, steps=12)
-    print(f"guidance {scale:g}: mean brightness {drawn.mean():.3f}, summed variance {drawn.reshape(300, -1).var(0).sum():.1f}")
+    variance = drawn.reshape(300, -1).var(0).sum()
+    print(f"guidance {scale:g}: mean brightness {drawn.mean():.3f}, summed variance {variance:.1f}")

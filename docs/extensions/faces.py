@@ -49,7 +49,16 @@ def render(package: str, title: str) -> str:
     modules = [n for n in names if inspect.ismodule(getattr(module, n)) and f"{package}.{n}" not in PACKAGES]
     objects = [n for n in names if not inspect.ismodule(getattr(module, n))]
     heading = f"``{package}``: {title[0].lower()}{title[1:]}"
-    lines = [f".. _api-{package}:", "", heading, "=" * len(heading), "", f".. automodule:: {package}", "   :no-members:", ""]
+    lines = [
+        f".. _api-{package}:",
+        "",
+        heading,
+        "=" * len(heading),
+        "",
+        f".. automodule:: {package}",
+        "   :no-members:",
+        "",
+    ]
     if package == "fmjax":
         return "\n".join([*lines, *_elsewhere(module, objects), *_entries("fmjax.experiments.run", ["Run", "load"])])
     lines += [*_table(package, objects), *_entries(package, objects)]
@@ -57,7 +66,15 @@ def render(package: str, title: str) -> str:
         inner = f"{package}.{name}"
         heading = f"``{inner}``"
         members = [n for n in public(importlib.import_module(inner)) if n not in objects]
-        lines += [heading, "-" * len(heading), "", f".. automodule:: {inner}", "   :no-members:", "", *_table(inner, members)]
+        lines += [
+            heading,
+            "-" * len(heading),
+            "",
+            f".. automodule:: {inner}",
+            "   :no-members:",
+            "",
+            *_table(inner, members),
+        ]
         lines += _entries(inner, members)
     return "\n".join(lines)
 

@@ -63,8 +63,9 @@ def cells(script: Path) -> list[tuple[str, str]]:
 
 
 def digest(script: Path) -> str:
-    """Return the digest of the code of a script; text may change."""
-    return hashlib.sha256("\n".join(text for kind, text in cells(script) if kind == "code").encode()).hexdigest()
+    """Return the digest of the code of a script; text and the layout of the code may change."""
+    code = "".join(text for kind, text in cells(script) if kind == "code")
+    return hashlib.sha256(re.sub(r"[\s(),]+|#.*", "", code).encode()).hexdigest()
 
 
 def read(script: Path) -> dict:
@@ -112,7 +113,14 @@ def store(script: Path, texts: list[str], pictures: list[list[bytes]], wall: flo
     for name, picture in zip(sum(names, []), sum(pictures, []), strict=True):
         (STORED / name).write_bytes(picture)
     record = {"digest": digest(script), "seconds": round(wall), "processor_seconds": round(processor)}
-    record |= {"jax": jax.__version__, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), "device": jax.default_backend(), "text": texts, "pictures": names}
+    record |= {
+        "jax": jax.__version__,
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": jax.default_backend(),
+        "text": texts,
+        "pictures": names,
+    }
     (STORED / f"{script.stem}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -129,13 +137,10 @@ def render(script: Path) -> str:
         for name in record["pictures"][i]:
             lines += [f"```{{image}} ../stored/{name}", f":alt: Output of the code above ({script.stem})", "```", ""]
         i += 1
-    lines += [
-        "---",
-        f"*Script: `docs/{script.parent.name}/{script.name}`. Outputs: `python docs/extensions/literate.py {script.stem}`, "
-        f"{record['processor_seconds']} s of processor time on {record['cores']} cores ({record['device']}), jax {record['jax']}, "
-        f"{record['date']}.*",
-        "",
-    ]
+    place, command = f"docs/{script.parent.name}/{script.name}", f"python docs/extensions/literate.py {script.stem}"
+    seconds, machine = record["processor_seconds"] + 1, f"{record['cores']} cores ({record['device']})"
+    lines += ["---", f"*Script: `{place}`. Outputs: `{command}`, at most {seconds} s of processor time on {machine},"]
+    lines += [f"jax {record['jax']}, {record['date']}.*", ""]
     return "\n".join(lines)
 
 

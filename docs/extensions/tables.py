@@ -38,7 +38,11 @@ def tables(text: str) -> dict[str, list[dict[str, str]]]:
     """Return the rows of every table between marks, by suite."""
     result = {}
     for suite, body in re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL):
-        lines = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in body.split("\n") if line.startswith("|")]
+        lines = [
+            [cell.strip() for cell in line.strip("|\n ").split("|")]
+            for line in body.split("\n")
+            if line.startswith("|")
+        ]
         result[suite] = [dict(zip(lines[0], line, strict=False)) for line in lines[2:]]
     return result
 
@@ -65,7 +69,15 @@ def curves(rows, *, y, series, x="NFE", floor="training data", hollow=None, ylab
             points = sorted((number(r[x])[0], *number(r[y])) for r in some if number(r[y])[0] == number(r[y])[0])
             if points:
                 style = {"fmt": "s", "mfc": "none"} if kind else {"fmt": "o-"}
-                axes.errorbar(*zip(*points, strict=True), color=colour, capsize=2.5, ms=5, lw=1.5, label=name + " corrected" * kind, **style)
+                axes.errorbar(
+                    *zip(*points, strict=True),
+                    color=colour,
+                    capsize=2.5,
+                    ms=5,
+                    lw=1.5,
+                    label=name + " corrected" * kind,
+                    **style,
+                )
     _floor(axes, rows, y, floor)
     axes.set(xscale="log", yscale="log", xlabel="network evaluations per sample (NFE)", ylabel=ylabel or y)
     _plain_ticks(axes)
@@ -82,7 +94,9 @@ def by_column(rows, *, prefix, skip=(), label="method", xlabel="number of jumps 
     for i, row in enumerate(rows):
         mean, se = zip(*(number(row[c]) for c in columns), strict=True)
         style = ("-", "--")[i // len(COLOURS)]
-        axes.errorbar(x, mean, se, color=COLOURS[i % len(COLOURS)], ls=style, marker="o", ms=4, lw=1.4, label=row[label])
+        axes.errorbar(
+            x, mean, se, color=COLOURS[i % len(COLOURS)], ls=style, marker="o", ms=4, lw=1.4, label=row[label]
+        )
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=prefix)
     axes.set_xticks(x, [str(n) for n in x])
     axes.minorticks_off()
@@ -98,7 +112,9 @@ def bars(rows, *, label, values, goal=None, xlabel):
     for j, value in enumerate(values):
         where = [i + (j - (len(values) - 1) / 2) * height for i in range(len(rows))]
         mean, se = zip(*(number(r[value]) for r in rows), strict=True)
-        axes.barh(where, mean, height * 0.9, xerr=se if any(se) else None, color=COLOURS[j], label=value, error_kw={"lw": 1})
+        axes.barh(
+            where, mean, height * 0.9, xerr=se if any(se) else None, color=COLOURS[j], label=value, error_kw={"lw": 1}
+        )
     axes.set_yticks(range(len(rows)), [label(r) for r in rows])
     axes.invert_yaxis()
     if goal:
@@ -139,7 +155,15 @@ def heat(labels, columns, values, *, title, digits=3, xlabel=""):
     for i, j in np.ndindex(values.shape):
         if values[i, j] == values[i, j]:
             dark = image.norm(max(values[i, j], positive.min())) > 0.65
-            axes.text(j, i, f"{values[i, j]:.{digits}g}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+            axes.text(
+                j,
+                i,
+                f"{values[i, j]:.{digits}g}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else "black",
+            )
     axes.set_xticks(range(len(columns)), columns, fontsize=8)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_title(title, fontsize=9, loc="left")
@@ -152,10 +176,20 @@ def known_errors(rows):
     """Draw the KL with 10 RK4 steps by corrector and by error of the flow."""
     rows = [r for r in rows if r["solver"] == "rk4"]
     errors = list(dict.fromkeys(r["error"] for r in rows))
-    names = [n for n in dict.fromkeys(r["corrector"] for r in rows) if any(number(r["KL, N=10"])[0] > 0 for r in rows if r["corrector"] == n)]
+    names = [
+        n
+        for n in dict.fromkeys(r["corrector"] for r in rows)
+        if any(number(r["KL, N=10"])[0] > 0 for r in rows if r["corrector"] == n)
+    ]
     cell = {(r["corrector"], r["error"]): number(r["KL, N=10"])[0] for r in rows}
     values = [[max(cell.get((n, e), float("nan")), 1e-4) for e in errors] for n in names]
-    return heat(names, [f"{e} error" if e == "none" else e for e in errors], values, title="KL, 10 RK4 steps (values below 0.0001 as 0.0001)", digits=2)
+    return heat(
+        names,
+        [f"{e} error" if e == "none" else e for e in errors],
+        values,
+        title="KL, 10 RK4 steps (values below 0.0001 as 0.0001)",
+        digits=2,
+    )
 
 
 def allocations(rows):
@@ -173,7 +207,13 @@ def spectra(rows):
     rows = [r for r in rows if number(r[columns[1]])[0] == number(r[columns[1]])[0]]
     values = [[number(r[c])[0] for c in columns] for r in rows]
     labels = [f"{r['data']}: {r['straightened']}" for r in rows]
-    return heat(labels, columns, values, title="fraction of the error's power below 1/5 cycle per pixel", xlabel="Euler steps (noise half, data half)")
+    return heat(
+        labels,
+        columns,
+        values,
+        title="fraction of the error's power below 1/5 cycle per pixel",
+        xlabel="Euler steps (noise half, data half)",
+    )
 
 
 def baselines(rows):
@@ -192,8 +232,14 @@ def baselines(rows):
     }  # fmt: skip
     for axes, data in zip(both, ("digits", "mnist"), strict=True):
         for i, (name, matches) in enumerate(kinds.items()):
-            points = sorted((number(r["NFE"])[0], number(r["FD-small"])[0]) for r in rows if r["data"] == data and matches(r["sampler"]))
-            axes.plot(*zip(*points, strict=True), "o-" if len(points) > 1 else "*", color=COLOURS[i], ms=5, lw=1.4, label=name)
+            points = sorted(
+                (number(r["NFE"])[0], number(r["FD-small"])[0])
+                for r in rows
+                if r["data"] == data and matches(r["sampler"])
+            )
+            axes.plot(
+                *zip(*points, strict=True), "o-" if len(points) > 1 else "*", color=COLOURS[i], ms=5, lw=1.4, label=name
+            )
         axes.set(xscale="log", yscale="log", xlabel="NFE", ylabel="FD-small", title=data)
         _plain_ticks(axes)
     both[1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
@@ -207,7 +253,12 @@ def map_costs(rows):
     for r in rows:
         merged.setdefault(r["method"], {"method": r["method"]})[f"diagonal {r['diagonal']}"] = r["FLOPs"]
     values = ("diagonal 0", "diagonal 0.75")
-    return bars(list(merged.values()), label=lambda r: r["method"], values=values, xlabel="FLOPs of a training step / flow matching (U-Net)")
+    return bars(
+        list(merged.values()),
+        label=lambda r: r["method"],
+        values=values,
+        xlabel="FLOPs of a training step / flow matching (U-Net)",
+    )
 
 
 def corrected_maps(rows):
@@ -220,38 +271,67 @@ def segments(rows):
     """Draw the straightness of both halves by model, on the digits."""
     rows = [r for r in rows if r["data"] == "digits"]
     values = [[number(r[c])[0] for c in ("straightness, noise half", "data half")] for r in rows]
-    return heat([r["straightened"] for r in rows], ["noise half", "data half"], values, title="straightness defect, digits")
+    return heat(
+        [r["straightened"] for r in rows], ["noise half", "data half"], values, title="straightness defect, digits"
+    )
 
 
-_family = lambda row: "" if row["sampler"] == "training data" else re.split(r",| \d", row["sampler"])[0]
-_corrector = lambda r: f"{r['corrector'].replace(', trained at N = 10', '')}, at {r['corrected at'].replace('all of n = 0 .. 10', 'all')} ({r['NFE']} NFE)"
-_ten = lambda rows: [r for r in rows if r["steps"] == "10"]
-_ratio = {"values": ("cpu_ratio",), "goal": 1.05, "xlabel": "processor time / bare calls of the network"}
+def _family(row) -> str:
+    return "" if row["sampler"] == "training data" else re.split(r",| \d", row["sampler"])[0]
+
+
+def _method(row) -> str:
+    return "" if row["method"] == "-" else row["method"]
+
+
+def _corrector(row) -> str:
+    name, at = row["corrector"].replace(", trained at N = 10", ""), row["corrected at"].replace("of n = 0 .. 10", "")
+    return f"{name}, at {at.strip()} ({row['NFE']} NFE)"
+
+
+def _place(row) -> str:
+    return f"{row['sampler']}: {row['corrector']} at t = {row['at t']} ({row['NFE']} NFE)"
+
+
+def _changes(rows):
+    return dots([r for r in rows if r["steps"] == "10"], label=_corrector, **_CHANGE)
+
+
+def _of_network(key: str):
+    return lambda row: f"{row['network']}: {row[key]}"
+
+
+_CHANGE = {"value": "FD-small, change", "xlabel": "change of FD-small, ± 2 standard errors"}
+_RATIO = {"values": ("cpu_ratio",), "goal": 1.05, "xlabel": "processor time / bare calls of the network"}
+_STEP = _RATIO | {"xlabel": "processor time / bare training step of flow matching"}
+_JUMP = {"values": ("gaussian, 0 to 1", "mixture, 0 to 1"), "xlabel": "relative error of the jump from 0 to 1"}
+_SKIP = ("ESD", "perfect samples", "LSD as published")
+_noisy = lambda row: row["corrections"] != "0" or "noise" in row["sampler"]
 FIGURES = {
-    "digits": partial(curves, y="FD-small", series=_family, hollow=lambda r: r["corrections"] != "0" or "noise" in r["sampler"]),
-    "fashion_mnist": partial(curves, y="FD-small", series=lambda r: "" if r["method"] == "-" else r["method"]),
-    "digits_maps": partial(curves, y="FD-small", series=lambda r: "" if r["method"] == "-" else r["method"]),
-    "mnist_maps": partial(curves, y="FD-small", series=lambda r: "" if r["method"] == "-" else r["method"]),
-    "checkerboard_maps": partial(by_column, prefix="KL", skip=("ESD", "perfect samples", "LSD as published")),
-    "oracle_maps": partial(bars, label=lambda r: r["method"], values=("gaussian, 0 to 1", "mixture, 0 to 1"), xlabel="relative error of the jump from 0 to 1"),
+    "digits": partial(curves, y="FD-small", series=_family, hollow=_noisy),
+    "fashion_mnist": partial(curves, y="FD-small", series=_method),
+    "digits_maps": partial(curves, y="FD-small", series=_method),
+    "mnist_maps": partial(curves, y="FD-small", series=_method),
+    "checkerboard_maps": partial(by_column, prefix="KL", skip=_SKIP),
+    "oracle_maps": partial(bars, label=lambda row: row["method"], **_JUMP),
     "map_costs": map_costs,
     "correction_toy": known_errors,
-    "corrections_digits": lambda rows: dots(_ten(rows), label=_corrector, value="FD-small, change", xlabel="change of FD-small, ± 2 standard errors"),
-    "corrections_mnist": lambda rows: dots(_ten(rows), label=_corrector, value="FD-small, change", xlabel="change of FD-small, ± 2 standard errors"),
+    "corrections_digits": _changes,
+    "corrections_mnist": _changes,
     "corrected_maps": corrected_maps,
     "half_straightening_digits": allocations,
     "half_straightening_mnist": allocations,
     "straightened_baselines": baselines,
     "straightened_segments": segments,
     "straightened_spectra": spectra,
-    "straightened_corrected": partial(
-        dots, label=lambda r: f"{r['sampler']}: {r['corrector']} at t = {r['at t']} ({r['NFE']} NFE)", value="FD-small, change",
-        xlabel="change of FD-small, ± 2 standard errors",
+    "straightened_corrected": partial(dots, label=_place, **_CHANGE),
+    "sampler": partial(bars, label=_of_network("sampler"), **_RATIO),
+    "train_step": partial(bars, label=_of_network("method"), **_STEP),
+    "marginal_sets": partial(bars, label=_of_network("direction"), **_RATIO),
+    "torch": partial(
+        bars, label=lambda row: f"{row['images']}: {row['network']}", values=("ratio",),
+        xlabel="time of a training step / torchcfm",
     ),
-    "sampler": partial(bars, label=lambda r: f"{r['network']}: {r['sampler']}", **_ratio),
-    "train_step": partial(bars, label=lambda r: f"{r['network']}: {r['method']}", values=("cpu_ratio",), goal=1.05, xlabel="processor time / bare training step of flow matching"),
-    "marginal_sets": partial(bars, label=lambda r: f"{r['network']}: {r['direction']}", **_ratio),
-    "torch": partial(bars, label=lambda r: f"{r['images']}: {r['network']}", values=("ratio",), xlabel="time of a training step / torchcfm"),
 }  # fmt: skip
 
 

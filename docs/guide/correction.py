@@ -9,14 +9,15 @@
 #
 # Take the time grid $t_0 < \dots < t_N$ of a solver.
 #
-# * **Forward marginals** $p_n$: start from noise at $t_0$ and follow the flow to $t_n$. $p_N$ is what the sampler draws.
+# * **Forward marginals** $p_n$: start from noise at $t_0$ and follow the flow to $t_n$. $p_N$ is what the sampler
+#   draws.
 # * **Backward marginals** $q_n$: start from data at $t_N$ and follow the flow back to $t_n$. $q_N$ is the data.
 #
-# For a perfect flow $p_n = q_n$ at every $n$. For a flow with an error they differ at every $n$, and a state that lies in
-# $q_n$ leads to the data *through the imperfect flow*. A corrector pushes states from $p_n$ towards $q_n$.
+# For a perfect flow $p_n = q_n$ at every $n$. For a flow with an error they differ at every $n$, and a state that lies
+# in $q_n$ leads to the data *through the imperfect flow*. A corrector pushes states from $p_n$ towards $q_n$.
 #
-# The pictures below need no training. The data are eight Gaussians on a circle, and the flow is their exact velocity plus
-# a known error, $e(x) = 0.2\,x$, which makes the samples too wide.
+# The pictures below need no training. The data are eight Gaussians on a circle, and the flow is their exact velocity
+# plus a known error, $e(x) = 0.2\,x$, which makes the samples too wide.
 
 # %%
 import jax
@@ -91,13 +92,15 @@ panels({name: {"samples": x} for name, x in drawn.items()})
 # %% [markdown]
 # ## Where to correct
 #
-# The classifier's logit $\log q_n / p_n$ is constant along trajectories, so that every f-divergence of $p_n$ and $q_n$ is
-# the same at all $n$. Only distances such as $W_2$ change with $n$. A correction can therefore act at any step, but the same
-# alpha has another effect at another step, because the marginals have other widths there. `at=(0, 5, 10)` names the
-# corrected steps, and `launch.tune` measures the effect of each single step, each with its best strength.
+# The classifier's logit $\log q_n / p_n$ is constant along trajectories, so that every f-divergence of $p_n$ and $q_n$
+# is the same at all $n$. Only distances such as $W_2$ change with $n$. A correction can therefore act at any step, but
+# the same alpha has another effect at another step, because the marginals have other widths there. `at=(0, 5, 10)`
+# names the corrected steps, and `launch.tune` measures the effect of each single step, each with its best strength.
 
 # %%
-once = lambda n, x: sampling.sample(step, x, grid, corrector=correctors["classifier, alpha 0.06"], at=(n,), key=jax.random.key(2))
+once = lambda n, x: sampling.sample(
+    step, x, grid, corrector=correctors["classifier, alpha 0.06"], at=(n,), key=jax.random.key(2)
+)
 effect = [metrics.sliced_w2(jax.jit(once, static_argnums=0)(n, noise), data) for n in (0, 5, 8, 10)]
 for n, distance in zip((0, 5, 8, 10), effect):
     print(f"corrected at t = {grid[n]:g}: sliced W2 {distance:.3f}")
@@ -106,12 +109,14 @@ print(f"not corrected: sliced W2 {metrics.sliced_w2(drawn['no correction'], data
 # %% [markdown]
 # ## What to use first
 #
-# 1. **Measure the gap before you correct it.** Compare N steps with 2N steps. If they differ, take more steps: correction
+# 1. **Measure the gap before you correct it.** Compare N steps with 2N steps. If they differ, take more steps:
+#    correction
 #    repairs the network's error, not the solver's.
 # 2. **Train the flow longer** if you can. It is the first thing to compare a corrector with, at equal cost.
 # 3. **Try a kernel drift** between the stored marginals (`correction.kernel_drift`). It trains nothing and evaluates no
 #    network. It moves samples towards training examples: watch the distance to the nearest training example.
-# 4. **Then a score corrector** with noise, or a classifier. Compare each with the *same noise alone*: a flow that is too
+# 4. **Then a score corrector** with noise, or a classifier. Compare each with the *same noise alone*: a flow that is
+#    too
 #    narrow gains from noise, whatever the corrector does.
 # 5. **Choose strengths on validation data**, with 0 among the candidates (`launch.tune`).
 #
@@ -126,20 +131,22 @@ print(f"not corrected: sliced W2 {metrics.sliced_w2(drawn['no correction'], data
 # python -m launch.tune --workdir=W --by=score --solver=rk4 --solver_steps=8
 # ```
 #
-# `launch.marginals` states size, evaluations and seconds first, refuses a disk that is too small, continues after a kill,
-# and ends with the round-trip error and the straightness defect. On several processes each builds its shards.
-# `--direction=backward --out=DIR` stores only one set. `--config.solver=flow_map --config.backward_map=inverse --tol=0.05`
-# builds the marginals of a learned map.
+# `launch.marginals` states size, evaluations and seconds first, refuses a disk that is too small, continues after a
+# kill, and ends with the round-trip error and the straightness defect. On several processes each builds its shards.
+# `--direction=backward --out=DIR` stores only one set. `--config.solver=flow_map --config.backward_map=inverse
+# --tol=0.05` builds the marginals of a learned map.
 #
-# `launch.tune` chooses steps and strengths on some seeds (grid and greedy search, influence of single steps, sensitivity)
-# and reports on others. It writes a page with the influence of every step, and the lines for the config's `corrections`.
+# `launch.tune` chooses steps and strengths on some seeds (grid and greedy search, influence of single steps,
+# sensitivity) and reports on others. It writes a page with the influence of every step, and the lines for the config's
+# `corrections`.
 #
 # ## In Python
 #
 # `correction.build_marginals` writes both sets to disk, `read_marginals` reads them, and methods train on them
-# (`methods.score_corrector`, `methods.classifier_corrector`, `methods.residual`, `methods.discriminator`). Without training
-# there are `langevin`, `mala` (exact for any step and score), `restart` (back by noise, forth by ODE steps or by one jump
-# of a map) and `kernel_drift`. A corrector states its evaluations, `fix.nfe`, and times at which it cannot work are refused.
+# (`methods.score_corrector`, `methods.classifier_corrector`, `methods.residual`, `methods.discriminator`). Without
+# training there are `langevin`, `mala` (exact for any step and score), `restart` (back by noise, forth by ODE steps or
+# by one jump of a map) and `kernel_drift`. A corrector states its evaluations, `fix.nfe`, and times at which it cannot
+# work are refused.
 
 # %%
 import tempfile
@@ -163,5 +170,7 @@ print(f"kernel drift: {fix.nfe} evaluations, W2 {metrics.w2_exact(x, data):.3f}"
 # %%
 ten, fifty = sampling.uniform_grid(10), sampling.uniform_grid(50)
 fix = correction.marginal_matching(exact_classifier, alpha=sampling.per_step(ten, np.linspace(0, 0.05, 11)))
-x = sampling.sample(step, noise, fifty, corrector=fix, at=sampling.same_times((5, 10), ten, fifty), key=jax.random.key(2))
+x = sampling.sample(
+    step, noise, fifty, corrector=fix, at=sampling.same_times((5, 10), ten, fifty), key=jax.random.key(2)
+)
 print(f"per-step strengths, 50 steps: W2 {metrics.w2_exact(x, data):.3f}")

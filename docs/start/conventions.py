@@ -9,8 +9,8 @@
 # linear one is $I_t = (1 - t)\,x_0 + t\,x_1$. Other libraries and many papers on diffusion models run time the other
 # way round.
 #
-# The *velocity* is the mean direction of all interpolants through a point, $v(x, t) = E[\dot I_t \mid I_t = x]$. The ODE
-# $\dot x = v(x, t)$ carries noise to data. The picture shows 600 states at five times, for data in eight clusters:
+# The *velocity* is the mean direction of all interpolants through a point, $v(x, t) = E[\dot I_t \mid I_t = x]$. The
+# ODE $\dot x = v(x, t)$ carries noise to data. The picture shows 600 states at five times, for data in eight clusters:
 
 # %%
 import jax
@@ -43,8 +43,8 @@ for axis, n in zip(axes, (0, 5, 10, 15, 20)):
 #
 # ## A step is a flow map
 #
-# `sampling.rk4(velocity)` has the signature of $X_{s,t}$: `(x, s, t, cond=None, key=None) -> x`. So has a learned map, a
-# step of DDIM, and a solve by diffrax. `sampling.sample` does not distinguish them. The picture follows one state: by
+# `sampling.rk4(velocity)` has the signature of $X_{s,t}$: `(x, s, t, cond=None, key=None) -> x`. So has a learned map,
+# a step of DDIM, and a solve by diffrax. `sampling.sample` does not distinguish them. The picture follows one state: by
 # the exact trajectory (grey), by four Euler steps, by four RK4 steps, and by one exact jump of the flow map.
 
 # %%
@@ -101,9 +101,9 @@ print("difference of sample 5 drawn alone:", float(jnp.abs(together[5] - alone[0
 # %% [markdown]
 # ## Parameters are arguments
 #
-# A method is a tuple of pure functions, as an optimiser of optax is. `method.loss(params, target, batch, key)` takes the
-# parameters of the teacher as `target`: the parameters themselves, their average, or a frozen run. `method.velocity(params)`
-# and `method.flow_map(params)` are the functions that trained parameters define.
+# A method is a tuple of pure functions, as an optimiser of optax is. `method.loss(params, target, batch, key)` takes
+# the parameters of the teacher as `target`: the parameters themselves, their average, or a frozen run.
+# `method.velocity(params)` and `method.flow_map(params)` are the functions that trained parameters define.
 #
 # ## Errors
 #
