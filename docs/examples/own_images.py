@@ -69,8 +69,9 @@ for axis, scale in zip(axes, (0.0, 1.0, 2.5)):
     axis.spines[:].set_visible(False)
 
 # %% [markdown]
-# Scale 1 is no guidance, scale 0 ignores the label, and a larger scale exaggerates it: samples become more typical of
-# their class and less diverse. The spread of the samples of one class shows it:
+# Scale 0 ignores the label, scale 1 is no guidance: some squares look like discs. With scale 2.5 the shapes agree with
+# their labels. Guidance is not free: it samples another distribution than the data. Here the guided discs are brighter,
+# and their spread differs:
 
 # %%
 for scale in (1.0, 2.5):
