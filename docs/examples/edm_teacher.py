@@ -88,3 +88,8 @@ for axis, (name, (x, nfe)) in zip(axes, samples.items()):
     axis.set_ylabel(f"{name} ({nfe})", rotation=0, ha="right", va="center", fontsize=8)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
+
+# %% [markdown]
+# With one evaluation the map is nearer to the data than four Euler steps of the teacher. It was trained for 1,500 steps
+# only: ten evaluations of DPM-Solver++(2M) on the teacher are still better. Longer trainings are in [the
+# results](../results/maps.md).

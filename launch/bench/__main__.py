@@ -35,7 +35,8 @@ def main(_):
         raise SystemExit(f"error: {FLAGS.into} has no line {before.strip()}")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}, load {os.getloadavg()[0]:.1f}"
     table = markdown(SUITES[name](FLAGS.repeats))
-    command = f"`python -m launch.bench --suite={name} --repeats={FLAGS.repeats}`; {machine}; jax {jax.__version__}; {time.strftime('%Y-%m-%d')}"
+    when = f"jax {jax.__version__}; {time.strftime('%Y-%m-%d')}"
+    command = f"`python -m launch.bench --suite={name} --repeats={FLAGS.repeats}`; {machine}; {when}"
     print(f"{command}\n\n{table}")
     if FLAGS.into:
         head, rest = text.split(before, 1)
