@@ -145,6 +145,7 @@ def test_the_gradient_of_the_logit_is_pulled_back_by_the_flow(x64, key):
     assert jnp.abs(local_gradient - pulled).max() < 1e-6 * jnp.abs(local_gradient).max()
 
 
+@pytest.mark.slow
 def test_the_classifier_step_descends_the_kl_at_the_fisher_rate():
     """``d KL / d alpha = -I(p|q)`` at 0; the published slope is -5.16 (0.02)."""
     kl, variance, fisher = corrected(MIXED, CLASSIFIER, "classifier")

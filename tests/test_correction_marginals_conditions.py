@@ -239,7 +239,7 @@ def test_a_set_without_conditions_is_stored_as_before(tmp_path):
     fields = json.loads((tmp_path / "manifest.json").read_text())
     assert set(fields) == {
         "version", "direction", "flow", "solver", "backward_map", "ts", "steps", "dtype", "shape", "count", "seed",
-        "data", "shard_size", "shards",
+        "data", "shard_size", "shards", "sha256",
     }  # fmt: skip
     m = correction.read_marginals(tmp_path)
     assert m.cond is None and correction.marginal_batches(m, batch_size=4, seed=0)(0).cond is None

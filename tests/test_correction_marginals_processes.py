@@ -21,6 +21,11 @@ BACKWARD = {"direction": "backward", "count": None, "shape": None, "data": data(
 SHARDS = [f"shard-{i:05d}-of-00006.array_record" for i in range(6)]
 
 
+def stored(directory, m):
+    """Return all examples of a set in memory."""
+    return shards.StoredArray(directory, m).load()
+
+
 def part(folder, i, processes, **changes):
     return small(folder, shard_size=16, process_index=i, process_count=processes, **changes)
 
@@ -121,13 +126,13 @@ def test_a_shard_that_was_built_twice_is_the_one_on_disk(tmp_path):
     write_part(tmp_path, 0, 1, X + 1)
     assert len(shards.read_manifest(tmp_path).shards) == 4
     np.testing.assert_array_equal(
-        shards.read_shards(tmp_path, shards.read_manifest(tmp_path))[3:9], np.r_[X[3:4], X[4:8] + 1, X[8:9]]
+        stored(tmp_path, shards.read_manifest(tmp_path))[3:9], np.r_[X[3:4], X[4:8] + 1, X[8:9]]
     )
     (tmp_path / name).write_bytes(first)
-    np.testing.assert_array_equal(shards.read_shards(tmp_path, shards.read_manifest(tmp_path)), X)
+    np.testing.assert_array_equal(stored(tmp_path, shards.read_manifest(tmp_path)), X)
     (tmp_path / name).write_bytes(first[:-1])
     with pytest.raises(RuntimeError, match=f"{name} is torn or was changed .*not \\w+, \\w+"):
-        shards.read_shards(tmp_path, shards.read_manifest(tmp_path))
+        stored(tmp_path, shards.read_manifest(tmp_path))
 
 
 def test_processes_at_the_same_time(tmp_path):
@@ -137,7 +142,7 @@ def test_processes_at_the_same_time(tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-        np.testing.assert_array_equal(shards.read_shards(tmp_path / str(n), shards.read_manifest(tmp_path / str(n))), X)
+        np.testing.assert_array_equal(stored(tmp_path / str(n), shards.read_manifest(tmp_path / str(n))), X)
 
 
 def test_a_process_that_looks_while_another_starts_is_not_misled(tmp_path, monkeypatch):
@@ -154,7 +159,7 @@ def test_a_process_that_looks_while_another_starts_is_not_misled(tmp_path, monke
     monkeypatch.setattr(shards, "read_manifest", load)
     write_part(tmp_path, 0, 2)
     assert calls[0] is None
-    np.testing.assert_array_equal(shards.read_shards(tmp_path, real(tmp_path)), X)
+    np.testing.assert_array_equal(stored(tmp_path, real(tmp_path)), X)
 
 
 CHILD = """

@@ -43,7 +43,7 @@ def small(tmp_path):
     [
         # counts of LeCun's test and training labels; mean and standard deviation as everybody normalises with
         (mnist, [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949], 0.1307, 0.3081),
-        (fashion_mnist, [6000] * 10, 0.2860, 0.3530),
+        pytest.param(fashion_mnist, [6000] * 10, 0.2860, 0.3530, marks=pytest.mark.slow),
     ],
 )
 def test_the_published_sets_are_read_byte_for_byte(published, counts, mean, std, tmp_path):

@@ -150,7 +150,7 @@ def test_samples_are_kept_verified_and_drawn_again_for_other_parameters(models, 
     damaged[150] ^= 1
     (folder / "1.npy").write_bytes(damaged)
     np.testing.assert_array_equal(read(models, "a"), first)
-    assert "1.npy" in (line := capsys.readouterr().out) and "drawn again" in line
+    assert "1.npy" in (line := capsys.readouterr().err) and "drawn again" in line
 
 
 def test_a_sample_does_not_depend_on_the_chunk_it_is_drawn_in(models, tmp_path, monkeypatch):

@@ -123,11 +123,11 @@ def test_a_killed_sampling_goes_on_where_it_stopped(evaluated, trained, tmp_path
     calls = []
     write = files.write_array
 
-    def write_twice(path, array):
+    def write_twice(path, array, **options):
         calls.append(path.name)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        write(path, array)
+        write(path, array, **options)
 
     arguments = [
         f"--workdir={evaluated}",
@@ -207,7 +207,7 @@ def test_what_cannot_work_on_a_run_folder_is_one_line(command, arguments, messag
 
 def test_a_folder_of_a_stage_is_refused_and_the_run_folder_is_the_way_on(whole, tmp_path):
     line = refused("evaluate", f"--workdir={whole / 'flow'}")
-    assert line.startswith(f"workdir={whole / 'flow'}: is the folder of a stage") and "launch.pipeline wrote" in line
+    assert line.startswith(f"workdir={whole / 'flow'}: is the folder of a stage") and f"Give {whole}, or" in line
     assert refused("sample", f"--workdir={tmp_path / 'typo'}").startswith(
         f"workdir={tmp_path / 'typo'}: is no run folder"
     )

@@ -63,21 +63,19 @@ def test_a_finished_run_is_trained_longer_by_its_own_command(short, tmp_path):
     assert digest(path)[0] == 12 and [r["step"] for r in records(path)] == [2, 4, 6, 8, 10, 12]
 
 
+LOST = ([], ["config.json"], ["flow/stage.json"], ["config.json", "flow/stage.json"])
+CHANGES = ("--config.seed=7", "--config.learning_rate=0.1", "--config.steps=3")
+
+
 @pytest.mark.parametrize(
-    ("start", "change"),
-    [
-        ([], "--config.seed=7"), ([], "--config.learning_rate=0.1"), ([], "--config.steps=3"),
-        (["--config.schedule=cosine"], "--config.steps=9"),
-        (["--config.method=alpha_flow"], "--config.steps=9"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("lost", [[], ["config.json"], ["flow/stage.json"], ["config.json", "flow/stage.json"]])
+    ("start", "change", "lost"),
+    [([], change, lost) for change in CHANGES for lost in LOST]
+    + [([f"--config.{f}"], "--config.steps=9", []) for f in ("schedule=cosine", "method=alpha_flow")],
+)
 def test_another_config_is_refused_whatever_file_is_lost(start, change, lost, short, tmp_path):
     """The stage's record and each of its checkpoints know what the stage was begun with."""
     path = tmp_path / "w"
     if start:
-        if lost:
-            return
         launch("launch.train", CONFIG, f"--workdir={path}", *start)
     else:
         shutil.copytree(short, path)
@@ -175,6 +173,7 @@ def limited(limit, arguments, log):
             sys.exit(1)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_with_the_path_and_costs_no_checkpoint(tmp_path):
     path, log = tmp_path / "w", tmp_path / "log"
     wide = [CONFIG, f"--workdir={path}", "--config.net.width=128"]
@@ -228,6 +227,7 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
     assert "memory" in refusal("launch.train", CONFIG, f"--workdir={tmp_path / 'w'}")
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_folder_in_every_path(short, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

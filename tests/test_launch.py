@@ -87,7 +87,9 @@ def test_train_records_step_loss_and_rates(uninterrupted):
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
 
 
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sign", "code"), [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_killed_or_terminated_resumes_to_the_same_bits(sign, code, uninterrupted, tmp_path):
     """SIGKILL loses what came after the last checkpoint, SIGTERM nothing; parameters and records agree bit for bit."""
     child = start("launch.train", *train(tmp_path))

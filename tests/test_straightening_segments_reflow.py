@@ -227,6 +227,7 @@ def test_what_cannot_be_mixed_or_solved_is_refused(sets):
         solved(mesh=sharding.make_mesh(jax.devices()[:4]))
 
 
+@pytest.mark.slow
 def test_rounds_of_reflow_shorten_the_way_and_straighten_the_flow(tmp_path):
     """``E |x1 - x0|^2`` never rises, the flow straightens, the distribution stays, by rounds (arXiv 2209.03003)."""
     law = oracles.mixture(jnp.array([[2.0, 0.5], [-1.5, 1.0], [0.3, -2.0]]), jnp.array([0.3, 0.4, 0.6]))

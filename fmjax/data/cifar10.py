@@ -40,7 +40,7 @@ def cifar10(
 
     >>> cifar10(validation=1)
     Traceback (most recent call last):
-    ValueError: validation=1: outside the allowed range. Give a finite number of at least 2.
+    ValueError: validation=1: outside the allowed range. Give a number in [2, 100000000].
     """
     return images.load_images(
         CIFAR10, validation=validation, source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream

@@ -66,7 +66,7 @@ def fashion_mnist(
 
     >>> fashion_mnist(data_dir="gs://bucket/data")
     Traceback (most recent call last):
-    ValueError: data_dir=gs://bucket/data: it is a URL. Give a folder of a local or mounted file system.
+    ValueError: data_dir=gs://bucket/data: is a URL. Give a place in a local or mounted file system.
     """
     return images.load_images(
         FASHION_MNIST, validation=validation, source_dir=source_dir, data_dir=data_dir, verify=verify, stream=stream

@@ -43,7 +43,7 @@ def fork(
         return lambda: None
     if checkpoint.latest_step(origin / "checkpoints") is None:
         raise WorkdirError(f"fork={source}: has no checkpoint of {stage!r}. Give the folder of a run that was trained.")
-    before = records.read(origin, stage) or records.stage_record(stage, {}, None)
+    before = records.read_record(origin, stage) or records.stage_record(stage, {}, None)
     options = {"stage": stage, "fallback": True}
     try:
         step, state, metadata = checkpoint.restore(origin / "checkpoints", loop.initial_state(plan), **options)
@@ -73,7 +73,7 @@ def _write_state(origin: Path, folder: Path, record: Mapping[str, Any], saved: t
     kept = {key: value for key, value in metadata.items() if key not in FORGOTTEN}
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        records.write(folder, record)
+        records.write_record(folder, record)
         if "copy" in (kept.get("records") or {}):
             files.write_bytes(folder / logs.RECORDS, logs.unpack(kept["records"]))
         if (origin / "best").exists():

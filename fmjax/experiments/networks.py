@@ -185,7 +185,7 @@ def example_facts(path: Path) -> dict[str, Any]:
         ``shape`` of an example, ``kind``, ``classes``, ``levels`` and ``name`` of the data set.
     """
     folder = workdir.network_folder(path)
-    record = records.read(folder)
+    record = records.read_record(folder)
     if record is None:
         problem = "is missing or damaged, and no checkpoint has a copy. Run the command that trained the flow again"
         raise workdir.WorkdirError(f"{folder / workdir.STAGE} {problem}.")

@@ -38,7 +38,7 @@ def main(settings: Settings, path: Path) -> None:
     names = comparison.read_samplers(settings, flow_map=FLOW_MAP in networks.shapes(settings, plans).methods)
     every = [*trained, *_comparing_stages(settings, data, plans, names, [stage.name for stage in trained])]
     began = time.perf_counter()
-    results, path = stages.run(every, path, settings.config)
+    results, path = stages.run_checked(every, path, settings.config)
     if jax.process_index() == 0:
         for line in results["comparison"].value:
             print(f"      {line}")

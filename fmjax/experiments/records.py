@@ -37,7 +37,7 @@ def stage_record(
     return {"stage": name, "fields": dict(fields), "data": dict(data or {}), "needs": dict(needs or {})}
 
 
-def read(folder: Path, name: str | None = None) -> dict[str, Any] | None:
+def read_record(folder: Path, name: str | None = None) -> dict[str, Any] | None:
     """Read the record of a stage; where ``stage.json`` is missing or damaged, the copy in its newest checkpoint.
 
     Args:
@@ -68,11 +68,11 @@ def checkpoint_records(folder: Path) -> dict[int, dict[str, Any]]:
     Returns:
         The records; checkpoints without one (of ``training.train`` alone) are left out.
     """
-    runs = {step: record.get("run") for step, record in checkpoint.metadata(folder / "checkpoints").items()}
+    runs = {step: record.get("run") for step, record in checkpoint.read_metadata(folder / "checkpoints").items()}
     return {step: run for step, run in runs.items() if run}
 
 
-def write(folder: Path, record: Mapping[str, Any]) -> None:
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record of a stage where it is not there; say so where the stage has worked before.
 
     Args:

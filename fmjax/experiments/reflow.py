@@ -39,7 +39,7 @@ def main(settings: Settings, path: Path) -> None:
     trained, students, models = student_stages(settings, data)
     flow = assemble.flow_plan(settings, data)
     every = [*trained, _comparing_stage(settings, data, flow, students, models, [stage.name for stage in trained])]
-    results, path = stages.run(every, path, settings.config)
+    results, path = stages.run_checked(every, path, settings.config)
     if jax.process_index() == 0:
         print(f"{results['comparison'].summary}; open {path / 'report.html'}")
 

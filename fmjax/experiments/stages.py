@@ -105,7 +105,7 @@ def check_stages(stages: Sequence[Stage], name: str | None = None) -> None:
         stage.check()
 
 
-def check_space(stages: Sequence[Stage], path: Path) -> None:
+def check_disk(stages: Sequence[Stage], path: Path) -> None:
     """Check that the disk has space for what the stages will write, before the first one works.
 
     Args:
@@ -158,7 +158,7 @@ def run_all(stages: Sequence[Stage], path: Path) -> dict[str, Result]:
     return results
 
 
-def run(stages: Sequence[Stage], path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Result], Path]:
+def run_checked(stages: Sequence[Stage], path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Result], Path]:
     """Check all stages, open the run folder, and run the stages that are missing there.
 
     Args:
@@ -173,7 +173,7 @@ def run(stages: Sequence[Stage], path: Path, config: Mapping[str, Any]) -> tuple
         ValueError: one line, before the first stage works, for anything that cannot work.
         WorkdirError: a folder whose stages belong to another config, or a disk that is too small.
     """
-    check_space(stages, path)
+    check_disk(stages, path)
     check_stages(stages)
     fields = {stage.name: stage.fields for stage in stages if stage.name not in COMPARING}
     path = workdir.open_workdir(path, config, fields, grows(stages))

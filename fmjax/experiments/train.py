@@ -32,7 +32,7 @@ def main(settings: Settings, path: Path, *, stage: str = "flow", fork: str | Non
     every = [pipeline.flow_stage(settings, data)] if stage == "flow" else _trained_stages(settings, data)
     stages.check_stages(every, stage)
     (chosen,) = (s for s in every if s.name == stage)
-    stages.check_space([chosen], path)
+    stages.check_disk([chosen], path)
     fields = {s.name: s.fields for s in every}
     copy_state = forks.fork(fork, path, stage, fields[stage], chosen.plan) if fork else None
     workdir.open_workdir(path, settings.config, fields, stages.grows(every))

@@ -126,7 +126,7 @@ def begin_stage(
     if jax.process_index() == 0:
         lock.check_owned()
         folder.mkdir(parents=True, exist_ok=True)
-        records.write(folder, records.stage_record(name, plain(fields), data, needs))
+        records.write_record(folder, records.stage_record(name, plain(fields), data, needs))
     return folder
 
 
@@ -142,7 +142,7 @@ def check_needs(path: Path, name: str, needs: Mapping[str, str]) -> None:
         WorkdirError: one of them has changed since.
     """
     folder = stage_folder(path, name)
-    before = (records.read(folder, name) or {}).get("needs", {})
+    before = (records.read_record(folder, name) or {}).get("needs", {})
     changed = [need for need, digest in needs.items() if before.get(need, digest) != digest]
     if changed:
         raise WorkdirError(
@@ -181,7 +181,8 @@ def read_config(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     path = local(path)
     if not (path / CONFIG).exists():
         what = "is the folder of a stage" if (path / STAGE).exists() else "is no run folder (it has no config.json)"
-        raise WorkdirError(f"workdir={path}: {what}. Give the folder that launch.train wrote, or --config=FILE.")
+        owner = next((str(p) for p in path.parents[:2] if (p / CONFIG).exists()), "the folder that launch.train wrote")
+        raise WorkdirError(f"workdir={path}: {what}. Give {owner}, or --config=FILE.")
     config = files.read_json(path / CONFIG)
     _refuse_outside(config, path, trust=trust)
     return config
@@ -288,7 +289,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _check_stage(path: Path, name: str, new: dict[str, Any], grows: Callable[[str], bool]) -> None:
     """Refuse a stage that was begun with other fields, as its ``stage.json`` and its checkpoints say."""
     folder, most = stage_folder(path, name), {}
-    for record in (records.read(folder, name), *records.checkpoint_records(folder).values()):
+    for record in (records.read_record(folder, name), *records.checkpoint_records(folder).values()):
         if record is None or record["stage"] != name or not record["fields"]:
             continue  # a checkpoint of another stage counts as damaged; a converted network depends on no field
         a, b = flat(record["fields"]), flat(new)
@@ -318,7 +319,7 @@ def _refuse_differing(path: Path, name: str, gaps: list[str]) -> None:
 def _refuse_dependents(path: Path, name: str, field: str, steps: int) -> None:
     """Refuse more steps of a stage that other stages were made from."""
     folders = sorted({file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{STAGE}")})
-    begun = filter(None, map(records.read, folders))
+    begun = filter(None, map(records.read_record, folders))
     dependents = [record["stage"] for record in begun if name in record["needs"]]
     if dependents:
         raise WorkdirError(

@@ -29,8 +29,8 @@ from fmjax.storage.digests import digest, digest_rows, flatten, names
 from fmjax.storage.reports import one_report
 
 __all__ = [
-    "CheckpointError", "all_steps", "check_space", "check_written", "digest", "digest_rows", "latest_step", "metadata",
-    "restore", "save", "writer",
+    "CheckpointError", "all_steps", "check_space", "check_written", "digest", "digest_rows", "latest_step",
+    "read_metadata", "restore", "save", "writer",
 ]  # fmt: skip
 
 
@@ -282,7 +282,7 @@ def restore(
     ) from damage.__cause__
 
 
-def metadata(directory: str | Path) -> dict[int, dict[str, Any]]:
+def read_metadata(directory: str | Path) -> dict[int, dict[str, Any]]:
     """Read the metadata of all checkpoints of a folder whose metadata are whole, without their arrays.
 
     Args:
