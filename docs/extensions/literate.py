@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def execute(script: Path) -> tuple[list[str], list[list[bytes]], float, float]:
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             exec(compile(text, str(script), "exec"), names)
-        texts.append(out.getvalue().rstrip())
+        texts.append(re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+", "TMP", out.getvalue().rstrip()))
         pictures.append([_png(plt.figure(number)) for number in plt.get_fignums()])
         plt.close("all")
     return texts, pictures, time.monotonic() - wall, time.process_time() - processor

@@ -20,6 +20,7 @@ MUTED = "#566074"
 def setup(app):
     """Draw the figures before Sphinx reads the sources."""
     app.connect("builder-inited", lambda app: main())
+    app.connect("doctree-resolved", _mark)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -333,6 +334,14 @@ FIGURES = {
         xlabel="time of a training step / torchcfm",
     ),
 }  # fmt: skip
+
+
+def _mark(app, doctree, page: str) -> None:
+    """Give the tables of the results the class ``numbers``: their cells stay on one line."""
+    from docutils import nodes
+
+    for table in doctree.findall(nodes.table) if page.startswith("results/") and page != "results/index" else ():
+        table["classes"].append("numbers")
 
 
 def _axes(size, *, grid=True, count=1):
