@@ -15,7 +15,7 @@ from laboratory import laboratory as laboratory  # a fixture
 from fmjax.data import digits
 from fmjax.experiments import command_line, settings
 
-PAGE = ROOT / "docs" / "own.md"
+PAGE = ROOT / "docs" / "howto" / "own_data.md"
 if not PAGE.exists():
     pytest.skip("needs the repository's docs", allow_module_level=True)
 blocks = lambda kind: re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.DOTALL)

@@ -1,7 +1,9 @@
 import base64
+import csv
 import html.parser
 import io
 import math
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -98,7 +100,8 @@ def test_the_page_leads_nowhere_outside_itself(page):
         assert tag not in ("link", "iframe", "object", "embed", "base", "form")
         for name in ("src", "srcset", "href", "action", "data", "poster"):
             value = attrs.get(name) or "#"
-            assert value.startswith(("#", "data:image/png;base64,")), f"{tag} {name}={value[:40]}"
+            inside = ("#", "data:image/png;base64,") + ("data:text/csv;charset=utf-8,",) * ("download" in attrs)
+            assert value.startswith(inside), f"{tag} {name}={value[:40]}"
     assert not any("src" in attrs for attrs in page.all("script"))
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy and "img-src data:" in policy
@@ -108,7 +111,7 @@ def test_the_page_leads_nowhere_outside_itself(page):
 
 def test_every_picture_decodes_to_its_stated_size_and_says_what_it_shows(page):
     images = page.all("img")
-    assert len(images) == 2 + 2 + 2 + 1 + 1  # charts, grids, trajectories, gap, curve
+    assert len(images) == 2 + 2 + 2 + 2 + 1 + 1  # charts, effects, grids, trajectories, gap, curve
     dark = 0
     for attrs in images:
         picture = Image.open(io.BytesIO(base64.b64decode(attrs["src"].split(",")[1])))
@@ -120,7 +123,7 @@ def test_every_picture_decodes_to_its_stated_size_and_says_what_it_shows(page):
         assert attrs["media"] == "(prefers-color-scheme: dark)"
         Image.open(io.BytesIO(base64.b64decode(attrs["srcset"].split(",")[1]))).load()
         dark += 1
-    assert dark == 6  # all but the two sheets of images
+    assert dark == 8  # all but the two sheets of images
 
 
 def test_all_contents_appear(page):
@@ -133,7 +136,7 @@ def test_all_contents_appear(page):
 
 
 def test_links_of_the_contents_reach_their_sections(page):
-    targets = [a["href"][1:] for a in page.all("a")]
+    targets = [a["href"][1:] for a in page.all("a") if "download" not in a]
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids)) and set(targets) <= set(ids) and len(targets) == 10
 
@@ -155,7 +158,7 @@ def test_everything_given_is_escaped():
     assert len(parsed.all("script")) == 1
     assert parsed.text.count(HOSTILE) >= 11 + 10
     alts = [attrs["alt"] for attrs in parsed.all("img")]
-    assert len(alts) == 5 and all(HOSTILE in alt for alt in alts)
+    assert len(alts) == 6 and all(HOSTILE in alt for alt in alts)
 
 
 def test_equal_contents_give_equal_bytes(tmp_path):
@@ -166,17 +169,42 @@ def test_equal_contents_give_equal_bytes(tmp_path):
 
 
 def test_rows_stand_by_family_then_cost_and_data_are_last(page):
-    names = [cells[0].strip() for cells in page.cells[1:]]
+    names = [cells[0].strip() for cells in page.cells[1:9]]
     assert names == ["euler", "rk4", "rk4 long", "rk4 corrected", "map", "map corrected", "mine", "data row"]
 
 
 def test_bold_is_the_smallest_finite_mean_of_the_samplers(page):
     bold = [(cells[0].strip(), page.cells[0][i]) for cells in page.cells for i, c in enumerate(cells) if c[:1] == "*"]
     assert bold == [("rk4 long", "W2"), ("rk4 corrected", "FD")]  # the data's 0.1 and 2.0 do not compete
-    shown = {cells[0].strip(): cells[1:] for cells in page.cells[1:]}
+    shown = {cells[0].strip(): cells[1:] for cells in page.cells[1:9]}
     assert shown["mine"] == ["7", "0", "n/a", "∞"]
     assert shown["map corrected"] == ["3", "1", "4.00 ± 0.10", "n/a"]
     assert shown["data row"][:2] == ["–", "–"]
+
+
+def test_the_corrections_have_a_row_each_with_relative_changes(page):
+    head, *rows = page.cells[9:]
+    assert [cell.strip() for cell in head] == ["Correction", "NFE", "NFE without", "FD", "W2"]
+    shown = {cells[0].strip(): [cell.replace("\u2212", "-") for cell in cells[1:]] for cells in rows}
+    assert shown["map corrected"] == ["3", "2", "-20.0 ± 2.0 %", "–"]  # FD 5.0 without, 1.0 ± 0.1 less with
+
+
+def test_the_csv_of_the_page_has_every_row(page):
+    (link,) = [a for a in page.all("a") if "download" in a]
+    rows = list(csv.DictReader(io.StringIO(urllib.parse.unquote(link["href"].split(",", 1)[1]))))
+    assert {row["sampler"]: row["NFE"] for row in rows} == {r.name: str(r.nfe) for r in contents().rows}
+    assert next(row for row in rows if row["sampler"] == "map corrected")["FD mean"] == "4.0"
+
+
+def test_the_first_look_is_data_beside_the_best_sampler():
+    images = np.zeros((2, 8, 8, 1))
+    given = contents(
+        grids={"test data": images, "rk4 corrected": images, "rk4": images}, trajectories={}, curves={}, gaps={}
+    )
+    source = report.render(given)
+    look = source[source.index('<section id="look"') : source.index('<section id="distances"')]
+    shown = [f"in a grid: {name}." in look for name in ("test data", "rk4 corrected", "rk4")]
+    assert shown == [True, True, False]  # of the smallest FD; the others stand in the section of samples
 
 
 def test_verdicts_stand_in_groups_and_those_of_one_comparison_together():

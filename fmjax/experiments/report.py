@@ -10,13 +10,14 @@ import difflib
 import importlib.resources
 import math
 import os
+import urllib.parse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from fmjax.experiments import figures
+from fmjax.experiments import effects, figures
 from fmjax.experiments.charts import DARK, LIGHT
 from fmjax.experiments.figures import REFERENCE, Row
 from fmjax.storage import images
@@ -117,6 +118,11 @@ def render(contents: Contents) -> str:
     best = {m: best_row(rows, m) for m in metrics}
     charts = [figures.distance_chart(m, rows, _chart_words(m, row)) for m, row in best.items() if row]
     clouds = [x for x in contents.grids.values() if np.ndim(x) == 2 and np.shape(x)[1] == 2]
+    first = [row.name for row in list(best.values())[:1] if row and row.name in contents.grids]
+    look = [name for name in contents.grids if name in ("test data", *first)] if first else []
+    pictures = {name: figures.sample_figure(name, np.asarray(x), clouds) for name, x in contents.grids.items()}
+    every = effects.effects(contents.verdicts, {row.name: row for row in rows})
+    dots = [effects.effect_chart(m, every) for m in metrics]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = (importlib.resources.files("fmjax.experiments") / "report.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(
@@ -125,10 +131,15 @@ def render(contents: Contents) -> str:
         summary=contents.summary,
         metrics=metrics,
         rows=_table(rows, best),
+        look=[pictures[name] for name in look],
+        csv=urllib.parse.quote(effects.as_csv(rows)),
         charts=charts,
+        effects=every,
+        effect_charts=[chart for chart in dots if chart],
+        percent=effects.percent,
         count=count_line(contents.verdicts),
         verdicts=_verdict_groups(contents.verdicts, {row.name: row for row in rows}),
-        grids=[figures.sample_figure(caption, np.asarray(x), clouds) for caption, x in contents.grids.items()],
+        grids=[picture for name, picture in pictures.items() if name not in look],
         trajectories=[figures.trajectory_figure(name, np.asarray(x)) for name, x in contents.trajectories.items()],
         curves=[figures.loss_chart(name, *curve) for name, curve in contents.curves.items()],
         gaps=[figures.gap_chart(contents.gaps)] if contents.gaps else [],

@@ -1,4 +1,4 @@
-"""Measurements: ``python -m launch.bench --suite=sampler [--repeats=15] [--into=docs/results.md]``.
+"""Measurements: ``python -m launch.bench --suite=sampler [--repeats=15] [--into=docs/results/PAGE.md]``.
 
 A suite is a function ``name(repeats) -> list[dict]`` that returns the rows of a table; the modules of ``launch/bench/``
 list their suites in ``SUITES``. Repeats of the compared programs are interleaved, so that a busy moment of the machine
@@ -9,6 +9,7 @@ affects all of them, and medians are reported. ``--into`` puts the table between
 import importlib
 import os
 import platform
+import time
 from pathlib import Path
 
 import jax
@@ -34,7 +35,8 @@ def main(_):
         raise SystemExit(f"error: {FLAGS.into} has no line {before.strip()}")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}, load {os.getloadavg()[0]:.1f}"
     table = markdown(SUITES[name](FLAGS.repeats))
-    command = f"`python -m launch.bench --suite={name} --repeats={FLAGS.repeats}`; {machine}; jax {jax.__version__}"
+    when = f"jax {jax.__version__}; {time.strftime('%Y-%m-%d')}"
+    command = f"`python -m launch.bench --suite={name} --repeats={FLAGS.repeats}`; {machine}; {when}"
     print(f"{command}\n\n{table}")
     if FLAGS.into:
         head, rest = text.split(before, 1)
