@@ -3,8 +3,8 @@
 python -m launch.train --config=configs/data_to_data.py --workdir=workdir/data_to_data
 python -m launch.evaluate --workdir=workdir/data_to_data    # evaluation.html shows the source and the samples
 
-Sliced W2 to test data 0.066 ± 0.009 after 8 Euler steps, of training data 0.057 ± 0.007. docs/static/data_to_data.png shows
-the source, trajectories and samples.
+Sliced W2 to test data 0.066 ± 0.009 after 8 Euler steps, of training data 0.057 ± 0.007. The source, trajectories and
+samples: docs/static/data_to_data.png.
 """
 
 from configs import base

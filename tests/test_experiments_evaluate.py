@@ -138,7 +138,7 @@ def test_a_killed_sampling_goes_on_where_it_stopped(evaluated, trained, tmp_path
     ]
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_array", write_twice)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             run("sample", *arguments)
         run("sample", *arguments)
     assert calls == ["0-4.npy", "4-4.npy", "8-2.npy", "8-2.npy"]

@@ -174,7 +174,7 @@ def test_a_config_has_the_encoder_as_an_option_of_the_net(key):
     without = {name: p for name, p in params.items() if name != "encoder"}
     for own in (params, without):  # the flow is the plain net's, and its checkpoint passes
         np.testing.assert_array_equal(model.net(own, x, 0.2, 0.7), plain(without, x, 0.2, 0.7))
-    assert model.net.for_jvp is None
+    np.testing.assert_array_equal(model.net.for_jvp(params, x, 0.2, 0.7), plain(without, x, 0.2, 0.7))
     with pytest.raises(ValueError, match="net.noise_encoder='encoder'"):
         build.net({**spec, "noise_encoder": "encoder"})
     with pytest.raises(ValueError, match="net.noise_encoder=.mpl."):

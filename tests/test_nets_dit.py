@@ -203,6 +203,7 @@ def test_a_fused_network_has_xlas_attention_for_a_jvp(key):
     s, t = jnp.array([0.1, 0.3]), jnp.array([0.9, 0.5])
     both = jax.jit(lambda *args: (fused.for_jvp(*args), model.net(*args)))(params, x, s, t, label)
     np.testing.assert_array_equal(*both)
-    assert model.net.for_jvp is None
+    plain = jax.jit(model.net.for_jvp)(params, x, s, t, label)  # without a fused kernel: the network itself
+    np.testing.assert_array_equal(plain, both[1])
     with pytest.raises(ValueError, match="attention='fused'"):
         fused(params, x, s, t, label)

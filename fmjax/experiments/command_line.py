@@ -159,12 +159,12 @@ def _read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -
         name = argument.partition("=")[0]
         if re.search(r"\s", name):
             raise ValueError(f"{name}: a flag cannot set a name with a space. Set it in a config file, or rename it.")
-    file = _config_file(arguments)
-    if file is not None and not re.search(r"\.py(:|$)", file):
-        raise checks.refusal("config", file, "not a Python file", "Give a file of configs/, or --workdir=FOLDER alone")
     arguments = [re.sub(r"^--config=~", lambda _: f"--config={Path.home()}", a) for a in arguments]
     find_configs()
     arguments = [re.sub(r"^--config=(\w+)$", lambda m: f"--config={_shipped(m[1])}", a) for a in arguments]
+    file = _config_file(arguments)
+    if file is not None and not re.search(r"\.py(:|$)", file):
+        raise checks.refusal("config", file, "not a Python file", "Give a file of configs/, or --workdir=FOLDER alone")
     holder, stored = flags.FlagValues(), None
     if not any(re.match(r"--config(=|$)", a) for a in arguments):
         stored = _as_config(workdir.read_config(path, trust=trust))
