@@ -23,6 +23,10 @@ import time
 from pathlib import Path
 
 DOCS = Path(__file__).parents[1]
+SETTINGS = {  # of matplotlib, for every picture
+    "figure.dpi": 110, "savefig.bbox": "tight", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "figure.facecolor": "white",
+}  # fmt: skip
 STORED = DOCS / "stored"
 
 
@@ -87,18 +91,17 @@ def execute(script: Path) -> tuple[list[str], list[list[bytes]], float, float]:
     import matplotlib.pyplot as plt
 
     matplotlib.use("agg")
-    plt.rcParams.update({"figure.dpi": 110, "savefig.bbox": "tight", "font.size": 9, "axes.spines.top": False})
-    plt.rcParams.update({"axes.spines.right": False, "figure.facecolor": "white"})
     names, texts, pictures = {"__name__": "__main__", "__file__": str(script)}, [], []
     wall, processor = time.monotonic(), time.process_time()
     for kind, text in cells(script):
         if kind == "markdown":
             continue
         out = io.StringIO()
-        with contextlib.redirect_stdout(out):
+        with contextlib.redirect_stdout(out), plt.rc_context(SETTINGS):
             exec(compile(text, str(script), "exec"), names)
         texts.append(re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+", "TMP", out.getvalue().rstrip()))
-        pictures.append([_png(plt.figure(number)) for number in plt.get_fignums()])
+        with plt.rc_context(SETTINGS):
+            pictures.append([_png(plt.figure(number)) for number in plt.get_fignums()])
         plt.close("all")
     return texts, pictures, time.monotonic() - wall, time.process_time() - processor
 

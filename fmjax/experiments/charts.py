@@ -80,28 +80,34 @@ def chart(draw: Callable, caption: str, alt: str, *, size, remark: str = "") -> 
     Returns:
         The figure.
     """
+    from matplotlib import style
+
+    with style.context("default"):  # settings of the caller do not change a page
+        pngs = [_png(draw, theme, size) for theme in (LIGHT, DARK)]
+    return PageFigure(caption, alt, round(size[0] * 100), round(size[1] * 100), *pngs, remark)
+
+
+def _png(draw: Callable, theme, size) -> str:
+    """Return a chart in the colours of a theme as a PNG in base64."""
     from matplotlib.figure import Figure
 
-    pngs = []
-    for theme in (LIGHT, DARK):
-        figure = Figure(size, layout="constrained", facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
-        axes.tick_params(which="both", colors=theme.muted, labelsize=9, length=3)
-        axes.grid(True, color=theme.line, linewidth=0.7)
-        axes.set_axisbelow(True)
-        for side, spine in axes.spines.items():
-            spine.set(visible=side in ("left", "bottom"), color=theme.line)
-        draw(axes, theme)
-        for label in (axes.xaxis.label, axes.yaxis.label):
-            label.set(color=theme.ink, fontsize=10)
-        handles, labels = axes.get_legend_handles_labels()
-        if handles:
-            style = {"frameon": False, "fontsize": 9, "labelcolor": theme.ink, "ncols": 2}
-            figure.legend(handles, labels, loc="outside upper left", **style)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=200, facecolor="none", metadata={"Software": None})
-        pngs.append(base64.b64encode(buffer.getvalue()).decode())
-    return PageFigure(caption, alt, round(size[0] * 100), round(size[1] * 100), *pngs, remark)
+    figure = Figure(size, layout="constrained", facecolor="none")
+    axes = figure.add_subplot(facecolor="none")
+    axes.tick_params(which="both", colors=theme.muted, labelsize=9, length=3)
+    axes.grid(True, color=theme.line, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side in ("left", "bottom"), color=theme.line)
+    draw(axes, theme)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=theme.ink, fontsize=10)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        style = {"frameon": False, "fontsize": 9, "labelcolor": theme.ink, "ncols": 2}
+        figure.legend(handles, labels, loc="outside upper left", **style)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, facecolor="none", metadata={"Software": None})
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def value_scale(axes, values, *, log: bool = False) -> None:
