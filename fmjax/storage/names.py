@@ -32,8 +32,9 @@ def local_path(field: str, path: str | Path) -> Path:
     Raises:
         ValueError: an empty name, a URL, or a name that no file system takes.
 
-    >>> local_path("out", "/tmp/a.npz").as_posix()
-    '/tmp/a.npz'
+    >>> path = local_path("out", "~/a.npz")
+    >>> path.is_absolute(), path.name
+    (True, 'a.npz')
     """
     if "://" in str(path):
         raise ValueError(f"{field}={path}: is a URL. Give a place in a local or mounted file system.")
