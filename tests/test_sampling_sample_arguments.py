@@ -13,7 +13,7 @@ from fmjax.correction import correctors
 from fmjax.keys import as_keys, normal
 from fmjax.sampling import grids
 from fmjax.training import sharding
-from fmjax.types import Costed
+from fmjax.types import Costed, expand
 
 TS = [0.0, 0.5, 0.75, 1.0]
 
