@@ -54,6 +54,19 @@ def test_options_and_overrides_reach_the_command(launch, tmp_path):
     assert path == tmp_path / "w" and options == {"stage": "x", "alpha": [1.0, 2.0]}
 
 
+def test_another_network_by_a_flag_leaves_the_options_of_the_former(launch, tmp_path):
+    """The config's network has a width and a depth; a factory of one's own takes no depth."""
+    (tmp_path / "mine.py").write_text("def make(*, width: int = 8):\n    return None\n")
+    name = f"{tmp_path / 'mine.py'}:make"
+    read, *_ = launch(f"--config.net.name={name}")
+    assert dict(read.flow.net) == {"name": name}
+    read, *_ = launch("--config.net.width=32", f"--config.net.name={name}")
+    assert dict(read.flow.net) == {"name": name, "width": 32}
+    same, *_ = launch("--config.net.name=mlp", "--config.net.width=32")
+    whole, *_ = launch("--config.net.width=32")
+    assert dict(same.flow.net) == dict(whole.flow.net) and "depth" in same.flow.net
+
+
 def test_the_run_folder_is_config_enough(launch, tmp_path):
     read, *_ = launch("--config.batch_size=12")
     (tmp_path / "w").mkdir()

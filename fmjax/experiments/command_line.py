@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ from fmjax.training import sharding
 from fmjax.training.signals import Interrupted, interrupts
 
 FILE = "FILE"
+NAMED = r"--config\.([\w.]+)\.name="  # a flag that names a network, a data set, ...
 NO_FIELD = "the config has no field"
 
 
@@ -179,7 +181,6 @@ def _read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -
         config = holder["config"].value
         if not hasattr(config, "items"):  # ml_collections keeps a file's failure until the config is used
             raise TypeError(f"get_config returns {config!r:.40}, not a config")
-        return config
     except (flags.Error, OSError, AttributeError, KeyError, TypeError) as error:
         line = _explain(error, stored if stored is not None else holder["config"].value)
         if isinstance(error, (flags.Error, OSError)) or line.startswith(NO_FIELD):
@@ -191,6 +192,21 @@ def _read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -
         raise ValueError(_failure(arguments, error)) from error
     finally:
         sys.argv = former
+    if any(re.match(NAMED, argument) for argument in arguments):
+        original = _read_config([a for a in arguments if not a.startswith("--config.")], path, trust=trust)
+        _drop_other_options(config, original, arguments)
+    return config
+
+
+def _drop_other_options(config: Any, original: Any, arguments: Sequence[str]) -> None:
+    """Remove the options of a factory that a flag ``--config.FIELD.name=NAME`` replaces, but for options of flags."""
+    fields = {argument.partition("=")[0].removeprefix("--config.") for argument in arguments}
+    for section in [match[1] for match in map(re.compile(NAMED).match, arguments) if match]:
+        old, new = (functools.reduce(lambda tree, key: tree[key], section.split("."), c) for c in (original, config))
+        if old.name != new.name:
+            with config.unlocked():
+                for option in [o for o in new if o != "name" and f"{section}.{o}" not in fields]:
+                    del new[option]
 
 
 def _as_config(tree: Any) -> Any:

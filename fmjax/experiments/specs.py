@@ -158,11 +158,11 @@ def call(factory: Callable, options: dict[str, Any], *args: Any, field: str) -> 
     values = checked(factory, options, field=field)
     try:
         return factory(*args, **values)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         name = re.match(r"(\w+)[=\[:]", str(error))
         if name is None or name[1] not in values:
             raise
-        raise ValueError(f"{field}.{error}") from error
+        raise type(error)(f"{field}.{error}") from error
 
 
 def checked(factory: Callable, options: dict[str, Any], *, field: str) -> dict[str, Any]:

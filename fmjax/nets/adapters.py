@@ -314,7 +314,7 @@ def _check_call(adapter: str, module: Any, takes: str, **options: Any) -> None:
         names = ", ".join(signature.parameters)
         raise ValueError(
             f"module={type(module).__name__}({names:.80}): {adapter} calls it with other arguments ({error}). "
-            f"Wrap it in a module whose __call__ takes ({takes})."
+            f"Give {adapter}(module, call=...), which says how, or a __call__ that takes ({takes})."
         ) from None
 
 
