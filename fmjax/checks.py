@@ -45,8 +45,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {last[matches[0]]!r}?" if matches else ""
 
 
-def refusal(field: str, value: Any, wrong: str, way_out: str) -> ValueError:
-    """Return the error ``<field>=<value>: <what is wrong>. <what to do>.`` on one line of at most 300 characters.
+class Refusal(ValueError):
+    """The error ``<field>=<value>: <what is wrong>. <what to do>.`` on one line of at most 300 characters.
 
     Args:
         field: the field or argument.
@@ -54,32 +54,35 @@ def refusal(field: str, value: Any, wrong: str, way_out: str) -> ValueError:
         wrong: what is wrong, without a full stop.
         way_out: what to do, without a full stop.
 
-    Returns:
-        The error, to be raised by the caller.
-
-    >>> refusal("steps", 0, "outside the allowed range", "Give at least 1")
-    ValueError('steps=0: outside the allowed range. Give at least 1.')
+    >>> Refusal("steps", 0, "outside the allowed range", "Give at least 1")
+    Refusal('steps=0: outside the allowed range. Give at least 1.')
     """
-    line = " ".join(f"{field}={_SHORT.repr(value)}: {wrong}. {way_out}.".split()).replace("?.", "?")
-    return ValueError(line if len(line) <= LENGTH else line[: LENGTH - 2] + " …")
+
+    def __init__(self, field: str, value: Any, wrong: str, way_out: str):
+        line = " ".join(f"{field}={_SHORT.repr(value)}: {wrong}. {way_out}.".split()).replace("?.", "?")
+        super().__init__(line if len(line) <= LENGTH else line[: LENGTH - 2] + " …")
+
+    def __reduce__(self):
+        return ValueError, self.args  # other processes get the line
 
 
-def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
+def check_choice(field: str, value: Any, known: Iterable[str], noun: str | None = None) -> None:
     """Refuse a value that is not a known choice, and name the nearest one.
 
     Args:
-        what: name of the argument, for the message.
+        field: the field or argument, for the message.
         value: the value.
         known: the choices.
+        noun: what the choices are; by default the name of the field.
 
     Raises:
         ValueError: ``value`` is not in ``known``.
 
     >>> check_choice("solver", "rk4", ("euler", "rk4"))
     """
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1, 0.0)
-        raise ValueError(f"{what}={value!r} must be one of {', '.join(known)}; did you mean {near[0]!r}?")
+    if value not in (known := tuple(known)):
+        known = known or ("none",)
+        raise Refusal(field, value, f"no such {noun or field}{nearest(value, known)}", f"There are {', '.join(known)}")
 
 
 def check_fraction(**fractions: float) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.keys import example_keys, from_seed, normal, per_example
 
 PURPOSE = 6  # separates the keys of training batches from the other keys of a seed
@@ -62,7 +62,7 @@ class Source:
         x = self.draw(key, shape)
         if x.shape != (*key.shape, *shape) or x.dtype != jnp.float32:
             wrong = f"drew {x.dtype} {list(x.shape)} from {list(key.shape)} keys, not float32 of examples {list(shape)}"
-            raise refusal("source", self.name, wrong, "Return one example per key from draw(key, shape)")
+            raise Refusal("source", self.name, wrong, "Return one example per key from draw(key, shape)")
         return x
 
     def rows(self, seed: int, step: int, rows: Any, shape: Sequence[int]) -> Float[np.ndarray, "b ..."]:
@@ -91,7 +91,7 @@ class Source:
         """
         if self.shape is not None and tuple(shape) != tuple(self.shape):
             wrong = f"has examples {list(self.shape)}, and the data have {list(shape)}"
-            raise refusal("source", self.name, wrong, "Take a source of the shape of the data")
+            raise Refusal("source", self.name, wrong, "Take a source of the shape of the data")
 
     def check_normal(self, what: str, way_out: str) -> None:
         """Refuse a source other than N(0, I), on behalf of what needs N(0, I).
@@ -106,7 +106,7 @@ class Source:
         >>> gaussian_noise().check_normal("DDIM", "Take 'heun'")
         """
         if not self.normal:
-            raise refusal("source", self.name, f"{what} needs the source N(0, I)", way_out)
+            raise Refusal("source", self.name, f"{what} needs the source N(0, I)", way_out)
 
 
 def gaussian_noise(*, mean: float | Sequence[float] = 0.0, std: float | Sequence[float] = 1.0) -> Source:
@@ -258,7 +258,7 @@ def _numbers(name: str, value: Any) -> np.ndarray:
     except (TypeError, ValueError):
         array = np.array(np.nan)
     if not np.isfinite(array).all():
-        raise refusal(name, value, "not finite numbers of one shape", "Give a number, or an array")
+        raise Refusal(name, value, "not finite numbers of one shape", "Give a number, or an array")
     return array
 
 
@@ -273,7 +273,7 @@ def _pair(first: str, a: Any, second: str, b: Any) -> tuple[np.ndarray, np.ndarr
 
 def _check_positive(name: str, value: np.ndarray) -> None:
     if not (value > 0).all():
-        raise refusal(name, value.tolist(), "not positive", "Give positive numbers")
+        raise Refusal(name, value.tolist(), "not positive", "Give positive numbers")
 
 
 def _total(per_coordinate: Any, x: Array) -> float:

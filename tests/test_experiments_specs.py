@@ -234,7 +234,7 @@ def test_places_outside_the_package_are_found_in_a_config():
 
 
 def test_a_refusal_is_one_short_line():
-    line = str(checks.refusal("field", "x" * 5000, "wrong\n" * 100, "Do this"))
+    line = str(checks.Refusal("field", "x" * 5000, "wrong\n" * 100, "Do this"))
     assert len(line) <= checks.LENGTH and "\n" not in line and line.startswith("field='xxx")
 
 

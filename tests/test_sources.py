@@ -9,7 +9,7 @@ import pytest
 from scipy import integrate, stats
 
 from fmjax import correction, couplings, methods, oracles, paths, sampling, sources
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.data import batches
 from fmjax.keys import as_keys
 from fmjax.sampling import likelihood
@@ -115,7 +115,7 @@ def test_a_source_of_another_shape_is_refused_before_it_draws():
         batches(np.zeros((8, 2), np.float32), batch_size=4, seed=0, source=KINDS["mixture"])
     with pytest.raises(ValueError, match=r"^source='uniform_noise': DDIM needs the source N\(0, I\)\. Take 'heun'\."):
         KINDS["uniform"].check_normal("DDIM", "Take 'heun'")
-    assert len(str(refusal("source", "x" * 500, "y" * 500, "z"))) <= 300
+    assert len(str(Refusal("source", "x" * 500, "y" * 500, "z"))) <= 300
 
 
 # batches

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 
 # of DataParallel, Lightning, averages, torch.compile, FSDP and DeepSpeed
 WRAPPERS = re.compile(
@@ -78,17 +78,17 @@ def state_dict(content: Any, *, part: str | None = None) -> tuple[dict[str, np.n
     offered = ", ".join(f"{name:.40}" for name in states if name is not None) or "none"
     if part is not None:
         if part not in states:
-            raise refusal("part", part, f"the file has no such state dict; it has {offered}", "Give one of its parts")
+            raise Refusal("part", part, f"the file has no such state dict; it has {offered}", "Give one of its parts")
         return states[part], part
     networks = [name for name, state in states.items() if network_kind(state)]
     chosen = networks or ([None] if None in states else list(states))
     if set(chosen) == TORCHCFM:
         chosen = ["ema_model"]
     if not chosen:
-        raise refusal("part", None, "the file has no state dict, a dictionary of tensors", "Give another file")
+        raise Refusal("part", None, "the file has no state dict, a dictionary of tensors", "Give another file")
     if len(chosen) > 1:
         names = ", ".join("the file itself" if name is None else f"{name:.40}" for name in chosen)
-        raise refusal("part", None, f"the file has several networks, {names}", "Give one of them as --part")
+        raise Refusal("part", None, f"the file has several networks, {names}", "Give one of them as --part")
     return states[chosen[0]], chosen[0]
 
 

@@ -130,8 +130,7 @@ def preset(
     check_positive("sigma", sigma)
     fixed = {"tweedie": (1.0, 0.0), "w2": (0.5, 0.0), "langevin": (0.5, sigma)}
     names = ("paper", "transport", *fixed)
-    if name not in names:
-        raise ValueError(f"preset={name!r}: unknown. Give one of {', '.join(names)}{checks.nearest(name, names)}")
+    checks.check_choice("preset", name, names)
     if name == "paper":
         if alpha is None or beta is None:
             raise ValueError(f"alpha={alpha}, beta={beta}: preset 'paper' has no values for them. Give both.")

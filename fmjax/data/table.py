@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmjax.checks import nearest, refusal
+from fmjax.checks import Refusal, nearest
 from fmjax.data import splits
 from fmjax.data.dataset import Dataset, Examples, dataset
 from fmjax.data.decoding import decode_image, fit_image
@@ -104,10 +104,10 @@ def choose_columns(features: Mapping[str, Feature], x: str | None, y: str | None
             wrong = (
                 "is no column of images or numbers" if name in features else f"no such column{nearest(name, features)}"
             )
-            raise refusal(field, name, wrong, f"There are {one_line(', '.join(features), 100)}")
+            raise Refusal(field, name, wrong, f"There are {one_line(', '.join(features), 100)}")
     if x is None and len(choices) != 1:
         names = one_line(", ".join(features), 100)
-        raise refusal("x", None, f"{len(choices)} columns could be the examples, of {names}", "Name the column")
+        raise Refusal("x", None, f"{len(choices)} columns could be the examples, of {names}", "Name the column")
     labels = [name for name, f in features.items() if f.kind == "label"]
     return x or choices[0], y or (labels[0] if len(labels) == 1 else None)
 
@@ -132,7 +132,7 @@ def examples_of(feature: Feature, *, size: int | None, channels: int | None) -> 
     if feature.kind == "image" or (np.dtype(feature.dtype) == np.uint8 and len(feature.shape) in (2, 3)):
         planes = channels or (1 if len(feature.shape) == 2 or feature.shape[-1:] == (1,) else 3)
         if size is None and None in feature.shape[:2]:
-            raise refusal("size", None, "the images have several sizes", "Set size to the height of the examples")
+            raise Refusal("size", None, "the images have several sizes", "Set size to the height of the examples")
         shape = (size, size, planes) if size else (*feature.shape[:2], planes)
         decode = decode_image if feature.kind == "image" else fit_image
         return shape, True, lambda value: decode(value, size=size, channels=planes)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fmjax.checks import Seed, check_hints, refusal
+from fmjax.checks import Refusal, Seed, check_hints
 from fmjax.data import preparation, table
 from fmjax.data.dataset import Dataset, Part
 from fmjax.data.decoding import Channels, Size
@@ -66,7 +66,7 @@ def tfds(
     """
     check_hints(tfds, {"size": size, "channels": channels, "validation": validation, "test": test, "seed": seed})
     if not NAME.fullmatch(dataset):
-        raise refusal("dataset", dataset, "not a name of TFDS", "Give a name, such as 'cifar100'")
+        raise Refusal("dataset", dataset, "not a name of TFDS", "Give a name, such as 'cifar100'")
     builder = _prepared(dataset, None if data_dir is None else str(local_path("data_dir", data_dir)))
     features = {name: _feature(feature) for name, feature in builder.info.features.items()}
     x, y = table.choose_columns(features, x, y)
@@ -93,7 +93,7 @@ def _prepared(name: str, data_dir: str | None) -> Any:
             builder = library.builder(name, data_dir=data_dir, file_format="array_record")
     except (library.core.DatasetNotFoundError, AssertionError, ValueError) as error:
         wrong = f"TFDS cannot give it ({one_line(error, 120)})"
-        raise refusal("dataset", name, wrong, "Give a registered name, or data_dir") from error
+        raise Refusal("dataset", name, wrong, "Give a registered name, or data_dir") from error
     if not Path(builder.data_path).exists():
         try:
             with contextlib.redirect_stdout(sys.stderr):  # TFDS prints its progress

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from fmjax import sampling
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.data import Dataset, batches, mean
 from fmjax.experiments import build, sources, specs, workdir
 from fmjax.experiments.settings import SECTIONS, Common, Settings, Training
@@ -54,11 +54,11 @@ def flow_plan(settings: Settings, data: Dataset) -> loop.Plan:
     common, part = settings.common, settings.flow
     if (part.target == "frozen") != bool(common.teacher):
         way = "Set teacher to a run folder, or another target" if not common.teacher else "Set target='frozen'"
-        raise refusal("target", part.target, f"with teacher={common.teacher!r}", way)
+        raise Refusal("target", part.target, f"with teacher={common.teacher!r}", way)
     ready = plan("flow", common, part, part.net, data)
     if ready.method.frozen and not common.teacher:
         way = "Set teacher to a run folder and target='frozen'"
-        raise refusal("method", specs.name_of(part.method), "corrects a frozen flow, and no teacher is named", way)
+        raise Refusal("method", specs.name_of(part.method), "corrects a frozen flow, and no teacher is named", way)
     return ready
 
 
@@ -202,7 +202,7 @@ def network_and_method(
     if method.batches != BATCHES[kind]:
         wrong = f"trains on batches of {method.batches}, and the stage {name!r} gives {BATCHES[kind]}"
         way = "Take another method, or state Method(batches=...) in a method of your own"
-        raise refusal(f"{prefix}method", specs.name_of(part.method), wrong, way)
+        raise Refusal(f"{prefix}method", specs.name_of(part.method), wrong, way)
     if method.frozen:
         model = with_base(model)
     if part.weighting is not None:
@@ -216,21 +216,21 @@ def network_and_method(
             method = sources.limited(method, common.source, name=called, path=path)
     if getattr(method, NEEDS[kind]) is None:
         wrong = f"gives no {NEEDS[kind].replace('_', ' ')}, which the stage {name!r} needs"
-        raise refusal(f"{prefix}method", specs.name_of(part.method), wrong, "Take another method")
+        raise Refusal(f"{prefix}method", specs.name_of(part.method), wrong, "Take another method")
     return model, method
 
 
 def _label_classes(common: Common, data: Dataset) -> int:
     """Return the number of label classes that networks are conditioned on; 0 without labels."""
     if common.conditional and data.train.cond is None:
-        raise refusal("conditional", True, f"the data set {data.name!r} has no labels", "Set conditional=False")
+        raise Refusal("conditional", True, f"the data set {data.name!r} has no labels", "Set conditional=False")
     if common.conditional and data.classes == 1:
-        raise refusal("conditional", True, f"the data set {data.name!r} has one class", "Set conditional=False")
+        raise Refusal("conditional", True, f"the data set {data.name!r} has one class", "Set conditional=False")
     if not common.conditional and (common.label_dropout or common.guidance != 1):
         field = "label_dropout" if common.label_dropout else "guidance"
-        raise refusal(field, getattr(common, field), "needs a conditional network", "Set conditional=True")
+        raise Refusal(field, getattr(common, field), "needs a conditional network", "Set conditional=True")
     if common.guidance != 1 and not common.label_dropout:
-        raise refusal("guidance", common.guidance, "needs a network that knows the null label", "Set label_dropout=0.1")
+        raise Refusal("guidance", common.guidance, "needs a network that knows the null label", "Set label_dropout=0.1")
     return data.classes if common.conditional else 0
 
 
@@ -241,7 +241,7 @@ def _conditional(method: Method, common: Common, classes: int, guided: bool) -> 
     """
     null = classes or np.nan
     if guided and not common.label_dropout:
-        raise refusal("net.guided", True, "needs a network that knows the null label", "Set label_dropout=0.1")
+        raise Refusal("net.guided", True, "needs a network that knows the null label", "Set label_dropout=0.1")
     if guided:
         method = sampling.random_scale(method)
     if common.label_dropout:
@@ -346,15 +346,15 @@ def start_of(plan: loop.Plan, settings: Settings, field: str) -> Params | None:
     try:
         folder = workdir.network_folder(place)
     except workdir.WorkdirError as error:
-        raise refusal(field, place, "has no checkpoint of a flow", "Give the folder of a trained run") from error
+        raise Refusal(field, place, "has no checkpoint of a flow", "Give the folder of a trained run") from error
     config = next((f / workdir.CONFIG for f in (folder, folder.parent) if (f / workdir.CONFIG).exists()), None)
     trained = files.read_json(config) if config else {}  # a converted network may have no config
     if field == "teacher" and not sources.same(trained.get("source", "gaussian_noise"), settings.common.source):
-        raise refusal(field, place, "its flow starts from another source", "Set source to the source of the teacher")
+        raise Refusal(field, place, "its flow starts from another source", "Set source to the source of the teacher")
     kinds = {specs.name_of(part) for part in (settings.flow.method, trained.get("method") or settings.flow.method)}
     if len(kinds) > 1 and kinds & set(PREDICTIONS):
         wrong = f"networks of {' and '.join(sorted(kinds))} predict different things"
-        raise refusal(field, place, wrong, "sampling.as_flow converts a prediction to a flow, in Python")
+        raise Refusal(field, place, wrong, "sampling.as_flow converts a prediction to a flow, in Python")
     if field == "teacher" and plan.method.frozen:
         _, base, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
         return loop.merge_parameters(plan, {BASE: base}, f"{field}={str(place)!r}")

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from fmjax import couplings, paths, sampling, transport
-from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, check_hints, nearest, refusal
+from fmjax.checks import NonNegative, NonNegativeFloat, PositiveFloat, Range, Refusal, check_choice, check_hints
 from fmjax.data import Dataset, Rows
 from fmjax.experiments import places, specs
 from fmjax.experiments.specs import Spec
@@ -50,7 +50,7 @@ def net(spec: Spec, *, classes: int = 0, floats: bool = False, field: str = "net
     if specs.is_spec(spec):
         factory, _ = specs.resolve(specs.NET, spec, field=field)
         if classes and "classes" not in specs.options_of(factory):
-            raise refusal(field, name, f"takes no labels, and the data have {classes} classes", "Set conditional=False")
+            raise Refusal(field, name, f"takes no labels, and the data have {classes} classes", "Set conditional=False")
     context = {name: value for name, value in (("classes", classes), ("floats", floats)) if value}
     model = _model(specs.build(specs.NET, spec, field=field, **context), field)
     if denoiser:
@@ -60,7 +60,7 @@ def net(spec: Spec, *, classes: int = 0, floats: bool = False, field: str = "net
         return model
     where = f"{field}.noise_encoder"
     if "outputs" not in specs.options_of(specs.resolve(specs.NET, encoder, field=where)[0]):
-        raise refusal(where, encoder, "has one output, and an encoder needs two heads", "Take a network with 'outputs'")
+        raise Refusal(where, encoder, "has one output, and an encoder needs two heads", "Take a network with 'outputs'")
     return adapters.with_encoder(model, _model(specs.build(specs.NET, encoder, field=where, outputs=2), where))
 
 
@@ -86,10 +86,10 @@ def check_net(spec: Spec, data: Dataset, *, conditional: bool = False, field: st
     grid = "*grid" in axes
     if "..." not in axes and not (len(shape) in (2, 3) if grid else len(axes) == len(shape) + 1):
         takes = "takes images and series" if grid else "takes images"
-        raise refusal(field, name, f"{takes}, and the data are {data.kind} {shape}", "Take 'mlp', or your own")
+        raise Refusal(field, name, f"{takes}, and the data are {data.kind} {shape}", "Take 'mlp', or your own")
     if conditional and not data.classes and "floats" not in specs.options_of(module):
         wrong = f"the conditions of {data.name!r} are arrays, and {field}={name!r} takes no arrays"
-        raise refusal("conditional", True, wrong, "Take 'mlp', 'unet' or 'dit', or set conditional=False")
+        raise Refusal("conditional", True, wrong, "Take 'mlp', 'unet' or 'dit', or set conditional=False")
 
 
 def path(spec: Spec, *, field: str = "path") -> paths.Path:
@@ -139,7 +139,7 @@ def method(
     specs.check_spec(specs.METHOD, spec, field=field)
     factory = specs.resolve(specs.METHOD, spec, field=field)[0] if specs.is_spec(spec) else spec
     if getattr(net, "logit", False) and typing.get_type_hints(factory).get("net") is not LogitNet:
-        raise refusal(field, specs.label(factory), "needs a network of x's shape, not of logits", "Set net.logit=False")
+        raise Refusal(field, specs.label(factory), "needs a network of x's shape, not of logits", "Set net.logit=False")
     options = specs.options_of(factory)
     teacher = None if null is None or "null" in options else sampling.guided_teacher(net, null=null)
     context = {"path": path, "null": null, "teacher": teacher, "mean": mean() if mean and "mean" in options else None}
@@ -213,9 +213,7 @@ def coupling(
             return _semidiscrete(options, x, y, flip, seed, field)
         if isinstance(name, str) and not places.is_outside(name):
             known = [*specs.offers(specs.COUPLING), SEMIDISCRETE]
-            if name not in known:
-                there = ", ".join(sorted(known))
-                raise refusal(field, name, f"no such coupling{nearest(name, known)}", f"There are {there}")
+            check_choice(field, name, sorted(known), "coupling")
     return specs.build(specs.COUPLING, spec, field=field)
 
 
@@ -359,20 +357,20 @@ def _model(built: Any, field: str) -> adapters.Model:
     module = type(built).__module__
     if hasattr(built, "init") and hasattr(built, "apply"):
         return adapters.from_linen(built)
-    raise refusal(field, built, f"is {module}.{type(built).__name__}, no network", "Return a Flax module or a Model")
+    raise Refusal(field, built, f"is {module}.{type(built).__name__}, no network", "Return a Flax module or a Model")
 
 
 def _checked_kind(built: Any, kind: type, spec: Spec, field: str) -> Any:
     """Return what a factory returned; refuse another kind of object."""
     if not isinstance(built, kind):
         wrong = f"gives {type(built).__name__}, not {kind.__name__}"
-        raise refusal(field, specs.name_of(spec), wrong, f"Return a {kind.__name__}")
+        raise Refusal(field, specs.name_of(spec), wrong, f"Return a {kind.__name__}")
     return built
 
 
 def _semidiscrete(options, x, y, flip: bool, seed: int, field: str) -> couplings.Coupling:
     if not isinstance(x, np.ndarray):
-        raise refusal(
+        raise Refusal(
             field, SEMIDISCRETE, "is fitted to data in memory, and these are streamed", "Set data.stream=False"
         )
     if flip:

@@ -166,7 +166,7 @@ def _read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -
     arguments = [re.sub(r"^--config=(\w+)$", lambda m: f"--config={_shipped(m[1])}", a) for a in arguments]
     file = _config_file(arguments)
     if file is not None and not re.search(r"\.py(:|$)", file):
-        raise checks.refusal("config", file, "not a Python file", "Give a file of configs/, or --workdir=FOLDER alone")
+        raise checks.Refusal("config", file, "not a Python file", "Give a file of configs/, or --workdir=FOLDER alone")
     holder, stored = flags.FlagValues(), None
     if not any(re.match(r"--config(=|$)", a) for a in arguments):
         stored = _as_config(workdir.read_config(path, trust=trust))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from fmjax import metrics
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.data import Dataset, Examples
 from fmjax.experiments import build, drawing, pushes, report, samplers, specs, workdir
 from fmjax.experiments.drawing import Draws, Models
@@ -50,9 +50,9 @@ def read_samplers(settings: Settings, *, flow_map: bool) -> list[Sampler]:
     """
     plain = samplers.plain_samplers(settings.samplers)
     if not flow_map and any(s.solver == FLOW_MAP for s in plain):
-        raise refusal("samplers.flow_map", settings.samplers[FLOW_MAP], "no flow map is trained", "Take it out")
+        raise Refusal("samplers.flow_map", settings.samplers[FLOW_MAP], "no flow map is trained", "Take it out")
     if not plain:
-        raise refusal("samplers", settings.samplers, "nothing to draw", "Give a solver, such as {'euler': (8,)}")
+        raise Refusal("samplers", settings.samplers, "nothing to draw", "Give a solver, such as {'euler': (8,)}")
     _check_scores(settings, plain)
     return plain + samplers.corrected_samplers(settings.corrections, plain, list(settings.correctors))
 
@@ -64,7 +64,7 @@ def _check_scores(settings: Settings, plain: Sequence[Sampler]) -> None:
     for sampler in plain:
         name = specs.name_of(sampler.solver)
         if name in SDE and path.gamma is None and not independent:
-            raise refusal(
+            raise Refusal(
                 f"samplers.{name}", sampler.steps,
                 f"takes its score from the velocity, which has it for coupling='independent', not "
                 f"{settings.flow.coupling!r}", "Take a solver of the ODE, or learn the score (stochastic_interpolant)",
@@ -87,7 +87,7 @@ def draws_of(settings: Settings, data: Dataset) -> Draws:
     s = settings.sampling
     if s.samples > data.train.count:
         wrong = f"each run is compared with as many training examples, and there are {data.train.count}"
-        raise refusal("sampling.samples", s.samples, wrong, "Give fewer")
+        raise Refusal("sampling.samples", s.samples, wrong, "Give fewer")
     return Draws(s.seeds, s.samples, settings.common.seed, _sample_conditions(settings.common, data, s.samples))
 
 

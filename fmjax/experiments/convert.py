@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fmjax import checks
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.convert import edm, parts, states, torchcfm, weights
 from fmjax.experiments import build, command_line, networks, records, specs, workdir
 from fmjax.storage import checkpoint, files, untrusted
@@ -93,11 +93,11 @@ def convert_file(
     """
     source, path = files.local_path("source", source), workdir.local(path)
     if options is not None and not isinstance(options, Mapping):
-        raise refusal("options", options, "not a mapping", 'Give {"heads": 4}, or leave it out')
+        raise Refusal("options", options, "not a mapping", 'Give {"heads": 4}, or leave it out')
     if shape is not None and (not shape or not all(isinstance(n, numbers.Integral) and 1 <= n <= 2**20 for n in shape)):
-        raise refusal("shape", shape, "not the shape of an example", "Give positive sizes, as in 32,32,3")
-    if kind is not None and kind not in KINDS:
-        raise refusal("kind", kind, f"no such kind{checks.nearest(kind, KINDS)}", f"There are {', '.join(KINDS)}")
+        raise Refusal("shape", shape, "not the shape of an example", "Give positive sizes, as in 32,32,3")
+    if kind is not None:
+        checks.check_choice("kind", kind, KINDS)
     try:
         recognised, taken, params, net, classes = _network(source, kind, part, dict(options or {}))
     except ValueError as error:
@@ -130,9 +130,9 @@ def _check_shape(net: Mapping[str, Any], params: Params, shape: Sequence[int], c
         out = jax.eval_shape(lambda p: build.net(net).net(p, x, 0.0, 0.0, cond), params).shape
     except Exception as error:  # a network fails in its own words
         line = untrusted.one_line(error, 60)
-        raise refusal("shape", shape, f"the network does not take it ({line})", "Give another") from error
+        raise Refusal("shape", shape, f"the network does not take it ({line})", "Give another") from error
     if out[:-1] != x.shape[:-1]:
-        raise refusal("shape", shape, f"the network returns {list(out[1:])}", "Give the shape of an example")
+        raise Refusal("shape", shape, f"the network returns {list(out[1:])}", "Give the shape of an example")
 
 
 def _run_config(net: Mapping[str, Any], labelled: bool) -> Mapping[str, Any]:
@@ -164,7 +164,7 @@ def export(path: str | Path, file: str | Path) -> int:
     """
     file = files.local_path("to", file)
     if file.suffix != ".safetensors":
-        raise refusal("to", str(file), "weights are written as .safetensors", "Give FILE.safetensors")
+        raise Refusal("to", str(file), "weights are written as .safetensors", "Give FILE.safetensors")
     folder = workdir.network_folder(path)
     _, params, _ = checkpoint.restore(folder / "checkpoints", part="ema", fallback=True)
     extra: dict[str, Any] = {}
@@ -187,7 +187,7 @@ def _network(source: Path, kind: str | None, part: str | None, options: dict[str
         state, taken = parts.state_dict(weights.read_weights(source), part=part)
         recognised = parts.network_kind(state) or "safetensors"
     if kind not in (None, recognised):
-        raise refusal("kind", kind, f"the names in {source.name} are names of {recognised!r}", "Leave kind out")
+        raise Refusal("kind", kind, f"the names in {source.name} are names of {recognised!r}", "Leave kind out")
     params, net = _BY_KIND[recognised](state, source, options)
     classes = None if net is None else net.pop("classes", 0)
     if net is not None:
@@ -209,18 +209,18 @@ def _own(state, source: Path, options) -> tuple[Params, dict[str, Any] | None]:
     extra = weights.metadata(source) if source.suffix == ".safetensors" else {}
     if extra.get("format") != "fmjax":
         names = ", ".join(f"{name:.40}" for name in sorted(state)[:3])
-        raise refusal(
+        raise Refusal(
             "source", source.name, f"{names} are names of neither torchcfm, EDM nor fmjax", "Give another file"
         )
     if options:
-        raise refusal("options", sorted(options), "a file that fmjax wrote takes none", "Leave them out")
+        raise Refusal("options", sorted(options), "a file that fmjax wrote takes none", "Leave them out")
     for name, array in state.items():
         states.check_tensor(name, array)
     if "net" not in extra:
         return _nest(state), None
     net, classes = (untrusted.parse_json(extra.get(name, "null").encode()) for name in ("net", "classes"))
     if not isinstance(net, str | dict) or type(classes) is not int or not 0 <= classes < 10**6:
-        raise refusal("source", source.name, "its metadata describe no network", "Export it again")
+        raise Refusal("source", source.name, "its metadata describe no network", "Export it again")
     _check_names(net, source)
     return _nest(state), {**({"name": net} if isinstance(net, str) else net), "classes": classes}
 
@@ -232,7 +232,7 @@ def _check_names(spec: Any, source: Path) -> None:
             _check_names(part, source)
     elif isinstance(spec, str) and re.search(r"[^\w.+-]|\.py", spec):
         wrong = f"its network names {spec[:40]!r}, code outside fmjax that would be executed"
-        raise refusal("source", source.name, wrong, "Convert it by a function of your own")
+        raise Refusal("source", source.name, wrong, "Convert it by a function of your own")
 
 
 _BY_KIND: dict[str, Callable[..., Any]] = {"torchcfm": _torchcfm, "edm": _edm, "safetensors": _own}

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fmjax import correction, paths, sampling
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.experiments import build, records, samplers, specs
 from fmjax.experiments.samplers import FLOW, FLOW_MAP, Sampler, corrector_factory, push_key, time_grid
 from fmjax.keys import as_keys, fold_in, from_seed
@@ -224,11 +224,11 @@ def check_sampler(sampler: Sampler, models: Models, *, cond: Cond = None) -> Non
         ValueError: the sampler cannot be drawn with these networks.
     """
     if sampler.solver == FLOW_MAP and FLOW_MAP not in models.methods:
-        raise refusal("samplers.flow_map", sampler.steps, "no flow map is trained here", "Take it out")
+        raise Refusal("samplers.flow_map", sampler.steps, "no flow map is trained here", "Take it out")
     if sampler.by == samplers.DRIFT and samplers.DRIFT not in models.params:
-        raise refusal("by", samplers.DRIFT, "this run folder has no marginals", "Build them by launch.marginals")
+        raise Refusal("by", samplers.DRIFT, "this run folder has no marginals", "Build them by launch.marginals")
     if sampler.by in samplers.PUSHES and push_key(sampler) not in models.params.get(samplers.PUSH, {}):
-        raise refusal("by", sampler.by, "it was not fitted for this sampler", "Fit it by launch.evaluate")
+        raise Refusal("by", sampler.by, "it was not fitted for this sampler", "Fit it by launch.evaluate")
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *np.shape(a)[1:]), np.asarray(a).dtype), cond)
     keys = jax.eval_shape(lambda: as_keys(jax.random.key(0), 2))
     try:

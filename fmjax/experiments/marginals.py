@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fmjax import correction
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.correction import trajectories
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, drawing, records, samplers, workdir
@@ -138,7 +138,7 @@ def recipe(settings: Settings, plan: loop.Plan, data: Dataset) -> Recipe:
     sets, common = settings.marginals, settings.common
     view = "flow_map" if sets.solver == samplers.FLOW_MAP else "velocity"
     if getattr(plan.method, view) is None:
-        raise refusal(
+        raise Refusal(
             "solver", sets.solver, f"the flow's method has no {view.replace('_', ' ')}", "Take another solver"
         )
     x, cond = data.train.x, assemble.conditions(common, data)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fmjax import checks
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.storage.files import local_path
 
 OUTSIDE = re.compile(r"(.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
@@ -111,13 +111,13 @@ def load_factory(place: str, *, field: str) -> Callable:
     try:
         module = _module_of_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
     except (ImportError, OSError) as error:
-        raise refusal(
+        raise Refusal(
             field, place, f"cannot be imported ({error})", "Install the package, or run where it lies"
         ) from error
     if not callable(getattr(module, name, None)):
         known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         near = checks.nearest(name, known)
-        raise refusal(
+        raise Refusal(
             field, place, f"{module_name} has no factory {name!r}{near}", f"It has {', '.join(known) or 'none'}"
         )
     return getattr(module, name)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from fmjax import correction, paths, sampling
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.correction import Push, trajectories
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, drawing, records, specs, workdir
@@ -64,18 +64,18 @@ def check(settings: Settings, data: Dataset, names: Sequence[Sampler]) -> None:
     for sampler in fitted(names):
         field, target = f"corrections[{sampler.name!r}]", sampler.options["target"]
         if sampler.options["per_class"] and not (settings.common.conditional and data.classes):
-            raise refusal(f"{field}.per_class", True, "the samples have no labels", "Leave it out")
+            raise Refusal(f"{field}.per_class", True, "the samples have no labels", "Leave it out")
         if sampler.at[0] == sampler.steps:
             continue
         if target == "interpolant" and specs.name_of(settings.flow.coupling) != "independent":
             wrong = f"under coupling={settings.flow.coupling!r} its distribution is not known"
-            raise refusal(f"{field}.target", target, wrong, "Take 'backward', or correct the end alone")
+            raise Refusal(f"{field}.target", target, wrong, "Take 'backward', or correct the end alone")
         if target == "backward" and sampler.solver != FLOW_MAP:
             try:
                 sampling.diffrax_solver(sampler.solver)
             except (TypeError, ValueError):
                 wrong = f"solver {specs.name_of(sampler.solver)!r} does not run backwards"
-                raise refusal(
+                raise Refusal(
                     f"{field}.target", target, wrong, "Correct the end alone, or take 'interpolant'"
                 ) from None
 

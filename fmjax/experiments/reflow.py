@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from fmjax import straightening
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.data import Dataset
 from fmjax.experiments import assemble, build, comparison, pipeline, specs, stages, straightened, workdir
 from fmjax.experiments.results import Result, curves, page_record, write_page
@@ -61,18 +61,18 @@ def student_stages(settings: Settings, data: Dataset) -> tuple[list[Stage], Stud
         raise ValueError("straighten: the config has none. Add straighten(c), as configs/half_straightening_digits.py.")
     part, s = settings.straighten
     if specs.name_of(settings.common.path) != "linear":
-        raise refusal("path", settings.common.path, "the comparison is on the linear path", "Set path='linear'")
+        raise Refusal("path", settings.common.path, "the comparison is on the linear path", "Set path='linear'")
     if s.bounds[0] != 0 or s.bounds[-1] != 1:
-        raise refusal("straighten.bounds", s.bounds, "samples go from 0 to 1", "Begin with 0 and end with 1")
+        raise Refusal("straighten.bounds", s.bounds, "samples go from 0 to 1", "Begin with 0 and end with 1")
     try:
         models, options = straightening.comparison_models(s.bounds, s.parts, s.sharing, full=s.full)
     except ValueError as error:
         raise ValueError(f"straighten.{error}") from error
     if s.baselines and not settings.common.normal_source:
         wrong = "these samplers of the teacher (DDIM, DPM-Solver++, ...) need the source N(0, I)"
-        raise refusal("straighten.baselines", s.baselines, wrong, "Set straighten.baselines=()")
+        raise Refusal("straighten.baselines", s.baselines, wrong, "Set straighten.baselines=()")
     if not options:
-        raise refusal("straighten.sharing", s.sharing, "trains no student", "Give ('gated',), or set straighten.full")
+        raise Refusal("straighten.sharing", s.sharing, "trains no student", "Give ('gated',), or set straighten.full")
     flow = assemble.flow_plan(settings, data)
     students = {name: (student_plan(settings, name, option, data), option) for name, option in options.items()}
     trained = [pipeline.flow_stage(settings, data, flow), trajectories(settings, flow, data)]

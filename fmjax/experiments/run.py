@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import sampling
-from fmjax.checks import Range, check_range, nearest, refusal
+from fmjax.checks import Range, Refusal, check_range, nearest
 from fmjax.data.units import Units, from_record, to_units
 from fmjax.experiments import build, drawing, networks, pushes, samplers, settings, workdir
 from fmjax.experiments.drawing import Models
@@ -218,7 +218,7 @@ class Run:
             RuntimeError: the adaptive solver failed.
         """
         if drawing.source_scale(self.models.path) != 1:
-            raise refusal("path", self.settings.common.path, "it scales the source", "Use a path with alpha_0 = 1")
+            raise Refusal("path", self.settings.common.path, "it scales the source", "Use a path with alpha_0 = 1")
         x = jnp.asarray(self._in_network(np.asarray(x), "examples"), jnp.float32)
         cond = self._in_network(self._checked(cond, len(x)), "conditions")
         if probes is None and x[0].size > 64:
@@ -233,7 +233,7 @@ class Run:
         if solver is None:
             solver = FLOW_MAP if FLOW_MAP in self.models.methods else SOLVER
         if solver == FLOW_MAP and FLOW_MAP not in self.models.methods:
-            raise refusal("solver", solver, "this run has no flow map", "Take a solver, such as 'rk4'")
+            raise Refusal("solver", solver, "this run has no flow map", "Take a solver, such as 'rk4'")
         steps = (4 if solver == FLOW_MAP else STEPS) if steps is None else steps
         plain = samplers.plain_samplers({"sample": {"solver": solver, "steps": steps, "grid": grid}})
         if not corrections:
@@ -249,7 +249,7 @@ class Run:
         check_range("guidance", scale, Range())
         if not (self.settings.common.conditional and self.settings.common.label_dropout):
             wrong = "this run was trained without label dropout, which gives the network of no label"
-            raise refusal("guidance", scale, wrong, "Leave guidance out, or train with label_dropout=0.1")
+            raise Refusal("guidance", scale, wrong, "Leave guidance out, or train with label_dropout=0.1")
         common = dataclasses.replace(self.settings.common, guidance=float(scale))
         return networks.load_models(self.settings._replace(common=common), self.path)[0]
 
@@ -283,15 +283,15 @@ class Run:
         facts = self.facts
         if label is not None:
             if not self.settings.common.conditional or not facts["classes"]:
-                raise refusal("label", label, "this run has no labels", "Leave label out")
+                raise Refusal("label", label, "this run has no labels", "Leave label out")
             names = facts.get("labels", [])
             if isinstance(label, str) and label in names:
                 label = names.index(label)
             elif isinstance(label, str):
                 known = ", ".join(names[:9]) or f"0 .. {facts['classes'] - 1}"
-                raise refusal("label", label, f"no such label{nearest(label, names)}", f"There are {known}")
+                raise Refusal("label", label, f"no such label{nearest(label, names)}", f"There are {known}")
             if not 0 <= label < facts["classes"]:
-                raise refusal("label", label, f"labels are 0 .. {facts['classes'] - 1}", "Give one of them")
+                raise Refusal("label", label, f"labels are 0 .. {facts['classes'] - 1}", "Give one of them")
             return np.full(n, label, np.int32)
         if cond is not None or not (self.settings.common.conditional and facts["classes"]):
             return self._checked(cond, n)
@@ -302,7 +302,7 @@ class Run:
         facts = self.facts
         if not self.settings.common.conditional:
             if cond is not None:
-                raise refusal("cond", type(cond).__name__, "this run takes no conditions", "Leave cond out")
+                raise Refusal("cond", type(cond).__name__, "this run takes no conditions", "Leave cond out")
             return None
         expected = [] if facts["classes"] else facts.get("cond")
         form = (
@@ -316,9 +316,9 @@ class Run:
             cond = np.asarray(cond, np.int32 if facts["classes"] else np.float32)
         if any(np.shape(leaf)[:1] != (n,) for leaf in jax.tree.leaves(cond)):
             shapes = [np.shape(leaf) for leaf in jax.tree.leaves(cond)]
-            raise refusal("cond", shapes, f"not {n} conditions", "Give arrays [n, ...]")
+            raise Refusal("cond", shapes, f"not {n} conditions", "Give arrays [n, ...]")
         if expected is not None and list(np.shape(cond)[1:]) != expected:
-            raise refusal("cond", list(np.shape(cond)), "another shape than in training", f"Give {form}")
+            raise Refusal("cond", list(np.shape(cond)), "another shape than in training", f"Give {form}")
         return cond
 
     @functools.cached_property

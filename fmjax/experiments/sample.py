@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax.checks import Range, check_range, refusal
+from fmjax.checks import Range, Refusal, check_range
 from fmjax.data.arrays import read_arrays
 from fmjax.experiments import records
 from fmjax.experiments.drawing import CHUNK, hash_arrays
@@ -67,11 +67,11 @@ def main(
     check_range("seed", seed, Range(0, 2**32 - 1))
     kind = target.suffix
     if kind not in (".npz", ".png", ""):
-        raise refusal("out", out, "neither a .npz file, a .png file nor a folder", "Give samples.npz or grid.png")
+        raise Refusal("out", out, "neither a .npz file, a .png file nor a folder", "Give samples.npz or grid.png")
     if kind == "" and len(run.models.shape) != 3:
-        raise refusal("out", out, "a folder holds images, and these samples are not images", "Give samples.npz")
+        raise Refusal("out", out, "a folder holds images, and these samples are not images", "Give samples.npz")
     if kind == ".png" and pictures.writer_for(run.models.shape) is None:
-        raise refusal("out", out, f"vectors {list(run.models.shape)} are not drawn", "Give samples.npz")
+        raise Refusal("out", out, f"vectors {list(run.models.shape)} are not drawn", "Give samples.npz")
     sampler = run.sampler(options["solver"], solver_steps, None, options["corrections"])
     part_of = lambda i, n: None if rows is None else rows[np.arange(i, i + n) % len(rows)]
     first = min(count, CHUNK)
@@ -104,7 +104,7 @@ def _check_space(target: Path, count: int, shape: tuple[int, ...]) -> None:
     need, free = 8 * count * math.prod(shape), shutil.disk_usage(folder).free
     if need > free:
         line = f"disk too small: {need / 1e9:.3g} GB are needed in {folder}, {free / 1e9:.3g} GB are free"
-        raise refusal("count", count, line, "Ask for less, or take another disk")
+        raise Refusal("count", count, line, "Ask for less, or take another disk")
 
 
 def _write(target: Path, x: np.ndarray, cond: Any) -> None:
@@ -127,7 +127,7 @@ def _read_conditions(path: str | None) -> np.ndarray | None:
     content = read_arrays("cond", path)
     names = [name for name in ("cond", "y", "x") if name in content]
     if not names or content[names[0]].ndim < 1 or not len(content[names[0]]):
-        raise refusal("cond", path, f"it holds {', '.join(content)[:60] or 'nothing'}", "Give cond or y, [n, ...]")
+        raise Refusal("cond", path, f"it holds {', '.join(content)[:60] or 'nothing'}", "Give cond or y, [n, ...]")
     values = content[names[0]]
     return values.astype(np.float32) if values.dtype.kind == "f" else values
 
@@ -141,7 +141,7 @@ def _json(field: str, text: str | None) -> Any:
     except ValueError:
         value = text
     if field == "corrections" and not (isinstance(value, dict) and value):
-        raise refusal(field, text, "not a mapping in JSON", 'Give {"at": [0], "by": "score", "alpha": 0.5}')
+        raise Refusal(field, text, "not a mapping in JSON", 'Give {"at": [0], "by": "score", "alpha": 0.5}')
     return value
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmjax import correction, paths
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.correction import correctors
 from fmjax.experiments import build, places, specs
 from fmjax.experiments.specs import Kind
@@ -83,7 +83,7 @@ def plain_samplers(samplers: Mapping[str, Any]) -> list[Sampler]:
         field = f"samplers.{name}"
         spec = dict(entry.items()) if hasattr(entry, "items") else {"solver": name, "steps": entry}
         if extra := sorted(spec.keys() - {"solver", "steps", "grid"}):
-            raise refusal(f"{field}.{extra[0]}", spec[extra[0]], "no such field", "A sampler has solver, steps, grid")
+            raise Refusal(f"{field}.{extra[0]}", spec[extra[0]], "no such field", "A sampler has solver, steps, grid")
         if "steps" not in spec:
             raise ValueError(f"{field}: has no steps. Give numbers of steps, such as (4, 8).")
         solver, steps = spec.get("solver", name), spec["steps"]
@@ -119,13 +119,13 @@ def corrected_samplers(
     corrected: list[Sampler] = []
     for key, entry in corrections.items():
         if not hasattr(entry, "items"):
-            raise refusal(f"corrections.{key}", entry, "not a mapping", "Give solver, steps, at, by and options")
+            raise Refusal(f"corrections.{key}", entry, "not a mapping", "Give solver, steps, at, by and options")
         for sampler in _corrected(f"corrections.{key}", dict(entry.items()), plain, trained):
             if sampler not in corrected:
                 corrected.append(sampler)
     names = [s.name for s in (*plain, *corrected)]
     if repeated := sorted({n for n in names if names.count(n) > 1}):
-        raise refusal("corrections", repeated[0], "two samplers have this name", "Drop one of them")
+        raise Refusal("corrections", repeated[0], "two samplers have this name", "Drop one of them")
     return sorted(corrected, key=lambda s: (str(s.solver), str(s.by), len(s.at), s.at, s.baseline is None))
 
 
@@ -164,14 +164,14 @@ def _corrected(field: str, c: dict[str, Any], plain: Sequence[Sampler], trained:
     at = _steps(f"{field}.at", c["at"], n)
     base = next((s for s in plain if (s.solver, s.steps, s.grid) == (c["solver"], n, grid)), None)
     if base is None:
-        raise refusal(field, _words(c["solver"], n, grid), "this plain sampler is not drawn", "Add it to samplers")
+        raise Refusal(field, _words(c["solver"], n, grid), "this plain sampler is not drawn", "Add it to samplers")
     by, inner = specs.parse(c["by"], field=f"{field}.by")
     options = {name: value for name, value in c.items() if name not in OPTIONS} | inner
     options = _options(f"{field}", by, options, at, trained, time_grid(grid, n)[list(at)])
     where = "at every step" if len(at) == n + 1 else f"at {', '.join(map(str, at))}"
     parallel = c.get("parallel", False)
     if not isinstance(parallel, bool):
-        raise refusal(f"{field}.parallel", parallel, "neither True nor False", "Give one of them")
+        raise Refusal(f"{field}.parallel", parallel, "neither True nor False", "Give one of them")
     family = f"{base.family} + corrections"
     words = f"{specs.name_of(by)} {where}" + (" (parallel)" if parallel else "")
     push = Sampler(f"{base.name}, {words}", family, base.solver, n, grid, at, by, options, parallel, baseline=base.name)
@@ -197,18 +197,18 @@ def _options(field: str, by: Any, options: dict[str, Any], at, trained: Sequence
         known = set(specs.options_of(factory)) - {"path"}
         required = {k for k, v in specs.options_of(factory).items() if v is inspect.Parameter.empty} & known
     if extra := sorted(options.keys() - known):
-        raise refusal(f"{field}.{extra[0]}", options[extra[0]], f"{by!r} has no such option", f"It has {_list(known)}")
+        raise Refusal(f"{field}.{extra[0]}", options[extra[0]], f"{by!r} has no such option", f"It has {_list(known)}")
     if missing := sorted(required - options.keys()):
         raise ValueError(f"{field}.{missing[0]}: {by!r} needs it. Give {missing[0]}.")
     if not at:
-        raise refusal(f"{field}.at", tuple(at), "names no step", "Give steps, such as (0, 4)")
+        raise Refusal(f"{field}.at", tuple(at), "names no step", "Give steps, such as (0, 4)")
     plain = lambda value: places.is_outside(by) and isinstance(value, (str, bool))
     options = {n: v if plain(v) else _strength(f"{field}.{n}", v, at) for n, v in options.items()}
     if by in (*trained, DRIFT):
         if not np.any(options["alpha"]):
-            raise refusal(f"{field}.alpha", options["alpha"], "corrects nothing", "Give a number other than 0")
+            raise Refusal(f"{field}.alpha", options["alpha"], "corrects nothing", "Give a number other than 0")
         if np.min(options["beta"]) < 0:
-            raise refusal(f"{field}.beta", options["beta"], "a standard deviation is not negative", "Give 0 or more")
+            raise Refusal(f"{field}.beta", options["beta"], "a standard deviation is not negative", "Give 0 or more")
     elif "to" in known:
         identity = lambda x, s, t, cond=None, key=None: x
         scalars = {name: value for name, value in options.items() if name != "path"}
@@ -222,28 +222,28 @@ def _options(field: str, by: Any, options: dict[str, Any], at, trained: Sequence
 def _push_options(field: str, by: str, options: dict[str, Any], at) -> dict[str, Any]:
     """Return the options of a fitted push with defaults, checked."""
     if extra := sorted(options.keys() - PUSH_OPTIONS.keys()):
-        raise refusal(
+        raise Refusal(
             f"{field}.{extra[0]}", options[extra[0]], f"{by!r} has no such option", f"It has {_list(PUSH_OPTIONS)}"
         )
     if not at:
-        raise refusal(f"{field}.at", tuple(at), "names no step", "Give steps, such as (0, 4)")
+        raise Refusal(f"{field}.at", tuple(at), "names no step", "Give steps, such as (0, 4)")
     options = {**PUSH_OPTIONS, **options}
     for name in ("alpha", "beta"):
         options[name] = _strength(f"{field}.{name}", options[name], at)
     if not np.any(options["alpha"]):
-        raise refusal(f"{field}.alpha", options["alpha"], "corrects nothing", "Give a number other than 0")
+        raise Refusal(f"{field}.alpha", options["alpha"], "corrects nothing", "Give a number other than 0")
     if np.min(options["beta"]) < 0:
-        raise refusal(f"{field}.beta", options["beta"], "a standard deviation is not negative", "Give 0 or more")
+        raise Refusal(f"{field}.beta", options["beta"], "a standard deviation is not negative", "Give 0 or more")
     lam, count = options["lam"], options["examples"]
     if lam is not None and not _strength(f"{field}.lam", lam, ()) > 0:
-        raise refusal(f"{field}.lam", lam, "not a squared length", "Give a positive number, or None")
+        raise Refusal(f"{field}.lam", lam, "not a squared length", "Give a positive number, or None")
     if isinstance(count, bool) or not isinstance(count, int) or count < 500:
         wrong = "too few examples for a fit: its noise falls as their number grows"
-        raise refusal(f"{field}.examples", count, wrong, "Give 15000, at least 500")
+        raise Refusal(f"{field}.examples", count, wrong, "Give 15000, at least 500")
     if not isinstance(options["per_class"], bool):
-        raise refusal(f"{field}.per_class", options["per_class"], "neither True nor False", "Give one of them")
+        raise Refusal(f"{field}.per_class", options["per_class"], "neither True nor False", "Give one of them")
     if options["target"] not in TARGETS:
-        raise refusal(f"{field}.target", options["target"], "no such target", f"Give one of {', '.join(TARGETS)}")
+        raise Refusal(f"{field}.target", options["target"], "no such target", f"Give one of {', '.join(TARGETS)}")
     return options
 
 
@@ -278,7 +278,7 @@ def corrector_factory(field: str, by: Any, trained: Sequence[str]) -> Callable:
         factory = places.load_factory(by, field=f"{field}.by")
         if not _sources(factory):
             takes = f"a corrector factory takes some of ({', '.join(SOURCES)}, *, options)"
-            raise refusal(f"{field}.by", by, takes, "Change its arguments")
+            raise Refusal(f"{field}.by", by, takes, "Change its arguments")
         return factory
     offered = {
         name: getattr(correction, name)
@@ -287,9 +287,7 @@ def corrector_factory(field: str, by: Any, trained: Sequence[str]) -> Callable:
     }
     offered.pop("marginal_matching", None)
     if by not in offered:
-        known = [*trained, DRIFT, *PUSHES, *sorted(offered)]
-        near = specs.checks.nearest(by, known)
-        raise refusal(f"{field}.by", by, f"no such corrector{near}", f"There are {', '.join(known)}")
+        specs.checks.check_choice(f"{field}.by", by, (*trained, DRIFT, *PUSHES, *sorted(offered)), "corrector")
     return offered[by]
 
 
@@ -309,10 +307,10 @@ def _strength(field: str, value: Any, at: Sequence[int]) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, (list, tuple)):
         if len(value) != len(at):
-            raise refusal(field, value, f"has {len(value)} numbers for {len(at)} corrected steps", "Give one per step")
+            raise Refusal(field, value, f"has {len(value)} numbers for {len(at)} corrected steps", "Give one per step")
         return tuple(_strength(field, v, ()) for v in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-        raise refusal(field, value, "is not a finite number", "Give a number, or one per corrected step")
+        raise Refusal(field, value, "is not a finite number", "Give a number, or one per corrected step")
     return value
 
 
@@ -320,15 +318,15 @@ def _steps(field: str, value: Any, n: int) -> tuple[int, ...]:
     at = tuple(value) if isinstance(value, (list, tuple, range)) else (value,)
     for i in at:
         if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i <= n:
-            raise refusal(field, i, f"not a step: {n} steps can be corrected at 0 .. {n}", "Give whole numbers")
+            raise Refusal(field, i, f"not a step: {n} steps can be corrected at 0 .. {n}", "Give whole numbers")
     if sorted(set(at)) != list(at):
-        raise refusal(field, at, "the steps do not rise", "Give each step once, in order")
+        raise Refusal(field, at, "the steps do not rise", "Give each step once, in order")
     return tuple(int(i) for i in at)
 
 
 def _count(n: Any, field: str) -> int:
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= 100_000:
-        raise refusal(f"{field}.steps", n, "not a number of steps", "Give a whole number in 1 .. 100000")
+        raise Refusal(f"{field}.steps", n, "not a number of steps", "Give a whole number in 1 .. 100000")
     return int(n)
 
 

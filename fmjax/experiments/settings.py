@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fmjax import checks
-from fmjax.checks import NonNegative, Positive, PositiveFloat, Range, Seed, refusal
+from fmjax.checks import NonNegative, Positive, PositiveFloat, Range, Refusal, Seed
 from fmjax.experiments import places, sources, specs
 
 Count = Annotated[int, Range(1, 1e9)]
@@ -166,10 +166,10 @@ def read(config: Any) -> Settings:
     common, flow, marginals = (_take(kind, flat) for kind in (Common, Training, MarginalSets))
     if flat:
         name, known = next(iter(flat)), [*tree, *SECTIONS]
-        raise refusal(name, flat[name], f"no such field{checks.nearest(name, set(known) - {name})}", "Take it out")
+        raise Refusal(name, flat[name], f"no such field{checks.nearest(name, set(known) - {name})}", "Take it out")
     for name in _mapping(tree, "correctors"):
         if not name.isidentifier():
-            raise refusal(
+            raise Refusal(
                 f"correctors.{name}", "", "a corrector's name is part of flags and folders", "Use letters, digits and _"
             )
     flow_map, straighten = _mapping(tree, "flow_map"), _mapping(tree, "straighten")
@@ -199,7 +199,7 @@ def _take(kind: type, fields: dict[str, Any]) -> Any:
 
 def _training(field: str, part: Any) -> Training:
     if not hasattr(part, "items"):
-        raise refusal(field, part, "not the fields of a training stage", "Give a mapping, as configs/base.py's stage()")
+        raise Refusal(field, part, "not the fields of a training stage", "Give a mapping, as configs/base.py's stage()")
     return _make(Training, {"net": None, **part}, field)
 
 
@@ -209,10 +209,10 @@ def _straighten(part: Any) -> tuple[Training, Straighten]:
     rest = {name: value for name, value in part.items() if name not in training}
     parts = rest.get("parts")
     if not hasattr(parts, "items") or not all(isinstance(part, (list, tuple)) for part in parts.values()):
-        raise refusal("straighten.parts", parts, "not segments by name", "Give {'late': (1,)}")
+        raise Refusal("straighten.parts", parts, "not segments by name", "Give {'late': (1,)}")
     for name in ("allocations", "bounds"):
         if isinstance(rest.get(name), (list, tuple)) and not rest[name]:
-            raise refusal(f"straighten.{name}", rest[name], "is empty", "Give some, as configs/base.py")
+            raise Refusal(f"straighten.{name}", rest[name], "is empty", "Give some, as configs/base.py")
     return _training("straighten", first), _make(Straighten, rest, "straighten")
 
 
@@ -226,12 +226,12 @@ def _make(kind: type, values: dict[str, Any], field: str) -> Any:
 def _mapping(tree: dict[str, Any], name: str) -> dict[str, Any]:
     value = {} if tree.get(name) is None else tree[name]
     if not hasattr(value, "items"):
-        raise refusal(name, value, "not a mapping", "Give {name: options}")
+        raise Refusal(name, value, "not a mapping", "Give {name: options}")
     return dict(value.items())
 
 
 def _sequence(tree: dict[str, Any], name: str) -> tuple[Any, ...]:
     value = () if tree.get(name) is None else tree[name]
     if not isinstance(value, (list, tuple)):
-        raise refusal(name, value, "not a sequence", "Give ('name', ...)")
+        raise Refusal(name, value, "not a sequence", "Give ('name', ...)")
     return tuple(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from fmjax.checks import nearest, refusal
+from fmjax.checks import Refusal, check_choice
 from fmjax.experiments import build, places, specs, workdir
 from fmjax.paths import Path
 from fmjax.sources import Source, rows_of
@@ -51,16 +51,15 @@ def origin(spec: Any, *, field: str = "source") -> Origin:
     if specs.is_spec(spec):
         name, _ = specs.parse(spec, field=field)
         known = [*specs.offers(KIND), DATA]
-        if isinstance(name, str) and not places.is_outside(name) and name not in known:
-            there = ", ".join(sorted(known))
-            raise refusal(field, name, f"no such source{nearest(name, known)}", f"There are {there}")
+        if isinstance(name, str) and not places.is_outside(name):
+            check_choice(field, name, sorted(known), "source")
     try:
         source = specs.build(KIND, spec, field=field)
     except ValueError as error:  # two options that do not fit each other
         raise error if str(error).startswith(field) else ValueError(f"{field}.{error}") from error
     if not isinstance(source, Source):
         wrong = f"gives {type(source).__name__}, not Source"
-        raise refusal(field, specs.name_of(spec), wrong, "Return a sources.Source; a data set is {'name': 'data', ...}")
+        raise Refusal(field, specs.name_of(spec), wrong, "Return a sources.Source; a data set is {'name': 'data', ...}")
     return Origin(source, source, source)
 
 
@@ -139,5 +138,5 @@ def limited(method: Method, spec: Any, *, name: str, path: Path) -> Method:
         ValueError: the method is valid for the source N(0, I) alone.
     """
     if method.normal_source:
-        raise refusal("source", specs.name_of(spec), f"the method {name!r} needs the source N(0, I)", WAY_OUT)
+        raise Refusal("source", specs.name_of(spec), f"the method {name!r} needs the source N(0, I)", WAY_OUT)
     return method if path.gamma is not None else method._replace(score=None)

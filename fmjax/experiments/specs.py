@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmjax import checks, paths
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.experiments import places
 
 Spec = Any  # a ConfigDict is no Mapping, and an object may be anything
@@ -88,7 +88,7 @@ def build(kind: Kind, spec: Spec, *args: Any, field: str, **context: Any) -> Any
     known = options_of(factory)
     context = {name: value for name, value in context.items() if name in known}
     if repeated := sorted(context.keys() & options.keys()):
-        raise refusal(f"{field}.{repeated[0]}", options[repeated[0]], "another field sets it", "Take this option out")
+        raise Refusal(f"{field}.{repeated[0]}", options[repeated[0]], "another field sets it", "Take this option out")
     return call(factory, {**options, **context}, *args, field=field)
 
 
@@ -104,7 +104,7 @@ def check_spec(kind: Kind, spec: Spec, *, field: str) -> None:
         ValueError: neither a name, nor a mapping, nor an object.
     """
     if isinstance(spec, numbers.Number) or type(spec) in (type(None), list, tuple, set, bytes):
-        raise refusal(field, spec, f"not a {kind.noun}", "Give a name, or {'name': ..., options}")
+        raise Refusal(field, spec, f"not a {kind.noun}", "Give a name, or {'name': ..., options}")
 
 
 def resolve(kind: Kind, spec: Spec, *, field: str) -> tuple[Callable, dict[str, Any]]:
@@ -131,12 +131,10 @@ def resolve(kind: Kind, spec: Spec, *, field: str) -> tuple[Callable, dict[str, 
         factory = places.load_factory(name, field=field)
         if _positional(factory) != kind.takes:
             takes = ", ".join((*kind.takes, "*"))
-            raise refusal(field, name, f"a {kind.noun} factory takes ({takes}, options)", "Change its arguments")
+            raise Refusal(field, name, f"a {kind.noun} factory takes ({takes}, options)", "Change its arguments")
         return factory, options
     offered = offers(kind)
-    if name not in offered:
-        near = checks.nearest(name, offered)
-        raise refusal(field, name, f"no such {kind.noun}{near}", f"There are {', '.join(sorted(offered))}")
+    checks.check_choice(field, name, sorted(offered), kind.noun)
     return offered[name], options
 
 
@@ -186,7 +184,7 @@ def checked(factory: Callable, options: dict[str, Any], *, field: str) -> dict[s
     for name in options:
         if name not in known:
             takes = f"Its options are {', '.join(known)}" if known else "It takes none"
-            raise refusal(f"{field}.{name}", options[name], f"no such option{checks.nearest(name, known)}", takes)
+            raise Refusal(f"{field}.{name}", options[name], f"no such option{checks.nearest(name, known)}", takes)
     missing = [name for name, default in known.items() if default is inspect.Parameter.empty and name not in options]
     if missing:
         raise ValueError(f"{field}: {label(factory)} needs the option {missing[0]!r}. Add {field}.{missing[0]}.")
@@ -223,7 +221,7 @@ def parse(spec: Spec, *, field: str) -> tuple[Any, dict[str, Any]]:
     name = options.pop("name", None)
     if not (isinstance(name, str) or callable(name)):
         where, value = (f"{field}.name", name) if hasattr(spec, "items") and "name" in spec else (field, spec)
-        raise refusal(where, value, "not a name", "Give a name, or {'name': ..., options}")
+        raise Refusal(where, value, "not a name", "Give a name, or {'name': ..., options}")
     return name, options
 
 
@@ -364,7 +362,7 @@ def _convert(field: str, value: Any, hint: Any) -> Any:
         elif kind is Any or not inspect.isclass(kind) or isinstance(value, kind):
             return value
     names = " or ".join(_plain(kind) for kind in kinds)
-    raise refusal(field, value, f"must be {names}, and is {type(value).__name__}", f"Give {names}")
+    raise Refusal(field, value, f"must be {names}, and is {type(value).__name__}", f"Give {names}")
 
 
 def _plain(hint: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fmjax import checks, correction
-from fmjax.checks import refusal
+from fmjax.checks import Refusal
 from fmjax.experiments import assemble, marginals, records, workdir
 from fmjax.experiments.results import Result, best_average, finished, read_trained
 from fmjax.experiments.settings import Settings
@@ -98,9 +98,8 @@ def check_stages(stages: Sequence[Stage], name: str | None = None) -> None:
         ValueError: no such stage, or what a stage would refuse while it works.
     """
     by_name = {stage.name: stage for stage in stages}
-    if name is not None and name not in by_name:
-        near = checks.nearest(name, by_name)
-        raise refusal("stage", name, f"this config has no such stage{near}", f"It has {', '.join(by_name)}")
+    if name is not None:
+        checks.check_choice("stage", name, by_name, "stage of this config")
     for stage in stages if name is None else [by_name[name]]:
         stage.check()
 
@@ -310,7 +309,7 @@ def corrector(
         try:
             on_pairs(*recipe.stand_ins())
         except ValueError as error:
-            raise refusal(
+            raise Refusal(
                 "forward_examples", settings.marginals.forward_examples, f"{name!r} cannot train on these ({error})",
                 "Give as many as there are training examples",
             ) from error  # fmt: skip

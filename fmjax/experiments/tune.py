@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import checks, correction
-from fmjax.checks import Finite, NonNegativeFloat, Positive, Range, check_hints, refusal
+from fmjax.checks import Finite, NonNegativeFloat, Positive, Range, Refusal, check_hints
 from fmjax.experiments import assemble, build, comparison, drawing, networks, pages, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.samplers import FLOW, Sampler
@@ -69,11 +69,9 @@ def main(
     """
     check_hints(main, {"solver_steps": solver_steps, "most": most, "seeds": seeds, "alpha": alpha, "beta": beta})
     data = build.data(settings.common.data)
-    if by not in settings.correctors:
-        near = checks.nearest(by, settings.correctors)
-        raise refusal("by", by, f"no such corrector{near}", f"There are {', '.join(settings.correctors)}")
+    checks.check_choice("by", by, settings.correctors, "corrector")
     if settings.sampling.seeds < 3:
-        raise refusal("sampling.seeds", settings.sampling.seeds, "errors need more runs", "Give 3 or more")
+        raise Refusal("sampling.seeds", settings.sampling.seeds, "errors need more runs", "Give 3 or more")
     steps, space = solver_steps, _search_space(settings, by, solver_steps, alpha or (), beta or ())
     everywhere = Sampler("tuned", "tuned", solver, steps, None, space.steps, by, {"alpha": 1.0, "beta": 0.0})
     workdir.network_folder(path)
@@ -111,7 +109,7 @@ def _search_space(settings: Settings, by: str, steps: int, alphas, betas) -> cor
     level = float(np.max(method["sigma"])) if hasattr(method, "items") and "sigma" in method else 0.0
     betas = tuple(betas) or tuple(beta * level for beta in BETAS[: None if level else 1])
     if min(betas) < 0:
-        raise refusal("beta", betas, "a standard deviation is not negative", "Give 0 or more")
+        raise Refusal("beta", betas, "a standard deviation is not negative", "Give 0 or more")
     return correction.Space(steps, tuple(range(steps + 1)), tuple(alphas) or ALPHAS[classifies], betas)
 
 
@@ -120,9 +118,7 @@ def _chosen_metric(metrics: Sequence[Metric], name: str | None) -> Metric:
     by_name = {metric.name: metric for metric in metrics}
     if name is None:
         return metrics[0]
-    if name not in by_name:
-        near = checks.nearest(name, by_name)
-        raise refusal("metric", name, f"no such distance{near}", f"There are {', '.join(by_name)}")
+    checks.check_choice("metric", name, by_name, "distance")
     return by_name[name]
 
 

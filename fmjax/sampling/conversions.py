@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from fmjax import paths
-from fmjax.checks import nearest
+from fmjax.checks import check_choice
 from fmjax.sampling.costs import evaluations
 from fmjax.sampling.diffusion import path_at
 from fmjax.types import Cond, Costed, Net, VelocityFn, expand, over_batch
@@ -43,11 +43,7 @@ def as_flow(net: Net, *, predicts: str, path: paths.Path = paths.linear(), onto:
     >>> flow(None, jnp.ones((1, 1)), t, t).round(4).tolist()
     [[2.0]]
     """
-    if predicts not in paths.PREDICTIONS:
-        raise ValueError(
-            f"predicts={predicts!r}: unknown{nearest(predicts, paths.PREDICTIONS)}. Use one of "
-            f"{', '.join(paths.PREDICTIONS)}."
-        )
+    check_choice("predicts", predicts, paths.PREDICTIONS, "prediction")
     paths.refuse_latent("a diffusion model", path, onto)
 
     def flow(params, x, s, t, cond=None, key=None):

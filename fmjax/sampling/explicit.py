@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax.checks import nearest
+from fmjax.checks import check_choice
 from fmjax.sampling.costs import evaluations
 from fmjax.types import Costed, VelocityFn, expand, over_batch
 
@@ -54,10 +54,7 @@ def tableau(name: str) -> Tableau:
     >>> tableau("midpoint").c
     (0, 0.5)
     """
-    if name not in TABLEAUS:
-        raise ValueError(
-            f"solver={name!r}: no such Runge-Kutta method{nearest(name, TABLEAUS)}. Use one of {', '.join(TABLEAUS)}."
-        )
+    check_choice("solver", name, TABLEAUS, "Runge-Kutta method")
     return TABLEAUS[name]
 
 

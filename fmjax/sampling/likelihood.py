@@ -366,7 +366,7 @@ def _check_density(source: Source | None, shape: tuple[int, ...]) -> None:
         source.check_shape(shape)
         if source.log_density is None:
             wrong = "has no density, which a likelihood needs"
-            raise checks.refusal("source", source.name, wrong, "Take a source with one, such as gaussian_noise")
+            raise checks.Refusal("source", source.name, wrong, "Take a source with one, such as gaussian_noise")
 
 
 def _log_source(source: Source | None, z: Array, scale: float) -> Array:
