@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fmjax import correction, oracles, paths, sampling, sources
-from fmjax.experiments import comparison, drawing
+from fmjax.experiments import comparison, drawing, stored
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.report import best_row
 from fmjax.experiments.samplers import Sampler, corrected_samplers, plain_samplers
@@ -148,7 +148,7 @@ def test_the_noise_of_a_correction_is_not_the_noise_of_the_start(models):
 
 
 def test_samples_are_kept_verified_and_drawn_again_for_other_parameters(models, tmp_path, capsys):
-    read = lambda models, identity: drawing.draw(RK4, models, Draws(2, 5, 0), directory=tmp_path, identity=identity)
+    read = lambda models, identity: stored.draw(RK4, models, Draws(2, 5, 0), directory=tmp_path, identity=identity)
     first = read(models, "a")
     again = drawing.program(RK4, models)
     for i in range(2):
@@ -169,9 +169,9 @@ def test_a_sample_does_not_depend_on_the_chunk_it_is_drawn_in(models, tmp_path, 
     labelled = lambda p: lambda x, t, cond=None: plain(x, t) + cond[:, None]
     models = models._replace(methods={"flow": Method(None, velocity=labelled)})
     draws = Draws(2, 10, 0, np.arange(10) % 3)
-    whole = drawing.draw(RK4, models, draws, directory=tmp_path / "whole", identity="")
+    whole = stored.draw(RK4, models, draws, directory=tmp_path / "whole", identity="")
     monkeypatch.setattr(drawing.in_chunks, "__kwdefaults__", {"size": 4})
-    chunks = drawing.draw(RK4, models, draws, directory=tmp_path / "chunks", identity="")
+    chunks = stored.draw(RK4, models, draws, directory=tmp_path / "chunks", identity="")
     np.testing.assert_allclose(chunks, whole, rtol=1e-6)
     assert len(np.unique(whole)) == whole.size
 
@@ -202,7 +202,8 @@ def test_rows_and_verdicts_are_computed_from_the_distances():
     drawn = {"base": x + 1.0, "fix": x + 0.2}
     metrics = [Metric("mean", lambda a: float(abs(a.mean())), {}), Metric("far", lambda a: float(a.max() ** 2), {})]
     costs = {"base": sampling.Cost(8, 0, 0, 8), "fix": sampling.Cost(9, 1, 1, 9)}
-    rows, verdicts = comparison.compare([base, fix], drawn, costs, metrics, x)
+    each = comparison.measure_all(drawn, metrics)
+    rows, verdicts = comparison.compare([base, fix], each, costs, comparison.measure(x, metrics))
     assert [(r.name, r.nfe, r.corrections) for r in rows] == [("base", 8, 0), ("fix", 9, 1), ("training data", 0, 0)]
     each = np.abs((x + 1.0).mean((1, 2)))
     assert rows[0].distances["mean"] == pytest.approx((each.mean(), each.std(ddof=1) / np.sqrt(6)))
@@ -215,7 +216,8 @@ def test_a_sampler_that_diverged_is_infinitely_far_and_never_the_best():
     x = np.zeros((2, 4, 3))
     x[1, 0] = np.nan
     metric, cost = Metric("mean", lambda a: float(a.mean()), {}), {"base": sampling.Cost(8, 0, 0, 8)}
-    rows, _ = comparison.compare([RK4._replace(name="base")], {"base": x}, cost, [metric], np.zeros((2, 4, 3)))
+    each, floor = comparison.measure_all({"base": x}, [metric]), comparison.measure(np.zeros((2, 4, 3)), [metric])
+    rows, _ = comparison.compare([RK4._replace(name="base")], each, cost, floor)
     assert rows[0].distances["mean"][0] == np.inf
     assert best_row(rows, "mean") is None
 

@@ -38,10 +38,23 @@ def test_controls_stand_last_and_name_their_baseline():
     assert {e.baseline.name for e in every} == {"plain"}
 
 
-def test_the_chart_names_every_correction_with_its_change():
-    chart = effects.effect_chart("W2", effects.effects(VERDICTS, ROWS))
-    assert chart.alt == "strong \u221220.0 ± 4.0 %; weak \u22120.4 ± 0.0 %; noise \u221210.0 ± 4.0 %."
-    assert effects.effect_chart("odd", effects.effects(VERDICTS, ROWS)) is None
+def test_dots_of_a_distance_lie_on_one_axis_with_two_standard_errors():
+    every = effects.effects(VERDICTS, ROWS)
+    low, high = effects.axis("W2", every)
+    assert low < -0.28 and 0.0 < high < 0.02  # -0.2 - 2 * 0.04 is the least; no change is the greatest
+    strong, weak, noise = (effects.dot(e.changes["W2"], (low, high)) for e in every)
+    value = lambda place: low + place / 100 * (high - low)
+    assert [value(v) for v in strong] == pytest.approx([-0.2, -0.28, -0.12, 0.0], abs=1e-3)
+    assert value(weak.at) == pytest.approx(-0.004, abs=1e-3) and strong.zero == weak.zero == noise.zero
+    assert effects.dot(every[0].changes["odd"], (low, high)) is None
+
+
+def test_a_dot_beyond_the_axis_lies_at_its_end():
+    """A correction that harms by 500 % leaves room for the others."""
+    wild = effects.Change(5.0, 0.1, "harms")
+    every = [*effects.effects(VERDICTS, ROWS), effects.Effect(ROWS["weak"], ROWS["plain"], {"W2": wild})]
+    ends = effects.axis("W2", every)
+    assert ends[1] == pytest.approx(1.0, abs=0.06) and effects.dot(wild, ends)[:3] == (100, 100, 100)
 
 
 def test_the_csv_holds_the_numbers_of_the_rows():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmjax.experiments import charts, figures, report
+from fmjax.experiments import charts, examples, figures, report
 from fmjax.storage import images
 
 
@@ -130,13 +130,13 @@ def test_names_are_not_read_as_mathematics():
 def test_clouds_of_a_page_share_one_frame():
     rng = np.random.default_rng(3)
     near, far = rng.standard_normal((500, 2)), rng.standard_normal((500, 2)) + [40, 0]
-    alone = decode(figures.sample_figure("near", near, [near]).light)
-    together = decode(figures.sample_figure("near", near, [near, far]).light)
+    alone = decode(examples.sample_figure("near", near, [near]).light)
+    together = decode(examples.sample_figure("near", near, [near, far]).light)
     spread = lambda picture: np.ptp(np.nonzero(touched(picture))[1])
     assert spread(together) < spread(alone) / 4
     outlier = np.concatenate([rng.uniform(size=(500, 2)), [[1e6, 0]]])
-    assert figures.sample_figure("", outlier, [outlier]).remark == "1 of 501 points lie outside the frame."
-    assert figures.sample_figure("", near * 0, [near * 0]).remark == ""
+    assert examples.sample_figure("", outlier, [outlier]).remark == "1 of 501 points lie outside the frame."
+    assert examples.sample_figure("", near * 0, [near * 0]).remark == ""
 
 
 def touched(picture: np.ndarray) -> np.ndarray:
@@ -147,7 +147,7 @@ def touched(picture: np.ndarray) -> np.ndarray:
 def test_a_trajectory_has_an_example_a_row_and_time_to_the_right():
     levels = np.linspace(-1, 1, 6).reshape(3, 2, 1, 1, 1)
     x = np.broadcast_to(levels, (3, 2, 8, 8, 1)).copy()
-    p = figures.trajectory_figure("path", x)
+    p = examples.trajectory_figure("path", x)
     sheet = decode(p.light)
     want = np.floor(127.5 * x[:, :, 0, 0, 0] + 128).clip(0, 255)
     got = [[sheet[10 + 42 * i, 10 + 42 * t, 0] for i in range(2)] for t in range(3)]
@@ -157,7 +157,7 @@ def test_a_trajectory_has_an_example_a_row_and_time_to_the_right():
 
 def test_a_long_trajectory_is_thinned_and_keeps_both_ends():
     x = np.broadcast_to(np.linspace(-1, 1, 101).reshape(-1, 1, 1, 1, 1), (101, 1, 8, 8, 1))
-    p = figures.trajectory_figure("path", x)
+    p = examples.trajectory_figure("path", x)
     shades = decode(p.light)[10, 10::42, 0]
     assert len(shades) == 16 and shades[0] == 0 and shades[-1] == 255 and (np.diff(shades.astype(int)) > 0).all()
     assert p.remark.endswith("16 of 101 times.")
@@ -165,7 +165,7 @@ def test_a_long_trajectory_is_thinned_and_keeps_both_ends():
 
 def test_trajectories_of_points_mark_start_and_end():
     x = np.stack([np.zeros((20, 2)), np.full((20, 2), 5.0)])
-    picture = decode(figures.trajectory_figure("lines", x).light)
+    picture = decode(examples.trajectory_figure("lines", x).light)
     start, end = charts.LIGHT.colours[0], charts.LIGHT.colours[-1]
     assert colour(picture, start) and colour(picture, end)
 

@@ -67,7 +67,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "source", "br", "link", "base"):
+        if tag not in ("meta", "img", "source", "br", "link", "base", "input"):
             self.open.append(tag)
         if tag == "tr":
             self.cells.append([])
@@ -82,6 +82,9 @@ class Page(html.parser.HTMLParser):
             self.words.append(data)
         if {"th", "td"} & set(self.open):
             self.cells[-1][-1] += ("*" if "strong" in self.open else "") + data
+
+    def handle_startendtag(self, tag, attrs):  # of SVG
+        self.tags.append((tag, dict(attrs)))
 
     def all(self, tag):
         return [attrs for name, attrs in self.tags if name == tag]
@@ -101,7 +104,8 @@ def test_the_page_leads_nowhere_outside_itself(page):
         assert tag not in ("link", "iframe", "object", "embed", "base", "form")
         for name in ("src", "srcset", "href", "action", "data", "poster"):
             value = attrs.get(name) or "#"
-            inside = ("#", "data:image/png;base64,") + ("data:text/csv;charset=utf-8,",) * ("download" in attrs)
+            offered = ("data:text/csv;charset=utf-8,", "data:application/json;charset=utf-8,")
+            inside = ("#", "data:image/png;base64,") + offered * ("download" in attrs)
             assert value.startswith(inside), f"{tag} {name}={value[:40]}"
     assert not any("src" in attrs for attrs in page.all("script"))
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
@@ -112,7 +116,7 @@ def test_the_page_leads_nowhere_outside_itself(page):
 
 def test_every_picture_decodes_to_its_stated_size_and_says_what_it_shows(page):
     images = page.all("img")
-    assert len(images) == 2 + 2 + 2 + 2 + 1 + 1  # charts, effects, grids, trajectories, gap, curve
+    assert len(images) == 2 + 2 + 3 + 1 + 1  # charts, grids, trajectories and a film, gap, curve
     dark = 0
     for attrs in images:
         picture = Image.open(io.BytesIO(base64.b64decode(attrs["src"].split(",")[1])))
@@ -124,7 +128,7 @@ def test_every_picture_decodes_to_its_stated_size_and_says_what_it_shows(page):
         assert attrs["media"] == "(prefers-color-scheme: dark)"
         Image.open(io.BytesIO(base64.b64decode(attrs["srcset"].split(",")[1]))).load()
         dark += 1
-    assert dark == 8  # all but the two sheets of images
+    assert dark == 6  # all but the sheets of images
 
 
 def test_all_contents_appear(page):
@@ -140,6 +144,8 @@ def test_links_of_the_contents_reach_their_sections(page):
     targets = [a["href"][1:] for a in page.all("a") if "download" not in a]
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids)) and set(targets) <= set(ids) and len(targets) == 10
+    sections = [attrs["id"] for attrs in page.all("section")]
+    assert [target for target in targets if target != "main"] == sections  # the contents list the sections in order
 
 
 def test_everything_given_is_escaped():
@@ -188,7 +194,7 @@ def test_bold_is_the_smallest_finite_mean_of_the_samplers(page):
 
 def test_the_corrections_have_a_row_each_with_relative_changes(page):
     head, *rows = page.cells[9:]
-    assert [cell.strip() for cell in head] == ["Correction", "NFE", "NFE without", "FD", "W2"]
+    assert [cell.split()[0] for cell in head] == ["Sampler", "NFE", "NFE", "FD", "W2"]
     shown = {cells[0].strip(): [cell.replace("\u2212", "-") for cell in cells[1:]] for cells in rows}
     assert shown["map corrected"] == ["3", "2", "-20.0 ± 2.0 %", "–"]  # FD 5.0 without, 1.0 ± 0.1 less with
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,15 +67,17 @@ DARK = Theme(
 )
 
 
-def chart(draw: Callable, caption: str, alt: str, *, size, remark: str = "") -> PageFigure:
+def chart(draw: Callable, caption: str, alt: str, *, size, remark: str = "", panels=(1, 1)) -> PageFigure:
     """Draw a chart on a transparent figure, once per theme.
 
     Args:
-        draw: ``draw(axes, theme)`` draws the data.
+        draw: ``draw(axes, theme)`` draws the data; it may return a function that is called with the axes once their
+            place in the figure is known. With several panels ``axes`` is an array ``[rows, columns]``.
         caption: the caption.
         alt: text for readers who do not see the chart.
         size: width and height in units of 100 pixels of the page.
         remark: a sentence below the caption.
+        panels: rows and columns of panels.
 
     Returns:
         The figure.
@@ -83,31 +85,83 @@ def chart(draw: Callable, caption: str, alt: str, *, size, remark: str = "") -> 
     from matplotlib import style
 
     with style.context("default"):  # settings of the caller do not change a page
-        pngs = [_png(draw, theme, size) for theme in (LIGHT, DARK)]
+        pngs = [_png(draw, theme, size, panels) for theme in (LIGHT, DARK)]
     return PageFigure(caption, alt, round(size[0] * 100), round(size[1] * 100), *pngs, remark)
 
 
-def _png(draw: Callable, theme, size) -> str:
+def _png(draw: Callable, theme, size, panels) -> str:
     """Return a chart in the colours of a theme as a PNG in base64."""
     from matplotlib.figure import Figure
 
     figure = Figure(size, layout="constrained", facecolor="none")
-    axes = figure.add_subplot(facecolor="none")
-    axes.tick_params(which="both", colors=theme.muted, labelsize=9, length=3)
-    axes.grid(True, color=theme.line, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set(visible=side in ("left", "bottom"), color=theme.line)
-    draw(axes, theme)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=theme.ink, fontsize=10)
-    handles, labels = axes.get_legend_handles_labels()
+    every = figure.subplots(*panels, squeeze=False, subplot_kw={"facecolor": "none"})
+    single = every.size == 1
+    for axes in every.flat:
+        axes.tick_params(which="both", colors=theme.muted, labelsize=9 if single else 7, length=3 if single else 2)
+        axes.grid(True, color=theme.line, linewidth=0.7)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items():
+            spine.set(visible=side in ("left", "bottom"), color=theme.line)
+    finish = draw(every[0, 0] if single else every, theme)
+    for axes in every.flat:
+        for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
+            label.set(color=theme.ink, fontsize=10 if single else 8)
+    handles, labels = every[0, 0].get_legend_handles_labels()
     if handles:
         style = {"frameon": False, "fontsize": 9, "labelcolor": theme.ink, "ncols": 2}
         figure.legend(handles, labels, loc="outside upper left", **style)
+    if finish is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        finish(every[0, 0])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200, facecolor="none", metadata={"Software": None})
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def place_labels(axes, points, labels, colours, *, size: float = 7.0) -> None:
+    """Write a label beside each point so that no label covers another label or a point.
+
+    Places to the right, left, above and below are tried, nearer places first; a thin line leads from a label that is
+    not next to its point.
+
+    Args:
+        axes: the axes of matplotlib, with final limits and place in the figure.
+        points: coordinates in units of the data ``[n, 2]``.
+        labels: the texts.
+        colours: the colours of the texts.
+        size: font size.
+    """
+    pixel = axes.figure.dpi / 72  # pixels per point of the font
+    at = axes.transData.transform(np.asarray(points, np.float64).reshape(-1, 2))
+    frame = axes.get_window_extent()
+    taken = [(x - 3 * pixel, y - 3 * pixel, x + 3 * pixel, y + 3 * pixel) for x, y in at]
+    meets = lambda a, b: a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    angles = np.deg2rad([0, 180, 90, 270, 35, -35, 145, -145, 65, -65, 115, -115])
+    for i in np.argsort(at[:, 1]):
+        width, height = 0.52 * size * len(labels[i]) * pixel, 1.25 * size * pixel
+        best = None
+        for radius in np.arange(5, 90, 6) * pixel:
+            for angle in angles:
+                centre = at[i] + radius * np.array([np.cos(angle), np.sin(angle)])
+                centre = centre + np.array([np.cos(angle) * width / 2, np.sin(angle) * height / 2])
+                box = (*(centre - (width / 2, height / 2)), *(centre + (width / 2, height / 2)))
+                inside = box[0] > frame.x0 and box[2] < frame.x1 and box[1] > frame.y0 and box[3] < frame.y1
+                if inside and not any(meets(box, other) for other in taken):
+                    best = (centre, box, radius)
+                    break
+            if best:
+                break
+        if best is None:  # no free place: above the point, over others
+            best = (at[i] + (0, height), (*at[i], *at[i]), 0)
+        centre, box, radius = best
+        taken.append(box)
+        line = {"arrowstyle": "-", "color": colours[i], "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 2}
+        axes.annotate(
+            labels[i], axes.transData.inverted().transform(at[i]), axes.transData.inverted().transform(centre),
+            color=colours[i], fontsize=size, ha="center", va="center",
+            arrowprops=line if radius > 6 * pixel else None,
+        )  # fmt: skip
 
 
 def value_scale(axes, values, *, log: bool = False) -> None:
@@ -147,6 +201,21 @@ def contact_sheet(images: np.ndarray, columns: int | None, caption: str, alt: st
     return PageFigure(
         caption, alt, sheet.shape[1], sheet.shape[0], base64.b64encode(png_bytes(sheet)).decode(), None, remark
     )
+
+
+def strip(frames: Sequence[np.ndarray], caption: str) -> PageFigure:
+    """Return pictures side by side, of which the page shows one at a time.
+
+    Args:
+        frames: pictures of one size, uint8 ``[H, W, 3]``.
+        caption: the caption.
+
+    Returns:
+        The figure; width and height are of one picture.
+    """
+    height, width = frames[0].shape[:2]
+    data = base64.b64encode(png_bytes(np.concatenate(frames, 1))).decode()
+    return PageFigure(caption, f"{len(frames)} times side by side: {caption}.", width, height, data)
 
 
 def escaped(text: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fmjax.data import Dataset
 from fmjax.experiments import comparison, drawing, networks, pages, pushes
+from fmjax.experiments.compared import draw_samples
 from fmjax.experiments.drawing import Draws
 from fmjax.experiments.networks import Plans
 from fmjax.experiments.results import Result, page_record, write_page
@@ -75,7 +76,7 @@ def _samples_stage(
     fields,
     needs: Sequence[str],
 ) -> Stage:
-    """Return the stage that draws the samples of all samplers; its value is ``(samples, costs, models)``."""
+    """Return the stage that draws the samples of all samplers; its value is ``Drawn``."""
 
     def check() -> None:
         models = pushes.with_stand_ins(networks.shapes(settings, plans), names, data)
@@ -85,10 +86,9 @@ def _samples_stage(
     def run(results: dict[str, Result], folder: Path) -> Result:
         models, identity = _networks(settings, plans, results)
         models = pushes.add(models, results[pushes.STAGE].value if pushes.STAGE in results else {})
-        drawn = comparison.draw_all(names, models, draws, directory=folder, identity=identity)
-        costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
-        summary = f"{len(drawn)} samplers x {draws.seeds} runs x {draws.samples} samples"
-        return Result((drawn, costs, models), identity, summary)
+        drawn = draw_samples(names, models, draws, directory=folder, identity=identity)
+        summary = f"{len(drawn.x)} samplers x {draws.seeds} runs x {draws.samples} samples"
+        return Result(drawn, identity, summary)
 
     size = lambda: 4 * len(names) * draws.seeds * draws.samples * math.prod(plans[FLOW].data.shape)
     return Stage("samples", tuple(needs), fields, check, run, lambda results, folder: None, size=size, derived=True)

@@ -12,7 +12,7 @@ import numpy as np
 from fmjax import metrics
 from fmjax.checks import Refusal
 from fmjax.data import Dataset, Examples
-from fmjax.experiments import build, drawing, pushes, report, samplers, specs, workdir
+from fmjax.experiments import build, drawing, pushes, report, samplers, specs, stored, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.report import Row, Verdict
 from fmjax.experiments.samplers import FLOW_MAP, NOISE, PUSH, Sampler
@@ -135,10 +135,24 @@ def draw_all(names: Sequence[Sampler], models: Models, draws: Draws, *, director
     drawn = {}
     with logs.bar("samples", len(names), unit="sampler") as progress:
         for sampler in names:
-            name = identity + pushes.push_identity(models.params.get(PUSH, {}), sampler)
-            drawn[sampler.name] = drawing.draw(sampler, models, draws, directory=directory, identity=name)
+            what = sample_identity(sampler, models, identity)
+            drawn[sampler.name] = stored.draw(sampler, models, draws, directory=directory, identity=what)
             progress.update()
     return drawn
+
+
+def sample_identity(sampler: Sampler, models: Models, identity: str) -> str:
+    """Return the digest of the parameters that the samples of a sampler depend on, with a fitted push.
+
+    Args:
+        sampler: the sampler.
+        models: the networks.
+        identity: digest of the parameters of the networks.
+
+    Returns:
+        The digest.
+    """
+    return identity + pushes.push_identity(models.params.get(PUSH, {}), sampler)
 
 
 def training_runs(data: Dataset, draws: Draws) -> np.ndarray:
@@ -158,35 +172,32 @@ def training_runs(data: Dataset, draws: Draws) -> np.ndarray:
 
 def compare(
     names: Sequence[Sampler],
-    drawn: Mapping[str, np.ndarray],
+    each: Mapping[str, Mapping[str, list[float]]],
     costs: Mapping[str, Any],
-    distances: Sequence[Metric],
-    floor: np.ndarray,
+    floor: Mapping[str, list[float]],
 ) -> tuple[list[Row], list[Verdict]]:
-    """Measure all samplers.
+    """Compare all samplers.
 
     Args:
         names: the samplers.
-        drawn: samples ``[seeds, samples, ...]`` by name of the sampler.
+        each: one value per run by metric by name of the sampler (``measure_all``).
         costs: costs by name of the sampler.
-        distances: the metrics.
-        floor: training examples ``[seeds, samples, ...]``.
+        floor: the same of training examples in place of samples (``measure``).
 
     Returns:
         A row for each sampler and for the training data (mean and standard error over runs), and a verdict on each
         correction by each metric.
     """
-    each = {name: measure(x, distances) for name, x in drawn.items()}
     summary = lambda values: {m: mean_se(v) for m, v in values.items()}
     rows = [
         Row(s.name, s.family, costs[s.name].nfe, costs[s.name].corrections, summary(each[s.name]), s.by == NOISE)
         for s in names
     ]
-    rows.append(Row("training data", report.REFERENCE, 0, 0, summary(measure(floor, distances))))
+    rows.append(Row("training data", report.REFERENCE, 0, 0, summary(floor)))
     verdicts = [
-        report.verdict(s.name, s.baseline, m.name, each[s.name][m.name], each[s.baseline][m.name])
+        report.verdict(s.name, s.baseline, m, each[s.name][m], each[s.baseline][m])
         for s in names
-        for m in distances
+        for m in each[s.name]
         if s.baseline
     ]
     return rows, verdicts
@@ -206,6 +217,19 @@ def measure(x: np.ndarray, distances: Sequence[Metric]) -> dict[str, list[float]
     return {m.name: [m.distance(a) if ok else float("inf") for a, ok in zip(x, finite, strict=True)] for m in distances}
 
 
+def measure_all(drawn: Mapping[str, np.ndarray], distances: Sequence[Metric]) -> dict[str, dict[str, list[float]]]:
+    """Return every distance of every run of every sampler.
+
+    Args:
+        drawn: samples ``[runs, samples, ...]`` by name of the sampler.
+        distances: the metrics.
+
+    Returns:
+        One value per run by metric by name of the sampler.
+    """
+    return {name: measure(x, distances) for name, x in drawn.items()}
+
+
 def best_lines(rows: Sequence[Row]) -> list[str]:
     """Return one sentence per metric: the best sampler, its cost, and the floor.
 
@@ -222,42 +246,6 @@ def best_lines(rows: Sequence[Row]) -> list[str]:
             control = ", control without corrector" if least.control else ""
             value, real = report.plus_minus(*least.distances[metric]), report.plus_minus(*limit)
             sentences.append(f"Best {metric} {value}: {least.name} (NFE {least.nfe}{control}); real data {real}.")
-    return sentences
-
-
-def recommendations(
-    names: Sequence[Sampler], drawn: Mapping[str, np.ndarray], validation: Sequence[Metric], test: Sequence[Metric]
-) -> list[str]:
-    """Return one sentence per plain sampler that has several corrections: which one to use first, and what it changes.
-
-    The correction is chosen by distances to validation examples (the least mean rank over all of them) among the plain
-    sampler, its corrections and their controls; the changes are of distances to test examples, paired over runs.
-
-    Args:
-        names: the samplers.
-        drawn: samples ``[runs, samples, ...]`` by name of the sampler.
-        validation: distances to validation examples.
-        test: distances to test examples.
-
-    Returns:
-        The sentences.
-    """
-    sentences = []
-    for plain in (s for s in names if not s.at):
-        same = [s for s in names if s.at and (s.solver, s.steps, s.grid) == (plain.solver, plain.steps, plain.grid)]
-        if len(same) < 2:
-            continue
-        each = [np.mean(list(measure(drawn[s.name], validation).values()), 1) for s in (plain, *same)]
-        ranks = np.argsort(np.argsort(each, 0, kind="stable"), 0).mean(1)
-        best = (plain, *same)[int(np.argmin(ranks))]
-        first = f"Chosen on validation examples among {len(same)} corrections and controls of {plain.name}"
-        if best is plain:
-            sentences.append(f"{first}: none, use {plain.name} as it is.")
-            continue
-        values = [measure(drawn[s.name], test) for s in (best, plain)]
-        changes = [report.verdict(best.name, plain.name, m.name, *(v[m.name] for v in values)) for m in test]
-        words = "; ".join(report.verdict_words(v) for v in changes)
-        sentences.append(f"{first}: {best.name}. On test examples {words}.")
     return sentences
 
 

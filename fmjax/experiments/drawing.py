@@ -1,32 +1,27 @@
 """Draw samples of trained networks: one implementation for all commands and for the benchmarks.
 
-``program`` returns the jitted function of a ``Sampler``; ``draw`` runs the function in chunks for every seed and stores
-the samples, with a digest for each file.
+``program`` returns the jitted function of a ``Sampler``; ``stored.draw`` runs the function in chunks for every seed and
+stores the samples.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from fmjax import correction, paths, sampling
 from fmjax.checks import Refusal
-from fmjax.experiments import build, records, samplers, specs
+from fmjax.experiments import build, samplers, specs
 from fmjax.experiments.samplers import FLOW, FLOW_MAP, Sampler, corrector_factory, push_key, time_grid
 from fmjax.keys import as_keys, fold_in, from_seed
 from fmjax.sampling import grids
 from fmjax.sources import Source, gaussian_noise
-from fmjax.storage import files, lock
 from fmjax.types import Cond, Costed, FlowMapFn, Method, Multistep, Params, over_batch
 
 CHUNK = 512  # examples per call of a program; no sample depends on this number
@@ -237,38 +232,6 @@ def check_sampler(sampler: Sampler, models: Models, *, cond: Cond = None) -> Non
         raise ValueError(f"{'corrections' if sampler.at else 'samplers'}[{sampler.name!r}]: {error}") from error
 
 
-def draw(sampler: Sampler, models: Models, draws: Draws, *, directory: Path, identity: str) -> np.ndarray:
-    """Draw the samples of a sampler, or read the samples that ``directory`` already holds.
-
-    One file per seed; a file with a wrong digest is drawn again. Each of several processes draws a part of the seeds,
-    and every process reads all files.
-
-    Args:
-        sampler: the sampler.
-        models: the networks.
-        draws: how many samples, and from which keys.
-        directory: folder of the stored samples.
-        identity: digest of everything else that the samples depend on, such as the parameters.
-
-    Returns:
-        Samples ``[seeds, samples, ...]``, float32.
-    """
-    cond = jax.tree.map(np.asarray, draws.cond)
-    what = [sampler.fields(), draws.samples, draws.seed, identity, hash_arrays(cond)]
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=files.as_json).encode()).hexdigest()[:12]
-    folder = directory / f"{files.slug(sampler.name)}-{digest}"
-    run, begun = functools.cache(lambda: program(sampler, models)), folder.exists()
-    for i in range(jax.process_index(), draws.seeds, jax.process_count()):
-        if _read(folder / f"{i}.npy", f"{digest} {i}", begun) is None:
-            lock.check_owned()
-            folder.mkdir(parents=True, exist_ok=True)
-            content = f"{digest} {i}"
-            files.write_array(folder / f"{i}.npy", _of_seed(run(), models, draws, i, cond), content=content)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"samples {digest}")
-    return np.stack([files.read_array(folder / f"{i}.npy", content=f"{digest} {i}") for i in range(draws.seeds)])
-
-
 def in_chunks(function: Callable[..., Any], *rows: Any, size: int = CHUNK) -> Any:
     """Apply a function to rows ``[n, ...]`` in chunks and join the results on the host.
 
@@ -344,21 +307,6 @@ def hash_arrays(tree: Any) -> str:
     for leaf in leaves:
         data.update(f"{leaf.dtype}{leaf.shape}".encode() + np.ascontiguousarray(leaf).tobytes())
     return data.hexdigest() if leaves else ""
-
-
-def _of_seed(run, models: Models, draws: Draws, i: int, cond: Cond) -> np.ndarray:
-    keys = sample_keys(draws.seed, i, draws.samples)
-    return in_chunks(lambda keys, cond: run(models.params, keys, cond), keys, cond)
-
-
-def _read(path: Path, content: str, begun: bool) -> np.ndarray | None:
-    """Return the samples of a seed; ``None`` where the file is missing or damaged, which is said."""
-    try:
-        return files.read_array(path, content=content)
-    except files.DamagedFile as error:
-        if begun:
-            records.tell(error.path, error.problem, "drawn again")
-        return None
 
 
 def _training_free(sampler: Sampler, models: Models, params, options: dict[str, Any]):

@@ -1,4 +1,4 @@
-"""The effect of each correction: one row of a table, one dot of a chart, and the table of distances as CSV."""
+"""The effect of each correction: one row of a table, one dot on an axis, and the table of distances as CSV."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from fmjax.experiments import charts
-from fmjax.experiments.charts import PageFigure
+from fmjax.experiments.contents import Verdict
 from fmjax.experiments.figures import Row
 
 SMALL = 0.01  # relative changes below this are shown in grey
@@ -43,39 +42,63 @@ class Effect(NamedTuple):
     changes: dict[str, Change]
 
 
-def effects(verdicts: Sequence, rows: Mapping[str, Row]) -> list[Effect]:
+class Dot(NamedTuple):
+    """A dot with its interval of two standard errors, in percent of the length of an axis.
+
+    Attributes:
+        at: the change.
+        low: the lower end of the interval.
+        high: the upper end of the interval.
+        zero: no change.
+    """
+
+    at: float
+    low: float
+    high: float
+    zero: float
+
+
+def effects(verdicts: Sequence[Verdict], rows: Mapping[str, Row]) -> list[Effect]:
     """Return the effect of each correction, in the order of the verdicts; controls (noise alone) are last.
 
     Args:
-        verdicts: the verdicts of a report (``report.Verdict``).
+        verdicts: the verdicts of a report.
         rows: the rows of the table by name.
 
     Returns:
         One effect for each pair of a corrected sampler and its baseline.
 
-    >>> from fmjax.experiments.report import Verdict
     >>> rows = {n: Row(n, "rk4", 4, 0, {"W2": (d, 0.01)}) for n, d in (("plain", 0.5), ("fixed", 0.4))}
     >>> effects([Verdict("fixed", "plain", "W2", -0.1, 0.02, "helps")], rows)[0].changes
     {'W2': Change(relative=-0.2, error=0.04, kind='helps')}
     """
     pairs: dict[tuple[str, str], dict[str, Change]] = {}
     for v in verdicts:
-        pairs.setdefault((v.name, v.baseline), {})[v.metric] = _change(v, rows[v.baseline].distances[v.metric][0])
+        pairs.setdefault((v.name, v.baseline), {})[v.metric] = change(v, rows[v.baseline].distances[v.metric][0])
     result = [Effect(rows[name], rows[baseline], changes) for (name, baseline), changes in pairs.items()]
     return sorted(result, key=lambda effect: effect.row.control)
 
 
-def _change(v, level: float) -> Change:
+def change(v: Verdict, level: float) -> Change:
+    """Return the relative change that a verdict is about.
+
+    Args:
+        v: the verdict.
+        level: the distance of its baseline.
+
+    Returns:
+        The change.
+    """
     relative, error = (v.difference / level, v.se / level) if level > 0 else (math.nan, math.nan)
     seen = v.verdict != "no difference seen" and not abs(relative) < SMALL
     return Change(relative, error, v.verdict if seen else "none")
 
 
-def percent(change: Change) -> str:
+def percent(c: Change) -> str:
     """Return a change in words: ``−12.5 ± 1.3 %``.
 
     Args:
-        change: the change.
+        c: the change.
 
     Returns:
         The text; ``n/a`` for a change that is not a number.
@@ -83,46 +106,50 @@ def percent(change: Change) -> str:
     >>> percent(Change(-0.125, 0.013, "helps")), percent(Change(0.001, float("nan"), "none"))
     ('−12.5 ± 1.3 %', '+0.1 %')
     """
-    if not math.isfinite(change.relative):
+    if not math.isfinite(c.relative):
         return "n/a"
-    error = f" ± {100 * change.error:.1f}" if math.isfinite(change.error) else ""
-    return f"{100 * change.relative:+.1f}{error} %".replace("-", "−")
+    error = f" ± {100 * c.error:.1f}" if math.isfinite(c.error) else ""
+    return f"{100 * c.relative:+.1f}{error} %".replace("-", "−")
 
 
-def effect_chart(metric: str, every: Sequence[Effect]) -> PageFigure | None:
-    """Draw one dot per correction: the relative change of a distance, with an interval of two standard errors.
+def axis(metric: str, every: Sequence[Effect]) -> tuple[float, float]:
+    """Return the ends of the axis on which the dots of a distance lie.
 
     Args:
         metric: the distance.
         every: the effects.
 
     Returns:
-        The figure; ``None`` where no correction has a finite change of the metric.
+        The least and the largest relative change with two standard errors, and 0; within -1 and 1.
     """
-    shown = [e for e in every if metric in e.changes and math.isfinite(e.changes[metric].relative)]
-    if not shown:
+    ends = [0.0]
+    for e in every:
+        if metric in e.changes and math.isfinite(e.changes[metric].relative):
+            c = e.changes[metric]
+            ends += [c.relative - 2 * _error(c), c.relative + 2 * _error(c)]
+    low, high = max(-1.0, min(ends)), min(1.0, max(ends))
+    margin = 0.04 * (high - low) or 0.01
+    return low - margin, high + margin
+
+
+def dot(c: Change, ends: tuple[float, float]) -> Dot | None:
+    """Return where the dot of a change lies on an axis.
+
+    Args:
+        c: the change.
+        ends: the ends of the axis.
+
+    Returns:
+        Places in percent of the axis; ``None`` for a change that is not a number. A dot beyond an end lies at the end.
+    """
+    if not math.isfinite(c.relative):
         return None
+    place = lambda v: round(100 * (min(max(v, ends[0]), ends[1]) - ends[0]) / (ends[1] - ends[0]), 2)
+    return Dot(place(c.relative), place(c.relative - 2 * _error(c)), place(c.relative + 2 * _error(c)), place(0.0))
 
-    def draw(axes, theme):
-        colour = {"helps": theme.colours[2], "harms": theme.colours[4], "none": theme.muted}
-        for place, effect in enumerate(shown):
-            change = effect.changes[metric]
-            error = 200 * change.error if math.isfinite(change.error) else 0.0
-            fill = "none" if effect.row.control else colour[change.kind]
-            style = {"color": colour[change.kind], "fmt": "o", "markersize": 5, "capsize": 2.5, "markerfacecolor": fill}
-            axes.errorbar(100 * change.relative, place, xerr=error, **style)
-        axes.axvline(0, color=theme.muted, linewidth=1)
-        names = [charts.escaped(f"{e.row.name} ({e.row.nfe})") for e in shown]
-        axes.set_yticks(range(len(shown)), names, fontsize=8)
-        axes.invert_yaxis()
-        axes.set(xlabel=f"change of {charts.escaped(metric)} in %, ± 2 standard errors")
 
-    words = "; ".join(f"{e.row.name} {percent(e.changes[metric])}" for e in shown)
-    size = (6.8, 1.1 + 0.27 * len(shown))
-    remark = (
-        "Left of the line is better. In brackets: NFE. Hollow: noise alone. Grey: no significant change, or below 1 %."
-    )
-    return charts.chart(draw, f"Effect of corrections on {metric}", f"{words}.", size=size, remark=remark)
+def _error(c: Change) -> float:
+    return c.error if math.isfinite(c.error) else 0.0
 
 
 def as_csv(rows: Sequence[Row]) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fmjax.data import in_memory
+from fmjax.data import Dataset, in_memory
 from fmjax.experiments import assemble, build, comparison, drawing, networks, pushes, report, workdir
+from fmjax.experiments.compared import Drawn, compare_drawn, draw_samples
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.results import curves
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler
@@ -42,7 +43,7 @@ def main(settings: Settings, path: Path) -> None:
     workdir.network_folder(path)
     if jax.process_index() == 0:
         held = _in_memory_data(data, settings)
-        metrics = comparison.distances(settings, held, held.test)
+        comparison.distances(settings, held, held.test)
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
     drift, shape = any(s.by == DRIFT for s in names), tuple(data.train.x.shape[1:])
     models, identity, step = networks.load_models(settings, path, drift=drift, shape=shape)
@@ -50,29 +51,22 @@ def main(settings: Settings, path: Path) -> None:
     for sampler in names:
         drawing.check_sampler(sampler, pushes.with_stand_ins(models, names, data), cond=draws.cond)
     models = pushes.add(models, pushes.fit_all(settings, data, names, models, path / pushes.STAGE))
-    drawn = comparison.draw_all(names, models, draws, directory=path / "draws", identity=identity)
+    drawn = draw_samples(names, models, draws, directory=path / "draws", identity=identity)
     if jax.process_index() == 0:
-        _write(settings, path, held, metrics, drawn, names, models, step)
+        _write(settings, path, held, names, drawn, step)
     sharding.barrier("evaluation")
 
 
-def _write(settings: Settings, path: Path, data, metrics, drawn, names, models: Models, step: int) -> None:
-    """Compare the samples, write ``evaluation.json`` and ``evaluation.html``, and print the rows."""
+def _write(settings: Settings, path: Path, data: Dataset, names: list[Sampler], drawn: Drawn, step: int) -> None:
+    """Compare the samples, write ``evaluation.json`` and ``evaluation.html``, and print the rows and the summary."""
     draws = comparison.draws_of(settings, data)
-    costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
-    rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
+    page = compare_drawn(settings, data, draws, names, drawn, path)
     facts = {"step of the flow": str(step), "guidance": str(settings.common.guidance)}
-    facts |= comparison.facts(settings, data, metrics) | pushes.push_facts(models, names)
-    record = comparison.as_record(rows, verdicts) | {"step": step, "environment": workdir.environment()}
-    files.write_json(path / "evaluation.json", record)
-    grids = comparison.source_grid(models, draws) | comparison.grids(data, drawn)
-    contents = report.Contents(
-        title=f"fmjax: {data.name}", summary=comparison.best_lines(rows), rows=rows, verdicts=verdicts,
-        grids=grids, trajectories={}, curves=curves(path, [FLOW]), gaps={}, facts=facts,
-        notes=comparison.notes(metrics),
-    )  # fmt: skip
+    facts |= page.contents.facts | pushes.push_facts(drawn.models, names)
+    files.write_json(path / "evaluation.json", page.record | {"step": step, "lines": page.lines})
+    contents = page.contents._replace(curves=curves(path, [FLOW]), facts=facts)
     report.write_report(path / "evaluation.html", contents)
-    for line in comparison.row_lines(rows):
+    for line in [*comparison.row_lines(contents.rows), *page.lines]:
         print(line)
     print(f"open {path / 'evaluation.html'}")
 

@@ -11,11 +11,8 @@ import numpy as np
 
 from fmjax.experiments import charts
 from fmjax.experiments.charts import PageFigure
-from fmjax.storage.images import check_finite_values
 
 REFERENCE = "data"  # the family of rows of training data, which show the floor of a distance
-COLUMNS = 16  # times shown of a trajectory
-LINES = 16  # series or vectors drawn in one picture
 
 
 class Row(NamedTuple):
@@ -59,13 +56,33 @@ def _base(family: str) -> str:
     return family.split(" + ")[0]
 
 
-def distance_chart(metric: str, rows: Sequence[Row], alt: str) -> PageFigure:
+def point_labels(rows: Sequence[Row]) -> dict[str, str]:
+    """Return a short label for the point of each sampler in a chart.
+
+    Args:
+        rows: the rows of the table.
+
+    Returns:
+        The name without the family, or of a corrected sampler without the name of the plain sampler.
+
+    >>> plain = Row("rk4, 8 steps", "rk4", 32, 0, {})
+    >>> point_labels([plain, Row("rk4, 8 steps, score at 8", "rk4 + corrections", 33, 1, {})])
+    {'rk4, 8 steps': '8 steps', 'rk4, 8 steps, score at 8': 'score at 8'}
+    """
+    plain = sorted((r.name for r in rows if r.family == _base(r.family)), key=len, reverse=True)
+    heads = lambda row: [row.family] if row.family == _base(row.family) else plain
+    short = lambda row: next((row.name[len(h) + 2 :] for h in heads(row) if row.name.startswith(f"{h}, ")), row.name)
+    return {row.name: short(row) for row in rows if row.family != REFERENCE}
+
+
+def distance_chart(metric: str, rows: Sequence[Row], alt: str, *, labelled: bool = False) -> PageFigure:
     """Draw a chart of one distance against NFE, one line per family.
 
     Args:
         metric: the distance.
         rows: the rows of the table, in order.
         alt: text for readers who do not see the chart.
+        labelled: draw a larger chart with a label at every point.
 
     Returns:
         The figure; the training data are a horizontal line with a band of one standard error.
@@ -99,8 +116,16 @@ def distance_chart(metric: str, rows: Sequence[Row], alt: str) -> PageFigure:
         axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
         axes.minorticks_off()
         axes.set(xlabel="NFE (network evaluations per sample)", ylabel=charts.escaped(metric))
+        if not labelled:
+            return None
+        axes.margins(x=0.1, y=0.12)
+        shown = [row for row in rows if row.family != REFERENCE]
+        names = point_labels(rows)
+        words = [charts.escaped(names[row.name]) for row in shown]
+        inks = [theme.colours[colour[row.family]] for row in shown]
+        return lambda axes: charts.place_labels(axes, [(r.nfe, r.distances[metric][0]) for r in shown], words, inks)
 
-    return charts.chart(draw, metric, alt, size=(4.6, 3.7))
+    return charts.chart(draw, metric, alt, size=(7.0, 5.2) if labelled else (4.6, 3.7))
 
 
 def loss_chart(name: str, step, loss) -> PageFigure:
@@ -179,85 +204,6 @@ def _over_time(lines: dict[str, Sequence], caption: str, label: str, what: str) 
     return charts.chart(draw, caption, f"Chart of {what} against time: {ends}.", size=(6.4, 3.6))
 
 
-def sample_figure(caption: str, x: np.ndarray, clouds: Sequence[np.ndarray]) -> PageFigure:
-    """Draw samples by their kind.
-
-    Args:
-        caption: the caption.
-        x: images ``[n, H, W, C]`` as a grid, points ``[n, 2]`` as a scatter plot, series ``[n, L, C]`` and vectors
-            ``[n, d]`` as lines.
-        clouds: all sets of points of a page, which are drawn in the same frame.
-
-    Returns:
-        The figure.
-    """
-    if x.ndim == 4:
-        n, height, width = x.shape[:3]
-        return charts.contact_sheet(
-            x, None, caption, f"{n} samples of {width} by {height} pixels in a grid: {caption}."
-        )
-    if x.ndim == 3 or x.shape[1] != 2:
-        return _lines(caption, x)
-    # The same frame for all sets of points, so that they can be compared; a few outliers do not change the frame.
-    low, high = (np.array([np.percentile(c, q, axis=0) for c in clouds]) for q in (1, 99))
-    low, high = low.min(0), high.max(0)
-    margin = 0.15 * (high - low).max() or 1.0
-
-    def draw(axes, theme):
-        axes.scatter(*x.T, s=5, color=theme.colours[1], alpha=0.5, linewidths=0)
-        axes.set_aspect("equal")
-        axes.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
-
-    outside = int(((x < low - margin) | (x > high + margin)).any(1).sum())
-    remark = f"{outside} of {len(x)} points lie outside the frame." if outside else ""
-    return charts.chart(draw, caption, f"Scatter plot of {len(x)} points: {caption}.", size=(4, 4), remark=remark)
-
-
-def _lines(caption: str, x: np.ndarray) -> PageFigure:
-    """Draw series with one line per example and one colour per channel; vectors as series over their entries."""
-    series, vectors = (x[..., None], True) if x.ndim == 2 else (x, False)
-    n, length, channels = series.shape
-
-    def draw(axes, theme):
-        for channel in range(min(channels, len(theme.colours))):
-            paint = theme.colours[channel]
-            marker = {"marker": "o", "markersize": 2.5} if vectors and length <= 64 else {}
-            axes.plot(series[:LINES, :, channel].T, color=paint, alpha=0.35, linewidth=0.9, **marker)
-        axes.set(xlabel="entry" if vectors else "time step")
-
-    what = f"vectors of {length} entries" if vectors else f"series of {length} steps and {channels} channels"
-    remark = f"The first {LINES} of {n}." if n > LINES else ""
-    return charts.chart(draw, caption, f"{n} {what} as lines: {caption}.", size=(4.6, 3.0), remark=remark)
-
-
-def trajectory_figure(caption: str, x: np.ndarray) -> PageFigure:
-    """Draw trajectories by the kind of the examples.
-
-    Args:
-        caption: the caption.
-        x: images ``[T, n, H, W, C]`` as a grid with one example per row, or points ``[T, n, 2]`` as lines in the plane.
-
-    Returns:
-        The figure.
-    """
-    times, n = x.shape[:2]
-    if x.ndim == 5:
-        keep = np.unique(np.linspace(0, times - 1, min(times, COLUMNS)).round().astype(int))
-        alt = f"{n} trajectories, one per row, at {len(keep)} times from left to right: {caption}."
-        thinned = f"; {len(keep)} of {times} times" if len(keep) < times else ""
-        remark = f"One example per row, time from left to right{thinned}."
-        return charts.contact_sheet(x[keep].swapaxes(0, 1).reshape(-1, *x.shape[2:]), len(keep), caption, alt, remark)
-
-    def draw(axes, theme):
-        axes.plot(*x.transpose(2, 0, 1), color=theme.muted, alpha=0.35, linewidth=0.8)
-        for i, label in ((0, "start"), (-1, "end")):
-            axes.scatter(*x[i].T, s=10, color=theme.colours[i], zorder=3, linewidths=0, label=label)
-        axes.set_aspect("equal", adjustable="datalim")
-
-    alt = f"{n} trajectories of {times} points as lines in the plane: {caption}."
-    return charts.chart(draw, caption, alt, size=(4.8, 4.8))
-
-
 def moving_mean(y: np.ndarray, half: int) -> np.ndarray:
     """Return the moving mean of a series.
 
@@ -271,34 +217,3 @@ def moving_mean(y: np.ndarray, half: int) -> np.ndarray:
     i, total = np.arange(len(y)), np.concatenate([[0.0], np.cumsum(y)])
     low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(y))
     return (total[high] - total[low]) / (high - low)
-
-
-def check_rows(name: str, x: np.ndarray) -> None:
-    """Refuse an array that is neither vectors nor series of finite values.
-
-    Args:
-        name: name of the array, for messages.
-        x: the array, ``[n, d]`` or ``[n, L, C]``.
-
-    Raises:
-        ValueError: another shape, or non-finite values.
-    """
-    if x.ndim not in (2, 3) or 0 in x.shape:
-        raise ValueError(f"{name}={list(x.shape)}: not a kind of samples. Give [n, d], [n, L, C] or [n, H, W, C].")
-    check_finite_values(name, x)
-
-
-def check_points(name: str, x: np.ndarray, shape: str) -> None:
-    """Refuse an array that does not hold finite points in the plane.
-
-    Args:
-        name: name of the array, for messages.
-        x: the array, ``[..., 2]``.
-        shape: the expected shape in words, for messages.
-
-    Raises:
-        ValueError: another shape, or non-finite values.
-    """
-    if x.shape[-1] != 2 or 0 in x.shape:
-        raise ValueError(f"{name} has shape {list(x.shape)}; points are {shape}, images have a channel axis of 1 or 3")
-    check_finite_values(name, x)

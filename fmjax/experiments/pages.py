@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from fmjax import correction
 from fmjax.data import Dataset
-from fmjax.experiments import comparison, drawing, pushes, report, samplers, workdir
+from fmjax.experiments import comparison, drawing, pushes, report, samplers, spending, workdir
+from fmjax.experiments.compared import Drawn, Page, compare_drawn
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.results import Result, curves, parameter_counts
 from fmjax.experiments.samplers import FLOW_MAP, Sampler
@@ -19,7 +19,7 @@ from fmjax.experiments.settings import Settings
 from fmjax.metrics import mean_se, sliced_w2
 from fmjax.sampling import grids
 
-ROWS = 8  # number of trajectories shown
+ROWS = {"image": 8, "points": 128}  # number of trajectories shown, by kind of data
 DRAWN = ("image", "points")  # kinds of data whose trajectories are shown
 NOTES = [
     "Forward marginals p_n start at the source and follow the flow; backward marginals q_n start at the training "
@@ -27,20 +27,6 @@ NOTES = [
     "Each correction is compared with its baseline by paired differences over runs.",
 ]
 CHOSEN = "Steps, alpha and beta were chosen on validation data with other noise than in the table."
-
-
-class Page(NamedTuple):
-    """A report and its numbers.
-
-    Attributes:
-        contents: the contents of the HTML page.
-        record: the same numbers as plain values.
-        lines: the summary, also printed by the command.
-    """
-
-    contents: report.Contents
-    record: dict[str, Any]
-    lines: list[str]
 
 
 def pipeline(
@@ -64,16 +50,13 @@ def pipeline(
     Returns:
         The page.
     """
-    drawn, costs, models = results["samples"].value
-    metrics = comparison.distances(settings, data, data.test)
-    rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
-    chosen = comparison.recommendations(names, drawn, comparison.distances(settings, data, data.validation), metrics)
-    lines = [*comparison.best_lines(rows), *chosen, *([report.count_line(verdicts)] if verdicts else [])]
-    facts, gaps, trajectories = comparison.facts(settings, data, metrics), {}, {}
-    record = comparison.as_record(rows, verdicts) | {"environment": workdir.environment()}
+    samples: Drawn = results["samples"].value
+    page, models = compare_drawn(settings, data, draws, names, samples, path), samples.models
+    trajectories: dict[str, np.ndarray] = {}
+    facts, record, gaps, marginals = dict(page.contents.facts), page.record, {}, {}
     networks = {name: params for name, params in models.params.items() if name in models.methods}
     facts["parameters"] = parameter_counts(networks)
-    spread = {"test data": np.asarray(data.test.x)} | {s.name: drawn[s.name] for s in names}
+    spread = {"test data": np.asarray(data.test.x)} | {s.name: samples.x[s.name] for s in names}
     record["variance"] = {name: _total_variance(x, data.train.x.shape[1:]) for name, x in spread.items()}
     facts["summed variance"] = "; ".join(f"{name}: {v:.3g}" for name, v in record["variance"].items())
     for name in settings.correctors:
@@ -91,22 +74,20 @@ def pipeline(
         facts["straightness defect"] = _numbers(straightness) + " along the grid"
         record["straightness"] = straightness
         record["gaps"] = {n: dict(zip(("t", "distance", "se"), gap, strict=True)) for n, gap in gaps.items()}
-        trajectories = (
-            {}
-            if data.kind not in DRAWN
-            else {
-                "forward: from the source along the flow": forward.x[:ROWS].swapaxes(0, 1),
-                "backward: from training data along the flow (source first)": backward.x[:ROWS].swapaxes(0, 1),
+        marginals = {"forward p_n and backward q_n": (forward.ts, *(np.asarray(m.x) for m in (forward, backward)))}
+        if data.kind in DRAWN:
+            shown = ROWS[data.kind]
+            trajectories = {
+                "forward: from the source along the flow": np.asarray(forward.x[:shown]).swapaxes(0, 1),
+                "backward: from training data along the flow (source first)": backward.x[:shown].swapaxes(0, 1),
             }
-        )
-    trajectories |= _jumps(names, models, draws) if data.kind in DRAWN else {}
-    grids = comparison.source_grid(models, draws) | comparison.grids(data, drawn)
-    contents = report.Contents(
-        title=f"fmjax: {data.name}", summary=lines, rows=rows, verdicts=verdicts, grids=grids,
-        trajectories=trajectories, curves=curves(path, results), gaps=gaps, facts=facts,
-        notes=[*comparison.notes(metrics), *NOTES],
+    trajectories |= _states(names, models, draws, ROWS[data.kind]) if data.kind in DRAWN else {}
+    contents = page.contents._replace(
+        trajectories=trajectories, curves=curves(path, results), gaps=gaps, facts=facts, marginals=marginals,
+        trainings=spending.trainings(path, results), notes=[*page.contents.notes, *NOTES],
+        command="python -m launch.pipeline --workdir=W",
     )  # fmt: skip
-    return Page(contents, record, lines)
+    return Page(contents, record, page.lines)
 
 
 def tuning(data: Dataset, choice: correction.Choice, metric: str, sampler: str, table, drawn, entry) -> report.Contents:
@@ -156,13 +137,13 @@ def tuning(data: Dataset, choice: correction.Choice, metric: str, sampler: str, 
     )
 
 
-def _jumps(names: Sequence[Sampler], models: Models, draws: Draws) -> dict[str, np.ndarray]:
+def _states(names: Sequence[Sampler], models: Models, draws: Draws, count: int) -> dict[str, np.ndarray]:
     """Return the states of the plain flow-map sampler with the most steps, for a few examples."""
     plain = [s for s in names if s.solver == FLOW_MAP and not s.at]
     if not plain:
         return {}
     longest = max(plain, key=lambda s: s.steps)
-    keys = drawing.sample_keys(draws.seed, 0, min(ROWS, draws.samples))
+    keys = drawing.sample_keys(draws.seed, 0, min(count, draws.samples))
     cond = drawing.first(draws.cond, len(keys))
     states = drawing.program(longest, models, trajectory=True)(models.params, keys, cond)
     return {longest.name: np.asarray(states)}

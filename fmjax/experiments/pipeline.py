@@ -38,7 +38,7 @@ def main(settings: Settings, path: Path) -> None:
     results, path = stages.run_checked(every, path, settings.config, line=f"data {data.name}: {describe_data(data)}")
     if jax.process_index() == 0:
         for line in results["comparison"].value:
-            print(f"      {line}")
+            print(line)
         print(f"done in {time.perf_counter() - began:.0f} s: open {path / 'report.html'}")
 
 

@@ -1,4 +1,4 @@
-"""Write a report: one self-contained HTML file with distances, verdicts, samples, trajectories and losses.
+"""Write a report: one self-contained HTML file with a recommendation, distances, verdicts, samples and costs.
 
 ``Contents`` holds the data and ``write_report`` writes the file. Equal contents give equal bytes. All figures are
 inside the file, so that the page opens without an internet connection.
@@ -6,78 +6,24 @@ inside the file, so that the page opens without an internet connection.
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 import math
 import os
 import urllib.parse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from fmjax.experiments import effects, figures
+from fmjax.experiments import effects, examples, figures, players, spending
 from fmjax.experiments.charts import DARK, LIGHT
+from fmjax.experiments.contents import VERDICTS, Contents, Verdict, check_contents
 from fmjax.experiments.figures import REFERENCE, Row
-from fmjax.storage import images
 from fmjax.storage.files import write_bytes
 
+LOOK = 16  # examples of the data and of the recommended sampler on the first screen
 # order of the rows; other families follow, and "data" is last
 FAMILIES = ("euler", "euler + corrections", "rk4", "rk4 + corrections", "flow map", "flow map + corrections")
-VERDICTS = ("helps", "no difference seen", "harms")
-
-
-class Verdict(NamedTuple):
-    """The comparison of a corrected sampler with the same sampler without the correction.
-
-    Attributes:
-        name: the corrected sampler.
-        baseline: the sampler without the correction.
-        metric: the distance.
-        difference: mean over seeds of the distance with the correction minus the distance without.
-        se: standard error of ``difference``.
-        verdict: one of ``VERDICTS``; a correction helps if the distance falls.
-    """
-
-    name: str
-    baseline: str
-    metric: str
-    difference: float
-    se: float
-    verdict: str
-
-
-class Contents(NamedTuple):
-    """The contents of a report; an empty part is left out of the page.
-
-    Attributes:
-        title: the title.
-        summary: sentences that are shown first.
-        rows: the rows of the table.
-        verdicts: the verdicts on corrections.
-        grids: examples by caption: images ``[n, H, W, C]`` in [-1, 1], points ``[n, 2]``, series or vectors.
-        trajectories: trajectories by caption: ``[T, n, H, W, C]`` (one example per row, time to the right) or
-            ``[T, n, 2]`` (lines).
-        curves: (step, loss) by stage.
-        gaps: (``t_n``, distance of ``p_n`` to ``q_n``, standard error or 0) by name of the line.
-        facts: text by name of the fact; long text is folded.
-        notes: sentences that are shown last.
-        influence: (``t_n``, distance, standard error or 0) by name of the line, for samples that are corrected only at
-            ``t_n``.
-    """
-
-    title: str
-    summary: list[str]
-    rows: list[Row]
-    verdicts: list[Verdict]
-    grids: dict[str, np.ndarray]
-    trajectories: dict[str, np.ndarray]
-    curves: dict[str, tuple[np.ndarray, np.ndarray]]
-    gaps: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
-    facts: dict[str, str]
-    notes: list[str]
-    influence: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
 
 def write_report(path: str | os.PathLike, contents: Contents) -> Path:
@@ -114,39 +60,69 @@ def render(contents: Contents) -> str:
     import jinja2
 
     rows = in_order(contents.rows)
+    by_name = {row.name: row for row in rows}
     metrics = list(dict.fromkeys(m for row in rows for m in row.distances))
     best = {m: best_row(rows, m) for m in metrics}
-    charts = [figures.distance_chart(m, rows, _chart_words(m, row)) for m, row in best.items() if row]
-    clouds = [x for x in contents.grids.values() if np.ndim(x) == 2 and np.shape(x)[1] == 2]
-    first = [row.name for row in list(best.values())[:1] if row and row.name in contents.grids]
-    look = [name for name in contents.grids if name in ("test data", *first)] if first else []
-    pictures = {name: figures.sample_figure(name, np.asarray(x), clouds) for name, x in contents.grids.items()}
-    every = effects.effects(contents.verdicts, {row.name: row for row in rows})
-    dots = [effects.effect_chart(m, every) for m in metrics]
+    drawn = [m for m, row in best.items() if row]
+    charts = [figures.distance_chart(m, rows, _chart_words(m, best[m]), labelled=m == drawn[0]) for m in drawn]
+    every = effects.effects(contents.verdicts, by_name)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.globals |= {"percent": effects.percent, "dot": effects.dot, "number": spending.number}
     template = (importlib.resources.files("fmjax.experiments") / "report.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(
-        title=contents.title,
+        c=contents,
         schemes=(LIGHT, DARK),
-        summary=contents.summary,
         metrics=metrics,
         rows=_table(rows, best),
-        look=[pictures[name] for name in look],
+        look=_look(contents, [best[m].name for m in drawn[:1]]),
         csv=urllib.parse.quote(effects.as_csv(rows)),
+        config=urllib.parse.quote(contents.config),
         charts=charts,
-        effects=every,
-        effect_charts=[chart for chart in dots if chart],
-        percent=effects.percent,
+        groups=[("", [e for e in every if not e.row.control]), ("noise alone", [e for e in every if e.row.control])],
+        axes={m: effects.axis(m, every) for m in metrics},
         count=count_line(contents.verdicts),
-        verdicts=_verdict_groups(contents.verdicts, {row.name: row for row in rows}),
-        grids=[picture for name, picture in pictures.items() if name not in look],
-        trajectories=[figures.trajectory_figure(name, np.asarray(x)) for name, x in contents.trajectories.items()],
-        curves=[figures.loss_chart(name, *curve) for name, curve in contents.curves.items()],
-        gaps=[figures.gap_chart(contents.gaps)] if contents.gaps else [],
-        influence=[figures.influence_chart(contents.influence)] if contents.influence else [],
-        facts=contents.facts,
-        notes=contents.notes,
+        verdicts=_verdict_groups(contents.verdicts, by_name),
+        costs=[(row.name, contents.costs[row.name]) for row in rows if row.name in contents.costs],
+        sections=_sections(contents),
+        players=[players.player(name, np.asarray(x)) for name, x in contents.trajectories.items()],
     )
+
+
+def _look(contents: Contents, best: Sequence[str]) -> list[figures.PageFigure]:
+    """Return a few test examples beside a few samples of the recommended sampler, else of the best one."""
+    shown = [name for name in ([contents.recommended] if contents.recommended else best) if name in contents.grids]
+    names = [name for name in ("test data", *shown) if name in contents.grids] if shown else []
+    grids = {name: np.asarray(contents.grids[name]) for name in names}
+    few = {name: x[:LOOK] if x.ndim == 4 else x for name, x in grids.items()}
+    return [examples.sample_figure(name, x, _clouds(few), few.get("test data")) for name, x in few.items()]
+
+
+def _clouds(grids: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    return [x for x in grids.values() if np.ndim(x) == 2 and np.shape(x)[1] == 2]
+
+
+def _sections(contents: Contents) -> list[tuple[str, str, str, list]]:
+    """Return the sections that hold figures alone: name of the anchor, heading, hint, figures."""
+    grids = {name: np.asarray(x) for name, x in contents.grids.items()}
+    clouds, data = _clouds(grids), grids.get("test data")
+    gaps = [figures.gap_chart(contents.gaps)] if contents.gaps else []
+    pairs = [(a, b) for a, b in contents.differences if grids[a].shape == grids[b].shape]
+    return [
+        ("samples", "Samples", "Samples of all samplers start from the same noise.",
+         [examples.sample_figure(name, x, clouds, data) for name, x in grids.items()]),
+        ("differences", "What corrections change", "Each sample with the correction minus the sample without it.",
+         [examples.difference_figure(a, b, grids[a], grids[b]) for a, b in pairs]),
+        ("neighbours", "Nearest training examples", "Samples that repeat a training example are much nearer to it than "
+         "test examples are to theirs.",
+         [examples.neighbour_figure(name, *values) for name, values in contents.neighbours.items()]),
+        ("marginals", "Marginals along t", "Forward marginals follow the flow from the source, backward marginals "
+         "follow it back from the data; they are the same for a perfect flow.",
+         [examples.marginal_figure(name, *values) for name, values in contents.marginals.items()] + gaps),
+        ("influence", "Effect of one correction", "",
+         [figures.influence_chart(contents.influence)] if contents.influence else []),
+        ("training", "Training", "Losses on a log axis: single values (faint) and a moving mean (solid).",
+         [figures.loss_chart(name, *curve) for name, curve in contents.curves.items()]),
+    ]  # fmt: skip
 
 
 def plus_minus(mean: float, se: float) -> str:
@@ -278,74 +254,6 @@ def verdict_words(v: Verdict) -> str:
     if v.verdict == "no difference seen":
         return f"{v.metric} differs by {plus_minus(v.difference, v.se)}"
     return f"{v.metric} is {'lower' if v.verdict == 'helps' else 'higher'} by {plus_minus(abs(v.difference), v.se)}"
-
-
-def check_contents(contents: Contents) -> None:
-    """Refuse contents that cannot be shown; nothing is drawn.
-
-    Args:
-        contents: what the report shows.
-
-    Raises:
-        ValueError: arrays of the wrong shape, images that are not finite, a verdict on a row that does not exist, or a
-            verdict against the sign of its difference.
-    """
-    rows: dict[str, Row] = {}
-    for row in contents.rows:
-        if row.name in rows:
-            raise ValueError(f"two rows are named {row.name!r}; verdicts refer to rows by name, so make names differ")
-        if row.corrections < 0 or row.nfe < (row.family != REFERENCE):
-            raise ValueError(
-                f"row {row.name!r} has nfe={row.nfe} and corrections={row.corrections}; a sampler needs nfe >= 1 and "
-                f"corrections >= 0, and only family {REFERENCE!r} has nfe=0"
-            )
-        for metric, (_, se) in row.distances.items():
-            if se < 0:
-                raise ValueError(
-                    f"row {row.name!r}, {metric}: the standard error {se} is negative; give 0, more, or nan"
-                )
-        rows[row.name] = row
-    for v in contents.verdicts:
-        _check_verdict(v, rows)
-    for caption, x in contents.grids.items():
-        if np.ndim(x) == 4:
-            images.check_pictures(f"grid {caption!r}", np.asarray(x), ndim=4)
-        else:
-            figures.check_rows(f"grid {caption!r}", np.asarray(x))
-    for caption, x in contents.trajectories.items():
-        if np.ndim(x) == 3:
-            figures.check_points(f"trajectory {caption!r}", np.asarray(x), "[T, n, 2]")
-        else:
-            images.check_pictures(f"trajectory {caption!r}", np.asarray(x), ndim=5)
-    for name, curve in contents.curves.items():
-        _check_lines(f"curve {name!r}", curve, "(step, loss)")
-    for name, gap in (contents.gaps | contents.influence).items():
-        _check_lines(f"gap {name!r}", gap, "(t_n, distance, se)")
-        if (np.asarray(gap[2]) < 0).any():
-            raise ValueError(f"gap {name!r} has a negative standard error; give zeros for an unknown error")
-
-
-def _check_verdict(v: Verdict, rows: dict[str, Row]) -> None:
-    if v.verdict not in VERDICTS:
-        raise ValueError(f"verdict {v.verdict!r} of {v.name!r} must be one of {', '.join(VERDICTS)}")
-    for name in (v.name, v.baseline):
-        if name not in rows:
-            near = "".join(f"; nearest: {row!r}" for row in difflib.get_close_matches(name, rows, 1, 0))
-            raise ValueError(f"a verdict names {name!r}, which is not in rows{near}")
-        if v.metric not in rows[name].distances:
-            known = ", ".join(rows[name].distances)
-            raise ValueError(f"a verdict on {v.metric!r} needs it in row {name!r}, which has {known or 'none'}")
-    if not {"helps": v.difference < 0, "harms": v.difference > 0}.get(v.verdict, True):
-        raise ValueError(
-            f"{v.name!r} {v.verdict} by a difference of {v.difference:g} in {v.metric}; "
-            "differences are the distance with corrections minus the one without, so helping ones are negative"
-        )
-
-
-def _check_lines(name: str, arrays: Sequence, fields: str) -> None:
-    shapes = [np.shape(a) for a in arrays]
-    if len(shapes) != fields.count(",") + 1 or len(set(shapes)) != 1 or len(shapes[0]) != 1 or not shapes[0][0]:
-        raise ValueError(f"{name} has shapes {shapes}; give {fields}, each [n] of one length n >= 1")
 
 
 def _table(rows: list[Row], best: dict[str, Row | None]) -> list[dict]:

@@ -12,8 +12,8 @@ import numpy as np
 from fmjax import sampling, straightening
 from fmjax.data import Dataset
 from fmjax.experiments import build, comparison, drawing, report
+from fmjax.experiments.compared import Page
 from fmjax.experiments.drawing import Draws
-from fmjax.experiments.pages import Page
 from fmjax.experiments.report import Row
 from fmjax.experiments.settings import Settings, Straighten
 from fmjax.keys import fold_in

@@ -1,0 +1,139 @@
+"""What a run costs: evaluations, FLOPs and seconds of each sampler, and steps and seconds of each training."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fmjax import sampling
+from fmjax.experiments import drawing, samplers, workdir
+from fmjax.experiments.drawing import Models
+from fmjax.experiments.samplers import FLOW, FLOW_MAP, Sampler
+from fmjax.storage import files
+from fmjax.training import logs
+from fmjax.types import Cond
+
+
+class Spent(NamedTuple):
+    """The cost of a sampler.
+
+    Attributes:
+        nfe: network evaluations per sample.
+        flops: floating-point operations of the networks per sample; nan where they are unknown.
+        seconds: seconds per 1000 samples on the machine of the run; nan where no time is recorded.
+    """
+
+    nfe: int
+    flops: float
+    seconds: float
+
+
+class Training(NamedTuple):
+    """The cost of a training.
+
+    Attributes:
+        stage: the stage.
+        steps: number of steps.
+        seconds: seconds of the steps, without compilation; nan where no speed is recorded.
+    """
+
+    stage: str
+    steps: int
+    seconds: float
+
+
+def flops(function: Any, *args: Any) -> float:
+    """Return the floating-point operations of a function, as XLA counts them before it optimises the function.
+
+    Args:
+        function: a function of arrays; the body of a loop is counted once.
+        *args: its arguments, possibly shapes.
+
+    Returns:
+        The number; nan where the backend does not count.
+
+    >>> flops(lambda a, b: a @ b, jnp.ones((2, 3)), jnp.ones((3, 4)))
+    48.0
+    """
+    analysis = jax.jit(function).lower(*args).cost_analysis()
+    return float((analysis or {}).get("flops", math.nan))
+
+
+def sampler_flops(names: Sequence[Sampler], models: Models, costs: Mapping[str, sampling.Cost], cond: Cond) -> dict:
+    """Return the floating-point operations of the networks per sample.
+
+    Args:
+        names: the samplers.
+        models: the networks.
+        costs: the numbers of evaluations by name of the sampler.
+        cond: conditions ``[n, ...]``, or ``None``.
+
+    Returns:
+        Operations by name of the sampler; solver arithmetic, fitted pushes and kernel drifts are not counted.
+    """
+    x, t = jnp.zeros((1, *models.shape)), jnp.full(1, 0.5)
+    one = None if cond is None else drawing.first(cond, 1)
+    unit = {}
+    for name, method in models.methods.items():
+        params = models.params[name]
+        if name == FLOW_MAP:
+            unit[name] = flops(lambda p, x, t, c, m=method: m.flow_map(p)(x, 0.5 * t, t, c), params, x, t, one)
+        elif name == FLOW:
+            unit[name] = flops(lambda p, x, t, c, m=method: m.velocity(p)(x, t, c), params, x, t, one)
+        elif method.direction is not None:
+            unit[name] = flops(lambda p, x, t, c, m=method: m.direction(p)(x, t, c), params, x, t, one)
+
+    def of(sampler: Sampler) -> float:
+        c = costs[sampler.name]
+        total = (c.nfe - c.c_nfe) * unit[FLOW_MAP if sampler.solver == FLOW_MAP else FLOW]
+        if isinstance(sampler.by, str) and sampler.by in unit:
+            return total + c.corrections * unit[sampler.by]
+        return total + (0.0 if sampler.by in (samplers.NOISE, samplers.DRIFT) else c.c_nfe * unit[FLOW])
+
+    return {sampler.name: of(sampler) for sampler in names}
+
+
+def trainings(path: Path, names: Iterable[str]) -> list[Training]:
+    """Return the cost of each training of a run folder, from the speeds that it recorded.
+
+    Args:
+        path: the run folder.
+        names: names of the stages.
+
+    Returns:
+        The trainings that have records.
+    """
+    found = []
+    for name in names:
+        lines = files.read_jsonl(workdir.stage_folder(path, name) / logs.RECORDS)
+        if lines:
+            speeds = [r["steps_per_s"] for r in lines if r.get("steps_per_s")]
+            speed = statistics.median(speeds) if speeds else math.nan  # the first records include compilation
+            found.append(Training(name, lines[-1]["step"], lines[-1]["step"] / speed))
+    return found
+
+
+def number(value: float) -> str:
+    """Return a cost as text with two or three digits and a prefix of the SI.
+
+    Args:
+        value: the number; nan is shown as n/a.
+
+    Returns:
+        The text.
+
+    >>> number(1234567.0), number(0.0123), number(math.nan)
+    ('1.23 M', '0.0123', 'n/a')
+    """
+    if not math.isfinite(value):
+        return "n/a"
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g}"
