@@ -13,6 +13,7 @@ from PIL import Image
 
 from fmjax.experiments import report
 from fmjax.experiments.report import Contents, Row, Verdict
+from fmjax.experiments.spending import Spent, Training
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" $x_1^{"
 
@@ -160,12 +161,21 @@ def test_everything_given_is_escaped():
         gaps={HOSTILE: ([0, 1], [1.0, 2.0], [0, 0])},
         facts={HOSTILE: HOSTILE, "long": HOSTILE * 10},
         notes=[HOSTILE],
+        advice=[HOSTILE],
+        choices=[HOSTILE],
+        first=[HOSTILE],
+        differences=[(HOSTILE, HOSTILE)],
+        neighbours={HOSTILE: (np.zeros((1, 8, 8, 1)), np.zeros((1, 8, 8, 1)), HOSTILE)},
+        costs={HOSTILE: Spent(4, 1e6, 0.5)},
+        trainings=[Training(HOSTILE, 10, 1.5)],
+        command=HOSTILE,
+        config=HOSTILE,
     )
     parsed = Page(report.render(hostile))
     assert len(parsed.all("script")) == 1
-    assert parsed.text.count(HOSTILE) >= 11 + 10
+    assert parsed.text.count(HOSTILE) >= 20 + 10
     alts = [attrs["alt"] for attrs in parsed.all("img")]
-    assert len(alts) == 6 and all(HOSTILE in alt for alt in alts)
+    assert len(alts) == 9 and all(HOSTILE in alt for alt in alts)
 
 
 def test_equal_contents_give_equal_bytes(tmp_path):

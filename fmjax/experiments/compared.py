@@ -1,4 +1,4 @@
-"""Compare drawn samples: what the reports of a pipeline and of an evaluation share."""
+"""Compare drawn samples: the common part of the reports of a pipeline and of an evaluation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fmjax.experiments.samplers import Sampler
 from fmjax.experiments.settings import Settings
 from fmjax.storage import files
 
-NEAREST = 64  # samples whose nearest training examples are found
-TRAIN = 20_000  # training examples among which they are found
+NEAREST = 64  # samples whose nearest training examples are sought
+TRAIN = 20_000  # training examples among which they are sought
 
 
 class Page(NamedTuple):
@@ -93,8 +93,8 @@ def compare_drawn(
     floor = comparison.measure(comparison.training_runs(data, draws), metrics)
     rows, verdicts = comparison.compare(names, test, costs, floor)
     validation = comparison.measure_all(drawn, comparison.distances(settings, data, data.validation))
-    found = recommend.recommend(names, costs, validation, test)
-    advised = recommend.advice(found, costs, test) if found else []
+    chosen = recommend.recommend(names, costs, validation, test)
+    advised = recommend.advice(chosen, costs, test) if chosen else []
     lines = recommend.summary(rows, verdicts, advised)
     record = comparison.as_record(rows, verdicts) | {"environment": workdir.environment()}
     operations = spending.sampler_flops(names, models, costs, draws.cond)
@@ -104,20 +104,21 @@ def compare_drawn(
     for s in names:
         time = stored.seconds(place(s), draws.seeds) * 1000 / draws.samples
         spent[s.name] = spending.Spent(costs[s.name].nfe, operations[s.name], time)
+    record["runs"] = draws.seeds
     record["costs"] = {name: cost._asdict() for name, cost in spent.items()}
     record["draws"] = {s.name: str(place(s).relative_to(path)) for s in names}
     near = {}
-    if found:
+    if chosen:
         record["recommendation"] = {
-            "sampler": found.sampler.name, "baseline": found.baseline and found.baseline.name,
-            "changes": [v._asdict() for v in found.changes], "sentences": advised,
+            "sampler": chosen.sampler.name, "baseline": chosen.baseline and chosen.baseline.name,
+            "changes": [v._asdict() for v in chosen.changes], "sentences": advised,
         }  # fmt: skip
-        near, record["neighbours"] = _neighbours(data, found.sampler.name, drawn[found.sampler.name][0])
+        near, record["neighbours"] = _neighbours(data, chosen.sampler.name, drawn[chosen.sampler.name][0])
     contents = report.Contents(
         title=f"fmjax: {data.name}", summary=lines[2:], rows=rows, verdicts=verdicts,
         grids=comparison.source_grid(models, draws) | comparison.grids(data, drawn), trajectories={}, curves={},
         gaps={}, facts=comparison.facts(settings, data, metrics), notes=comparison.notes(metrics), advice=lines[:2],
-        recommended=found.sampler.name if found else "", choices=recommend.choices(names, validation, test),
+        first=["test data", chosen.sampler.name] if chosen else [], choices=recommend.choices(names, validation, test),
         differences=[(s.name, s.baseline) for s in names if s.baseline], neighbours=near, costs=spent,
         config=json.dumps(files.seal(workdir.plain(settings.config), workdir.CONFIG), indent=1),
     )  # fmt: skip

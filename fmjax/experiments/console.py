@@ -12,7 +12,7 @@ from types import ModuleType
 from fmjax.checks import nearest
 
 PACKAGE = Path(__file__).parents[1]
-COMMANDS = ("train", "marginals", "pipeline", "evaluate", "sample", "likelihood", "tune", "reflow", "convert")
+COMMANDS = ("train", "marginals", "pipeline", "evaluate", "sample", "likelihood", "tune", "reflow", "convert", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

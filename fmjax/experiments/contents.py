@@ -19,6 +19,7 @@ CORRECTIONS = (
     "Each corrected sampler is compared with the same sampler without the correction. A correction that adds noise is "
     "compared with a control: the same noise without the corrector. Corrections cost network evaluations, so that both "
     "NFE are shown.",
+    "Corrections and noise controls",
 )
 
 
@@ -60,9 +61,9 @@ class Contents(NamedTuple):
         influence: (``t_n``, distance, standard error or 0) by name of the line, for samples that are corrected only at
             ``t_n``.
         advice: sentences on the sampler to use first, above everything else.
-        recommended: the row that ``advice`` recommends, whose samples are shown first.
+        first: captions of the ``grids`` that are shown first; by default test data and the best sampler.
         choices: sentences on the correction of each sampler.
-        question: heading and explanation of the section of verdicts.
+        question: heading and explanation of the section of verdicts, and what lowers or raises a distance.
         differences: pairs of captions of ``grids`` whose samples start from the same noise and are subtracted.
         neighbours: samples ``[n, ...]``, the nearest training example of each, and a remark, by caption.
         marginals: times ``[T]``, forward ``[n, T, ...]`` and backward ``[m, T, ...]`` marginals, by caption.
@@ -84,9 +85,9 @@ class Contents(NamedTuple):
     notes: list[str]
     influence: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     advice: Sequence[str] = ()
-    recommended: str = ""
+    first: Sequence[str] = ()
     choices: Sequence[str] = ()
-    question: tuple[str, str] = CORRECTIONS
+    question: tuple[str, str, str] = CORRECTIONS
     differences: Sequence[tuple[str, str]] = ()
     neighbours: dict[str, tuple[np.ndarray, np.ndarray, str]] = {}
     marginals: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
@@ -123,12 +124,12 @@ def check_contents(contents: Contents) -> None:
         rows[row.name] = row
     for v in contents.verdicts:
         _check_verdict(v, rows)
-    for name in (*contents.costs, *filter(None, [contents.recommended])):
+    for name in contents.costs:
         if name not in rows:
-            raise ValueError(f"a cost or a recommendation names {name!r}, which is not in rows")
-    for name in (name for pair in contents.differences for name in pair):
+            raise ValueError(f"a cost names {name!r}, which is not in rows")
+    for name in [*contents.first, *(name for pair in contents.differences for name in pair)]:
         if name not in contents.grids:
-            raise ValueError(f"a difference names {name!r}, which is not in grids")
+            raise ValueError(f"a difference or the first look names {name!r}, which is not in grids")
     for caption, x in contents.grids.items():
         if np.ndim(x) == 4:
             images.check_pictures(f"grid {caption!r}", np.asarray(x), ndim=4)

@@ -76,11 +76,11 @@ def recommend(
     return Recommendation(best, baseline, bool(cheaper), changes, len(names))
 
 
-def advice(found: Recommendation, costs: Mapping[str, Any], test: Values) -> list[str]:
+def advice(choice: Recommendation, costs: Mapping[str, Any], test: Values) -> list[str]:
     """Return the recommendation in two sentences: the sampler with its cost, and its gain.
 
     Args:
-        found: the recommendation.
+        choice: the recommendation.
         costs: costs by name of the sampler.
         test: distances to test examples.
 
@@ -88,17 +88,19 @@ def advice(found: Recommendation, costs: Mapping[str, Any], test: Values) -> lis
         The sentences.
     """
     cost = lambda s: f"{s.name} (NFE {costs[s.name].nfe})"
-    alone = ", a control: noise alone, no corrector is better" if found.sampler.by == NOISE else ""
-    first = f"Use first: {cost(found.sampler)}{alone}; the best of {found.candidates} samplers on validation examples."
-    if found.baseline is None:
+    alone = ", a control: noise alone, no corrector is better" if choice.sampler.by == NOISE else ""
+    first = (
+        f"Use first: {cost(choice.sampler)}{alone}; the best of {choice.candidates} samplers on validation examples."
+    )
+    if choice.baseline is None:
         return [first, "Gain: there is no other sampler without corrections to compare with."]
     words = []
-    for v in found.changes:
-        level = float(np.mean(test[found.baseline.name][v.metric]))
+    for v in choice.changes:
+        level = float(np.mean(test[choice.baseline.name][v.metric]))
         seen = "" if v.verdict != "no difference seen" else " (no significant difference)"
         words.append(f"{v.metric} {effects.percent(effects.change(v, level))}{seen}")
-    among = "the best without corrections at no more NFE" if found.cheaper else "the cheapest without corrections"
-    return [first, f"Gain on test examples against {cost(found.baseline)}, {among}: {', '.join(words)}."]
+    what = "the best without corrections at no more NFE" if choice.cheaper else "the cheapest without corrections"
+    return [first, f"Gain on test examples against {cost(choice.baseline)}, {what}: {', '.join(words)}."]
 
 
 def choices(names: Sequence[Sampler], validation: Values, test: Values) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from fmjax.experiments import effects, examples, figures, players, spending
 from fmjax.experiments.charts import DARK, LIGHT
-from fmjax.experiments.contents import VERDICTS, Contents, Verdict, check_contents
+from fmjax.experiments.contents import CORRECTIONS, VERDICTS, Contents, Verdict, check_contents
 from fmjax.experiments.figures import REFERENCE, Row
 from fmjax.storage.files import write_bytes
 
@@ -80,7 +80,7 @@ def render(contents: Contents) -> str:
         charts=charts,
         groups=[("", [e for e in every if not e.row.control]), ("noise alone", [e for e in every if e.row.control])],
         axes={m: effects.axis(m, every) for m in metrics},
-        count=count_line(contents.verdicts),
+        count=count_line(contents.verdicts, contents.question[2]),
         verdicts=_verdict_groups(contents.verdicts, by_name),
         costs=[(row.name, contents.costs[row.name]) for row in rows if row.name in contents.costs],
         sections=_sections(contents),
@@ -89,9 +89,9 @@ def render(contents: Contents) -> str:
 
 
 def _look(contents: Contents, best: Sequence[str]) -> list[figures.PageFigure]:
-    """Return a few test examples beside a few samples of the recommended sampler, else of the best one."""
-    shown = [name for name in ([contents.recommended] if contents.recommended else best) if name in contents.grids]
-    names = [name for name in ("test data", *shown) if name in contents.grids] if shown else []
+    """Return a few examples of the grids that stand first, else test data beside the best sampler."""
+    shown = contents.first or [name for name in best if name in contents.grids]
+    names = contents.first or [name for name in ("test data", *shown) if name in contents.grids and shown]
     grids = {name: np.asarray(contents.grids[name]) for name in names}
     few = {name: x[:LOOK] if x.ndim == 4 else x for name, x in grids.items()}
     return [examples.sample_figure(name, x, _clouds(few), few.get("test data")) for name, x in few.items()]
@@ -225,11 +225,12 @@ def verdict(name: str, baseline: str, metric: str, with_, without) -> Verdict:
     return Verdict(name, baseline, metric, mean, se, VERDICTS[1 + int(np.sign(mean)) * seen])
 
 
-def count_line(verdicts: Sequence[Verdict]) -> str:
+def count_line(verdicts: Sequence[Verdict], subject: str = CORRECTIONS[2]) -> str:
     """Return one sentence: how often corrections lower the distance, raise it, or make no difference.
 
     Args:
         verdicts: the verdicts.
+        subject: what lowers or raises the distance.
 
     Returns:
         The sentence.
@@ -237,7 +238,7 @@ def count_line(verdicts: Sequence[Verdict]) -> str:
     helps, nothing, harms = (sum(v.verdict == kind for v in verdicts) for kind in VERDICTS)
     comparisons = f"{len(verdicts)} paired comparison{'' if len(verdicts) == 1 else 's'}"
     return (
-        f"Corrections and noise controls lower the distance in {helps} of {comparisons}, raise the distance in "
+        f"{subject} lower the distance in {helps} of {comparisons}, raise the distance in "
         f"{harms}, and make no significant difference in {nothing}."
     )
 

@@ -78,16 +78,16 @@ def sampler_flops(names: Sequence[Sampler], models: Models, costs: Mapping[str, 
         Operations by name of the sampler; solver arithmetic, fitted pushes and kernel drifts are not counted.
     """
     x, t = jnp.zeros((1, *models.shape)), jnp.full(1, 0.5)
-    one = None if cond is None else drawing.first(cond, 1)
+    single = None if cond is None else drawing.first(cond, 1)
     unit = {}
     for name, method in models.methods.items():
         params = models.params[name]
         if name == FLOW_MAP:
-            unit[name] = flops(lambda p, x, t, c, m=method: m.flow_map(p)(x, 0.5 * t, t, c), params, x, t, one)
+            unit[name] = flops(lambda p, x, t, c, m=method: m.flow_map(p)(x, 0.5 * t, t, c), params, x, t, single)
         elif name == FLOW:
-            unit[name] = flops(lambda p, x, t, c, m=method: m.velocity(p)(x, t, c), params, x, t, one)
+            unit[name] = flops(lambda p, x, t, c, m=method: m.velocity(p)(x, t, c), params, x, t, single)
         elif method.direction is not None:
-            unit[name] = flops(lambda p, x, t, c, m=method: m.direction(p)(x, t, c), params, x, t, one)
+            unit[name] = flops(lambda p, x, t, c, m=method: m.direction(p)(x, t, c), params, x, t, single)
 
     def of(sampler: Sampler) -> float:
         c = costs[sampler.name]
@@ -109,14 +109,14 @@ def trainings(path: Path, names: Iterable[str]) -> list[Training]:
     Returns:
         The trainings that have records.
     """
-    found = []
+    trained = []
     for name in names:
         lines = files.read_jsonl(workdir.stage_folder(path, name) / logs.RECORDS)
         if lines:
             speeds = [r["steps_per_s"] for r in lines if r.get("steps_per_s")]
             speed = statistics.median(speeds) if speeds else math.nan  # the first records include compilation
-            found.append(Training(name, lines[-1]["step"], lines[-1]["step"] / speed))
-    return found
+            trained.append(Training(name, lines[-1]["step"], lines[-1]["step"] / speed))
+    return trained
 
 
 def number(value: float) -> str:

@@ -85,13 +85,13 @@ def seconds(folder: Path, seeds: int) -> float:
         The least number of seconds over the runs, so that compilation counts with one run only; nan where no time is
         recorded.
     """
-    found = []
+    times = []
     for i in range(seeds):
         try:
-            found.append(float(files.read_json(folder / f"{i}.json")["seconds"]))
+            times.append(float(files.read_json(folder / f"{i}.json")["seconds"]))
         except (files.DamagedFile, KeyError, TypeError, ValueError):
             continue
-    return min(found, default=math.nan)
+    return min(times, default=math.nan)
 
 
 def read(folder: Path) -> np.ndarray | None:
