@@ -13,6 +13,7 @@ from fmjax.storage.images import check_finite_values
 COLUMNS = 16  # times shown of a trajectory
 LINES = 16  # series or vectors drawn in one picture
 ENTRIES = 4  # entries of vectors in a plot of pairs
+LEAST = 0.02  # scale of a picture of differences: a few levels of 256; smaller differences stay grey
 PAIRS = 8  # examples beside their differences or nearest training examples
 
 
@@ -119,7 +120,7 @@ def difference_figure(name: str, baseline: str, x: np.ndarray, y: np.ndarray) ->
     remark, alt = f"Root mean square difference: {size:.3g}.", f"Differences of samples from the same noise: {caption}."
     if x.ndim == 4:
         x, y = x[:PAIRS], y[:PAIRS]
-        scale = float(np.abs(x - y).max()) or 1.0
+        scale = max(float(np.abs(x - y).max()), LEAST)
         sheet = np.concatenate([y, x, (x - y) / scale])
         rows = f"Rows: without, with, difference (grey: none; black and white: ∓{scale:.2g}). {remark}"
         return charts.contact_sheet(sheet, len(x), caption, f"{alt} {remark}", rows)

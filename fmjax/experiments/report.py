@@ -101,27 +101,29 @@ def _clouds(grids: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     return [x for x in grids.values() if np.ndim(x) == 2 and np.shape(x)[1] == 2]
 
 
-def _sections(contents: Contents) -> list[tuple[str, str, str, list]]:
-    """Return the sections that hold figures alone: name of the anchor, heading, hint, figures."""
+def _sections(contents: Contents) -> list[tuple[str, str, str, list, list]]:
+    """Return the sections that hold figures alone: anchor, heading, hint, figures, folded figures."""
     grids = {name: np.asarray(x) for name, x in contents.grids.items()}
     clouds, data = _clouds(grids), grids.get("test data")
     gaps = [figures.gap_chart(contents.gaps)] if contents.gaps else []
+    drawn = lambda name: examples.sample_figure(name, grids[name], clouds, data)
+    corrected = [row.name for row in contents.rows if row.corrections and row.name in grids]
     pairs = [(a, b) for a, b in contents.differences if grids[a].shape == grids[b].shape]
     return [
         ("samples", "Samples", "Samples of all samplers start from the same noise.",
-         [examples.sample_figure(name, x, clouds, data) for name, x in grids.items()]),
+         [drawn(name) for name in grids if name not in corrected], [drawn(name) for name in corrected]),
         ("differences", "What corrections change", "Each sample with the correction minus the sample without it.",
-         [examples.difference_figure(a, b, grids[a], grids[b]) for a, b in pairs]),
+         [examples.difference_figure(a, b, grids[a], grids[b]) for a, b in pairs], []),
         ("neighbours", "Nearest training examples", "Samples that repeat a training example are much nearer to it than "
          "test examples are to theirs.",
-         [examples.neighbour_figure(name, *values) for name, values in contents.neighbours.items()]),
+         [examples.neighbour_figure(name, *values) for name, values in contents.neighbours.items()], []),
         ("marginals", "Marginals along t", "Forward marginals follow the flow from the source, backward marginals "
          "follow it back from the data; they are the same for a perfect flow.",
-         [examples.marginal_figure(name, *values) for name, values in contents.marginals.items()] + gaps),
+         [examples.marginal_figure(name, *values) for name, values in contents.marginals.items()] + gaps, []),
         ("influence", "Effect of one correction", "",
-         [figures.influence_chart(contents.influence)] if contents.influence else []),
+         [figures.influence_chart(contents.influence)] if contents.influence else [], []),
         ("training", "Training", "Losses on a log axis: single values (faint) and a moving mean (solid).",
-         [figures.loss_chart(name, *curve) for name, curve in contents.curves.items()]),
+         [figures.loss_chart(name, *curve) for name, curve in contents.curves.items()], []),
     ]  # fmt: skip
 
 
