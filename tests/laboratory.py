@@ -104,7 +104,7 @@ def records(folder: Path) -> list[dict]:
 def numbers(path: Path, name: str = "metrics.json") -> dict:
     """Return what a run measured, without what it ran on and how long it took, which the page shows too."""
     record = json.loads((path / name).read_text())
-    return {k: v for k, v in record.items() if k not in ("environment", "digest", "costs", "page")}
+    return {k: v for k, v in record.items() if k not in ("environment", "digest", "costs", "page", "sha256")}
 
 
 def stamps(path: Path) -> dict[Path, int]:

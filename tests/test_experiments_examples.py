@@ -36,12 +36,12 @@ def test_differences_of_other_kinds_state_their_size(shape):
 def test_the_nearest_training_example_is_the_nearest():
     rng = np.random.default_rng(0)
     train = rng.standard_normal((30, 4, 4, 1))
-    at, distance = examples.nearest(train[[7, 3]] + 0.01, train)
+    at, distance = examples.nearest_training(train[[7, 3]] + 0.01, train)
     assert list(at) == [7, 3]
     np.testing.assert_allclose(distance, 0.04, rtol=1e-6)  # 16 pixels
     x = rng.standard_normal((5, 4, 4, 1))
     brute = [min(np.linalg.norm(a - b) for b in train) for a in x]
-    np.testing.assert_allclose(examples.nearest(x, train)[1], brute)
+    np.testing.assert_allclose(examples.nearest_training(x, train)[1], brute)
 
 
 def test_neighbours_stand_below_their_samples():

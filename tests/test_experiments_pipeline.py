@@ -1,9 +1,14 @@
 """The pipeline on points: what it writes, what a second run reads, and that no interruption changes a number."""
 
+import html
+import json
+import re
 import shutil
+import urllib.parse
 
 import numpy as np
 import pytest
+import scipy.stats
 from laboratory import (
     CLASSIFIER,
     CORRECTIONS,
@@ -16,14 +21,16 @@ from laboratory import (
     numbers,
     read,
     records,
+    refused,
     run,
     stamps,
     whole_run,
 )
 from laboratory import laboratory as laboratory  # a fixture
 
-from fmjax import correction
-from fmjax.experiments import build, pipeline, workdir
+from fmjax import correction, metrics
+from fmjax.experiments import build, command_line, pipeline, settings, side_by_side, workdir
+from fmjax.experiments.contents import VERDICTS
 from fmjax.storage import checkpoint, files
 from fmjax.training import loop
 
@@ -204,3 +211,89 @@ def test_what_a_late_stage_would_refuse_is_refused_before_the_first(changes, mes
         pipeline.main(read(**changes), tmp_path / "w")
     assert no_checkpoint(tmp_path) and "\n" not in str(caught.value) and len(str(caught.value)) <= 300
     assert not (tmp_path / "w").exists()
+
+
+def test_the_page_shows_the_numbers_of_the_record(finished):
+    """Recommendation, costs, effects and the reproducing config are those of metrics.json and config.json."""
+    record, page = json.loads((finished / "metrics.json").read_text()), (finished / "report.html").read_text()
+    text = html.unescape(re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", page, flags=re.DOTALL))
+    text = " ".join(text.split())
+    for line in record["lines"]:
+        assert " ".join(line.split()) in text
+    assert record["lines"][:2] == record["recommendation"]["sentences"] and len(record["lines"]) == 5
+    best = record["recommendation"]["sampler"]
+    shown = page[page.index('<section id="look"') : page.index('<section id="summary"')]
+    assert f"points: {best}." in html.unescape(shown) and "points: test data." in shown
+    for name, cost in record["costs"].items():
+        row = re.search(rf">{re.escape(html.escape(name))}</th>((?:<td[^>]*>[^<]*</td>){{3}})</tr>", page)[1]
+        values = [float(v) for v in re.findall(r'data-value="([^"]*)"', row)]
+        assert values == [cost["nfe"], cost["flops"], cost["seconds"]] and cost["flops"] > 0 and cost["seconds"] > 0
+    levels = {r["name"]: r["distances"] for r in record["rows"]}
+    section = page[page.index('<section id="corrections"') : page.index('<section id="costs"')]
+    for v in record["verdicts"]:
+        line = re.search(rf">{re.escape(html.escape(v['name']))}</th>(.*?)</tr>", section, re.DOTALL)[1]
+        values = [float(x) for x in re.findall(r'data-value="([^"]*)"', line)[2:]]
+        relative = v["difference"] / levels[v["baseline"]][v["metric"]][0]
+        assert any(value == pytest.approx(relative) for value in values), v
+    near = record["neighbours"]
+    assert f"{near['median']:.3g}; of test examples {near['median of test data']:.3g}." in text
+    offered = re.search(r'download="config.json" href="data:application/json;charset=utf-8,([^"]*)"', page)[1]
+    stored = json.loads(urllib.parse.unquote(offered))
+    assert stored == json.loads((finished / "config.json").read_text())
+    assert len(page) < 5e6 and page.count('class="player"') == 3
+
+
+def test_the_offered_config_reproduces_the_run(finished, tmp_path):
+    """As the page says: the config in an empty folder, then the command."""
+    page = (finished / "report.html").read_text()
+    offered = re.search(r'download="config.json" href="data:application/json;charset=utf-8,([^"]*)"', page)[1]
+    (tmp_path / "config.json").write_text(urllib.parse.unquote(offered))
+    assert "python -m launch.pipeline --workdir=W" in page
+    config = command_line._read_config([], tmp_path)
+    plan = settings.read(config)
+    assert workdir.plain(plan.config) == files.read_json(finished / "config.json")
+
+
+def test_the_last_lines_are_five_and_the_path(finished, tmp_path, capsys):
+    path = shutil.copytree(finished, tmp_path / "w")
+    run("pipeline", f"--workdir={path}")
+    *_, a, b, c, d, e, end = capsys.readouterr().out.splitlines()
+    assert [line.partition(" ")[0] for line in (a, b, c, d, e)] == ["Use", "Gain", "Least", "Corrections", "Floor,"]
+    assert end.endswith(f"open {path / 'report.html'}")
+
+
+def test_two_runs_stand_side_by_side(finished, tmp_path, capsys):
+    """The second run is the first with every distance of one sampler halved."""
+    other = shutil.copytree(finished, tmp_path / "other")
+    record = files.read_json(other / "metrics.json")
+    row = next(r for r in record["rows"] if r["name"] == "euler, 2 steps")
+    row["distances"] = {m: (v / 2, se) for m, (v, se) in row["distances"].items()}
+    files.write_json(other / "metrics.json", record)
+    out = tmp_path / "both.html"
+    run("report", finished, other, f"--out={out}")
+    page = html.unescape(out.read_text())
+    assert f"open {out}" in capsys.readouterr().out
+    section = page[page.index('<section id="corrections"') : page.index("The same in sentences")]
+    rows = dict(re.findall(r'<th scope="row"[^>]*>([^<]*)</th>(.*?)</tr>', section, re.DOTALL))
+    changes = {name: [float(x) for x in re.findall(r'data-value="([^"]*)"', r)[2:]] for name, r in rows.items()}
+    assert changes.pop("other: euler, 2 steps") == [-0.5, -0.5]
+    assert len(changes) == 8 and all(c == [0.0, 0.0] for c in changes.values())
+    for name in ("other: rk4, 2 steps", f"{side_by_side.labels([str(finished), str(other)])[0]}: rk4, 2 steps"):
+        assert f"points: {name}." in page  # stored samples of both
+    for bad, field in (
+        ((finished,), "run="),
+        ((finished, tmp_path / "none"), "workdir="),
+        ((finished, other, "--out=x"), "out="),
+    ):
+        assert refused("report", *bad).startswith(field)
+
+
+@pytest.mark.parametrize("runs", [(3, 3), (2, 6), (40, 5)])
+def test_the_comparison_of_two_runs_is_welchs_test(runs):
+    rng = np.random.default_rng(sum(runs))
+    for shift in np.linspace(-2, 2, 21):
+        new, old = rng.normal(5 + shift, 1, runs[0]), rng.normal(5, 0.3, runs[1])
+        v = side_by_side.welch("a", "b", "W2", metrics.mean_se(new), metrics.mean_se(old), runs)
+        test = scipy.stats.ttest_ind(new, old, equal_var=False)
+        kind = 1 if test.pvalue >= 0.05 else 0 if test.statistic < 0 else 2
+        assert v.verdict == VERDICTS[kind] and v.difference / v.se == pytest.approx(test.statistic)

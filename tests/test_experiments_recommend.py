@@ -58,8 +58,8 @@ def test_a_gain_that_is_not_significant_is_said_to_be_none():
 def test_the_summary_has_five_lines():
     test = values(1.0, 0.9, 0.6, 0.1)
     rows, verdicts = comparison.compare(NAMES, test, COSTS, {"a": [0.01, 0.03], "b": [0.0, 0.0]})
-    lines = recommend.summary(rows, verdicts, ["Use first: x.", "Gain: y."])
+    lines = recommend.five_lines(rows, verdicts, ["Use first: x.", "Gain: y."])
     assert [line.partition(" ")[0] for line in lines] == ["Use", "Gain:", "Least", "Corrections", "Floor,"]
     assert "a 0.100 ± 0.006 by rk4, 2 steps, noise (NFE 8, noise alone)" in lines[2]
     assert "a 0.020 ± 0.010" in lines[4]
-    assert len(recommend.summary(rows, [], [])) == 5
+    assert len(recommend.five_lines(rows, [], [])) == 5

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fmjax.experiments import report
 from fmjax.experiments.report import Contents, Row, Verdict
-from fmjax.experiments.spending import Spent, Training
+from fmjax.experiments.spending import Spent, TrainingTime
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" $x_1^{"
 
@@ -167,7 +167,7 @@ def test_everything_given_is_escaped():
         differences=[(HOSTILE, HOSTILE)],
         neighbours={HOSTILE: (np.zeros((1, 8, 8, 1)), np.zeros((1, 8, 8, 1)), HOSTILE)},
         costs={HOSTILE: Spent(4, 1e6, 0.5)},
-        trainings=[Training(HOSTILE, 10, 1.5)],
+        trainings=[TrainingTime(HOSTILE, 10, 1.5)],
         command=HOSTILE,
         config=HOSTILE,
     )
@@ -204,7 +204,7 @@ def test_bold_is_the_smallest_finite_mean_of_the_samplers(page):
 
 def test_the_corrections_have_a_row_each_with_relative_changes(page):
     head, *rows = page.cells[9:]
-    assert [cell.split()[0] for cell in head] == ["Sampler", "NFE", "NFE", "FD", "W2"]
+    assert [cell.split()[0].strip(",") for cell in head] == ["Sampler", "NFE", "NFE", "FD", "W2"]
     shown = {cells[0].strip(): [cell.replace("\u2212", "-") for cell in cells[1:]] for cells in rows}
     assert shown["map corrected"] == ["3", "2", "-20.0 ± 2.0 %", "–"]  # FD 5.0 without, 1.0 ± 0.1 less with
 

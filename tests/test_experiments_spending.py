@@ -46,7 +46,7 @@ def test_seconds_of_a_training_are_steps_over_its_median_speed(tmp_path):
     folder.mkdir()
     for step, speed in ((10, 0.5), (20, 10.0), (30, 10.0)):
         files.append_jsonl(folder / "metrics.jsonl", {"step": step, "loss": 1.0, "steps_per_s": speed})
-    assert spending.trainings(tmp_path, ["flow", "samples"]) == [spending.Training("flow", 30, 3.0)]
+    assert spending.trainings(tmp_path, ["flow", "samples"]) == [spending.TrainingTime("flow", 30, 3.0)]
 
 
 def test_the_time_of_samples_is_recorded_where_they_are_drawn(tmp_path):
@@ -55,8 +55,8 @@ def test_the_time_of_samples_is_recorded_where_they_are_drawn(tmp_path):
     folder = stored.folder_of(PLAIN, draws, directory=tmp_path, identity="i")
     each = [files.read_json(folder / f"{i}.json")["seconds"] for i in range(2)]
     assert stored.seconds(folder, 2) == min(each) > 0
-    np.testing.assert_array_equal(stored.read(folder), x[0])
+    np.testing.assert_array_equal(stored.read_first(folder), x[0])
     (folder / "0.json").write_text("{}")
     assert stored.seconds(folder, 2) == each[1]  # a damaged time is no time
-    assert math.isnan(stored.seconds(tmp_path / "none", 2)) and stored.read(tmp_path / "none") is None
+    assert math.isnan(stored.seconds(tmp_path / "none", 2)) and stored.read_first(tmp_path / "none") is None
     assert jax.tree.leaves(x)[0].shape == (2, 5, D)

@@ -53,7 +53,7 @@ class Drawn(NamedTuple):
     directory: Path
 
 
-def draw_samples(names: Sequence[Sampler], models: Models, draws: Draws, *, directory: Path, identity: str) -> Drawn:
+def draw_compared(names: Sequence[Sampler], models: Models, draws: Draws, *, directory: Path, identity: str) -> Drawn:
     """Draw the samples of all samplers, or read the samples that a folder already holds.
 
     Args:
@@ -95,7 +95,7 @@ def compare_drawn(
     validation = comparison.measure_all(drawn, comparison.distances(settings, data, data.validation))
     chosen = recommend.recommend(names, costs, validation, test)
     advised = recommend.advice(chosen, costs, test) if chosen else []
-    lines = recommend.summary(rows, verdicts, advised)
+    lines = recommend.five_lines(rows, verdicts, advised)
     record = comparison.as_record(rows, verdicts) | {"environment": workdir.environment()}
     operations = spending.sampler_flops(names, models, costs, draws.cond)
     identity = lambda s: comparison.sample_identity(s, models, samples.identity)
@@ -130,8 +130,8 @@ def _neighbours(data: Dataset, name: str, x: np.ndarray) -> tuple[dict, dict]:
     train = np.asarray(data.train.x[:TRAIN])
     if not np.isfinite(x).all():
         return {}, {}
-    at, distance = examples.nearest(x[:NEAREST], train)
-    _, of_test = examples.nearest(np.asarray(data.test.x[:NEAREST]), train)
+    at, distance = examples.nearest_training(x[:NEAREST], train)
+    _, of_test = examples.nearest_training(np.asarray(data.test.x[:NEAREST]), train)
     record = {"sampler": name, "median": float(np.median(distance)), "median of test data": float(np.median(of_test))}
     remark = (
         f"Median distance to the nearest training example: {record['median']:.3g}; of test examples "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fmjax.data import Dataset
 from fmjax.experiments import comparison, drawing, networks, pages, pushes
-from fmjax.experiments.compared import draw_samples
+from fmjax.experiments.compared import draw_compared
 from fmjax.experiments.drawing import Draws
 from fmjax.experiments.networks import Plans
 from fmjax.experiments.results import Result, page_record, write_page
@@ -86,7 +86,7 @@ def _samples_stage(
     def run(results: dict[str, Result], folder: Path) -> Result:
         models, identity = _networks(settings, plans, results)
         models = pushes.add(models, results[pushes.STAGE].value if pushes.STAGE in results else {})
-        drawn = draw_samples(names, models, draws, directory=folder, identity=identity)
+        drawn = draw_compared(names, models, draws, directory=folder, identity=identity)
         summary = f"{len(drawn.x)} samplers x {draws.seeds} runs x {draws.samples} samples"
         return Result(drawn, identity, summary)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fmjax.experiments import examples
 from fmjax.experiments.figures import REFERENCE, Row
-from fmjax.experiments.spending import Spent, Training
+from fmjax.experiments.spending import Spent, TrainingTime
 from fmjax.storage import images
 
 VERDICTS = ("helps", "no difference seen", "harms")
@@ -92,7 +92,7 @@ class Contents(NamedTuple):
     neighbours: dict[str, tuple[np.ndarray, np.ndarray, str]] = {}
     marginals: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     costs: dict[str, Spent] = {}
-    trainings: Sequence[Training] = ()
+    trainings: Sequence[TrainingTime] = ()
     command: str = ""
     config: str = ""
 

@@ -74,12 +74,14 @@ def effects(verdicts: Sequence[Verdict], rows: Mapping[str, Row]) -> list[Effect
     """
     pairs: dict[tuple[str, str], dict[str, Change]] = {}
     for v in verdicts:
-        pairs.setdefault((v.name, v.baseline), {})[v.metric] = change(v, rows[v.baseline].distances[v.metric][0])
+        pairs.setdefault((v.name, v.baseline), {})[v.metric] = relative_change(
+            v, rows[v.baseline].distances[v.metric][0]
+        )
     result = [Effect(rows[name], rows[baseline], changes) for (name, baseline), changes in pairs.items()]
     return sorted(result, key=lambda effect: effect.row.control)
 
 
-def change(v: Verdict, level: float) -> Change:
+def relative_change(v: Verdict, level: float) -> Change:
     """Return the relative change that a verdict is about.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fmjax.data import Dataset, in_memory
 from fmjax.experiments import assemble, build, comparison, drawing, networks, pushes, report, workdir
-from fmjax.experiments.compared import Drawn, compare_drawn, draw_samples
+from fmjax.experiments.compared import Drawn, compare_drawn, draw_compared
 from fmjax.experiments.drawing import Models
 from fmjax.experiments.results import curves
 from fmjax.experiments.samplers import DRIFT, FLOW, FLOW_MAP, NOISE, Sampler
@@ -51,7 +51,7 @@ def main(settings: Settings, path: Path) -> None:
     for sampler in names:
         drawing.check_sampler(sampler, pushes.with_stand_ins(models, names, data), cond=draws.cond)
     models = pushes.add(models, pushes.fit_all(settings, data, names, models, path / pushes.STAGE))
-    drawn = draw_samples(names, models, draws, directory=path / "draws", identity=identity)
+    drawn = draw_compared(names, models, draws, directory=path / "draws", identity=identity)
     if jax.process_index() == 0:
         _write(settings, path, held, names, drawn, step)
     sharding.barrier("evaluation")

@@ -138,7 +138,7 @@ def difference_figure(name: str, baseline: str, x: np.ndarray, y: np.ndarray) ->
     return _lines(caption, x - y)._replace(alt=f"{alt} {remark}", remark=remark)
 
 
-def nearest(x: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_training(x: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the nearest training example of each example, by Euclidean distance.
 
     Args:
@@ -148,7 +148,7 @@ def nearest(x: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Indices ``[n]`` and distances ``[n]``.
 
-    >>> nearest(np.array([[0.9, 0.0]]), np.array([[0.0, 0.0], [1.0, 0.0]]))[0]
+    >>> nearest_training(np.array([[0.9, 0.0]]), np.array([[0.0, 0.0], [1.0, 0.0]]))[0]
     array([1])
     """
     flat = train.reshape(len(train), -1).astype(np.float64)

@@ -98,7 +98,7 @@ def advice(choice: Recommendation, costs: Mapping[str, Any], test: Values) -> li
     for v in choice.changes:
         level = float(np.mean(test[choice.baseline.name][v.metric]))
         seen = "" if v.verdict != "no difference seen" else " (no significant difference)"
-        words.append(f"{v.metric} {effects.percent(effects.change(v, level))}{seen}")
+        words.append(f"{v.metric} {effects.percent(effects.relative_change(v, level))}{seen}")
     what = "the best without corrections at no more NFE" if choice.cheaper else "the cheapest without corrections"
     return [first, f"Gain on test examples against {cost(choice.baseline)}, {what}: {', '.join(words)}."]
 
@@ -132,7 +132,7 @@ def choices(names: Sequence[Sampler], validation: Values, test: Values) -> list[
     return sentences
 
 
-def summary(rows: Sequence[Row], verdicts: Sequence[Verdict], advised: Sequence[str]) -> list[str]:
+def five_lines(rows: Sequence[Row], verdicts: Sequence[Verdict], advised: Sequence[str]) -> list[str]:
     """Return the summary of a comparison, which a command prints: five lines.
 
     Args:

@@ -196,7 +196,7 @@ def _grids(both: Sequence[Measured], common: Sequence[str], recommended: Sequenc
     for name in dict.fromkeys([*recommended, *(n for n in common if n in plain)]):
         for part in both:
             place = _inside(part.path, part.record.get("draws", {}), name)
-            x = place and stored.read(place)
+            x = place and stored.read_first(place)
             if x is not None and np.isfinite(x).all():
                 grids[f"{part.label}: {name}"] = x[: comparison.SHOWN]
     return grids

@@ -34,7 +34,7 @@ class Spent(NamedTuple):
     seconds: float
 
 
-class Training(NamedTuple):
+class TrainingTime(NamedTuple):
     """The cost of a training.
 
     Attributes:
@@ -99,7 +99,7 @@ def sampler_flops(names: Sequence[Sampler], models: Models, costs: Mapping[str, 
     return {sampler.name: of(sampler) for sampler in names}
 
 
-def trainings(path: Path, names: Iterable[str]) -> list[Training]:
+def trainings(path: Path, names: Iterable[str]) -> list[TrainingTime]:
     """Return the cost of each training of a run folder, from the speeds that it recorded.
 
     Args:
@@ -115,7 +115,7 @@ def trainings(path: Path, names: Iterable[str]) -> list[Training]:
         if lines:
             speeds = [r["steps_per_s"] for r in lines if r.get("steps_per_s")]
             speed = statistics.median(speeds) if speeds else math.nan  # the first records include compilation
-            trained.append(Training(name, lines[-1]["step"], lines[-1]["step"] / speed))
+            trained.append(TrainingTime(name, lines[-1]["step"], lines[-1]["step"] / speed))
     return trained
 
 

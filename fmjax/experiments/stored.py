@@ -94,7 +94,7 @@ def seconds(folder: Path, seeds: int) -> float:
     return min(times, default=math.nan)
 
 
-def read(folder: Path) -> np.ndarray | None:
+def read_first(folder: Path) -> np.ndarray | None:
     """Read the samples of the first seed in a folder.
 
     Args:
