@@ -75,7 +75,7 @@ def numbers(path):
     return kept
 
 
-LOCAL = ("sha256", "digest", "page")  # of a file with an environment or a page: not numbers
+LOCAL = ("sha256", "digest", "page", "costs")  # of a file with an environment or a page, or seconds: not numbers
 
 
 def complete(command, path, log):
