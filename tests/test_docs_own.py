@@ -1,4 +1,4 @@
-"""The page about own data and networks: its Python runs in order, and its commands name fields that exist."""
+"""The pages about own data and networks: their Python runs, and their commands name fields that exist."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from laboratory import laboratory as laboratory  # a fixture
 from fmjax.data import digits
 from fmjax.experiments import command_line, settings
 
-PAGE = ROOT / "docs" / "howto" / "own_data.md"
+PAGE, NETWORKS = (ROOT / "docs" / "howto" / f"own_{name}.md" for name in ("data", "network"))
 if not PAGE.exists():
     pytest.skip("needs the repository's docs", allow_module_level=True)
 blocks = lambda kind: re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -31,6 +31,8 @@ def names(laboratory, tmp_path_factory):
     names = {"W": str(folder / "w")}
     for block in blocks("python"):
         exec(compile(block, str(PAGE), "exec"), names)
+    for block in re.findall(r"```python\n(.*?)```", NETWORKS.read_text(), re.DOTALL):
+        exec(compile(block, str(NETWORKS), "exec"), names)
     return names
 
 
@@ -59,7 +61,7 @@ def test_the_example_of_inpainting_keeps_what_is_known(names):
 
 
 def test_the_network_of_the_page_trains_its_dropout_and_statistics(names):
-    model, x = names["model"], jnp.asarray(names["x"])
+    model, x = names["own"], jnp.asarray(names["x"])
     params = model.init(jax.random.key(0), x)
     assert sorted(params) == ["params", "state"]
     gradient = jax.grad(lambda p: (model.net(p, x, 0.5, 0.5, None, jax.random.key(0)) ** 2).sum())(params)
