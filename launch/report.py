@@ -14,10 +14,14 @@ OPTIONS = (
 )
 
 
+def named(words):
+    """Return the words of a command line with ``--run=`` before the folders."""
+    return [word if word.startswith("-") else f"--run={word}" for word in map(str, words)]
+
+
 def main(argv=None):
     """Compare two runs."""
-    words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
-    words = [word if word.startswith("-") else f"--run={word}" for word in words]
+    words = named(sys.argv[1:] if argv is None else argv)
     command_line.run_plain(side_by_side.main, __doc__, *OPTIONS, argv=words)
 
 

@@ -58,8 +58,11 @@ def commands():
 def check_command(words):
     """Parse a command as its module does; every config field must exist."""
     module = importlib.import_module(words[0])
-    extra = [] if words[0] == "launch.convert" else [command_line.WORKDIR, command_line.TRUST, command_line.DEBUG]
-    _, rest = command_line._parse("", [*getattr(module, "OPTIONS", ()), *extra], words[1:])
+    plain = words[0] in ("launch.convert", "launch.report")
+    extra = [] if plain else [command_line.WORKDIR, command_line.TRUST, command_line.DEBUG]
+    _, rest = command_line._parse(
+        "", [*getattr(module, "OPTIONS", ()), *extra], getattr(module, "named", list)(words[1:])
+    )
     spec = importlib.util.spec_from_file_location("some_config", ROOT / "configs" / "digits.py")
     config = importlib.util.module_from_spec(spec)
     command_line.find_configs()

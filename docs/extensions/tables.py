@@ -189,7 +189,7 @@ _STEP = _RATIO | {"xlabel": "processor time / bare training step of flow matchin
 _JUMP = {"values": ("gaussian, 0 to 1", "mixture, 0 to 1"), "xlabel": "relative error of the jump from 0 to 1"}
 _SKIP = ("ESD", "perfect samples", "LSD as published")
 _WHERE = {"row": "corrector", "column": "corrected at", "xlabel": "corrected at step"}
-_ten = lambda row: row["steps"] == "10"
+_ten = lambda row: row["steps"] == "10" and row["corrected at"] != "-"
 _noisy = lambda row: row["corrections"] != "0" or "noise" in row["sampler"]
 SECOND = {"corrections_digits_steps": "corrections_digits"}  # figure: the suite whose table it draws, too
 FIGURES = {
