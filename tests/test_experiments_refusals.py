@@ -45,7 +45,7 @@ GOOD = {  # values that mean something, by the last part of the field; all other
     "alpha": (-1, 0.5, 10**11), "guidance": (-1, 0, 0.5), "metrics": ((), None), "sample_every": (0, 10**11),
 }  # fmt: skip
 INHERITED = ("correctors.score.net", "flow_map.net", "straighten.net")  # None stands for the network of the flow
-ELSEWHERE = {("teacher", "nonsense"): "target='self'"}
+ELSEWHERE = {("teacher", "nonsense"): "target='self'", ("keep", 10**11): "workdir="}
 MARGINALS = ("solver", "solver_steps", "backward_map", "forward_examples")
 
 
