@@ -137,7 +137,7 @@ def place_labels(axes, points, labels, colours, *, size: float = 7.0) -> None:
     frame = axes.get_window_extent()
     taken = [(x - 3 * pixel, y - 3 * pixel, x + 3 * pixel, y + 3 * pixel) for x, y in at]
     meets = lambda a, b: a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-    angles = np.deg2rad([0, 180, 90, 270, 35, -35, 145, -145, 65, -65, 115, -115])
+    angles = np.deg2rad([60, -60, 120, -120, 0, 180, 90, -90, 35, -35, 145, -145])
     for i in np.argsort(at[:, 1]):
         width, height = 0.52 * size * len(labels[i]) * pixel, 1.25 * size * pixel
         best = None

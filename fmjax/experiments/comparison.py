@@ -24,7 +24,8 @@ from fmjax.types import Cond
 
 SDE = ("euler_maruyama", "stochastic_heun")  # steps that need the score
 CLASSIFIED = 128  # least number of labelled images whose classifier gives features
-SHOWN = 36  # examples in a grid of samples
+SHOWN = {"image": 36, "series": 36}  # examples that are shown, by kind of data
+CLOUD = 400  # points or vectors that are shown
 NOTES = [
     "NFE: network evaluations per sample. All samplers of a run start from the same noise.",
     "Compare each distance with its floor: the distance of as many training examples to the same test data.",
@@ -319,7 +320,8 @@ def grids(data: Dataset, drawn: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
     Returns:
         Examples ``[n, ...]`` by caption.
     """
-    return {"test data": np.asarray(data.test.x[:SHOWN])} | {name: x[0, :SHOWN] for name, x in drawn.items()}
+    count = SHOWN.get(data.kind, CLOUD)
+    return {"test data": np.asarray(data.test.x[:count])} | {name: x[0, :count] for name, x in drawn.items()}
 
 
 def source_grid(models: Models, draws: Draws) -> dict[str, np.ndarray]:
@@ -334,5 +336,6 @@ def source_grid(models: Models, draws: Draws) -> dict[str, np.ndarray]:
     """
     if models.source.normal:
         return {}
-    keys = drawing.sample_keys(draws.seed, 0, min(SHOWN, draws.samples))
+    count = CLOUD if len(models.shape) == 1 else SHOWN["image"]
+    keys = drawing.sample_keys(draws.seed, 0, min(count, draws.samples))
     return {f"source: {models.source.name}": np.asarray(drawing.starts(models, keys))}

@@ -14,11 +14,12 @@ COLUMNS = 16  # times shown of a trajectory
 LINES = 16  # series or vectors drawn in one picture
 ENTRIES = 4  # entries of vectors in a plot of pairs
 LEAST = 0.02  # scale of a picture of differences: a few levels of 256; smaller differences stay grey
+ARROWS = 150  # points whose differences are drawn
 PAIRS = 8  # examples beside their differences or nearest training examples
 
 
 def sample_figure(
-    caption: str, x: np.ndarray, clouds: Sequence[np.ndarray], data: np.ndarray | None = None
+    caption: str, x: np.ndarray, clouds: Sequence[np.ndarray], data: np.ndarray | None = None, *, side: float = 4.0
 ) -> PageFigure:
     """Draw samples by their kind.
 
@@ -28,6 +29,7 @@ def sample_figure(
             vectors ``[n, d]`` as scatter plots of pairs of entries.
         clouds: all sets of points of a page, which are drawn in the same frame.
         data: examples of the data, which are drawn behind vectors.
+        side: width and height of a scatter plot of points, in units of 100 pixels.
 
     Returns:
         The figure.
@@ -53,7 +55,7 @@ def sample_figure(
 
     outside = int(((x < low - margin) | (x > high + margin)).any(1).sum())
     remark = f"{outside} of {len(x)} points lie outside the frame." if outside else ""
-    return charts.chart(draw, caption, f"Scatter plot of {len(x)} points: {caption}.", size=(4, 4), remark=remark)
+    return charts.chart(draw, caption, f"Scatter plot of {len(x)} points: {caption}.", size=(side, side), remark=remark)
 
 
 def _lines(caption: str, x: np.ndarray) -> PageFigure:
@@ -125,6 +127,7 @@ def difference_figure(name: str, baseline: str, x: np.ndarray, y: np.ndarray) ->
         rows = f"Rows: without, with, difference (grey: none; black and white: ∓{scale:.2g}). {remark}"
         return charts.contact_sheet(sheet, len(x), caption, f"{alt} {remark}", rows)
     if x.ndim == 2 and x.shape[1] == 2:
+        x, y = x[:ARROWS], y[:ARROWS]
         move = x - y
 
         def draw(axes, theme):

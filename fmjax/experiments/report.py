@@ -94,7 +94,7 @@ def _look(contents: Contents, best: Sequence[str]) -> list[figures.PageFigure]:
     names = contents.first or [name for name in ("test data", *shown) if name in contents.grids and shown]
     grids = {name: np.asarray(contents.grids[name]) for name in names}
     few = {name: x[:LOOK] if x.ndim == 4 else x for name, x in grids.items()}
-    return [examples.sample_figure(name, x, _clouds(few), few.get("test data")) for name, x in few.items()]
+    return [examples.sample_figure(name, x, _clouds(few), few.get("test data"), side=2.6) for name, x in few.items()]
 
 
 def _clouds(grids: Mapping[str, np.ndarray]) -> list[np.ndarray]:

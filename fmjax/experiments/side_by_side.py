@@ -198,7 +198,7 @@ def _grids(both: Sequence[Measured], common: Sequence[str], recommended: Sequenc
             place = _inside(part.path, part.record.get("draws", {}), name)
             x = place and stored.read_first(place)
             if x is not None and np.isfinite(x).all():
-                grids[f"{part.label}: {name}"] = x[: comparison.SHOWN]
+                grids[f"{part.label}: {name}"] = x[: comparison.CLOUD if x.ndim == 2 else comparison.SHOWN["image"]]
     return grids
 
 
