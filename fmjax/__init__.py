@@ -33,6 +33,7 @@ if typing.TYPE_CHECKING:
         storage,
         straightening,
         times,
+        tokens,
         training,
         transport,
         types,
@@ -45,7 +46,7 @@ if typing.TYPE_CHECKING:
 _PACKAGES = (
     "checks", "convert", "correction", "couplings", "data", "experiments", "fractions", "interpolants", "keys",
     "methods", "metrics", "nets", "oracles", "paths", "predictions", "sampling", "sources", "storage", "straightening",
-    "times", "training", "transport", "types",
+    "times", "tokens", "training", "transport", "types",
 )  # fmt: skip
 _NAMES = {
     **dict.fromkeys(("flow_matching", "lagrangian"), "methods"),
@@ -58,7 +59,7 @@ __all__ = [
     "Batch", "Method", "Run", "checks", "convert", "correction", "couplings", "data", "euler", "experiments",
     "flow_matching", "fractions", "heun", "interpolants", "keys", "lagrangian", "load", "methods", "metrics",
     "nets", "oracles", "paths", "predictions", "rk4", "sample", "sampling", "sources", "storage", "straightening",
-    "times", "training", "transport", "types", "uniform_grid",
+    "times", "tokens", "training", "transport", "types", "uniform_grid",
 ]  # fmt: skip
 
 

@@ -143,11 +143,13 @@ class Costed:
         nfe: number of network evaluations of one call, per example; ``None``: unknown.
         check: ``check(ts)`` raises ``ValueError`` for times, or for a grid, at which ``apply`` cannot work;
             ``sampling.sample`` calls ``check`` before anything is compiled.
+        tokens: whether the states are integers, the tokens of discrete data (``fmjax.tokens``).
     """
 
     apply: Callable[..., Any]
     nfe: int | None = None
     check: Callable[[Any], None] = accept
+    tokens: bool = False
 
     def __call__(self, *args, **kwargs):
         return self.apply(*args, **kwargs)
@@ -261,6 +263,7 @@ class Method(NamedTuple):
         flow_map: ``flow_map(params)(x, s, t, cond, key) -> [B, ...]``, the jump ``X_{s,t}(x)``.
         direction: ``direction(params)(x, t, cond) -> [B, ...]``, where a corrector pushes ``x``.
         score: ``score(params)(x, t, cond) -> [B, ...]``, ``grad log p_t(x)``, which an SDE step needs.
+        log_probs: ``log_probs(params)(x, t, cond) -> [B, ..., K]``, of the tokens of each site of integer states ``x``.
         batches: which batches the loss takes, one of ``BATCHES``. ``"data"``: data in ``x1``. ``"marginals"``: at all
             times ``t`` of a grid, a backward example in ``x1`` and a forward example in ``x0``. ``"ends"``: data in
             ``x1`` and generated examples in ``x0``. ``"trajectories"``: states of a teacher's trajectory.
@@ -279,10 +282,18 @@ class Method(NamedTuple):
     batches: str = "data"
     frozen: tuple[str, ...] = ()
     normal_source: bool = False
+    log_probs: Callable[[Params], Callable[..., Array]] | None = None
 
     def __repr__(self) -> str:
         names = (name for name, function in zip(self._fields, self, strict=True) if callable(function))
         return f"{type(self).__name__}({', '.join(names)})"
+
+
+class TokenMethod(Method):
+    """A method of discrete data, whose parameters define probabilities of tokens."""
+
+    __slots__ = ()
+    log_probs: Callable[[Params], Callable[..., Array]]
 
 
 class FlowMethod(Method):
@@ -377,15 +388,16 @@ def expand(t: Array, x: Array) -> Array:
     return jnp.reshape(t, jnp.shape(t) + (1,) * (x.ndim - jnp.ndim(t)))
 
 
-def over_batch(t, x: Array) -> Float[Array, " b"]:
+def over_batch(t, x: Array, *, tokens: bool = False) -> Float[Array, " b"]:
     """Broadcast a time over a batch.
 
     Args:
         t: a scalar time, or times ``[B]``, which pass through.
         x: examples ``[B, ...]``.
+        tokens: whether the examples are integers, the tokens of discrete data.
 
     Returns:
-        Times ``[B]``: float32, or float64 where ``x`` is float64.
+        Times ``[B]``: float32, or float64 where ``x`` is float64; with ``tokens`` in the precision of ``t``.
 
     Raises:
         TypeError, ValueError: ``x`` is not a floating array, or ``t`` is neither a scalar nor ``[B]``.
@@ -393,8 +405,9 @@ def over_batch(t, x: Array) -> Float[Array, " b"]:
     >>> over_batch(0.5, jnp.zeros((3, 2)))
     Array([0.5, 0.5, 0.5], dtype=float32)
     """
-    checks.check_state("x", x)
+    checks.check_state("x", x, tokens=tokens)
     if jnp.shape(t) not in ((), x.shape[:1]):
         raise ValueError(f"t.shape={jnp.shape(t)}: not times of {len(x)} examples. Give a number, or one for each.")
-    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    precise = (jnp.asarray(t).dtype if tokens else x.dtype) == jnp.float64
+    dtype = jnp.float64 if precise else jnp.float32
     return jnp.broadcast_to(jnp.asarray(t, dtype), (x.shape[0],))

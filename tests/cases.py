@@ -320,6 +320,7 @@ CASES = {
         solver="jump",
         teacher=True,
     ),
+    "categorical_ratio_matching": own("test_tokens, against enumeration"),
     "classifier_corrector": classifier_case,
     "consistency": own("its formula in test_methods_papers, and its own tests"),
     "consistency_trajectory": map_case(
@@ -328,6 +329,7 @@ CASES = {
     "continuous_consistency": map_case("continuous_consistency", velocity="own", diagonal=0.5, teacher=True),
     "contrastive": contrastive_case,
     "denoising": denoising_case,
+    "discrete_flow_matching": own("test_tokens, against enumeration"),
     "discriminator": lambda path: log_odds_case(path, lambda net: factory("discriminator")(net, path=path)),
     "edm": edm_case,
     "eulerian": map_case("eulerian", teacher=True),

@@ -35,6 +35,7 @@ FLOORS = (
         "transport",
         "couplings",
         "sources",
+        "tokens",
         "nets",
         "metrics",
     ),

@@ -7,12 +7,14 @@ clip of a paper must be rescaled.
 from fmjax.methods import attacks, common, views, weighting
 from fmjax.methods.align_your_flow import align_your_flow
 from fmjax.methods.alpha_flow import alpha_flow
+from fmjax.methods.categorical_ratio_matching import categorical_ratio_matching
 from fmjax.methods.classifier_corrector import classifier_corrector
 from fmjax.methods.consistency import consistency
 from fmjax.methods.consistency_trajectory import consistency_trajectory
 from fmjax.methods.continuous_consistency import continuous_consistency
 from fmjax.methods.contrastive import contrastive
 from fmjax.methods.denoising import denoising
+from fmjax.methods.discrete_flow_matching import discrete_flow_matching
 from fmjax.methods.discriminator import discriminator
 from fmjax.methods.edm import edm
 from fmjax.methods.eulerian import eulerian
@@ -33,9 +35,10 @@ from fmjax.methods.straighten import straighten
 from fmjax.methods.terminal_velocity_matching import terminal_velocity_matching
 
 __all__ = [
-    "align_your_flow", "alpha_flow", "attacks", "classifier_corrector", "common", "consistency",
-    "consistency_trajectory", "continuous_consistency", "contrastive", "denoising", "discriminator", "edm",
-    "eulerian", "flow_map_matching", "flow_matching", "improved_mean_flow", "lagrangian", "learned_coupling",
-    "mean_flow", "progressive", "progressive_distillation", "residual", "score_corrector", "shortcut", "soflow",
-    "stochastic_interpolant", "straighten", "terminal_velocity_matching", "views", "weighting",
+    "align_your_flow", "alpha_flow", "attacks", "categorical_ratio_matching", "classifier_corrector", "common",
+    "consistency", "consistency_trajectory", "continuous_consistency", "contrastive", "denoising",
+    "discrete_flow_matching", "discriminator", "edm", "eulerian", "flow_map_matching", "flow_matching",
+    "improved_mean_flow", "lagrangian", "learned_coupling", "mean_flow", "progressive",
+    "progressive_distillation", "residual", "score_corrector", "shortcut", "soflow", "stochastic_interpolant",
+    "straighten", "terminal_velocity_matching", "views", "weighting",
 ]  # fmt: skip

@@ -58,8 +58,10 @@ def from_linen(module, *, call: Callable | None = None) -> Model:
         _check_call("from_linen", module, "x, s, t, cond=None, *, train=False", train=False)
         call = lambda module, x, s, t, cond, train: module(x, s, t, cond, train=train)
 
+    tokens = bool(getattr(module, "tokens", 0))  # a network of discrete data
+
     def init(key, x, cond=None):
-        t = over_batch(0.0, x)
+        t = over_batch(0.0, x, tokens=tokens)
 
         def draw(key):
             variables = dict(module.init({"params": key}, x, t, t, cond, False, method=call))
@@ -72,7 +74,7 @@ def from_linen(module, *, call: Callable | None = None) -> Model:
         return jax.jit(draw, compiler_options=options)(key)
 
     def evaluate(params, x, s, t, cond=None, key=None, *, keep=True):
-        s, t = over_batch(s, x), over_batch(t, x)
+        s, t = over_batch(s, x, tokens=tokens), over_batch(t, x, tokens=tokens)
         rngs = None if key is None else {"dropout": as_keys(key, len(x))[0]}
         if not state.has_state(params):
             return module.apply({"params": params}, x, s, t, cond, key is not None, rngs=rngs, method=call)

@@ -2,8 +2,10 @@
 
 from fmjax.oracles.closed_forms import Oracle, average_velocity, coupled, finite, gaussian, mixture, ring
 from fmjax.oracles.mismatch import Mismatch, field, gradient, perturbed, pushed, scaled, shifted
+from fmjax.oracles.token_table import TokenTable, kolmogorov_residual, token_flux, token_table
 
 __all__ = [
-    "Mismatch", "Oracle", "average_velocity", "coupled", "field", "finite", "gaussian", "gradient", "mixture",
-    "perturbed", "pushed", "ring", "scaled", "shifted",
+    "Mismatch", "Oracle", "TokenTable", "average_velocity", "coupled", "field", "finite", "gaussian",
+    "gradient", "kolmogorov_residual", "mixture", "perturbed", "pushed", "ring", "scaled", "shifted",
+    "token_flux", "token_table",
 ]  # fmt: skip

@@ -21,6 +21,15 @@ from fmjax.sampling.grids import (
 )
 from fmjax.sampling.guidance import added, at_scale, autoguidance, classifier_free, density_ratio, interval
 from fmjax.sampling.guided_training import autoguided_teacher, guided_teacher, label_dropout, random_scale
+from fmjax.sampling.jumps import (
+    Channel,
+    flow_rates,
+    generator_rows,
+    jump_corrector,
+    reverse_rates,
+    tau_leaping,
+    token_bound,
+)
 from fmjax.sampling.likelihood import (
     Density,
     bits_per_dim,
@@ -38,14 +47,16 @@ from fmjax.sampling.shifted_grids import resolution_grid, shifted_grid
 from fmjax.sampling.stochastic import draw_noise, euler_maruyama, memoryless, stochastic_heun
 
 __all__ = [
-    "Cost", "Density", "SampleInfo", "Tableau", "added", "anderson", "as_flow", "at_scale", "autoguidance",
-    "autoguided_teacher", "best_steps", "bits_per_dim", "check_at", "check_grid", "checked_density",
-    "checked_solve", "classifier_free", "cost", "curvature", "ddim", "default_grid", "denoiser", "density_ratio",
-    "dequantise", "diffrax_solver", "divergence", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "draw_noise", "draw_probes",
-    "edm_grid", "edm_heun", "euler", "euler_maruyama", "evaluations", "even_grid", "flow_map_log_density",
-    "from_diffrax", "guided_teacher", "heun", "hutchinson", "initial_noise", "integrate", "interval", "inverse",
-    "ipndm", "jump_costs", "label_dropout", "log_density", "log_snr_grid", "memoryless", "midpoint", "per_step",
-    "random_scale", "renoised", "resolution_grid", "reverse_diffusion", "rk38", "rk4", "runge_kutta", "same_times",
-    "sample", "shifted_grid", "source_sample", "steps_at", "steps_per_segment", "stochastic_heun", "tableau",
-    "uniform_grid", "unipc", "velocity_of", "with_memory",
+    "Channel", "Cost", "Density", "SampleInfo", "Tableau", "added", "anderson", "as_flow", "at_scale",
+    "autoguidance", "autoguided_teacher", "best_steps", "bits_per_dim", "check_at", "check_grid",
+    "checked_density", "checked_solve", "classifier_free", "cost", "curvature", "ddim", "default_grid",
+    "denoiser", "density_ratio", "dequantise", "diffrax_solver", "divergence", "dpmpp_2m", "dpmpp_2s",
+    "dpmpp_3m", "draw_noise", "draw_probes", "edm_grid", "edm_heun", "euler", "euler_maruyama", "evaluations",
+    "even_grid", "flow_map_log_density", "flow_rates", "from_diffrax", "generator_rows", "guided_teacher",
+    "heun", "hutchinson", "initial_noise", "integrate", "interval", "inverse", "ipndm", "jump_corrector",
+    "jump_costs", "label_dropout", "log_density", "log_snr_grid", "memoryless", "midpoint", "per_step",
+    "random_scale", "renoised", "resolution_grid", "reverse_diffusion", "reverse_rates", "rk38", "rk4",
+    "runge_kutta", "same_times", "sample", "shifted_grid", "source_sample", "steps_at", "steps_per_segment",
+    "stochastic_heun", "tableau", "tau_leaping", "token_bound", "uniform_grid", "unipc", "velocity_of",
+    "with_memory",
 ]  # fmt: skip
