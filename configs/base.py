@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.coupling = "minibatch_ot"  # how source and data are paired, of fmjax.couplings
     c.batch_size = 128  # examples per step, over all devices
     c.steps = 4500  # number of optimiser steps
-    c.target = "self"  # parameters of the teacher in the loss: 'self', 'ema' or 'frozen'
+    c.target = "self"  # parameters of the teacher in the loss: 'self', 'ema', 'frozen' or 'both'
     c.learning_rate = 2e-3  # the peak rate
     c.warmup = 100  # steps until the peak rate is reached
     c.schedule = "cosine"  # learning rate after the warm-up: 'cosine' or 'constant'

@@ -149,6 +149,10 @@ def data_probabilities(path: TokenPath, log_probs: Float[Array, "b ... k"], x: I
 
     Returns:
         Probabilities ``[B, ..., states]``.
+
+    >>> log_half = jnp.log(jnp.full((1, 2, 2), 0.5))
+    >>> data_probabilities(token_path(classes=2), log_half, jnp.array([[2, 1]])).tolist()
+    [[[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]]
     """
     p = jnp.exp(log_probs)
     if path.source == "uniform":
@@ -171,11 +175,15 @@ def source_probabilities(path: TokenPath, p1: Array, x: Int[Array, "b ..."], t) 
 
     Returns:
         Probabilities ``[B, ..., states]``.
+
+    >>> path = token_path(classes=2, source="uniform")
+    >>> source_probabilities(path, jnp.array([[[1.0, 0.0]]]), jnp.array([[0]]), jnp.zeros(1)).tolist()
+    [[[1.0, 0.0]]]
     """
-    here = jax.nn.one_hot(x, path.states, dtype=p1.dtype)
+    stay = jax.nn.one_hot(x, path.states, dtype=p1.dtype)
     if path.source == "mask":
         return jnp.broadcast_to(jax.nn.one_hot(path.classes, path.states, dtype=p1.dtype), p1.shape)
     k = expand(path.kept(t)[0], p1)
     own = jnp.take_along_axis(p1, x[..., None].astype(int), -1)
     hidden = own * k / (k + (1 - k) / path.classes)
-    return hidden / path.classes + (1 - hidden) * here
+    return hidden / path.classes + (1 - hidden) * stay

@@ -7,9 +7,8 @@ Conventions, stated once:
 * ``Net(params, x, s, t)`` is the average velocity from ``s`` to ``t``; its diagonal ``s = t`` is the velocity, and
   ``X_{s,t}(x) = x + (t - s) Net(x, s, t)`` is the flow map.
 * Positional arguments are arrays (traced); keyword-only arguments are static.
-* Randomness belongs to the example: inside the library ``key`` is an array ``[B]`` of typed keys, one per example,
-  folded from the run's key, the step and the example's global index: the same for every batch size, mesh and number
-  of processes. Public functions accept one key, too.
+* Randomness belongs to the example: inside the library ``key`` is an array ``[B]`` of typed keys, folded from the run's
+  key, the step and the example's global index, whatever the batch size and mesh. Public functions accept one key, too.
 """
 
 from __future__ import annotations
@@ -135,15 +134,14 @@ def accept(ts) -> None:
 class Costed:
     """A step, corrector, direction or schedule that states its cost and refuses times at which it cannot work.
 
-    Calling the object calls ``apply``. Read ``nfe`` and ``check`` with ``stated``, which also sees through ``jax.jit``
-    and ``functools.partial``.
+    Calling the object calls ``apply``. ``stated`` reads ``nfe`` and ``check`` through ``jax.jit`` and ``partial`` too.
 
     Attributes:
         apply: the step, corrector, direction or schedule.
         nfe: number of network evaluations of one call, per example; ``None``: unknown.
         check: ``check(ts)`` raises ``ValueError`` for times, or for a grid, at which ``apply`` cannot work;
             ``sampling.sample`` calls ``check`` before anything is compiled.
-        tokens: whether the states are integers, the tokens of discrete data (``fmjax.tokens``).
+        tokens: whether the states are integers (``fmjax.tokens``).
     """
 
     apply: Callable[..., Any]
@@ -162,8 +160,7 @@ class Multistep(NamedTuple):
         init: ``init(x)`` is the memory before the first step of a grid.
         step: ``step(memory, x, s, t, cond, key)`` returns ``(x, memory)``. Shapes never change, so that the scan
             compiles one step.
-        nfe: as in ``Costed``.
-        check: as in ``Costed``.
+        nfe, check: as in ``Costed``.
     """
 
     init: Callable[[Array], Any]
@@ -174,8 +171,6 @@ class Multistep(NamedTuple):
 
 def stated(function: Any) -> Costed | Multistep:
     """Return the stated cost and check of a step, corrector or direction.
-
-    A wrapper does not hide the statement: ``jax.jit`` and ``functools.partial`` are opened.
 
     Args:
         function: any callable, or a ``Multistep``.
@@ -254,8 +249,7 @@ class Method(NamedTuple):
     """A training objective and the functions that its trained parameters define: the views of the method.
 
     Each view takes parameters and returns a function of arrays, for example ``method.velocity(params)(x, t, cond)``. A
-    view that a method does not have is ``None``; the subclasses below state in their types which views are always
-    there. ``method._replace(loss=...)`` keeps the subclass.
+    view that a method does not have is ``None``; the subclasses below state which views are always there.
 
     Attributes:
         loss: ``loss(params, target, batch, key) -> (scalar, aux)``; ``key`` is one key, or one key per example ``[B]``.
@@ -287,13 +281,6 @@ class Method(NamedTuple):
     def __repr__(self) -> str:
         names = (name for name, function in zip(self._fields, self, strict=True) if callable(function))
         return f"{type(self).__name__}({', '.join(names)})"
-
-
-class TokenMethod(Method):
-    """A method of discrete data, whose parameters define probabilities of tokens."""
-
-    __slots__ = ()
-    log_probs: Callable[[Params], Callable[..., Array]]
 
 
 class FlowMethod(Method):
@@ -394,10 +381,10 @@ def over_batch(t, x: Array, *, tokens: bool = False) -> Float[Array, " b"]:
     Args:
         t: a scalar time, or times ``[B]``, which pass through.
         x: examples ``[B, ...]``.
-        tokens: whether the examples are integers, the tokens of discrete data.
+        tokens: whether the examples are integers; the times are then in the precision of ``t``.
 
     Returns:
-        Times ``[B]``: float32, or float64 where ``x`` is float64; with ``tokens`` in the precision of ``t``.
+        Times ``[B]``: float32, or float64 where ``x`` is float64.
 
     Raises:
         TypeError, ValueError: ``x`` is not a floating array, or ``t`` is neither a scalar nor ``[B]``.

@@ -339,15 +339,18 @@ CASES = {
     "lagrangian": map_case("lagrangian", teacher=True),
     "learned_coupling": coupled_case,
     "mean_flow": map_case("mean_flow", away=2.0),
+    "neural_operator": own("test_methods_operators, against the Gaussian map"),
     "progressive": map_case("progressive", teacher=True),
     "progressive_distillation": alias("progressive", diagonal=0.0, pair=functools.partial(times.grid_pair, rounds=1)),
     "residual": residual_case,
     "score_corrector": score_case,
+    "self_corrected": own("test_methods_self_corrected, against the map of a straight flow"),
     "shortcut": alias("progressive", time=fine_time, diagonal=7 / 8, pair=times.dyadic, finest=1 / 128),
     "soflow": own("its formula in test_methods_papers: its times of fixed steps have no closed form"),
     "stochastic_interpolant": interpolant_case,
     "straighten": straight_case,
     "terminal_velocity_matching": map_case("terminal_velocity_matching", teacher=True),
+    "trajectory_regression": own("test_methods_operators, against the Gaussian map"),
 }
 
 # Their own tests hold their losses and gradients to formulas and to tested methods: the battery is run with -m slow.

@@ -36,6 +36,7 @@ FLOORS = (
         "couplings",
         "sources",
         "tokens",
+        "psd",
         "nets",
         "metrics",
     ),

@@ -353,6 +353,7 @@ def test_a_batch_that_would_broadcast_is_refused_by_its_field(name):
     net = Network(lambda params, x, s, t, cond=None, key=None: x, encoder=lambda *args: args[1])
     options = {"contrastive": {"mean": np.zeros(2)}, "score_corrector": {"sigma": 0.1}}.get(name, {})
     options |= {"bounds": (0.0, 1.0)} if name == "straighten" else {}
+    options |= {"critic": lambda *args: args[1][:, 0]} if name == "self_corrected" else {}
     loss = factory(name)(net, **options).loss
     tokens = name in ("categorical_ratio_matching", "discrete_flow_matching")  # their data are integers
     right = jax.tree.map(lambda a: a.astype(int), ROWS) if tokens else ROWS

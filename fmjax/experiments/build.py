@@ -32,7 +32,8 @@ def net(spec: Spec, *, classes: int = 0, floats: bool = False, field: str = "net
     Args:
         spec: a network of ``fmjax.nets``, a place outside the package, a Flax module or a ``Model``. A mapping may also
             have ``preconditioning`` (a spec of ``nets.preconditioning``, which makes the network a denoiser seen as a
-            velocity) and ``noise_encoder`` (a network with two heads that is trained beside it).
+            velocity) and ``noise_encoder`` (a network with two heads that is trained beside it) or ``critic``
+            (a network of logits that is).
         classes: number of label classes; 0 for a network without labels.
         floats: whether the network is conditioned on float arrays; passed to factories that have this option.
         field: the config field, for messages.
@@ -46,6 +47,7 @@ def net(spec: Spec, *, classes: int = 0, floats: bool = False, field: str = "net
     specs.check_spec(specs.NET, spec, field=field)
     name, options = specs.parse(spec, field=field) if specs.is_spec(spec) else (spec, {})
     denoiser, encoder = options.pop("preconditioning", None), options.pop("noise_encoder", None)
+    critic = options.pop("critic", None)
     spec = {"name": name, **options} if specs.is_spec(spec) else spec
     if specs.is_spec(spec):
         factory, _ = specs.resolve(specs.NET, spec, field=field)
@@ -56,6 +58,9 @@ def net(spec: Spec, *, classes: int = 0, floats: bool = False, field: str = "net
     if denoiser:
         denoiser = specs.build(specs.PRECONDITIONER, denoiser, field=f"{field}.preconditioning")
         model = model._replace(net=preconditioning.preconditioned(model.net, denoiser))
+    if critic:
+        logits = specs.build(specs.NET, critic, field=f"{field}.critic", logit=True)
+        return adapters.with_encoder(model, _model(logits, f"{field}.critic"), name="critic")
     if not encoder:
         return model
     where = f"{field}.noise_encoder"

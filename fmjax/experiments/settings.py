@@ -64,7 +64,7 @@ class Training:
     coupling: Any
     batch_size: Annotated[int, Range(1, 1e7)]
     steps: Count
-    target: Literal["self", "ema", "frozen"]
+    target: Literal["self", "ema", "frozen", "both"]
     learning_rate: Annotated[float, Range(0, 100, open_low=True)]
     warmup: Annotated[int, Range(0, 1e9)]
     schedule: Literal["constant", "cosine"]

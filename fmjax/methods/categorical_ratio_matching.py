@@ -11,12 +11,12 @@ from fmjax import times
 from fmjax.methods import common as c
 from fmjax.methods.discrete_flow_matching import cross_entropy, log_softmax_view
 from fmjax.tokens import TokenPath, corrupt, token_path
-from fmjax.types import Net, TokenMethod
+from fmjax.types import Method, Net
 
 
 def categorical_ratio_matching(
     net: Net, *, path: TokenPath = token_path(classes=2, source="uniform"), time: Callable = times.uniform
-) -> TokenMethod:
+) -> Method:
     """Train ``p_t(x^d | x^-d)`` at all times by its cross-entropy, ``-E sum_d log p_d(x_t^d | x_t^-d)``.
 
     This is score-based continuous-time discrete diffusion (SDDM, arXiv 2211.16750, eq. 15); the ratios of these
@@ -44,7 +44,7 @@ def categorical_ratio_matching(
     0.6931
     """
     if path.source != "uniform":
-        raise ValueError(f"source={path.source!r}: the reversal is that of uniform noise. Take source='uniform'.")
+        raise ValueError(f"source={path.source!r}: only uniform noise is reversed. Take source='uniform'.")
 
     def loss(params, target, batch, key):
         k_t, k_x, k_net = c.split(key, 3)
@@ -53,4 +53,4 @@ def categorical_ratio_matching(
         each = cross_entropy(net(params, x, t, t, batch.cond, k_net), x)
         return c.reduce(jnp.mean(each.reshape(len(x), -1), 1), t=t)
 
-    return TokenMethod(c.keyed(loss, tokens=True), log_probs=functools.partial(log_softmax_view, net))
+    return Method(c.keyed(loss, tokens=True), log_probs=functools.partial(log_softmax_view, net))

@@ -211,6 +211,13 @@ def split_rows(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(first), np.flatnonzero(~first)
 
 
+class Teachers(NamedTuple):
+    """A target of both a frozen teacher and the averaged parameters (``training.make_step(target="both")``)."""
+
+    frozen: Params
+    ema: Params
+
+
 class Term(NamedTuple):
     """The values of one term of a loss on its rows.
 

@@ -12,14 +12,14 @@ from jaxtyping import Array, Float, Int
 from fmjax import checks, times
 from fmjax.methods import common as c
 from fmjax.tokens import TokenPath, corrupt, token_path
-from fmjax.types import Net, Params, TokenMethod, over_batch
+from fmjax.types import Method, Net, Params, over_batch
 
 WEIGHTS = ("none", "bound")
 
 
 def discrete_flow_matching(
     net: Net, *, path: TokenPath = token_path(classes=2), time: Callable = times.uniform, weight: str = "none"
-) -> TokenMethod:
+) -> Method:
     """Train ``p(x1^i = c | x_t)`` by its cross-entropy, ``-E sum_i log p_i(x1^i | x_t)`` (arXiv 2407.15595, eq. 28).
 
     Data are integers ``0 .. K - 1``, ``K = path.classes``. The loss is a mean over sites. On the path of masks only
@@ -63,7 +63,7 @@ def discrete_flow_matching(
         scale = dk / (1 - k) if weight == "bound" else 1.0
         return c.reduce(scale * jnp.mean(each.reshape(len(x), -1), 1), t=t)
 
-    return TokenMethod(c.keyed(loss, tokens=True), log_probs=functools.partial(log_softmax_view, net))
+    return Method(c.keyed(loss, tokens=True), log_probs=functools.partial(log_softmax_view, net))
 
 
 def cross_entropy(logits: Float[Array, "b ... k"], tokens: Int[Array, "b ..."]) -> Float[Array, "b ..."]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ class TokenTable(NamedTuple):
     states: Int[np.ndarray, "n d"]
 
 
-def token_table(probabilities: Float[Array, "..."], path: TokenPath) -> TokenTable:
+def token_table(probabilities: Float[Array, "*sites"], path: TokenPath) -> TokenTable:
     """Return the closed form of discrete data along a path.
 
     Args:
@@ -119,7 +118,6 @@ def kolmogorov_residual(table: TokenTable, rates: Rates, path: TokenPath, t: flo
     return slope - token_flux(p, rows)
 
 
-@functools.partial(jax.jit)
 def token_flux(p: Array, rows: Array) -> Array:
     """Return ``p Q``, the change of the probabilities of all states by jumps of single sites.
 
@@ -129,6 +127,9 @@ def token_flux(p: Array, rows: Array) -> Array:
 
     Returns:
         ``[states] * D``.
+
+    >>> token_flux(jnp.array([0.5, 0.5]), jnp.array([[[-1.0, 1.0]], [[0.0, 0.0]]])).tolist()
+    [-0.5, 0.5]
     """
     total = jnp.zeros_like(p)
     for site in range(p.ndim):

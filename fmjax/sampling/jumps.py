@@ -102,7 +102,7 @@ def reverse_rates(log_conditionals: Callable, path: TokenPath) -> Rates:
     [[1.0, 1.0]]
     """
     if path.source != "uniform":
-        raise ValueError(f"source={path.source!r}: the reversal is that of uniform noise. Take source='uniform'.")
+        raise ValueError(f"source={path.source!r}: only uniform noise is reversed. Take source='uniform'.")
 
     def rates(x, t, cond=None):
         p = jnp.exp(log_conditionals(x, t, cond))
