@@ -336,6 +336,7 @@ CASES = {
     "flow_map_matching": map_case("flow_map_matching", inverts=True),
     "flow_matching": lambda path: flow_case(path, "flow_matching", "velocity", "score"),
     "improved_mean_flow": map_case("improved_mean_flow", teacher=True, away=2.0),
+    "jko": own("test_straightening_blocks, against the closed form of a Gaussian block"),
     "lagrangian": map_case("lagrangian", teacher=True),
     "learned_coupling": coupled_case,
     "mean_flow": map_case("mean_flow", away=2.0),

@@ -11,7 +11,7 @@ from fmjax import methods, training
 from fmjax.experiments import build
 from fmjax.keys import as_keys
 from fmjax.methods.common import Teachers
-from fmjax.training import loop
+from fmjax.training import loop, sharding
 from fmjax.types import Batch, expand
 
 KEY, B = jax.random.key(5), 64
@@ -98,7 +98,7 @@ def test_each_network_descends_its_own_terms():
 
 def test_a_step_takes_a_frozen_teacher_and_the_average():
     """By ``jax.grad`` with both given by hand, two steps; another target is refused."""
-    method, tx, mesh = methods.self_corrected(straight, critic=logit), optax.sgd(0.1), training.make_mesh()
+    method, tx, mesh = methods.self_corrected(straight, critic=logit), optax.sgd(0.1), sharding.make_mesh()
     start = {"flow": jnp.full(2, 0.1), "critic": jnp.array([0.3, -0.2])}
     teacher = {"flow": jnp.full(2, -0.2), "critic": jnp.zeros(2)}
     step = training.make_step(method.loss, tx, mesh=mesh, target="both", ema=0.5)

@@ -12,7 +12,7 @@ import numpy as np
 from fmjax import paths
 from fmjax.correction.correctors import Schedule, at_time, check_all, check_strength, mala
 from fmjax.keys import as_keys, fold_in
-from fmjax.sampling import divergence, draw_probes, evaluations, hutchinson, rk4
+from fmjax.sampling import divergence, draw_probes, evaluations, hutchinson, push_with_log_det
 from fmjax.sampling.sample import sample
 from fmjax.types import Corrector, Costed, FlowMapFn, VelocityFn, expand, over_batch
 
@@ -128,15 +128,8 @@ def flow_mala(
         raise ValueError(f"path={path!r:.40}: does not start at N(0, I). Take a path such as 'linear'.")
 
     def log_density(x, t, cond=None):
-        shape = x.shape
-
-        def joint(z, u, cond=None):
-            v, div = divergence(velocity, z[:, :-1].reshape(shape), u * t, cond)
-            return jnp.concatenate([v.reshape(len(z), -1), div[:, None]], 1) * t[:, None]
-
-        z = jnp.concatenate([x.reshape(len(x), -1), jnp.zeros_like(x.reshape(len(x), -1)[:, :1])], 1)
-        z = sample(rk4(joint), z, np.linspace(1, 0, solver_steps + 1), cond=cond)
-        return z[:, -1] - 0.5 * jnp.sum(z[:, :-1] ** 2 + jnp.log(2 * jnp.pi), 1)
+        y, log_det = push_with_log_det(velocity, x, np.linspace(1, 0, solver_steps + 1), cond, until=t)
+        return log_det - 0.5 * jnp.sum(y.reshape(len(x), -1) ** 2 + jnp.log(2 * jnp.pi), 1)
 
     score = lambda x, t, cond=None: jax.grad(lambda y: log_density(y, t, cond).sum())(x)
     nfe = evaluations(velocity, calls=4 * solver_steps)

@@ -21,6 +21,7 @@ from fmjax.methods.eulerian import eulerian
 from fmjax.methods.flow_map_matching import flow_map_matching
 from fmjax.methods.flow_matching import flow_matching
 from fmjax.methods.improved_mean_flow import improved_mean_flow
+from fmjax.methods.jko import jko
 from fmjax.methods.lagrangian import lagrangian
 from fmjax.methods.learned_coupling import learned_coupling
 from fmjax.methods.mean_flow import mean_flow
@@ -41,8 +42,8 @@ __all__ = [
     "align_your_flow", "alpha_flow", "attacks", "categorical_ratio_matching", "classifier_corrector", "common",
     "consistency", "consistency_trajectory", "continuous_consistency", "contrastive", "denoising",
     "discrete_flow_matching", "discriminator", "edm", "eulerian", "flow_map_matching", "flow_matching",
-    "improved_mean_flow", "lagrangian", "learned_coupling", "mean_flow", "neural_operator", "progressive",
-    "progressive_distillation", "residual", "score_corrector", "self_corrected", "shortcut", "soflow",
-    "stochastic_interpolant", "straighten", "terminal_velocity_matching", "trajectory_regression", "views",
-    "weighting",
+    "improved_mean_flow", "jko", "lagrangian", "learned_coupling", "mean_flow", "neural_operator",
+    "progressive", "progressive_distillation", "residual", "score_corrector", "self_corrected", "shortcut",
+    "soflow", "stochastic_interpolant", "straighten", "terminal_velocity_matching", "trajectory_regression",
+    "views", "weighting",
 ]  # fmt: skip

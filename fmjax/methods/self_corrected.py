@@ -113,17 +113,17 @@ def self_corrected(
         x = paths.with_velocity(path, z, batch.x1, t)[0]
         later = stop(runge_kutta(frozen, tableau(solver))(x, t, t + h, cond))
         terms = {"consistency": c.mse(end(params, x, t, cond), stop(end(target.ema, later, t + h, cond)))}
-        one = end(params, z, 0.0, cond)
-        real, fake = logit(params, batch.x1, cond), logit(params, stop(one), cond)
-        terms["adversarial"] = jax.nn.softplus(-logit(stop(params), one, cond))
+        final = end(params, z, 0.0, cond)
+        real, fake = logit(params, batch.x1, cond), logit(params, stop(final), cond)
+        terms["adversarial"] = jax.nn.softplus(-logit(stop(params), final, cond))
         terms["critic"] = jax.nn.softplus(-real) + jax.nn.softplus(fake)
         r = time(k_line)
-        line = paths.with_velocity(paths.linear(), z, stop(one), r)[0]
-        terms["reflow"] = c.mse(end(params, line, r, cond), stop(one))
+        line = paths.with_velocity(paths.linear(), z, stop(final), r)[0]
+        terms["reflow"] = c.mse(end(params, line, r, cond), stop(final))
         y = z
         for i in range(few):
             y = y + velocity(params)(y, i / few, cond) / few
-        terms["bidirectional"] = c.mse(one, stop(y)) + c.mse(stop(one), y)
+        terms["bidirectional"] = c.mse(final, stop(y)) + c.mse(stop(final), y)
         weights = {"adversarial": adversarial, "reflow": reflow, "bidirectional": bidirectional}
         return c.reduce(sum(weights.get(name, 1.0) * term for name, term in terms.items()), t=t, **terms)
 

@@ -1,12 +1,13 @@
 """Closed forms of flows: exact fields of known distributions, and flows with a known error."""
 
+from fmjax.oracles.blocks import block_variance, jko_scale
 from fmjax.oracles.closed_forms import Oracle, average_velocity, coupled, finite, gaussian, mixture, ring
 from fmjax.oracles.mismatch import Mismatch, field, gradient, perturbed, pushed, scaled, shifted
 from fmjax.oracles.rates import consistency_maps, sufficient_steps
 from fmjax.oracles.token_table import TokenTable, kolmogorov_residual, token_flux, token_table
 
 __all__ = [
-    "Mismatch", "Oracle", "TokenTable", "average_velocity", "consistency_maps", "coupled", "field", "finite",
-    "gaussian", "gradient", "kolmogorov_residual", "mixture", "perturbed", "pushed", "ring", "scaled",
-    "shifted", "sufficient_steps", "token_flux", "token_table",
+    "Mismatch", "Oracle", "TokenTable", "average_velocity", "block_variance", "consistency_maps", "coupled",
+    "field", "finite", "gaussian", "gradient", "jko_scale", "kolmogorov_residual", "mixture", "perturbed",
+    "pushed", "ring", "scaled", "shifted", "sufficient_steps", "token_flux", "token_table",
 ]  # fmt: skip

@@ -41,6 +41,7 @@ from fmjax.sampling.likelihood import (
     hutchinson,
     log_density,
 )
+from fmjax.sampling.log_det import push_with_log_det
 from fmjax.sampling.multistep import initial_noise, ipndm
 from fmjax.sampling.sample import SampleInfo, renoised, sample, source_sample, with_memory
 from fmjax.sampling.shifted_grids import resolution_grid, shifted_grid
@@ -55,8 +56,8 @@ __all__ = [
     "even_grid", "flow_map_log_density", "flow_rates", "from_diffrax", "generator_rows", "guided_teacher",
     "heun", "hutchinson", "initial_noise", "integrate", "interval", "inverse", "ipndm", "jump_corrector",
     "jump_costs", "label_dropout", "log_density", "log_snr_grid", "memoryless", "midpoint", "per_step",
-    "random_scale", "renoised", "resolution_grid", "reverse_diffusion", "reverse_rates", "rk38", "rk4",
-    "runge_kutta", "same_times", "sample", "shifted_grid", "source_sample", "steps_at", "steps_per_segment",
-    "stochastic_heun", "tableau", "tau_leaping", "token_bound", "uniform_grid", "unipc", "velocity_of",
-    "with_memory",
+    "push_with_log_det", "random_scale", "renoised", "resolution_grid", "reverse_diffusion", "reverse_rates",
+    "rk38", "rk4", "runge_kutta", "same_times", "sample", "shifted_grid", "source_sample", "steps_at",
+    "steps_per_segment", "stochastic_heun", "tableau", "tau_leaping", "token_bound", "uniform_grid", "unipc",
+    "velocity_of", "with_memory",
 ]  # fmt: skip
