@@ -242,7 +242,7 @@ class LossFn(Protocol):
     def __call__(self, params: Params, target: Params, batch: Batch, key) -> tuple[Array, Aux]: ...
 
 
-BATCHES = ("data", "marginals", "ends", "trajectories")
+BATCHES = ("data", "marginals", "ends", "trajectories", "tokens")
 
 
 class Method(NamedTuple):
@@ -260,7 +260,7 @@ class Method(NamedTuple):
         log_probs: ``log_probs(params)(x, t, cond) -> [B, ..., K]``, of the tokens of each site of integer states ``x``.
         batches: which batches the loss takes, one of ``BATCHES``. ``"data"``: data in ``x1``. ``"marginals"``: at all
             times ``t`` of a grid, a backward example in ``x1`` and a forward example in ``x0``. ``"ends"``: data in
-            ``x1`` and generated examples in ``x0``. ``"trajectories"``: states of a teacher's trajectory.
+            ``x1`` and generated examples in ``x0``. ``"trajectories"``: a teacher's states. ``"tokens"``: integers.
         frozen: names of the entries of the parameters, a dictionary, that are given and not trained.
         normal_source: whether the method is valid for the source N(0, I) alone (see ``sources``).
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
 from fmjax import methods, nets, oracles, sampling, tokens
+from fmjax.experiments import assemble, build, settings
 from fmjax.keys import as_keys
 from fmjax.types import Batch
 
@@ -236,3 +238,21 @@ def test_integers_where_floats_belong_and_the_reverse_are_refused():
         methods.discrete_flow_matching(lambda p, x, s, t, cond=None, key=None: jnp.zeros((4, 3)), path=path).loss(
             None, None, Batch(jnp.zeros((4, D), jnp.int32)), KEY
         )
+
+
+@pytest.mark.parametrize(
+    ("net", "method", "field"),
+    [
+        ("token_net", "flow_matching", "net="),
+        ("temporal_net", "flow_matching", "net="),
+        ("mlp", "discrete_flow_matching", "method="),
+    ],
+)
+def test_a_config_refuses_tokens_before_any_work(net, method, field):
+    """Configs know floating data alone."""
+    c = base.get_config()
+    c.data, c.net, c.method = {"name": "two_moons"}, {"name": net, "width": 8}, method
+    read = settings.read(base.finish(c))
+    with pytest.raises(ValueError, match=f"^{field}") as error:
+        assemble.flow_plan(read, build.data(read.common.data))
+    assert len(str(error.value)) <= 300

@@ -21,6 +21,7 @@ from fmjax.experiments.specs import Spec
 from fmjax.keys import from_seed
 from fmjax.metrics import Metric
 from fmjax.nets import adapters, preconditioning
+from fmjax.tokens import TokenPath
 from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Multistep, Net, VelocityFn
 
 SEMIDISCRETE = "semidiscrete"  # a coupling that is fitted to the data set
@@ -86,6 +87,8 @@ def check_net(spec: Spec, data: Dataset, *, conditional: bool = False, field: st
     module = specs.offers(specs.NET).get(name)
     if module is None:
         return
+    if {"tokens", "times"} & set(specs.options_of(module)):  # of discrete data, and of whole trajectories
+        raise Refusal(field, name, "belongs to methods that are trained in Python", "Take 'mlp' or another network")
     axes = getattr(typing.get_type_hints(module.__call__, include_extras=True).get("x"), "dim_str", "...").split()
     shape = list(data.train.x.shape[1:])
     grid = "*grid" in axes
@@ -147,6 +150,7 @@ def method(
         raise Refusal(field, specs.label(factory), "needs a network of x's shape, not of logits", "Set net.logit=False")
     options = specs.options_of(factory)
     teacher = None if null is None or "null" in options else sampling.guided_teacher(net, null=null)
+    path = None if typing.get_type_hints(factory).get("path") is TokenPath else path  # refused by its batches
     context = {"path": path, "null": null, "teacher": teacher, "mean": mean() if mean and "mean" in options else None}
     context = {name: value for name, value in context.items() if value is not None}
     if not specs.is_spec(spec):

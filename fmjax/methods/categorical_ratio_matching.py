@@ -53,4 +53,5 @@ def categorical_ratio_matching(
         each = cross_entropy(net(params, x, t, t, batch.cond, k_net), x)
         return c.reduce(jnp.mean(each.reshape(len(x), -1), 1), t=t)
 
-    return Method(c.keyed(loss, tokens=True), log_probs=functools.partial(log_softmax_view, net))
+    log_probs = functools.partial(log_softmax_view, net)
+    return Method(c.keyed(loss, tokens=True), log_probs=log_probs, batches="tokens")

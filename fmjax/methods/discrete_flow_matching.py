@@ -63,7 +63,8 @@ def discrete_flow_matching(
         scale = dk / (1 - k) if weight == "bound" else 1.0
         return c.reduce(scale * jnp.mean(each.reshape(len(x), -1), 1), t=t)
 
-    return Method(c.keyed(loss, tokens=True), log_probs=functools.partial(log_softmax_view, net))
+    log_probs = functools.partial(log_softmax_view, net)
+    return Method(c.keyed(loss, tokens=True), log_probs=log_probs, batches="tokens")
 
 
 def cross_entropy(logits: Float[Array, "b ... k"], tokens: Int[Array, "b ..."]) -> Float[Array, "b ..."]:
