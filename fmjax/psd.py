@@ -71,17 +71,17 @@ def fit_psd(
     ridge: float = 1e-6,
     steps: int = 500,
 ) -> PSDModel:
-    """Fit a PSD model to the values of a function by least squares, ``|f(x_n) - values_n|^2 / n + ridge |A|^2``.
+    """Fit a PSD model to the values of a function by least squares, ``|f(x_n) - values_n|^2 / n + ridge |B|^2``.
 
-    The problem is convex: accelerated projected gradients, on the host, in float64. The projection sets negative
-    eigenvalues to zero.
+    ``B`` is ``A`` in coordinates in which the kernels are orthonormal. The problem is convex: accelerated projected
+    gradients, on the host, in float64. The projection sets negative eigenvalues to zero.
 
     Args:
         x: points ``[n, d]``.
         values: values of the function, for example of a density up to a factor, ``[n]``.
         centres: centres ``[M, d]``, for example some of the points.
         eta: inverse squared widths ``[d]``, positive.
-        ridge: weight of ``|A|^2``, not negative.
+        ridge: weight of ``|B|^2``, not negative.
         steps: number of gradient steps.
 
     Returns:
@@ -101,19 +101,24 @@ def fit_psd(
         raise ValueError(f"{shapes}: do not fit. Give [n, d], [n], [M, d] and [d].")
     if not (eta > 0).all() or ridge < 0:
         raise ValueError(f"eta={eta.tolist()}, ridge={ridge}: eta must be positive, and ridge not negative.")
-    k = np.exp(-np.sum(eta * (x[:, None] - centres) ** 2, -1))
-    # the largest eigenvalue of A -> k A k by its row sums, an upper bound
-    speed = 1 / (2 * np.max(np.sum((k @ k.T) ** 2, 1)) / len(x) + 2 * ridge)
-    a = momentum = np.zeros((len(centres),) * 2)
+    near = lambda x: np.exp(-np.sum(eta * (x[:, None] - centres) ** 2, -1))
+    # coordinates in which the kernels are orthonormal: the problem is then well conditioned
+    root = np.linalg.inv(np.linalg.cholesky(near(centres) + 1e-6 * np.eye(len(centres))))
+    k = near(x) @ root.T
+    curvature, v = (k @ k.T) ** 2, np.ones(len(x))  # its largest eigenvalue, by power iterations: it is positive
+    for _ in range(30):
+        v = curvature @ v / np.linalg.norm(v)
+    speed = 1 / (2.02 * np.linalg.norm(v) / len(x) + 2 * ridge)
+    b = momentum = np.zeros((len(centres),) * 2)
     weight = 1.0
     for _ in range(steps):
-        residual = np.einsum("ni,ij,nj->n", k, momentum, k) - values
+        residual = np.sum((k @ momentum) * k, 1) - values
         gradient = 2 * (k.T * residual) @ k / len(x) + 2 * ridge * momentum
         eigenvalues, vectors = np.linalg.eigh(momentum - speed * gradient)
         new = (vectors * np.maximum(eigenvalues, 0)) @ vectors.T
         next_weight = (1 + math.sqrt(1 + 4 * weight**2)) / 2
-        a, momentum, weight = new, new + (weight - 1) / next_weight * (new - a), next_weight
-    return PSDModel(a, centres, eta)
+        b, momentum, weight = new, new + (weight - 1) / next_weight * (new - b), next_weight
+    return PSDModel(root.T @ b @ root, centres, eta)
 
 
 def draw_psd(

@@ -51,15 +51,15 @@ gammas = (0.15, 0.35, 0.7, np.inf)
 
 def fit(k, params, x):
     params = model.init(jax.random.key(k), x[:1]) if params is None else params
-    return train(flow, params, straightening.ornstein_uhlenbeck(x, gammas[k], batch_size=256, seed=k), 500)
+    return train(flow, params, straightening.ornstein_uhlenbeck(x, gammas[k], batch_size=256, seed=k), 300)
 
 
-blocks = straightening.fit_blocks(fit, flow.velocity, moons, count=4, directory=tempfile.mkdtemp(), steps=8)
+blocks = straightening.fit_blocks(fit, flow.velocity, moons, count=4, directory=tempfile.mkdtemp(), steps=4)
 step = straightening.block_step([sampling.rk4(flow.velocity(params)) for params in blocks])
 grid = straightening.segment_grid(straightening.block_bounds(4), (4, 4, 4, 4))
 x0, reference = jax.random.normal(jax.random.key(2), (512, 2)), data.draw_two_moons(jax.random.key(3), 512)
 states = np.asarray(sampling.sample(step, x0, grid, trajectory=True))
-print(f"W2 to data after 4 blocks of 500 steps: {metrics.w2_exact(jnp.asarray(states[-1]), reference):.3f}")
+print(f"W2 to data after 4 blocks of 300 steps: {metrics.w2_exact(jnp.asarray(states[-1]), reference):.3f}")
 figure, axes = plt.subplots(1, 5, figsize=(10, 2.3), sharex=True, sharey=True)
 for i, axis in enumerate(axes):
     axis.scatter(*states[4 * i].T, s=2, color="#1d4ed8")
@@ -98,7 +98,7 @@ def paired(n):
     return Batch(x1, x0=x0)
 
 
-second = train(flow, model.init(jax.random.key(5), moons[:1]), paired, 600)
+second = train(flow, model.init(jax.random.key(5), moons[:1]), paired, 300)
 correctors = {
     "none": None,
     "second flow, 1 evaluation": correction.second_flow(sampling.euler(flow.velocity(second))),
@@ -129,7 +129,7 @@ for axis, (name, y) in zip(axes, results.items()):
 # `flow_map.target = "both"`, `flow_map.net = {"name": "mlp", "critic": {"name": "mlp"}}`.
 
 # %%
-teacher = train(flow, model.init(jax.random.key(0), moons[:1]), batch, 1500)
+teacher = train(flow, model.init(jax.random.key(0), moons[:1]), batch, 800)
 joint = nets.with_encoder(model, nets.from_linen(nets.MLP(width=64, depth=2, logit=True)), name="critic")
 for weight in (0.0, 0.1):
     method = methods.self_corrected(joint.net, adversarial=weight, reflow=0.1)
@@ -138,7 +138,7 @@ for weight in (0.0, 0.1):
     update = training.make_step(method.loss, tx, target="both", ema=0.99)
     frozen = {**teacher, "critic": state.params["critic"]}
     frozen = jax.tree.map(jnp.array, frozen)
-    for n in range(600):
+    for n in range(300):
         state, _ = update(state, batch(n), jax.random.key(8), frozen)
     y = [sampling.sample(method.flow_map(state.ema), x0, n) for n in (1, 2)]
     w2 = [f"{metrics.w2_exact(each, reference):.3f}" for each in y]
