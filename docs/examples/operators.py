@@ -100,12 +100,9 @@ model = psd.fit_psd(points, values, centres=centres, eta=np.full(2, 2.0), steps=
 source = psd.psd_source(model, low=(-3.0, -3.0), high=(3.0, 3.0), side=0.05)
 draws = source.examples(jax.random.split(jax.random.key(3), 512), (2,))
 mass = float(model.integral(jnp.full(2, -3.0), jnp.full(2, 3.0)))
-print(
-    f"integral over the box {mass:.3f}; W2 of draws to data {metrics.w2_exact(draws, wide.sample(jax.random.key(4), 512)):.3f}",
-    end="",
-)
+distance = metrics.w2_exact(draws, wide.sample(jax.random.key(4), 512))
 floor = metrics.w2_exact(wide.sample(jax.random.key(5), 512), wide.sample(jax.random.key(4), 512))
-print(f", of other data {floor:.3f}")
+print(f"integral over the box {mass:.3f}; W2 of draws to data {distance:.3f}, of other data {floor:.3f}")
 grid = np.stack(np.meshgrid(np.linspace(-3, 3, 80), np.linspace(-3, 3, 80)), -1).reshape(-1, 2)
 figure, axis = plt.subplots(figsize=(3.2, 3))
 axis.imshow(
