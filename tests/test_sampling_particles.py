@@ -86,6 +86,7 @@ def test_power_one_has_no_weights_and_the_drift_of_the_flow(x64):
 
 
 LINE = oracles.mixture(jnp.array([[-1.5], [1.5]]), 0.65, jnp.array([0.4, 0.6]))
+PLAIN = tilts.power_product([LINE.velocity], [2.0])
 GRID = np.linspace(-8, 8, 40001)
 
 
@@ -230,9 +231,9 @@ def test_a_group_does_not_depend_on_the_other_groups():
 @pytest.mark.parametrize(
     ("field", "run"),
     {
-        "particles": lambda: particles.weighted(tilts.power_product([LINE.velocity], [2.0]), particles=0),
-        "threshold": lambda: particles.weighted(tilts.power_product([LINE.velocity], [2.0]), particles=2, threshold=1.5),
-        "strength": lambda: particles.weighted(tilts.power_product([LINE.velocity], [2.0]), particles=2, strength=-1.0),
+        "particles": lambda: particles.weighted(PLAIN, particles=0),
+        "threshold": lambda: particles.weighted(PLAIN, particles=2, threshold=1.5),
+        "strength": lambda: particles.weighted(PLAIN, particles=2, strength=-1.0),
         "powers": lambda: tilts.power_product([LINE.velocity], [2.0, 1.0]),
         "powers ": lambda: tilts.power_product([LINE.velocity] * 2, [2.0, -2.0]),
         "scale": lambda: tilts.guided_tilt(LINE.velocity, null=0, scale=np.inf),

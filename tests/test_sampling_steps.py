@@ -35,7 +35,7 @@ VARIANTS = FOUND | {
     "dpmpp_3m, SDE": (sampling.dpmpp_3m, {"eta": 1.0}),
     "unipc, 3": (sampling.unipc, {"order": 3, "solver_type": "bh1"}),
 }
-RISING_ONLY = {"reverse_diffusion", "edm_heun, churn", "dpmpp_2s, ancestral", "dpmpp_3m, SDE"}
+RISING_ONLY = {"glass", "reverse_diffusion", "edm_heun, churn", "dpmpp_2s, ancestral", "dpmpp_3m, SDE"}
 X = np.array([[1.0], [-0.4], [0.2]])
 SHORT = jnp.asarray(X, jnp.bfloat16)
 GRIDS = {"rising": np.linspace(0, 1, 5), "falling": np.linspace(1, 0, 5)}
@@ -50,8 +50,8 @@ def made(name, velocity=ORACLE.velocity):
 def test_a_function_of_a_velocity_alone_is_a_step():
     """So a config resolves a step by its name among the exported functions."""
     assert set(FOUND) == {
-        "ddim", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "edm_heun", "euler", "euler_maruyama", "from_diffrax", "heun",
-        "initial_noise", "ipndm", "midpoint", "reverse_diffusion", "rk38", "rk4", "stochastic_heun", "unipc",
+        "ddim", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "edm_heun", "euler", "euler_maruyama", "from_diffrax", "glass",
+        "heun", "initial_noise", "ipndm", "midpoint", "reverse_diffusion", "rk38", "rk4", "stochastic_heun", "unipc",
     }  # fmt: skip
     for name in VARIANTS:
         assert isinstance(made(name), (Costed, Multistep)), name

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from fmjax import checks
 from fmjax.checks import Refusal
 from fmjax.keys import as_keys, fold_in
+from fmjax.sampling.diffusion import rising
 from fmjax.sampling.stochastic import draw_noise
 from fmjax.sampling.tilts import Tilt
 from fmjax.types import Multistep, expand, over_batch
@@ -92,8 +93,7 @@ def weighted(
 
     def check(ts):
         tilt.check(ts)
-        if len(ts) > 1 and ts[-1] < ts[0]:
-            raise Refusal("ts", (float(ts[0]), float(ts[-1])), "weighted particles go forward", "Give a rising grid")
+        rising("weighted")(ts)
 
     def init(x):
         if len(x) % particles:
