@@ -33,6 +33,7 @@ VARIANTS = FOUND | {
     "initial_noise, Heun's": (sampling.initial_noise, {"heun": True}),
     "dpmpp_2s, ancestral": (sampling.dpmpp_2s, {"eta": 1.0}),
     "dpmpp_3m, SDE": (sampling.dpmpp_3m, {"eta": 1.0}),
+    "reflected": (sampling.reflected, {"solver": "heun", "low": -9.0, "high": 9.0}),  # no face within reach
     "unipc, 3": (sampling.unipc, {"order": 3, "solver_type": "bh1"}),
 }
 RISING_ONLY = {"glass", "reverse_diffusion", "edm_heun, churn", "dpmpp_2s, ancestral", "dpmpp_3m, SDE"}
@@ -51,7 +52,8 @@ def test_a_function_of_a_velocity_alone_is_a_step():
     """So a config resolves a step by its name among the exported functions."""
     assert set(FOUND) == {
         "ddim", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "edm_heun", "euler", "euler_maruyama", "from_diffrax", "glass",
-        "heun", "initial_noise", "ipndm", "midpoint", "reverse_diffusion", "rk38", "rk4", "stochastic_heun", "unipc",
+        "heun", "initial_noise", "ipndm", "midpoint", "reflected", "reverse_diffusion", "rk38", "rk4",
+        "stochastic_heun", "unipc",
     }  # fmt: skip
     for name in VARIANTS:
         assert isinstance(made(name), (Costed, Multistep)), name

@@ -7,6 +7,7 @@ from fmjax.sampling.diffusion import ddim, edm_heun, reverse_diffusion
 from fmjax.sampling.explicit import Tableau, euler, heun, midpoint, rk4, rk38, runge_kutta, tableau
 from fmjax.sampling.exponential import dpmpp_2m, dpmpp_2s, dpmpp_3m, unipc
 from fmjax.sampling.fixed_point import anderson, inverse
+from fmjax.sampling.folding import Folds, fold, folded, reflected
 from fmjax.sampling.grid_search import best_steps, curvature, even_grid, jump_costs, steps_per_segment
 from fmjax.sampling.grids import (
     check_at,
@@ -48,16 +49,16 @@ from fmjax.sampling.stochastic import draw_noise, euler_maruyama, memoryless, st
 from fmjax.sampling.tilts import Tilt, guided_tilt, power_product, reward_tilt
 
 __all__ = [
-    "Cost", "Density", "SampleInfo", "Tableau", "Tilt", "Weights", "added", "anderson", "as_flow", "at_scale",
-    "autoguidance", "autoguided_teacher", "best_steps", "bits_per_dim", "check_at", "check_grid", "checked_density",
-    "checked_solve", "classifier_free", "controlled", "cost", "curvature", "ddim", "default_grid", "denoiser",
-    "density_ratio", "dequantise", "diffrax_solver", "divergence", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "draw_noise",
-    "draw_probes", "edm_grid", "edm_heun", "effective_sample_size", "euler", "euler_maruyama", "evaluations",
-    "even_grid", "flow_map_log_density", "from_diffrax", "glass", "guided_teacher", "guided_tilt", "heun",
-    "hutchinson", "initial_noise", "integrate", "interval", "inverse", "ipndm", "jump_costs", "label_dropout",
-    "log_density", "log_snr_grid", "memoryless", "midpoint", "particle_keys", "per_step", "posterior_velocity",
-    "power_product", "random_scale", "renoised", "resample", "resolution_grid", "reverse_diffusion", "reward_tilt",
-    "rk38", "rk4", "runge_kutta", "same_times", "sample", "shifted_grid", "source_sample", "steps_at",
-    "steps_per_segment", "stochastic_heun", "systematic", "tableau", "uniform_grid", "unipc", "velocity_of",
-    "weighted", "with_memory",
+    "Cost", "Density", "Folds", "SampleInfo", "Tableau", "Tilt", "Weights", "added", "anderson", "as_flow",
+    "at_scale", "autoguidance", "autoguided_teacher", "best_steps", "bits_per_dim", "check_at", "check_grid",
+    "checked_density", "checked_solve", "classifier_free", "controlled", "cost", "curvature", "ddim",
+    "default_grid", "denoiser", "density_ratio", "dequantise", "diffrax_solver", "divergence", "dpmpp_2m",
+    "dpmpp_2s", "dpmpp_3m", "draw_noise", "draw_probes", "edm_grid", "edm_heun", "effective_sample_size", "euler",
+    "euler_maruyama", "evaluations", "even_grid", "flow_map_log_density", "fold", "folded", "from_diffrax", "glass",
+    "guided_teacher", "guided_tilt", "heun", "hutchinson", "initial_noise", "integrate", "interval", "inverse",
+    "ipndm", "jump_costs", "label_dropout", "log_density", "log_snr_grid", "memoryless", "midpoint",
+    "particle_keys", "per_step", "posterior_velocity", "power_product", "random_scale", "reflected", "renoised",
+    "resample", "resolution_grid", "reverse_diffusion", "reward_tilt", "rk38", "rk4", "runge_kutta", "same_times",
+    "sample", "shifted_grid", "source_sample", "steps_at", "steps_per_segment", "stochastic_heun", "systematic",
+    "tableau", "uniform_grid", "unipc", "velocity_of", "weighted", "with_memory",
 ]  # fmt: skip
