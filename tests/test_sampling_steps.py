@@ -163,8 +163,8 @@ def test_an_empty_batch_and_a_batch_of_scalars_have_samples(name, key):
 def test_a_falling_grid_leads_from_the_data_to_the_noise(name, path, key):
     """Of a deterministic step, to the first order of a hundred steps; ``initial_noise`` for its first step alone."""
     oracle = oracles.gaussian(0.3, 0.5, path=path)
-    make, _ = FOUND[name]
-    options = {"path": path} if "path" in inspect.signature(make).parameters else {}
+    make, options = VARIANTS[name]
+    options = options | ({"path": path} if "path" in inspect.signature(make).parameters else {})
     x = jax.random.normal(key, (16, 1)) * 0.5 + 0.3
     ts = np.array([1.0, 0.99]) if name == "initial_noise" else np.linspace(1, 0, 101)
     noise = jax.jit(lambda x: sampling.sample(make(oracle.velocity, **options), x, ts))(x)

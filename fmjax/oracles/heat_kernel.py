@@ -157,7 +157,8 @@ def uniform_finite(points: Float[Array, "k d"], *, low: float = -1.0, high: floa
 
     def velocity(x, t, cond=None):
         away = outside(x, t)
-        weight = (away <= away.min(1, keepdims=True)).astype(x.dtype)  # after an Euler step perhaps none is possible
+        # after an Euler step perhaps none is possible; the margin is above rounding
+        weight = (away <= away.min(1, keepdims=True) + 1e-6 * (high - low)).astype(x.dtype)
         mean = weight @ points / weight.sum(1, keepdims=True)
         return (mean - x) / (1 - expand(over_batch(t, x), x))
 
