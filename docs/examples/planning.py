@@ -18,16 +18,16 @@ from fmjax.types import Batch
 T, key = 16, jax.random.key(0)
 plans = data.point_mass(length=T)
 x1, returns = jnp.asarray(plans.train.x).reshape(-1, 2 * T), jnp.asarray(plans.train.cond)
-model = nets.from_linen(nets.MLP(width=192, floats=True))  # float conditions; NaN stands for none
+model = nets.from_linen(nets.MLP(width=128, floats=True))  # float conditions; NaN stands for none
 method = methods.flow_matching(model.net)
-tx = optax.adam(optax.cosine_decay_schedule(2e-3, 2500))
+tx = optax.adam(optax.cosine_decay_schedule(2e-3, 1500))
 
 
 @jax.jit
 def step(params, opt, key):
     k_rows, k_drop, k_loss = jax.random.split(key, 3)
-    rows = jax.random.randint(k_rows, (256,), 0, len(x1))
-    cond = jnp.where(jax.random.bernoulli(k_drop, 0.1, (256, 1)), jnp.nan, returns[rows])  # a tenth without a return
+    rows = jax.random.randint(k_rows, (192,), 0, len(x1))
+    cond = jnp.where(jax.random.bernoulli(k_drop, 0.1, (192, 1)), jnp.nan, returns[rows])  # a tenth without a return
     grads = jax.grad(lambda p: method.loss(p, p, Batch(x1[rows], cond=cond), k_loss)[0])(params)
     updates, opt = tx.update(grads, opt)
     return optax.apply_updates(params, updates), opt
@@ -35,7 +35,7 @@ def step(params, opt, key):
 
 params = model.init(key, x1[:1], returns[:1])
 opt = tx.init(params)
-for i in range(2500):
+for i in range(1500):
     params, opt = step(params, opt, jax.random.fold_in(key, i))
 velocity = method.velocity(params)
 
@@ -85,8 +85,8 @@ def score(x, t, cond=None):
 
 fixes = {
     "clamped": correction.clamp(known, mask),
-    "clamped, 8 Langevin steps": correction.in_turn(
-        correction.langevin(score, step=lambda t: 0.02 * (1.02 - t)), correction.clamp(known, mask), times=8
+    "clamped, Langevin steps": correction.in_turn(
+        correction.langevin(score, step=lambda t: 0.4 * ((1 - t) ** 2 + 0.004)), correction.clamp(known, mask), times=16
     ),
 }
 for name, fix in fixes.items():

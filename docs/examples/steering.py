@@ -141,5 +141,5 @@ for axis, (name, x) in zip(axes, drawn.items()):
 # look at the pictures. Weighted particles keep to the data, cost more, and repeat particles.
 #
 # Published (2604.27147, 2511.22688, 2509.25170): text-to-image at scale. Reproduced here: the formulas, to rounding, on
-# Gaussians and mixtures, and this small comparison. The schedule of the push ($\beta_t w$) and the transition of `glass` are chosen here: what was read
-# of the papers does not give them.
+# Gaussians and mixtures, and this small comparison. The schedule of the push ($\beta_t w$) and the transition of
+# `glass` are chosen here: what was read of the papers does not give them.
