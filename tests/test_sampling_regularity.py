@@ -8,7 +8,7 @@ import pytest
 from fmjax import correction, oracles, paths, sampling
 from fmjax.oracles import geometry
 
-POINTS = jnp.asarray(np.random.default_rng(0).normal(size=(20, 3)))
+ROWS = np.random.default_rng(0).normal(size=(20, 3))
 
 
 def test_an_arc_has_its_sagitta_its_length_and_two_components(x64):
@@ -41,48 +41,52 @@ def test_a_gaussian_flow_bends_as_its_closed_form(x64):
 
 
 def test_the_denoiser_of_a_finite_set_is_a_mean_shift_step(x64):
+    points = jnp.asarray(ROWS)
     x, sigma = jnp.asarray(np.random.default_rng(1).normal(size=(6, 3))), 0.7
-    shift = geometry.kernel_mean(x, POINTS, sigma) - x
-    density = lambda x: jax.nn.logsumexp(-jnp.sum((x[:, None] - POINTS) ** 2, -1) / (2 * sigma**2), 1).sum()
+    shift = geometry.kernel_mean(x, points, sigma) - x
+    density = lambda x: jax.nn.logsumexp(-jnp.sum((x[:, None] - points) ** 2, -1) / (2 * sigma**2), 1).sum()
     np.testing.assert_allclose(shift, sigma**2 * jax.grad(density)(x), rtol=1e-12)
     t = 1 / (1 + sigma)
-    data = x * t + (1 - t) * oracles.finite(POINTS).velocity(t * x, t)
-    np.testing.assert_allclose(geometry.kernel_mean(x, POINTS, sigma), data, rtol=1e-10)
+    data = x * t + (1 - t) * oracles.finite(points).velocity(t * x, t)
+    np.testing.assert_allclose(geometry.kernel_mean(x, points, sigma), data, rtol=1e-10)
     sides = np.random.default_rng(5).normal(size=(3, 50))
-    assert (np.asarray(data @ sides).max(0) <= np.asarray(POINTS @ sides).max(0)).all()  # in the convex hull
+    assert (np.asarray(data @ sides).max(0) <= np.asarray(points @ sides).max(0)).all()  # in the convex hull
 
 
 def test_an_euler_step_is_annealed_mean_shift(x64):
     """On the path ``ve`` from ``sigma`` to ``sigma'``: DDIM, and ``(s'/s) x + (1 - s'/s) D``."""
+    points = jnp.asarray(ROWS)
     path, s, t = paths.ve(sigma_min=0.01, sigma_max=10.0), 0.3, 0.6
     a, b = (float(path.coefficients(jnp.float64(time))[0]) for time in (s, t))
     x = jnp.asarray(np.random.default_rng(2).normal(size=(5, 3)))
-    step = sampling.ddim(oracles.finite(POINTS, path=path).velocity, path=path)
-    want = b / a * x + (1 - b / a) * geometry.kernel_mean(x, POINTS, a)
+    step = sampling.ddim(oracles.finite(points, path=path).velocity, path=path)
+    want = b / a * x + (1 - b / a) * geometry.kernel_mean(x, points, a)
     np.testing.assert_allclose(step(x, s, t), want, rtol=1e-9)
 
 
 def test_mean_shift_as_a_corrector_ends_in_the_data(x64):
-    fix = correction.marginal_matching(geometry.mean_shift(POINTS, bandwidth=0.05), alpha=1.0)
-    x = POINTS[:8] + 0.04 * jnp.asarray(np.random.default_rng(3).normal(size=(8, 3)))
+    points = jnp.asarray(ROWS)
+    fix = correction.marginal_matching(geometry.mean_shift(points, bandwidth=0.05), alpha=1.0)
+    x = points[:8] + 0.04 * jnp.asarray(np.random.default_rng(3).normal(size=(8, 3)))
     y, _ = fix(jax.random.key(0), x, 1.0)
-    np.testing.assert_allclose(y, POINTS[:8], atol=1e-6)
+    np.testing.assert_allclose(y, points[:8], atol=1e-6)
 
 
 def test_memorisation_is_zero_for_the_finite_set_and_known_for_a_gaussian(x64):
+    points = jnp.asarray(ROWS)
     x, t = jnp.asarray(np.random.default_rng(4).normal(size=(6, 3))), 0.8
-    assert float(geometry.memorisation(oracles.finite(POINTS).velocity, x, t, POINTS).max()) < 1e-9
+    assert float(geometry.memorisation(oracles.finite(points).velocity, x, t, points).max()) < 1e-9
     smooth = oracles.gaussian(0.0, 1.0)
     data = x * t / ((1 - t) ** 2 + t**2)
-    want = np.linalg.norm(data - geometry.kernel_mean(x / t, POINTS, (1 - t) / t), axis=1)
-    spread = np.sqrt(np.var(np.asarray(POINTS), 0).sum())
-    np.testing.assert_allclose(geometry.memorisation(smooth.velocity, x, t, POINTS), want / spread, rtol=1e-9)
+    want = np.linalg.norm(data - geometry.kernel_mean(x / t, points, (1 - t) / t), axis=1)
+    spread = np.sqrt(np.var(np.asarray(points), 0).sum())
+    np.testing.assert_allclose(geometry.memorisation(smooth.velocity, x, t, points), want / spread, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
     ("field", "run"),
     {
-        "bandwidth": lambda: geometry.mean_shift(POINTS, bandwidth=0.0),
+        "bandwidth": lambda: geometry.mean_shift(jnp.asarray(ROWS), bandwidth=0.0),
         "count": lambda: sampling.component_fractions(jnp.zeros((2, 1, 3)), count=3),
         "ts": lambda: sampling.jump_distance(lambda x, t, cond=None: x, jnp.zeros((2, 1, 3)), [1.0, 0.0]),
     }.items(),
