@@ -70,6 +70,14 @@ def test_images_outside_minus_one_to_one_are_refused_with_a_scaling(low, high, a
     dataset(*three(low=low, high=high, shape=(5,)))  # other kinds of data have no range
 
 
+def test_images_with_their_channels_first_are_refused():
+    x = np.random.default_rng(0).uniform(-1, 1, (8, 3, 16, 16)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"^train.x=\[8, 3, 16, 16\]: .*transpose\(0, 2, 3, 1\)"):
+        dataset(Examples(x), Examples(x), Examples(x))
+    last = Examples(x.transpose(0, 2, 3, 1))
+    assert dataset(last, last, last).kind == "image"
+
+
 def not_finite(split, field):
     x = np.ones((6, 2), np.float32)
     wrong = np.where(np.arange(6) == 4, np.inf, 1.0).astype(np.float32)

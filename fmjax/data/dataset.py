@@ -219,6 +219,10 @@ def _check_examples(split: str, examples: Examples) -> None:
 
 
 def _check_pixels(splits: dict[str, Examples]) -> None:
+    shape = splits["train"].x.shape
+    if shape[1] in (1, 3, 4) and shape[2] == shape[3] > 4:
+        advice = "images are [n, H, W, C]. Give x.transpose(0, 2, 3, 1)"
+        raise ValueError(f"train.x=[{_sizes(shape)}]: the channels come first; {advice}.")
     lows, highs = zip(*[_range(examples.x) for examples in splits.values()], strict=True)
     low, high = min(lows), max(highs)
     if low >= -1 and high <= 1 and not (low >= 0 and high > 0):
