@@ -109,8 +109,8 @@ def reflected_diffusion(
         ValueError: bounds that do not rise.
 
     >>> oracle = reflected_diffusion(jnp.array([[0.0], [0.9]]))
-    >>> oracle.velocity(jnp.array([[1.0], [-1.0]]), 0.5).round(3).tolist()  # none through a face
-    [[0.0], [0.0]]
+    >>> bool(abs(oracle.velocity(jnp.array([[1.0], [-1.0]]), 0.5)).max() < 1e-3)  # none through a face
+    True
     """
 
     def log_density(x, t):
@@ -143,8 +143,8 @@ def uniform_finite(points: Float[Array, "k d"], *, low: float = -1.0, high: floa
         The oracle, without a flow map; its density is constant on boxes, so its score is zero where it exists.
 
     >>> oracle = uniform_finite(jnp.array([[-0.5], [0.5]]))
-    >>> oracle.velocity(jnp.array([[0.0], [0.9]]), 0.5).tolist()
-    [[0.0], [-0.8000000715255737]]
+    >>> oracle.velocity(jnp.array([[0.0], [0.75]]), 0.5).tolist()
+    [[0.0], [-0.5]]
 
     Source: the field of arXiv 2405.16577 for a finite set.
     """

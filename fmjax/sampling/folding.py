@@ -73,9 +73,9 @@ def folded(step: FlowMapFn | Multistep, *, low: float = -1.0, high: float = 1.0)
 
     >>> from fmjax import sampling
     >>> step = folded(sampling.euler(lambda x, t, cond=None: 3 * jnp.ones_like(x)))
-    >>> x, info = sampling.sample(step, jnp.zeros((1, 1)), 2, info=True)
+    >>> x, info = sampling.sample(step, jnp.zeros((1, 1)), 2, info=True)  # 0, 1.5 folded to 0.5, 2 folded to 0
     >>> x.tolist(), info.memory.folded.tolist()
-    ([[-1.0]], [2.0])
+    ([[0.0]], [2.0])
     """
     _check_box(low, high)
     inner = with_memory(step)

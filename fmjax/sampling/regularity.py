@@ -41,8 +41,8 @@ def length_ratio(xs: Float[Array, "s b ..."]) -> Float[Array, " b"]:
     Returns:
         One number for each trajectory, at least 1.
 
-    >>> length_ratio(jnp.array([[[0.0, 0.0]], [[3.0, 4.0]], [[6.0, 0.0]]])).round(4).tolist()
-    [1.6667]
+    >>> length_ratio(jnp.array([[[0.0, 0.0]], [[4.0, 3.0]], [[8.0, 0.0]]])).tolist()
+    [1.25]
     """
     flat = _flat(xs)
     return jnp.sum(_norm(jnp.diff(flat, axis=0)), 0) / _norm(flat[-1] - flat[0])

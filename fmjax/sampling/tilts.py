@@ -79,8 +79,8 @@ def power_product(
 
     >>> from fmjax import oracles
     >>> tilt = power_product([oracles.gaussian(0.0, 0.5).velocity], [4.0], divergence=True)
-    >>> tilt.start, tilt.fields(jnp.ones((1, 1)), 0.5, None)[1].round(3).tolist()
-    (0.5, [[-12.8]])
+    >>> tilt.start, round(tilt.fields(jnp.ones((1, 1)), 0.5, None)[1].item(), 3)
+    (0.5, -12.8)
 
     Source: arXiv 2503.02819; the form with a divergence is derived in this library.
     """
@@ -195,8 +195,8 @@ def reward_tilt(
     >>> from fmjax import oracles
     >>> oracle = oracles.gaussian(0.0, 1.0)
     >>> tilt = reward_tilt(oracle.velocity, lambda x, cond=None: x[:, 0], flow_map=oracle.flow_map)
-    >>> tilt.fields(jnp.ones((1, 1)), 0.5, None)[2].round(4).tolist()
-    [1.4142]
+    >>> round(tilt.fields(jnp.ones((1, 1)), 0.5, None)[2].item(), 4)
+    1.4142
 
     Source: arXiv 2511.22688 (look-ahead by flow maps); the term of an inexact map is derived in this library.
     """
