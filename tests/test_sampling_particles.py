@@ -137,16 +137,17 @@ def test_the_cube_without_a_divergence_needs_resampling():
 
 
 def test_a_product_of_two_mixtures_is_a_mixture():
-    """Both experts have two modes; the product keeps their common mode."""
+    """Both experts have two modes; the product keeps their common mode. Resampled at every step."""
     other = oracles.mixture(jnp.array([[1.2], [4.0]]), 0.8, jnp.array([0.5, 0.5]))
     log_p = sum(o.log_density(jnp.asarray(GRID, jnp.float32)[:, None], jnp.ones(len(GRID))) for o in (LINE, other))
     exact, mean, log_z = positive(log_p)
     tilt = tilts.power_product([LINE.velocity, other.velocity], [1.0, 1.0], divergence=True)
-    mass, means, _, memory = groups_of(tilt, np.linspace(0, 1, 201))
+    mass, means, _, memory = groups_of(tilt, np.linspace(0, 1, 201), threshold=1.0)
     assert within(mass, exact) and within(means, mean), (means.mean(), mean)
     # the constant: the tilt of the source is N(0, 1)^2, of integral (2 sqrt(pi))^-1
     ratio = np.exp(np.asarray(memory.log_constant(), np.float64) - log_z) / (2 * np.sqrt(np.pi))
     assert within(ratio, 1.0), ratio.mean()
+    assert (memory.resamplings > 100).all()
 
 
 def test_guidance_with_weights_reaches_the_tilted_gaussian():
