@@ -109,6 +109,14 @@ def test_ascent_climbs_a_quadratic_reward(x64):
     np.testing.assert_allclose(step(x, 0.0, t), want, rtol=1e-12)
 
 
+def test_a_jump_to_the_data_is_free_beside_others(x64):
+    """Times of each example: where the jump ends at 1 there is no push, whatever the others do."""
+    step = steering.controlled(ORACLE.flow_map, REWARD, scale=1.0)
+    x, s, t = jnp.ones((2, 1)), jnp.array([0.2, 0.5]), jnp.array([0.6, 1.0])
+    free = ORACLE.flow_map(x, s, t)
+    np.testing.assert_allclose(step(x, s, t) - free, [[0.6], [0.0]], atol=1e-12)
+
+
 REWARD = lambda x, cond=None: x.sum(1)
 ORACLE = oracles.gaussian(0.0, 1.0)
 

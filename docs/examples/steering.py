@@ -137,8 +137,9 @@ for axis, (name, x) in zip(axes, drawn.items()):
     axis.spines[:].set_visible(False)
 
 # %% [markdown]
-# Control is the cheapest, and its samples have a high reward by construction; read its success by the judge, and
-# look at the pictures. Weighted particles keep to the data, cost more, and repeat particles.
+# Five evaluations of control succeed as often as the best of 16 samples, 32 evaluations. The samples of control have a
+# high reward by construction; read its success by the judge, and look at the pictures. Weighted particles keep to the
+# data, cost more, and repeat particles.
 #
 # Published (2604.27147, 2511.22688, 2509.25170): text-to-image at scale. Reproduced here: the formulas, to rounding, on
 # Gaussians and mixtures, and this small comparison. The schedule of the push ($\beta_t w$) and the transition of
