@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fmjax import oracles, paths, sampling
+from fmjax.experiments import build
 from fmjax.keys import as_keys
 from fmjax.sampling import steering
 
@@ -126,6 +127,9 @@ ORACLE = oracles.gaussian(0.0, 1.0)
     {
         "steps": lambda: steering.glass(ORACLE.velocity, steps=0),
         "correlation": lambda: steering.glass(ORACLE.velocity, correlation=1.5),
+        "solver.correlation": lambda: build.step({"name": "glass", "correlation": 2.0}),
+        "solver.steps": lambda: build.step({"name": "glass", "steps": 0}),
+        "solver.solver": lambda: build.step({"name": "reflected", "solver": "huen"}),
         "key": lambda: steering.glass(ORACLE.velocity)(jnp.ones((1, 1)), 0.0, 0.5),
         "rate": lambda: steering.controlled(ORACLE.flow_map, REWARD, scale=1.0, rate=np.nan),
         "scale": lambda: steering.controlled(ORACLE.flow_map, REWARD, scale=np.inf),

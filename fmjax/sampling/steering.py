@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fmjax import checks, paths
+from fmjax.checks import Fraction, Positive
 from fmjax.keys import as_keys, normal, split
 from fmjax.sampling.costs import evaluations
 from fmjax.sampling.diffusion import rising
@@ -77,9 +78,9 @@ def posterior_velocity(
 def glass(
     velocity: VelocityFn,
     *,
-    steps: int = 4,
+    steps: Positive = 4,
     solver: Literal["euler", "midpoint"] = "midpoint",
-    correlation: float = 0.0,
+    correlation: Fraction = 0.0,
     path: paths.Path = paths.linear(),
 ) -> Costed:
     """Return the step of a GLASS transition: draw ``x1 ~ p(x1 | x_s)`` by an inner flow, then ``x_t`` given both.
