@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, NamedTuple
 
 import jax
@@ -83,7 +84,8 @@ def density_coverage(
     ((0.0, 0.0), (1.0, 1.0))
     """
     check_hints(density_coverage, {"k": k, "block": block})
-    real, samples = _centred(real, samples, ("real", "samples"))
+    real, samples = checking.pair(real, samples, ("real", "samples"))
+    real, samples = (a - real.mean(0) for a in (real, samples))
     if len(real) <= k:
         raise ValueError(f"k={k}: there are {len(real)} real examples. Give more than {k}.")
     inside = covered = 0
@@ -122,28 +124,22 @@ def nearest_distance(
     [1.0, 0.5]
     """
     check_hints(nearest_distance, {"shifts": shifts, "block": block})
-    x, train = _centred(x, train, ("x", "train"), least=1)
+    x, train = checking.pair(x, train, ("x", "train"), least=1)
     if shifts and x.ndim != 4:
         raise ValueError(f"shifts={shifts}: examples of shape {x.shape[1:]} have no pixels. Give images, or shifts=0.")
-    flat = train.reshape(len(train), -1)
-    norms = (flat**2).sum(1)
+    centre = train.mean(0)  # distances do not change, and the expansion of the square loses fewer digits
+    flat = (train - centre).reshape(len(train), -1)
+    norms, moves = (flat**2).sum(1), range(-shifts, shifts + 1)
     best, index = np.full(len(x), np.inf), np.zeros(len(x), int)
-    for dy in range(-shifts, shifts + 1):
-        for dx in range(-shifts, shifts + 1):
-            moved = _shifted(x, dy, dx).reshape(len(x), -1)
-            for i in range(0, len(x), block):
-                rows = slice(i, i + block)
-                distances = norms - 2 * moved[rows] @ flat.T + (moved[rows] ** 2).sum(1)[:, None]
-                least, at = distances.min(1), distances.argmin(1)
-                index[rows] = np.where(least < best[rows], at, index[rows])
-                best[rows] = np.minimum(least, best[rows])
-    # the expansion of the square has an error of 1e-8 of the scale: distances are computed again at the nearest
-    exact = np.full(len(x), np.inf)
-    for dy in range(-shifts, shifts + 1):
-        for dx in range(-shifts, shifts + 1):
-            moved = _shifted(x, dy, dx).reshape(len(x), -1)
-            exact = np.minimum(exact, np.linalg.norm(moved - flat[index], axis=1))
-    return exact, index
+    for i in range(0, len(x), block):
+        rows = slice(i, i + block)
+        for dy, dx in itertools.product(moves, moves):
+            moved = (_shifted(x[rows], dy, dx) - centre).reshape(len(x[rows]), -1)
+            nearest = (norms - 2 * moved @ flat.T).argmin(1)
+            distance = np.linalg.norm(moved - flat[nearest], axis=1)
+            index[rows] = np.where(distance < best[rows], nearest, index[rows])
+            best[rows] = np.minimum(distance, best[rows])
+    return best, index
 
 
 class Memorisation(NamedTuple):
@@ -210,14 +206,6 @@ def memorisation(
     middle = float(np.median(fresh))
     ratio = float(np.median(distances)) / middle if middle else float("inf")
     return Memorisation(near / len(distances), float(interval.low), float(interval.high), ratio, nearest)
-
-
-def _centred(a, b, names: tuple[str, str], least: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Return both sets in float64 with the mean of the second taken off, which keeps digits of squared distances."""
-    a, b = (checking.finite_rows(name, x, least=least) for name, x in zip(names, (a, b), strict=True))
-    if a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"{names[0]}={list(a.shape)}: its examples differ in shape from {names[1]}, {list(b.shape)}.")
-    return a - b.mean(0), b - b.mean(0)
 
 
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
