@@ -65,9 +65,10 @@ def pipeline(
         The page.
     """
     drawn, costs, models = results["samples"].value
-    metrics = comparison.distances(settings, data, data.test)
-    rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
-    chosen = comparison.recommendations(names, drawn, comparison.distances(settings, data, data.validation), metrics)
+    metrics, choosing = (comparison.distances(settings, data, s, names=names) for s in (data.test, data.validation))
+    floor, bootstrap = comparison.training_runs(data, draws), settings.sampling.bootstrap
+    rows, verdicts = comparison.compare(names, drawn, costs, metrics, floor, bootstrap=bootstrap)
+    chosen = comparison.recommendations(names, drawn, choosing, metrics)
     lines = [*comparison.best_lines(rows), *chosen, *([report.count_line(verdicts)] if verdicts else [])]
     facts, gaps, trajectories = comparison.facts(settings, data, metrics), {}, {}
     record = comparison.as_record(rows, verdicts) | {"environment": workdir.environment()}

@@ -91,10 +91,12 @@ class Sampling:
     Attributes:
         seeds: number of runs; standard errors are over runs.
         samples: samples per run.
+        bootstrap: number of resamples that give the standard error of a single run; 0 for no error.
     """
 
     seeds: Annotated[int, Range(1, 1e6)]
     samples: Annotated[int, Range(2, 1e9)]
+    bootstrap: Annotated[int, Range(0, 1e5)] = 0
 
 
 @dataclasses.dataclass(frozen=True)

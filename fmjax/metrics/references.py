@@ -119,7 +119,7 @@ def fd_small_to(data: DataLike, reference: ExamplesLike, *, cache_dir: str | Non
     if reference.cond is not None:
         accuracy = features.label_accuracy(net, y, reference.cond)
         facts["classifier"] = f"accuracy {accuracy:.3f} on the reference, {facts['classifier']}"
-    return Metric("FD-small", _frechet_to(net, y), facts)
+    return Metric("FD-small", _frechet_to(net, y), facts, features.RECIPE["features"] + 1)
 
 
 def fd_random_to(data: DataLike, reference: ExamplesLike, *, seed: int = 0) -> Metric:
@@ -146,7 +146,8 @@ def fd_random_to(data: DataLike, reference: ExamplesLike, *, seed: int = 0) -> M
         raise ValueError(f"kind={data.kind!r}: FD-random is a distance of images. Use sliced_w2_to or energy_to.")
     y = reference_rows(data, reference)
     net = features.random_features(y.shape[1:], levels=data.levels, seed=seed)
-    return Metric("FD-random", _frechet_to(net, y), {"features": f"random network, weights {net.weights[:12]}"})
+    facts = {"features": f"random network, weights {net.weights[:12]}"}
+    return Metric("FD-random", _frechet_to(net, y), facts, features.RECIPE["features"] + 1)
 
 
 def w2_to(data: DataLike, reference: ExamplesLike, *, count: Positive = 2000, seed: int = 0) -> Metric:

@@ -238,9 +238,9 @@ def mean_se(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def bootstrap_se(
-    statistic: Callable[[np.ndarray], float],
+    statistic: Callable[..., float],
     samples: Samples,
-    *,
+    *paired: Samples,
     resamples: Annotated[int, Range(low=2)] = 100,
     seed: int = 0,
 ) -> float:
@@ -252,6 +252,7 @@ def bootstrap_se(
     Args:
         statistic: a function of samples.
         samples: samples ``[n, ...]``.
+        *paired: further arguments of the statistic ``[n, ...]``, resampled by the same rows.
         resamples: the number of resamples.
         seed: the seed of the resamples.
 
@@ -266,7 +267,8 @@ def bootstrap_se(
     checking.finite_rows("samples", samples, least=1)
     rng = generator(seed)
     n = len(samples)
-    return float(np.std([statistic(samples[rng.integers(n, size=n)]) for _ in range(resamples)], ddof=1))
+    draws = (rng.integers(n, size=n) for _ in range(resamples))
+    return float(np.std([statistic(*(np.asarray(a)[rows] for a in (samples, *paired))) for rows in draws], ddof=1))
 
 
 def _flat_pair(x, y) -> tuple[np.ndarray, np.ndarray]:
