@@ -163,7 +163,7 @@ def read(config: Any) -> Settings:
     Raises:
         ValueError: a field that is unknown, missing, of another type or out of range; one line that names it.
     """
-    tree = places.with_data_path(places.absolute(config))
+    tree = places.with_metric_paths(places.with_data_path(places.absolute(config)))
     flat = {name: value for name, value in tree.items() if name not in SECTIONS}
     common, flow, marginals = (_take(kind, flat) for kind in (Common, Training, MarginalSets))
     if flat:
