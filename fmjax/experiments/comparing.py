@@ -44,6 +44,7 @@ def comparing_stages(
         x = data.train.x[: draws.samples]
         for metric in comparison.distances(settings, data, data.test, names=names):
             metric.distance(*[x] * (1 if metric.teacher is None else 2))
+        comparison.choosing_distances(settings, data, names)
 
     def write(results: dict[str, Result], folder: Path) -> Result:
         page, digest = pages.pipeline(settings, data, draws, names, results, folder.parent), stage.digest(results)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,11 +14,12 @@ from fmjax.checks import Refusal, check_choice
 from fmjax.data import Dataset, Examples
 from fmjax.experiments import build, drawing, pushes, report, samplers, specs, workdir
 from fmjax.experiments.drawing import Draws, Models
+from fmjax.experiments.measuring import errors, measure
 from fmjax.experiments.report import Row, Verdict
 from fmjax.experiments.samplers import FLOW_MAP, NOISE, PUSH, Sampler
 from fmjax.experiments.settings import Common, Settings
 from fmjax.keys import generator
-from fmjax.metrics import Metric, bootstrap_se, mean_se
+from fmjax.metrics import Metric
 from fmjax.training import logs
 from fmjax.types import Cond
 
@@ -132,6 +132,22 @@ def distances(settings: Settings, data: Dataset, reference: Examples, *, names: 
     return built
 
 
+def choosing_distances(settings: Settings, data: Dataset, names: Sequence[Sampler]) -> list[Metric]:
+    """Return the distances to validation examples by which a correction is chosen.
+
+    Args:
+        settings: the config.
+        data: its data set.
+        names: the samplers that are compared.
+
+    Returns:
+        The metrics without a teacher; nothing where no sampler is corrected.
+    """
+    if not any(s.at for s in names):
+        return []
+    return [m for m in distances(settings, data, data.validation, names=names) if m.teacher is None]
+
+
 def draw_all(names: Sequence[Sampler], models: Models, draws: Draws, *, directory, identity: str):
     """Draw the samples of all samplers under a progress bar.
 
@@ -211,45 +227,6 @@ def compare(
     return rows, verdicts
 
 
-def measure(
-    x: np.ndarray, distances: Sequence[Metric], drawn: Mapping[str, np.ndarray] = types.MappingProxyType({})
-) -> dict[str, list[float]]:
-    """Return every distance of every run.
-
-    Args:
-        x: samples ``[runs, samples, ...]``.
-        distances: the metrics.
-        drawn: samples ``[runs, samples, ...]`` by name of the sampler, for metrics with a teacher.
-
-    Returns:
-        One value per run by name of the metric; infinite where samples are not finite.
-    """
-    finite = lambda rows: all(np.isfinite(a).all() for a in rows)
-    runs = lambda m: zip(x, *([] if m.teacher is None else [drawn[m.teacher]]), strict=True)
-    return {m.name: [m.distance(*rows) if finite(rows) else float("inf") for rows in runs(m)] for m in distances}
-
-
-def errors(
-    metric: Metric, x: np.ndarray, values: Sequence[float], drawn: Mapping[str, np.ndarray], *, resamples: int
-) -> tuple[float, float]:
-    """Return the mean of a metric and its standard error: over runs, or of a single run by the bootstrap.
-
-    Args:
-        metric: the metric.
-        x: samples ``[runs, samples, ...]``.
-        values: the values of the runs.
-        drawn: samples by name of the sampler, for a metric with a teacher.
-        resamples: the number of resamples of the samples, not of the reference; 0 for no bootstrap.
-
-    Returns:
-        Mean and standard error; the error of a single run is nan without the bootstrap.
-    """
-    if len(values) > 1 or not resamples or not np.isfinite(values).all():
-        return mean_se(values)
-    paired = () if metric.teacher is None else (drawn[metric.teacher][0],)
-    return float(values[0]), bootstrap_se(metric.distance, x[0], *paired, resamples=resamples)
-
-
 def best_lines(rows: Sequence[Row]) -> list[str]:
     """Return one sentence per metric: the best sampler, its cost, and the floor.
 
@@ -286,7 +263,7 @@ def recommendations(
     Returns:
         The sentences.
     """
-    sentences, validation = [], [m for m in validation if m.teacher is None]
+    sentences = []
     for plain in (s for s in names if not s.at and validation):
         same = [s for s in names if s.at and (s.solver, s.steps, s.grid) == (plain.solver, plain.steps, plain.grid)]
         if len(same) < 2:

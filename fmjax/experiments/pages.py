@@ -65,7 +65,8 @@ def pipeline(
         The page.
     """
     drawn, costs, models = results["samples"].value
-    metrics, choosing = (comparison.distances(settings, data, s, names=names) for s in (data.test, data.validation))
+    metrics = comparison.distances(settings, data, data.test, names=names)
+    choosing = comparison.choosing_distances(settings, data, names)
     floor, bootstrap = comparison.training_runs(data, draws), settings.sampling.bootstrap
     rows, verdicts = comparison.compare(names, drawn, costs, metrics, floor, bootstrap=bootstrap)
     chosen = comparison.recommendations(names, drawn, choosing, metrics)

@@ -1,0 +1,49 @@
+"""Measure samples: every metric of every run, and its error over runs or by the bootstrap."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fmjax.metrics import Metric, bootstrap_se, mean_se
+
+
+def measure(
+    x: np.ndarray, distances: Sequence[Metric], drawn: Mapping[str, np.ndarray] = types.MappingProxyType({})
+) -> dict[str, list[float]]:
+    """Return every distance of every run.
+
+    Args:
+        x: samples ``[runs, samples, ...]``.
+        distances: the metrics.
+        drawn: samples ``[runs, samples, ...]`` by name of the sampler, for metrics with a teacher.
+
+    Returns:
+        One value per run by name of the metric; infinite where samples are not finite.
+    """
+    finite = lambda rows: all(np.isfinite(a).all() for a in rows)
+    runs = lambda m: zip(x, *([] if m.teacher is None else [drawn[m.teacher]]), strict=True)
+    return {m.name: [m.distance(*rows) if finite(rows) else float("inf") for rows in runs(m)] for m in distances}
+
+
+def errors(
+    metric: Metric, x: np.ndarray, values: Sequence[float], drawn: Mapping[str, np.ndarray], *, resamples: int
+) -> tuple[float, float]:
+    """Return the mean of a metric and its standard error: over runs, or of a single run by the bootstrap.
+
+    Args:
+        metric: the metric.
+        x: samples ``[runs, samples, ...]``.
+        values: the values of the runs.
+        drawn: samples by name of the sampler, for a metric with a teacher.
+        resamples: the number of resamples of the samples, not of the reference; 0 for no bootstrap.
+
+    Returns:
+        Mean and standard error; the error of a single run is nan without the bootstrap.
+    """
+    if len(values) > 1 or not resamples or not np.isfinite(values).all():
+        return mean_se(values)
+    paired = () if metric.teacher is None else (drawn[metric.teacher][0],)
+    return float(values[0]), bootstrap_se(metric.distance, x[0], *paired, resamples=resamples)
