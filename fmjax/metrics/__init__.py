@@ -36,7 +36,7 @@ from fmjax.metrics.references import (
 )
 from fmjax.metrics.resizing import resize
 from fmjax.metrics.scores import (
-    Change,
+    FeatureChange,
     bits_per_dimension,
     feature_change,
     frechet_infinity,
@@ -62,9 +62,9 @@ from fmjax.metrics.two_sample import (
 from fmjax.metrics.two_sample_test import TwoSampleTest, c2st
 
 __all__ = [
-    "Change", "DataLike", "ExamplesLike", "Features", "Memorisation", "Metric", "TwoSampleTest", "autocorrelation",
-    "autocorrelation_error", "autocorrelation_to", "bits_per_dimension", "bootstrap_se", "c2st", "c2st_to",
-    "channel_w2", "channel_w2_to", "checkerboard_floor", "checkerboard_kl", "checkerboard_mass",
+    "DataLike", "ExamplesLike", "FeatureChange", "Features", "Memorisation", "Metric", "TwoSampleTest",
+    "autocorrelation", "autocorrelation_error", "autocorrelation_to", "bits_per_dimension", "bootstrap_se", "c2st",
+    "c2st_to", "channel_w2", "channel_w2_to", "checkerboard_floor", "checkerboard_kl", "checkerboard_mass",
     "checkerboard_outside", "classifier", "counts", "coverage_to", "defaults", "density_coverage", "density_to",
     "embed", "energy_distance", "energy_to", "extractors", "fd_random_to", "fd_small", "fd_small_to",
     "feature_change", "feature_change_to", "frechet", "frechet_distance", "frechet_infinity", "frechet_infinity_to",

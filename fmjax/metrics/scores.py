@@ -162,7 +162,7 @@ def frechet_infinity(
     return float(line.intercept), float(line.intercept_stderr)
 
 
-class Change(NamedTuple):
+class FeatureChange(NamedTuple):
     """How far a correction moves samples in a feature space, sample by sample.
 
     Attributes:
@@ -178,7 +178,7 @@ class Change(NamedTuple):
 
 def feature_change(
     corrected: Features, plain: Features, reference: Others, *, bins: Positive = 20, top: PositiveFloat = 1.0
-) -> Change:
+) -> FeatureChange:
     """Return the histogram of the feature change between corrected and plain samples of the same noise.
 
     A distance of one is as far as two random reference examples: such a correction replaces a sample by another. A
@@ -208,7 +208,7 @@ def feature_change(
     unit = two_sample.median_distance(_pair(reference, plain, 2, "n")[0])
     distances = np.linalg.norm(a - b, axis=1) / unit
     edges = np.linspace(0, top, bins + 1)
-    return Change(distances, np.histogram(np.minimum(distances, top), edges)[0], edges)
+    return FeatureChange(distances, np.histogram(np.minimum(distances, top), edges)[0], edges)
 
 
 def paired_error(x: Num[np.ndarray | jax.Array, "n ..."], teacher: Num[np.ndarray | jax.Array, "n ..."]) -> float:
