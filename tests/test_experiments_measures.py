@@ -9,7 +9,7 @@ from laboratory import read
 
 from fmjax import metrics
 from fmjax.data import Examples, dataset
-from fmjax.experiments import build, comparison, measuring, pipeline, specs
+from fmjax.experiments import build, comparison, effects, measuring, pipeline, specs
 from fmjax.experiments.samplers import Sampler
 from fmjax.metrics import Metric, extractors
 
@@ -143,6 +143,29 @@ def test_files_that_measures_name_are_read_from_any_folder(tmp_path, monkeypatch
     assert metric["statistics"] == os.path.join(tmp_path, "s.npz") and metric["features"]["name"] == "inception"
     (kept,) = read(metrics=({**named, "statistics": "none.npz"},)).config["metrics"]
     assert kept["statistics"] == "none.npz"
+
+
+def test_the_change_by_a_correction_is_against_the_plain_sampler_of_the_same_noise(points):
+    x = np.asarray(points.train.x)[:100]
+    end = RK4._replace(name="rk4, pushed", at=(2,), by="score", baseline="noise")
+    noise = end._replace(name="noise", by="noise", baseline=RK4.name)
+    drawn = {EULER.name: x[None] + 9, RK4.name: x[None], "noise": x[None] + 0.01, "rk4, pushed": x[None] + 0.5}
+    changes = measuring.correction_changes([EULER, RK4, noise, end], drawn, points)
+    assert set(changes) == {"noise", "rk4, pushed"}
+    net = extractors.random_network(points)
+    a, b, unit = (metrics.embed(net, y) for y in (x + np.float32(0.5), x, np.asarray(points.test.x)))
+    expected = np.linalg.norm(a - b, axis=1) / metrics.median_distance(unit)
+    np.testing.assert_allclose(changes["rk4, pushed"].distances, expected, rtol=1e-4)
+    assert np.median(changes["noise"].distances) < 0.1 * np.median(expected)
+    assert measuring.correction_changes([EULER, RK4], drawn, points) == {}
+    broken = drawn | {"rk4, pushed": drawn["noise"] * np.nan}
+    assert set(measuring.correction_changes([EULER, RK4, noise, end], broken, points)) == {"noise"}
+
+
+def test_the_chart_of_changes_states_the_median_of_every_correction():
+    change = metrics.feature_change(np.full((9, 1), 0.5), np.zeros((9, 1)), np.array([[0.0], [1.0], [2.0]]))
+    figure = effects.change_chart({"rk4, pushed": change})
+    assert figure.alt == "rk4, pushed: median 0.5." and "test examples" in figure.remark
 
 
 def test_a_random_network_is_the_extractor_of_every_kind():

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fmjax.metrics import Metric, bootstrap_se, mean_se
+from fmjax.data import Dataset
+from fmjax.experiments.samplers import Sampler
+from fmjax.metrics import FeatureChange, Metric, bootstrap_se, embed, extractors, feature_change, mean_se
 
 
 def measure(
@@ -47,3 +49,28 @@ def errors(
         return mean_se(values)
     paired = () if metric.teacher is None else (drawn[metric.teacher][0],)
     return float(values[0]), bootstrap_se(metric.distance, x[0], *paired, resamples=resamples)
+
+
+def correction_changes(
+    names: Sequence[Sampler], drawn: Mapping[str, np.ndarray], data: Dataset
+) -> dict[str, FeatureChange]:
+    """Return how far each correction moves the samples of the first run, in features of a random network.
+
+    Args:
+        names: the samplers.
+        drawn: samples ``[runs, samples, ...]`` by name of the sampler; all start from the same noise.
+        data: the data set; its test examples give the unit, the distance of two of them.
+
+    Returns:
+        The changes by name of the corrected sampler; nothing for samples that are not finite.
+    """
+    base = lambda s: (s.solver, s.steps, s.grid)
+    plain = {base(s): s.name for s in names if not s.at}
+    pairs = {s.name: plain[base(s)] for s in names if s.at and base(s) in plain}
+    first = {name: drawn[name][0] for name in {*pairs, *pairs.values()} if np.isfinite(drawn[name][0]).all()}
+    if not first:
+        return {}
+    net = extractors.random_network(data)
+    features, unit = {name: embed(net, x) for name, x in first.items()}, embed(net, np.asarray(data.test.x))
+    whole = {a: b for a, b in pairs.items() if a in first and b in first}
+    return {a: feature_change(features[a], features[b], unit) for a, b in whole.items()}

@@ -11,7 +11,7 @@ import numpy as np
 
 from fmjax import correction
 from fmjax.data import Dataset
-from fmjax.experiments import comparison, drawing, pushes, report, samplers, workdir
+from fmjax.experiments import comparison, drawing, measuring, pushes, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.results import Result, curves, parameter_counts
 from fmjax.experiments.samplers import FLOW_MAP, Sampler
@@ -82,6 +82,11 @@ def pipeline(
         if (areas := results[f"correctors.{name}"].value[1]) is not None:
             facts[f"AUC of the {name} on held-out marginals"] = _numbers(areas) + " along the grid"
             record.setdefault("auc", {})[name] = areas
+    if changes := measuring.correction_changes(names, drawn, data):
+        record["feature change"] = {
+            name: {"counts": c.counts.tolist(), "edges": c.edges.tolist(), "median": float(np.median(c.distances))}
+            for name, c in changes.items()
+        }
     facts |= pushes.push_facts(models, names)
     for sampler in pushes.fitted(names):
         push = models.params[samplers.PUSH][samplers.push_key(sampler)]
@@ -105,7 +110,7 @@ def pipeline(
     grids = comparison.source_grid(models, draws) | comparison.grids(data, drawn)
     contents = report.Contents(
         title=f"fmjax: {data.name}", summary=lines, rows=rows, verdicts=verdicts, grids=grids,
-        trajectories=trajectories, curves=curves(path, results), gaps=gaps, facts=facts,
+        trajectories=trajectories, curves=curves(path, results), gaps=gaps, facts=facts, changes=changes,
         notes=[*comparison.notes(metrics), *NOTES],
     )  # fmt: skip
     return Page(contents, record, lines)
