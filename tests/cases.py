@@ -325,7 +325,7 @@ CASES = {
     "consistency_trajectory": map_case(
         "consistency_trajectory", fraction=times.constant_fraction, solver="jump", teacher=True
     ),
-    "continuous_consistency": map_case("continuous_consistency", velocity="own", diagonal=0.5, teacher=True),
+    "continuous_consistency": map_case("continuous_consistency", velocity="own", diagonal=0.5, teacher=True, away=0.5),
     "contrastive": contrastive_case,
     "denoising": denoising_case,
     "discriminator": lambda path: log_odds_case(path, lambda net: factory("discriminator")(net, path=path)),

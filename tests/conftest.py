@@ -11,6 +11,7 @@ import gc
 import hashlib
 import os
 import platform
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,6 +36,10 @@ def shrink(folder: Path) -> None:
         if total > CACHE_LIMIT:
             path.unlink(missing_ok=True)
 
+
+for sign in (signal.SIGINT, signal.SIGHUP):  # a background job of a shell ignores them, and so would what it starts
+    if signal.getsignal(sign) is signal.SIG_IGN:
+        signal.signal(sign, signal.default_int_handler if sign == signal.SIGINT else signal.SIG_DFL)
 
 OWN_CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder())) == str(cache_folder())
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -85,12 +85,12 @@ def test_every_field_of_the_base_config_has_a_comment():
 def test_a_config_trains_on_its_data_from_the_first_step(name, tmp_path):
     """The network starts at zero, so the first loss is the mean of ``|x1 - x0|^2``, known from the batch."""
     middle = ["net.middle=False"] if name in ("cifar10", "imagenet64") else []  # attention over all pixels
-    chosen = read(name, "steps=20", *SHRUNK[name], *tiny(name, tmp_path), *middle)
+    chosen = read(name, "steps=4", *SHRUNK[name], *tiny(name, tmp_path), *middle)
     plan = one_device(assemble.flow_plan(chosen, build.data(chosen.common.data)))
     state = loop.train(plan, tmp_path / "w")
     records = files.read_jsonl(tmp_path / "w" / "metrics.jsonl")
-    assert [r["step"] for r in records] == list(range(1, 21)) and int(state.step) == 20
-    assert checkpoint.latest_step(tmp_path / "w" / "checkpoints") == 20
+    assert [r["step"] for r in records] == list(range(1, 5)) and int(state.step) == 4
+    assert checkpoint.latest_step(tmp_path / "w" / "checkpoints") == 4
     batch = plan.data.batch(0)
     if batch.x0 is None:  # then N(0, I) is drawn in the loss: a mean over d numbers u^2 of variance below 8
         assert records[0]["loss"] == pytest.approx(1 + np.mean(batch.x1**2), abs=4.5 * np.sqrt(8 / batch.x1.size))

@@ -165,7 +165,8 @@ def test_a_process_that_looks_while_another_starts_is_not_misled(tmp_path, monke
 CHILD = """
 import os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-from fmjax import correction, sharding
+from fmjax import correction
+from fmjax.training import sharding
 sharding.start()
 import jax
 import test_correction_marginals as t

@@ -145,7 +145,7 @@ def test_a_script_becomes_a_page_with_its_outputs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
-def test_a_script_prints_what_is_stored(script):
+def test_a_script_prints_what_is_stored(script, as_users_call):
     """Words stay equal; numbers may differ by rounding on another machine."""
     texts, pictures, *_ = literate.execute(script)
     record = literate.read(script)

@@ -17,6 +17,9 @@ import pytest
 from fmjax.experiments import networks, stages
 from fmjax.storage import checkpoint
 
+# tensorstore calls an event loop back that Orbax has closed after a file it could not read
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 CONFIG = f"--config={Path(__file__).parent / 'tiny.py'}"
 
 

@@ -41,11 +41,11 @@ GOOD = {  # values that mean something, by the last part of the field; all other
     **dict.fromkeys(("log_every", "save_every", "keep"), (10**11,)),
     **dict.fromkeys(("warmup", "seed", "depth", "waves", "times", "at"), (0,)),
     **dict.fromkeys(("euler", "rk4", "baselines"), ((),)),
-    "clip": (0.5, 10**11, None), "eps": (0, 0.5, 10**11), "sigma": (0.5, 10**11), "beta": (0, 0.5, 10**11),
+    "clip": (0.5, 10**11, None), "eps": (0, 0.5, 10**11, None), "sigma": (0.5, 10**11), "beta": (0, 0.5, 10**11),
     "alpha": (-1, 0.5, 10**11), "guidance": (-1, 0, 0.5), "metrics": ((), None), "sample_every": (0, 10**11),
 }  # fmt: skip
 INHERITED = ("correctors.score.net", "flow_map.net", "straighten.net")  # None stands for the network of the flow
-ELSEWHERE = {("teacher", "nonsense"): "target='self'"}
+ELSEWHERE = {("teacher", "nonsense"): "target='self'", ("keep", 10**11): "workdir="}
 MARGINALS = ("solver", "solver_steps", "backward_map", "forward_examples")
 
 

@@ -183,7 +183,7 @@ def test_a_path_with_a_latent_is_refused_by_conversions(key):
         (lambda: paths.two_sided(scale=-1.0), "scale=-1.0"),
         (
             lambda: paths.two_sided(latent="brown"),
-            "latent='brown'.*quadratic, sine_squared.*'brownian'",
+            "latent='brown'.*'brownian'.*quadratic, sine_squared",
         ),
         (lambda: paths.two_sided(schedule="vp"), "schedule='vp'.*linear, trigonometric"),
         (lambda: paths.with_velocity(paths.two_sided(), jnp.ones((1, 1)), jnp.ones((1, 1)), 0.5), "z=None"),

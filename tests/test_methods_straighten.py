@@ -159,7 +159,7 @@ def test_reflow_of_a_gaussian_learns_the_line_to_its_own_pair():
         ({"bounds": (0.0,)}, r"bounds=\(0.0,\)"),
         ({"keep": (0,)}, r"keep=\(0,\)"),
         ({"bounds": (0.0, 0.5, 1.0), "keep": (2,)}, r"keep=\(2,\).* 0 .. 1"),
-        ({"distance": "huber"}, "distance='huber'.*'pseudo_huber'"),
+        ({"distance": "huber"}, "distance='huber'.*squared, pseudo_huber"),
         ({"retention": -1.0}, "retention=-1.0"),
         ({"scale": 0.0}, "scale=0.0"),
         ({"bounds": (0.0, 0.5), "perceptual": abs}, "perceptual.*end at t = 1"),

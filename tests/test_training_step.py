@@ -183,7 +183,7 @@ def test_without_a_mesh_all_devices_are_used():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"target": "slef"}, "target='slef' .* 'self'"), ({"ema": 1.0}, "ema=1.0"), ({"ema": -0.1}, "ema=-0.1")],
+    [({"target": "slef"}, "target='slef': .* 'self'"), ({"ema": 1.0}, "ema=1.0"), ({"ema": -0.1}, "ema=-0.1")],
 )
 def test_wrong_options_are_refused_when_the_step_is_made(options, words):
     with pytest.raises(ValueError, match=words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,12 @@ Points = Float[Array, "{n} 2"]
 Labelled = tuple[Points, Int[Array, "{n}"]]  # noqa: F821
 
 
+@overload
+def draw_eight_gaussians(
+    key, n: int, *, radius: float = ..., std: float = ..., labels: Literal[False] = ...
+) -> Points: ...
+@overload
+def draw_eight_gaussians(key, n: int, *, radius: float = ..., std: float = ..., labels: Literal[True]) -> Labelled: ...
 def draw_eight_gaussians(
     key, n: int, *, radius: float = 2.0, std: float = 0.2, labels: bool = False
 ) -> Points | Labelled:
@@ -45,6 +52,10 @@ def draw_eight_gaussians(
     return (x, mode) if labels else x
 
 
+@overload
+def draw_checkerboard(key, n: int, *, labels: Literal[False] = ...) -> Points: ...
+@overload
+def draw_checkerboard(key, n: int, *, labels: Literal[True]) -> Labelled: ...
 def draw_checkerboard(key, n: int, *, labels: bool = False) -> Points | Labelled:
     """Draw points that are uniform on the cells of a 4x4 board on [-1, 1)^2 whose column and row have an even sum.
 
@@ -74,6 +85,10 @@ def draw_checkerboard(key, n: int, *, labels: bool = False) -> Points | Labelled
     return (x, 2 * column + half) if labels else x
 
 
+@overload
+def draw_two_moons(key, n: int, *, std: float = ..., labels: Literal[False] = ...) -> Points: ...
+@overload
+def draw_two_moons(key, n: int, *, std: float = ..., labels: Literal[True]) -> Labelled: ...
 def draw_two_moons(key, n: int, *, std: float = 0.1, labels: bool = False) -> Points | Labelled:
     """Draw points of two interleaved half circles with equal probability, plus noise ``std N(0, I)``.
 

@@ -309,10 +309,18 @@ def field_names(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _quiet() -> None:
-    """Let libraries log warnings only."""
+    """Let libraries log warnings only, and no traceback of theirs from a thread of a file that failed already."""
     from absl import logging
 
     logging.set_verbosity(logging.WARNING)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
+
+
+def _unraisable(raised) -> None:
+    # tensorstore's last futures call the event loop that Orbax has closed; the file's own error is raised beside
+    if not (isinstance(raised.exc_value, RuntimeError) and "Event loop is closed" in str(raised.exc_value)):
+        sys.__unraisablehook__(raised)
 
 
 class _Parser(argparse.ArgumentParser):

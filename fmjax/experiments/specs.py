@@ -160,7 +160,8 @@ def call(factory: Callable, options: dict[str, Any], *args: Any, field: str) -> 
         name = re.match(r"(\w+)[=\[:]", str(error))
         if name is None or name[1] not in values:
             raise
-        raise type(error)(f"{field}.{error}") from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{field}.{error}") from error
 
 
 def checked(factory: Callable, options: dict[str, Any], *, field: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def save_image(path: str | os.PathLike, image) -> Path:
     """
     path, x = Path(path), np.asarray(image)
     check_pictures("image", x[None], ndim=4)
-    write_bytes(path, png_bytes(np.ascontiguousarray(np.broadcast_to(pixels(x), (*x.shape[:2], 3)))))
+    write_bytes(path, png_bytes(pixels(x)))
     return path
 
 
@@ -103,7 +103,7 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     """Encode an image as PNG.
 
     Args:
-        pixels: uint8 ``[H, W, 3]``.
+        pixels: uint8 ``[H, W, 3]``, or ``[H, W, 1]`` for a grey image.
 
     Returns:
         The bytes of the file.
@@ -111,7 +111,7 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png", optimize=True)
+    Image.fromarray(np.squeeze(pixels, -1) if pixels.shape[-1] == 1 else pixels).save(buffer, "png", optimize=True)
     return buffer.getvalue()
 
 

@@ -14,10 +14,10 @@ from fmjax.training.loop import (
     merge_parameters,
     train,
 )
-from fmjax.training.step import TARGETS, State, init, make_step
+from fmjax.training.step import TARGETS, State, Step, init, make_step
 
 __all__ = [
-    "Diverged", "Optimiser", "Plan", "Schedule", "State", "TARGETS", "TrainingData", "average_samples",
+    "Diverged", "Optimiser", "Plan", "Schedule", "State", "Step", "TARGETS", "TrainingData", "average_samples",
     "check_plan", "draw_samples", "hooks", "init", "initial_parameters", "keep_best", "load_average", "logs",
     "make_step", "merge_parameters", "pictures", "sharding", "train",
 ]  # fmt: skip

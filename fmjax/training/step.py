@@ -49,17 +49,71 @@ class State(NamedTuple):
         return f"State(step={step}, params={numbers:,} numbers in {len(leaves)} arrays)"
 
 
+class Step:
+    """A jitted training step, ``step(state, batch, key, teacher=None)``: see ``make_step``."""
+
+    def __init__(self, update: Callable[..., tuple[State, dict[str, jax.Array]]], mesh: Mesh, target: str):
+        self._update, self._mesh, self._target, self._jitted = update, mesh, target, None
+
+    def __call__(self, state: State, batch: Batch, key: jax.Array, teacher: Params = None):
+        self._check(key, teacher)
+        if not isinstance(batch.x1, jax.Array) or batch.x1.sharding.device_set != set(self._mesh.devices.flat):
+            batch = sharding.place_batch(batch, self._mesh)
+        return self._program(state)(state, batch, key, teacher)
+
+    def lower(self, state: State, batch: Batch, key: jax.Array, teacher: Params = None) -> jax.stages.Lowered:
+        """Lower the step for shapes, as ``jax.jit(...).lower`` does; ``.compile()`` then tells memory and FLOPs.
+
+        Args:
+            state: a state, or ``init`` of shapes.
+            batch: a global batch, or the shapes of one.
+            key: one typed key.
+            teacher: parameters, or their shapes, as in a step.
+
+        Returns:
+            The lowered program.
+
+        >>> import optax
+        >>> from fmjax.methods import flow_matching
+        >>> net = lambda params, x, s, t, cond=None, key=None: params["w"] * x
+        >>> state = init({"w": jax.ShapeDtypeStruct((), jnp.float32)}, optax.sgd(0.1))
+        >>> batch = Batch(jax.ShapeDtypeStruct((8, 2), jnp.float32))
+        >>> lowered = make_step(flow_matching(net).loss, optax.sgd(0.1)).lower(state, batch, jax.random.key(0))
+        >>> "stablehlo" in lowered.as_text()
+        True
+        """
+        self._check(key, teacher)
+        rows = NamedSharding(self._mesh, P(AXIS))
+        place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows)
+        return self._program(state).lower(state, jax.tree.map(place, batch), key, teacher)
+
+    def _check(self, key, teacher) -> None:
+        if not is_key(key) or key.ndim:
+            raise TypeError("key must be one typed PRNG key, jax.random.key(seed): the step folds it per example")
+        if (teacher is None) == (self._target == "frozen"):
+            hint = "needs teacher=params" if teacher is None else "takes no teacher"
+            raise ValueError(f"target={self._target!r} {hint}")
+
+    def _program(self, state: State):
+        if self._jitted is None:  # out_shardings equal to what came in: left open, the second call would compile again
+            layout = jax.tree.map(lambda a: a.sharding, state)
+            out = (layout, sharding.replicated(self._mesh))
+            self._jitted = jax.jit(self._update, donate_argnums=0, out_shardings=out)
+        return self._jitted
+
+
 def init(params: Params, tx: optax.GradientTransformation, *, mesh: Mesh | None = None, fsdp: bool = False) -> State:
     """Return the state before the first step, placed on the mesh.
 
     Args:
-        params: the parameters, which are copied.
+        params: the parameters, which are copied; or their shapes (``jax.ShapeDtypeStruct``) for ``Step.lower``.
         tx: the optimiser; ``optax.masked``, ``optax.partition`` and the like are fine.
         mesh: the devices; by default all of them.
         fsdp: split large arrays of parameters, optimiser and average over the devices (ZeRO-3).
 
     Returns:
-        Step 0, the optimiser's first state, and an average that equals the parameters, in float32 or wider.
+        Step 0, the optimiser's first state, and an average that equals the parameters, in float32 or wider. Of shapes,
+        the shapes of all this and how each array lies on the mesh.
 
     >>> import optax
     >>> init({"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}, optax.adam(1e-3))
@@ -68,7 +122,11 @@ def init(params: Params, tx: optax.GradientTransformation, *, mesh: Mesh | None 
     mesh, tx = mesh or sharding.make_mesh(), keep_state(tx)
     average = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True)
     make = lambda params: State(jnp.zeros((), jnp.int32), params, tx.init(params), jax.tree.map(average, params))
-    layout = _layout(jax.eval_shape(make, params), mesh, fsdp)
+    shapes = jax.eval_shape(make, params)
+    layout = _layout(shapes, mesh, fsdp)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return jax.tree.map(place, shapes, layout)
     return jax.jit(make, out_shardings=layout)(params)
 
 
@@ -80,7 +138,7 @@ def make_step(
     ema: float = 0.999,
     target: str = "self",
     fsdp: bool = False,
-) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+) -> Step:
     """Return the jitted training step, one ``jax.shard_map`` over the mesh.
 
     Each device takes the loss of its rows and the gradient; one mean over devices follows, then ``tx`` and
@@ -151,23 +209,7 @@ def make_step(
         metrics |= {"grad_norm": optax.tree.norm(grads)}
         return State(state.step + 1, params, opt_state, average), metrics
 
-    jitted = None
-
-    def step(state: State, batch: Batch, key: jax.Array, teacher: Params = None):
-        nonlocal jitted
-        if not is_key(key) or key.ndim:
-            raise TypeError("key must be one typed PRNG key, jax.random.key(seed): the step folds it per example")
-        if (teacher is None) == (target == "frozen"):
-            hint = "needs teacher=params" if teacher is None else "takes no teacher"
-            raise ValueError(f"target={target!r} {hint}")
-        if not isinstance(batch.x1, jax.Array) or batch.x1.sharding.device_set != set(mesh.devices.flat):
-            batch = sharding.place_batch(batch, mesh)
-        if jitted is None:  # out_shardings equal to what came in: left open, the second call would compile again
-            layout = jax.tree.map(lambda a: a.sharding, state)
-            jitted = jax.jit(update, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
-        return jitted(state, batch, key, teacher)
-
-    return step
+    return Step(update, mesh, target)
 
 
 def _means(value: jax.Array, aux: Aux) -> dict[str, jax.Array]:
