@@ -144,7 +144,6 @@ def change_chart(changes: Mapping[str, FeatureChange]) -> PageFigure:
             heights = change.counts / change.counts.sum()
             axes.stairs(heights, change.edges, color=colour, label=charts.escaped(name), linewidth=1.5)
         axes.set(xlabel="distance to the sample without the correction", ylabel="fraction of samples", ylim=(0, None))
-        axes.legend(fontsize=7)
 
     words = "; ".join(f"{name}: median {np.median(c.distances):.2g}" for name, c in changes.items())
     remark = (
