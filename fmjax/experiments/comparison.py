@@ -127,9 +127,23 @@ def distances(settings: Settings, data: Dataset, reference: Examples, *, names: 
         if samples < m.least:
             wrong = f"{m.name} means nothing below {m.least} samples"
             raise Refusal("sampling.samples", samples, wrong, "Draw more, or take it out of metrics")
+    check_teachers(built, names)
+    return built
+
+
+def check_teachers(distances: Sequence[Metric], names: Sequence[Sampler]) -> None:
+    """Refuse a metric whose teacher is not drawn.
+
+    Args:
+        distances: the metrics.
+        names: the samplers that are drawn.
+
+    Raises:
+        ValueError: a teacher that is none of the samplers.
+    """
+    for m in distances:
         if m.teacher is not None:
             check_choice("metrics.teacher", m.teacher, [s.name for s in names], "sampler in this comparison")
-    return built
 
 
 def choosing_distances(settings: Settings, data: Dataset, names: Sequence[Sampler]) -> list[Metric]:

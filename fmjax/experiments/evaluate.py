@@ -47,6 +47,8 @@ def main(settings: Settings, path: Path) -> None:
     drift, shape = any(s.by == DRIFT for s in names), tuple(data.train.x.shape[1:])
     models, identity, step = networks.load_models(settings, path, drift=drift, shape=shape)
     names = _drawable(names, models, settings.correctors)
+    if jax.process_index() == 0:
+        comparison.check_teachers(metrics, names)
     for sampler in names:
         drawing.check_sampler(sampler, pushes.with_stand_ins(models, names, data), cond=draws.cond)
     models = pushes.add(models, pushes.fit_all(settings, data, names, models, path / pushes.STAGE))
