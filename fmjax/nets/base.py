@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import flax.linen as nn
+import numpy as np
 from jaxtyping import Array
 
 from fmjax import checks
@@ -22,6 +23,8 @@ Remat = Literal["none", "dots", "full"]
 class Checked(nn.Module):
     """A Flax module that refuses fields outside their type hints when it is constructed (``checks.check_fields``).
 
+    ``dtype`` is a name, or a type as Flax takes it, ``jnp.bfloat16``.
+
     >>> class Layer(Checked):
     ...     width: Width = 8
     >>> Layer(width=0)
@@ -30,6 +33,8 @@ class Checked(nn.Module):
     """
 
     def __post_init__(self):
+        if isinstance(dtype := getattr(self, "dtype", None), (type, np.dtype)):
+            object.__setattr__(self, "dtype", np.dtype(dtype).name)
         checks.check_fields(self)
         super().__post_init__()
 

@@ -61,7 +61,9 @@ class Step:
             batch = sharding.place_batch(batch, self._mesh)
         return self._program(state)(state, batch, key, teacher)
 
-    def lower(self, state: State, batch: Batch, key: jax.Array, teacher: Params = None) -> jax.stages.Lowered:
+    def lower(
+        self, state: State, batch: Batch, key: jax.Array, teacher: Params = None, *, platform: str | None = None
+    ) -> jax.stages.Lowered:
         """Lower the step for shapes, as ``jax.jit(...).lower`` does; ``.compile()`` then tells memory and FLOPs.
 
         Args:
@@ -69,6 +71,7 @@ class Step:
             batch: a global batch, or the shapes of one.
             key: one typed key.
             teacher: parameters, or their shapes, as in a step.
+            platform: ``"tpu"``, ``"cuda"``, ``"rocm"`` or ``"cpu"``, which need not be there; by default the mesh's.
 
         Returns:
             The lowered program.
@@ -85,7 +88,8 @@ class Step:
         self._check(key, teacher)
         rows = NamedSharding(self._mesh, P(AXIS))
         place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows)
-        return self._program(state).lower(state, jax.tree.map(place, batch), key, teacher)
+        traced = self._program(state).trace(state, jax.tree.map(place, batch), key, teacher)
+        return traced.lower(lowering_platforms=platform and (platform,))
 
     def _check(self, key, teacher) -> None:
         if not is_key(key) or key.ndim:
