@@ -139,7 +139,7 @@ def check_teachers(distances: Sequence[Metric], names: Sequence[Sampler]) -> Non
         names: the samplers that are drawn.
 
     Raises:
-        ValueError: a teacher that is none of the samplers.
+        ValueError: a teacher that is not among the samplers.
     """
     for m in distances:
         if m.teacher is not None:
