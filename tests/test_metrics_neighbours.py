@@ -110,21 +110,21 @@ def images(rng, n):
 def test_copies_are_memorised_and_fresh_examples_are_not():
     rng = np.random.default_rng(0)
     train, held_out, fresh = images(rng, 400), images(rng, 400), images(rng, 400)
-    m = metrics.memorisation(fresh, train, held_out)
+    m = metrics.memorised(fresh, train, held_out)
     assert m.low < 0.05 < m.high and 0.9 < m.ratio < 1.1
-    copies = metrics.memorisation(train[:50], train, held_out)
+    copies = metrics.memorised(train[:50], train, held_out)
     assert (copies.fraction, copies.ratio) == (1, 0) and (copies.nearest == np.arange(50)).all()
-    half = metrics.memorisation(np.concatenate([train[:200], fresh[:200]]), train, held_out)
+    half = metrics.memorised(np.concatenate([train[:200], fresh[:200]]), train, held_out)
     assert half.low < 0.525 < half.high
-    assert metrics.memorisation(9 + fresh, train, held_out).ratio > 5
+    assert metrics.memorised(9 + fresh, train, held_out).ratio > 5
 
 
 def test_a_copy_shifted_by_a_pixel_needs_the_search_over_shifts():
     rng = np.random.default_rng(0)
     train, held_out = images(rng, 200), images(rng, 200)
     shifted = np.roll(np.roll(train[:60], 1, 1), -1, 2)
-    assert metrics.memorisation(shifted, train, held_out).fraction < 0.5
-    m = metrics.memorisation(shifted, train, held_out, shifts=1)
+    assert metrics.memorised(shifted, train, held_out).fraction < 0.5
+    m = metrics.memorised(shifted, train, held_out, shifts=1)
     assert m.fraction == 1 and (m.nearest == np.arange(60)).all() and m.ratio < 1e-6
 
 
@@ -144,7 +144,7 @@ def test_too_few_examples_for_neighbours_are_refused():
     with pytest.raises(ValueError, match="^k=5: "):
         metrics.density_coverage(x[:5], x)
     with pytest.raises(ValueError, match=r"^held_out=\[19\]: .*20 or more"):
-        metrics.memorisation(x, x, x[:19])
+        metrics.memorised(x, x, x[:19])
     with pytest.raises(ValueError, match="^shifts=1: "):
         metrics.nearest_distance(x, x, shifts=1)
     with pytest.raises(ValueError, match=r"^x=\[30, 2\]: .*train"):

@@ -22,7 +22,7 @@ from fmjax.metrics.histogram import (
 )
 from fmjax.metrics.metric import DataLike, ExamplesLike, Metric, defaults
 from fmjax.metrics.neighbour_references import coverage_to, density_to, memorised_to, precision_to, recall_to
-from fmjax.metrics.neighbours import Memorisation, density_coverage, memorisation, nearest_distance, precision_recall
+from fmjax.metrics.neighbours import Memorisation, density_coverage, memorised, nearest_distance, precision_recall
 from fmjax.metrics.references import (
     autocorrelation_to,
     c2st_to,
@@ -69,7 +69,7 @@ __all__ = [
     "embed", "energy_distance", "energy_to", "extractors", "fd_random_to", "fd_small", "fd_small_to",
     "feature_change", "feature_change_to", "frechet", "frechet_distance", "frechet_infinity", "frechet_infinity_to",
     "frechet_to", "inception_score", "inception_score_to", "kid", "kid_to", "kl", "label_accuracy", "low_fraction",
-    "mean_distance", "mean_kernel", "mean_se", "median_distance", "memorisation", "memorised_to", "mind", "mind_to",
+    "mean_distance", "mean_kernel", "mean_se", "median_distance", "memorised", "memorised_to", "mind", "mind_to",
     "mmd", "mmd_to", "moments", "nearest_distance", "paired_error", "paired_error_to", "precision_recall",
     "precision_to", "quantise", "radial", "random_features", "recall_to", "resize", "sliced_w2", "sliced_w2_to",
     "small_classifier", "teacher_frechet_to", "trace_sqrt_features", "trace_sqrt_product", "w2_exact", "w2_to",

@@ -121,7 +121,7 @@ def memorised_to(
     quantile: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.05,
     shifts: NonNegative | None = None,
 ) -> Metric:
-    """Return the fraction of samples that repeat training examples, see ``memorisation``.
+    """Return the fraction of samples that repeat training examples, see ``memorised``.
 
     Args:
         data: the data set; samples are compared with all of its training examples.
@@ -153,7 +153,7 @@ def memorised_to(
     rounded = lambda x: quantise(x, net.levels) if net.levels else np.asarray(x)
     rows = rounded if pixels else lambda x: embed(net, x)
     train, held_out = rows(np.asarray(data.train.x[:])), rows(reference_rows(data, reference))
-    measure = lambda x: neighbours.memorisation(rows(x), train, held_out, quantile=quantile, shifts=shifts).fraction
+    measure = lambda x: neighbours.memorised(rows(x), train, held_out, quantile=quantile, shifts=shifts).fraction
     if len(held_out) * quantile < 1:
         wrong = f"a quantile of {quantile:g} needs {int(np.ceil(1 / quantile))} examples"
         raise Refusal("reference", len(held_out), wrong, "Enlarge the split")

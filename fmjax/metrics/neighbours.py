@@ -162,7 +162,7 @@ class Memorisation(NamedTuple):
     nearest: np.ndarray
 
 
-def memorisation(
+def memorised(
     samples: Num[np.ndarray | jax.Array, "n ..."],
     train: Num[np.ndarray | jax.Array, "m ..."],
     held_out: Num[np.ndarray | jax.Array, "k ..."],
@@ -188,7 +188,7 @@ def memorisation(
         ValueError: for too few held-out examples, and examples of different shapes.
 
     >>> x = np.random.default_rng(0).standard_normal((200, 3))
-    >>> memorisation(x[:50], x[:100], x[100:]).fraction
+    >>> memorised(x[:50], x[:100], x[100:]).fraction
     1.0
     """
     from scipy.stats import binomtest

@@ -50,15 +50,15 @@ def products(jaxpr, times: int = 1) -> Iterator[tuple[np.dtype, float]]:
 
 def collectives(program: str) -> dict[str, tuple[int, float]]:
     """Of each kind of collective in a compiled program: how many stand in it, and the MiB that they return."""
-    found = {}
+    counts = {}
     for kind in KINDS:
         total, lines = 0, re.findall(rf"= (.*?) {kind}(?:-start)?\(", program)
         for shapes in lines:
             for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
                 total += BYTES.get(dtype, 4) * int(np.prod([int(n) for n in sizes.split(",") if n] or [1]))
         if lines:
-            found[kind] = len(lines), total / MB
-    return found
+            counts[kind] = len(lines), total / MB
+    return counts
 
 
 def networks() -> dict[str, tuple[nets.Model, tuple[int, ...], int]]:
