@@ -193,7 +193,7 @@ def memorised(
     """
     from scipy.stats import binomtest
 
-    check_hints(memorisation, {"quantile": quantile, "shifts": shifts})
+    check_hints(memorised, {"quantile": quantile, "shifts": shifts})
     if len(held_out) * quantile < 1:
         raise ValueError(
             f"held_out=[{len(held_out)}]: too few for the quantile {quantile:g} of their distances. Give "
