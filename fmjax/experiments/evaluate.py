@@ -42,11 +42,13 @@ def main(settings: Settings, path: Path) -> None:
     workdir.network_folder(path)
     if jax.process_index() == 0:
         held = _in_memory_data(data, settings)
-        metrics = comparison.distances(settings, held, held.test)
+        metrics = comparison.distances(settings, held, held.test, names=names)
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
     drift, shape = any(s.by == DRIFT for s in names), tuple(data.train.x.shape[1:])
     models, identity, step = networks.load_models(settings, path, drift=drift, shape=shape)
     names = _drawable(names, models, settings.correctors)
+    if jax.process_index() == 0:
+        comparison.check_teachers(metrics, names)
     for sampler in names:
         drawing.check_sampler(sampler, pushes.with_stand_ins(models, names, data), cond=draws.cond)
     models = pushes.add(models, pushes.fit_all(settings, data, names, models, path / pushes.STAGE))
@@ -60,7 +62,8 @@ def _write(settings: Settings, path: Path, data, metrics, drawn, names, models: 
     """Compare the samples, write ``evaluation.json`` and ``evaluation.html``, and print the rows."""
     draws = comparison.draws_of(settings, data)
     costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
-    rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
+    floor, bootstrap = comparison.training_runs(data, draws), settings.sampling.bootstrap
+    rows, verdicts = comparison.compare(names, drawn, costs, metrics, floor, bootstrap=bootstrap)
     facts = {"step of the flow": str(step), "guidance": str(settings.common.guidance)}
     facts |= comparison.facts(settings, data, metrics) | pushes.push_facts(models, names)
     record = comparison.as_record(rows, verdicts) | {"step": step, "environment": workdir.environment()}

@@ -11,7 +11,7 @@ import numpy as np
 
 from fmjax import correction
 from fmjax.data import Dataset
-from fmjax.experiments import comparison, drawing, pushes, report, samplers, workdir
+from fmjax.experiments import comparison, drawing, measuring, pushes, report, samplers, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.results import Result, curves, parameter_counts
 from fmjax.experiments.samplers import FLOW_MAP, Sampler
@@ -65,9 +65,11 @@ def pipeline(
         The page.
     """
     drawn, costs, models = results["samples"].value
-    metrics = comparison.distances(settings, data, data.test)
-    rows, verdicts = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
-    chosen = comparison.recommendations(names, drawn, comparison.distances(settings, data, data.validation), metrics)
+    metrics = comparison.distances(settings, data, data.test, names=names)
+    choosing = comparison.choosing_distances(settings, data, names)
+    floor, bootstrap = comparison.training_runs(data, draws), settings.sampling.bootstrap
+    rows, verdicts = comparison.compare(names, drawn, costs, metrics, floor, bootstrap=bootstrap)
+    chosen = comparison.recommendations(names, drawn, choosing, metrics)
     lines = [*comparison.best_lines(rows), *chosen, *([report.count_line(verdicts)] if verdicts else [])]
     facts, gaps, trajectories = comparison.facts(settings, data, metrics), {}, {}
     record = comparison.as_record(rows, verdicts) | {"environment": workdir.environment()}
@@ -80,6 +82,11 @@ def pipeline(
         if (areas := results[f"correctors.{name}"].value[1]) is not None:
             facts[f"AUC of the {name} on held-out marginals"] = _numbers(areas) + " along the grid"
             record.setdefault("auc", {})[name] = areas
+    if changes := measuring.correction_changes(names, drawn, data):
+        record["feature change"] = {
+            name: {"counts": c.counts.tolist(), "edges": c.edges.tolist(), "median": float(np.median(c.distances))}
+            for name, c in changes.items()
+        }
     facts |= pushes.push_facts(models, names)
     for sampler in pushes.fitted(names):
         push = models.params[samplers.PUSH][samplers.push_key(sampler)]
@@ -103,7 +110,7 @@ def pipeline(
     grids = comparison.source_grid(models, draws) | comparison.grids(data, drawn)
     contents = report.Contents(
         title=f"fmjax: {data.name}", summary=lines, rows=rows, verdicts=verdicts, grids=grids,
-        trajectories=trajectories, curves=curves(path, results), gaps=gaps, facts=facts,
+        trajectories=trajectories, curves=curves(path, results), gaps=gaps, facts=facts, changes=changes,
         notes=[*comparison.notes(metrics), *NOTES],
     )  # fmt: skip
     return Page(contents, record, lines)

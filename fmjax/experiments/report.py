@@ -20,6 +20,7 @@ import numpy as np
 from fmjax.experiments import effects, figures
 from fmjax.experiments.charts import DARK, LIGHT
 from fmjax.experiments.figures import REFERENCE, Row
+from fmjax.metrics import FeatureChange
 from fmjax.storage import images
 from fmjax.storage.files import write_bytes
 
@@ -65,6 +66,7 @@ class Contents(NamedTuple):
         notes: sentences that are shown last.
         influence: (``t_n``, distance, standard error or 0) by name of the line, for samples that are corrected only at
             ``t_n``.
+        changes: how far corrections move samples, by name of the corrected sampler.
     """
 
     title: str
@@ -78,6 +80,7 @@ class Contents(NamedTuple):
     facts: dict[str, str]
     notes: list[str]
     influence: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    changes: dict[str, FeatureChange] = {}
 
 
 def write_report(path: str | os.PathLike, contents: Contents) -> Path:
@@ -123,6 +126,7 @@ def render(contents: Contents) -> str:
     pictures = {name: figures.sample_figure(name, np.asarray(x), clouds) for name, x in contents.grids.items()}
     every = effects.effects(contents.verdicts, {row.name: row for row in rows})
     dots = [effects.effect_chart(m, every) for m in metrics]
+    dots += [effects.change_chart(contents.changes)] if contents.changes else []
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = (importlib.resources.files("fmjax.experiments") / "report.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(
