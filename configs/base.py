@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.coupling = "minibatch_ot"  # how source and data are paired, of fmjax.couplings
     c.batch_size = 128  # examples per step, over all devices
     c.steps = 4500  # number of optimiser steps
-    c.target = "self"  # parameters of the teacher in the loss: 'self', 'ema' or 'frozen'
+    c.target = "self"  # parameters of the teacher in the loss: 'self', 'ema', 'frozen' or 'both'
     c.learning_rate = 2e-3  # the peak rate
     c.warmup = 100  # steps until the peak rate is reached
     c.schedule = "cosine"  # learning rate after the warm-up: 'cosine' or 'constant'
@@ -51,10 +51,10 @@ def get_config() -> ConfigDict:
     c.flow_map = {}  # stage(c, ...): a few-step map that starts from the flow
 
     # samples that are drawn and compared
-    c.sampling = {"seeds": 4, "samples": 400}  # number of runs, and samples per run; standard errors are over runs
+    c.sampling = {"seeds": 4, "samples": 400, "bootstrap": 0}  # runs; samples per run; resamples for the error of 1 run
     c.samplers = {"euler": (4, 8, 16, 32)}  # solver -> numbers of steps, or name -> {"solver", "steps", "grid"}
     c.corrections = {}  # name -> {"solver", "steps", "at", "by", ...}: a sampler corrected at the steps 'at'
-    c.metrics = ()  # distances of fmjax.metrics; () for the defaults of the kind of data
+    c.metrics = ()  # measures of fmjax.metrics, alone or with options; () for the defaults of the kind of data
     c.straighten = {}  # straighten(c, ...): students on parts of the time axis (launch.reflow)
     return c
 

@@ -121,15 +121,16 @@ def check_bounds(bounds: Sequence[float]) -> np.ndarray:
     return edges
 
 
-def check_state(name: str, x: Any) -> None:
+def check_state(name: str, x: Any, *, tokens: bool = False) -> None:
     """Refuse a state that is not a floating array with a batch axis: integers would be stepped by times rounded to 0.
 
     Args:
         name: name of the argument, for the message.
         x: states ``[B, ...]``.
+        tokens: whether the state is one of discrete data, which must be integers.
 
     Raises:
-        TypeError: ``x`` is no array, or not floating.
+        TypeError: ``x`` is no array, or not floating (with ``tokens``: not integers).
         ValueError: ``x`` has no batch axis.
 
     >>> check_state("x", np.zeros((4, 2)))
@@ -139,7 +140,9 @@ def check_state(name: str, x: Any) -> None:
     """
     if not (hasattr(x, "dtype") and hasattr(x, "shape")):
         raise TypeError(f"{name}={_SHORT.repr(x)}: a state is a floating array. Give jnp.asarray({name}, jnp.float32).")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if tokens and not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name}={x.dtype}{list(x.shape)}: tokens are integers. Give token numbers, such as int32.")
+    if not tokens and not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"{name}={x.dtype}{list(x.shape)}: a state is floating. Convert it: {name}.astype(jnp.float32)."
         )
@@ -147,14 +150,15 @@ def check_state(name: str, x: Any) -> None:
         raise ValueError(f"{name}={x.dtype}[]: a state has a batch axis. Give an array [B, ...].")
 
 
-def check_examples(batch: Any) -> None:
+def check_examples(batch: Any, *, tokens: bool = False) -> None:
     """Refuse a batch whose fields do not have one row for each example: broadcasting would train on other data.
 
     Args:
         batch: a ``types.Batch``; under ``jax.jit`` its shapes and types are known.
+        tokens: whether ``x1``, ``x0`` and ``negative`` are integers.
 
     Raises:
-        TypeError: ``x1``, ``x0`` or ``negative`` is not a floating array.
+        TypeError: ``x1``, ``x0`` or ``negative`` is not a floating array (with ``tokens``: not integers).
         ValueError: no example, a field of another shape, times that are not floating, or a condition of another length.
 
     >>> from fmjax.types import Batch
@@ -169,7 +173,7 @@ def check_examples(batch: Any) -> None:
     )
     for field in ("x1", "x0", "negative"):
         if (value := getattr(batch, field)) is not None:
-            check_state(f"batch.{field}", value)
+            check_state(f"batch.{field}", value, tokens=tokens)
             if value.shape != shape or not shape[0]:
                 raise rows(field, value, f"batch.x1 is {list(shape)}" if shape[0] else "no example")
     for field in ("t", "progress"):

@@ -7,9 +7,8 @@ Conventions, stated once:
 * ``Net(params, x, s, t)`` is the average velocity from ``s`` to ``t``; its diagonal ``s = t`` is the velocity, and
   ``X_{s,t}(x) = x + (t - s) Net(x, s, t)`` is the flow map.
 * Positional arguments are arrays (traced); keyword-only arguments are static.
-* Randomness belongs to the example: inside the library ``key`` is an array ``[B]`` of typed keys, one per example,
-  folded from the run's key, the step and the example's global index: the same for every batch size, mesh and number
-  of processes. Public functions accept one key, too.
+* Randomness belongs to the example: inside the library ``key`` is an array ``[B]`` of typed keys, folded from the run's
+  key, the step and the example's global index, whatever the batch size and mesh. Public functions accept one key, too.
 """
 
 from __future__ import annotations
@@ -135,19 +134,20 @@ def accept(ts) -> None:
 class Costed:
     """A step, corrector, direction or schedule that states its cost and refuses times at which it cannot work.
 
-    Calling the object calls ``apply``. Read ``nfe`` and ``check`` with ``stated``, which also sees through ``jax.jit``
-    and ``functools.partial``.
+    Calling the object calls ``apply``. ``stated`` reads ``nfe`` and ``check`` through ``jax.jit`` and ``partial`` too.
 
     Attributes:
         apply: the step, corrector, direction or schedule.
         nfe: number of network evaluations of one call, per example; ``None``: unknown.
         check: ``check(ts)`` raises ``ValueError`` for times, or for a grid, at which ``apply`` cannot work;
             ``sampling.sample`` calls ``check`` before anything is compiled.
+        tokens: whether the states are integers (``fmjax.tokens``).
     """
 
     apply: Callable[..., Any]
     nfe: int | None = None
     check: Callable[[Any], None] = accept
+    tokens: bool = False
 
     def __call__(self, *args, **kwargs):
         return self.apply(*args, **kwargs)
@@ -160,8 +160,7 @@ class Multistep(NamedTuple):
         init: ``init(x)`` is the memory before the first step of a grid.
         step: ``step(memory, x, s, t, cond, key)`` returns ``(x, memory)``. Shapes never change, so that the scan
             compiles one step.
-        nfe: as in ``Costed``.
-        check: as in ``Costed``.
+        nfe, check: as in ``Costed``.
     """
 
     init: Callable[[Array], Any]
@@ -172,8 +171,6 @@ class Multistep(NamedTuple):
 
 def stated(function: Any) -> Costed | Multistep:
     """Return the stated cost and check of a step, corrector or direction.
-
-    A wrapper does not hide the statement: ``jax.jit`` and ``functools.partial`` are opened.
 
     Args:
         function: any callable, or a ``Multistep``.
@@ -245,15 +242,14 @@ class LossFn(Protocol):
     def __call__(self, params: Params, target: Params, batch: Batch, key) -> tuple[Array, Aux]: ...
 
 
-BATCHES = ("data", "marginals", "ends", "trajectories")
+BATCHES = ("data", "marginals", "ends", "trajectories", "tokens")
 
 
 class Method(NamedTuple):
     """A training objective and the functions that its trained parameters define: the views of the method.
 
     Each view takes parameters and returns a function of arrays, for example ``method.velocity(params)(x, t, cond)``. A
-    view that a method does not have is ``None``; the subclasses below state in their types which views are always
-    there. ``method._replace(loss=...)`` keeps the subclass.
+    view that a method does not have is ``None``; the subclasses below state which views are always there.
 
     Attributes:
         loss: ``loss(params, target, batch, key) -> (scalar, aux)``; ``key`` is one key, or one key per example ``[B]``.
@@ -261,9 +257,10 @@ class Method(NamedTuple):
         flow_map: ``flow_map(params)(x, s, t, cond, key) -> [B, ...]``, the jump ``X_{s,t}(x)``.
         direction: ``direction(params)(x, t, cond) -> [B, ...]``, where a corrector pushes ``x``.
         score: ``score(params)(x, t, cond) -> [B, ...]``, ``grad log p_t(x)``, which an SDE step needs.
+        log_probs: ``log_probs(params)(x, t, cond) -> [B, ..., K]``, of the tokens of each site of integer states ``x``.
         batches: which batches the loss takes, one of ``BATCHES``. ``"data"``: data in ``x1``. ``"marginals"``: at all
             times ``t`` of a grid, a backward example in ``x1`` and a forward example in ``x0``. ``"ends"``: data in
-            ``x1`` and generated examples in ``x0``. ``"trajectories"``: states of a teacher's trajectory.
+            ``x1`` and generated examples in ``x0``. ``"trajectories"``: a teacher's states. ``"tokens"``: integers.
         frozen: names of the entries of the parameters, a dictionary, that are given and not trained.
         normal_source: whether the method is valid for the source N(0, I) alone (see ``sources``).
 
@@ -279,6 +276,7 @@ class Method(NamedTuple):
     batches: str = "data"
     frozen: tuple[str, ...] = ()
     normal_source: bool = False
+    log_probs: Callable[[Params], Callable[..., Array]] | None = None
 
     def __repr__(self) -> str:
         names = (name for name, function in zip(self._fields, self, strict=True) if callable(function))
@@ -377,12 +375,13 @@ def expand(t: Array, x: Array) -> Array:
     return jnp.reshape(t, jnp.shape(t) + (1,) * (x.ndim - jnp.ndim(t)))
 
 
-def over_batch(t, x: Array) -> Float[Array, " b"]:
+def over_batch(t, x: Array, *, tokens: bool = False) -> Float[Array, " b"]:
     """Broadcast a time over a batch.
 
     Args:
         t: a scalar time, or times ``[B]``, which pass through.
         x: examples ``[B, ...]``.
+        tokens: whether the examples are integers; the times are then in the precision of ``t``.
 
     Returns:
         Times ``[B]``: float32, or float64 where ``x`` is float64.
@@ -393,8 +392,9 @@ def over_batch(t, x: Array) -> Float[Array, " b"]:
     >>> over_batch(0.5, jnp.zeros((3, 2)))
     Array([0.5, 0.5, 0.5], dtype=float32)
     """
-    checks.check_state("x", x)
+    checks.check_state("x", x, tokens=tokens)
     if jnp.shape(t) not in ((), x.shape[:1]):
         raise ValueError(f"t.shape={jnp.shape(t)}: not times of {len(x)} examples. Give a number, or one for each.")
-    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    precise = (jnp.asarray(t).dtype if tokens else x.dtype) == jnp.float64
+    dtype = jnp.float64 if precise else jnp.float32
     return jnp.broadcast_to(jnp.asarray(t, dtype), (x.shape[0],))

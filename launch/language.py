@@ -95,6 +95,8 @@ def _docstrings(file: Path, tree: ast.Module) -> Iterator[str]:
     for node in tree.body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
             continue
+        if "overload" in [getattr(d, "id", "") for d in node.decorator_list]:
+            continue
         where, doc = f"{file}:{node.lineno}: {node.name}", ast.get_docstring(node) or ""
         first = doc.split("\n", 1)[0]
         if not re.match(r"[A-Z`].*[.:]$", first):

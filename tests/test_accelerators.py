@@ -13,6 +13,7 @@ from fmjax import correction, methods, nets, oracles, sampling, training
 from fmjax.correction import trajectories
 from fmjax.training import sharding
 from fmjax.types import Batch
+from launch.bench import compiled
 
 PLATFORMS = ("tpu", "cuda")
 ORACLE = oracles.gaussian(0.3, 0.5)
@@ -61,21 +62,18 @@ def test_the_solve_of_the_marginals_lowers(solver, direction):
     assert exported(solve, jnp.asarray(X, jnp.float32))[0] == PLATFORMS
 
 
-def products(jaxpr):
-    """The type and the number of operations of every matrix product and convolution."""
-    for eqn in jaxpr.eqns:
-        for value in eqn.params.values():
-            for inner in jax.tree.leaves(value, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    yield from products(getattr(inner, "jaxpr", inner))
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            left = eqn.invars[0].aval
-            yield left.dtype, 2 * eqn.outvars[0].aval.size * np.prod([left.shape[i] for i in contracted])
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval
-            features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-            yield kernel.dtype, 2 * eqn.outvars[0].aval.size * kernel.size / features
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_collectives_are_counted_in_the_compiled_program(fsdp):
+    """Two devices: gradients are summed whole, or parameters are gathered and gradients scattered."""
+    net = lambda params, x, s, t, cond=None, key=None: x @ params["w"]
+    mesh, tx, size = sharding.make_mesh(jax.devices()[:2]), optax.sgd(0.1), 256 * 256 * 4 / 2**20
+    state = training.init({"w": jax.ShapeDtypeStruct((256, 256), jnp.float32)}, tx, mesh=mesh, fsdp=fsdp)
+    step = training.make_step(methods.flow_matching(net).loss, tx, mesh=mesh, fsdp=fsdp)
+    batch = Batch(jax.ShapeDtypeStruct((8, 256), jnp.float32))
+    found = compiled.collectives(step.lower(state, batch, jax.random.key(0)).compile().as_text())
+    if fsdp:
+        assert found["all-gather"] == (1, size) and found["reduce-scatter"][1] == pytest.approx(size / 2, rel=1e-3)
+    assert found["all-reduce"][1] == pytest.approx(0 if fsdp else size, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +90,6 @@ def test_a_network_in_bfloat16_multiplies_in_it(module):
     x = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), x)
     loss = lambda params, x, key: methods.flow_matching(model.net).loss(params, params, Batch(x), key)[0]
-    every = list(products(jax.make_jaxpr(jax.grad(loss))(params, x, jax.random.key(0)).jaxpr))
+    every = list(compiled.products(jax.make_jaxpr(jax.grad(loss))(params, x, jax.random.key(0)).jaxpr))
     total = sum(n for _, n in every)
     assert sum(n for kind, n in every if kind == jnp.bfloat16) > 0.9 * total > 1e9

@@ -202,8 +202,7 @@ def test_rows_and_verdicts_are_computed_from_the_distances():
     drawn = {"base": x + 1.0, "fix": x + 0.2}
     metrics = [Metric("mean", lambda a: float(abs(a.mean())), {}), Metric("far", lambda a: float(a.max() ** 2), {})]
     costs = {"base": sampling.Cost(8, 0, 0, 8), "fix": sampling.Cost(9, 1, 1, 9)}
-    each = comparison.measure_all(drawn, metrics)
-    rows, verdicts = comparison.compare([base, fix], each, costs, comparison.measure(x, metrics))
+    rows, verdicts = comparison.compare([base, fix], drawn, costs, metrics, x)
     assert [(r.name, r.nfe, r.corrections) for r in rows] == [("base", 8, 0), ("fix", 9, 1), ("training data", 0, 0)]
     each = np.abs((x + 1.0).mean((1, 2)))
     assert rows[0].distances["mean"] == pytest.approx((each.mean(), each.std(ddof=1) / np.sqrt(6)))
@@ -216,8 +215,7 @@ def test_a_sampler_that_diverged_is_infinitely_far_and_never_the_best():
     x = np.zeros((2, 4, 3))
     x[1, 0] = np.nan
     metric, cost = Metric("mean", lambda a: float(a.mean()), {}), {"base": sampling.Cost(8, 0, 0, 8)}
-    each, floor = comparison.measure_all({"base": x}, [metric]), comparison.measure(np.zeros((2, 4, 3)), [metric])
-    rows, _ = comparison.compare([RK4._replace(name="base")], each, cost, floor)
+    rows, _ = comparison.compare([RK4._replace(name="base")], {"base": x}, cost, [metric], np.zeros((2, 4, 3)))
     assert rows[0].distances["mean"][0] == np.inf
     assert best_row(rows, "mean") is None
 

@@ -235,6 +235,9 @@ def test_samplers_whose_network_is_not_trained_are_left_out(whole, tmp_path, cap
     rows = [r["name"] for r in numbers(path, "evaluation.json")["rows"]]
     assert rows == ["euler, 2 steps", "rk4, 2 steps", "training data"]
     assert "7 samplers of the config" in capsys.readouterr().out
+    teacher = {"name": "paired_error_to", "teacher": "flow map, 2 steps"}
+    with pytest.raises(ValueError, match="^metrics.teacher='flow map, 2 steps': .*There are euler, 2 steps, rk4"):
+        evaluate.main(read(**WHOLE | {"metrics": (teacher,)}), path)
     with pytest.raises(ValueError, match="^solver='flow_map'"):
         load(path).sample(1, solver="flow_map")
     with pytest.raises(ValueError, match="^by='drift': .*launch.marginals"):

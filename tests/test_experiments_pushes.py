@@ -8,7 +8,7 @@ from laboratory import JUMP, RK4, WHOLE, numbers, read, run, stamps, whole_run
 from laboratory import laboratory as laboratory  # a fixture
 
 from fmjax import correction, load, metrics
-from fmjax.experiments import build, comparison, drawing, networks, pipeline, pushes, recommend, samplers
+from fmjax.experiments import build, drawing, measuring, networks, pipeline, pushes, recommend, samplers
 from fmjax.experiments.samplers import corrected_samplers, plain_samplers
 from fmjax.storage import files
 from fmjax.types import Method
@@ -134,7 +134,7 @@ def test_a_recommendation_is_chosen_on_validation_and_reported_on_test():
     drawn = {name: v + np.array([-0.01, 0.01]).reshape(2, 1, 1) * np.ones((2, 5, 1)) for name, v in values.items()}
     away = lambda name, target: metrics.Metric(name, lambda x: abs(float(x.mean()) - target))
     validation, test = [away("a", 0.9), away("b", 1.1)], [away("a", 0.0), away("b", 0.0)]
-    values = lambda distances: comparison.measure_all(drawn, distances)
+    values = lambda distances: measuring.measure_all(drawn, distances)
     (line,) = recommend.choices(names, values(validation), values(test))
     assert line.startswith("Chosen on validation examples among 2 corrections and controls of rk4, 2 steps: ")
     assert "rk4, 2 steps, push at 2. On test examples a is higher by 0.500" in line

@@ -6,6 +6,7 @@ import pytest
 from fmjax import sampling
 from fmjax.experiments import comparison, recommend
 from fmjax.experiments.samplers import NOISE, Sampler
+from fmjax.metrics import Metric
 
 PLAIN = [Sampler("rk4, 2 steps", "rk4", "rk4", 2), Sampler("euler, 8 steps", "euler", "euler", 8)]
 FIX = Sampler("rk4, 2 steps, fix at 2", "rk4 + corrections", "rk4", 2, None, (2,), "fix", baseline=PLAIN[0].name)
@@ -57,7 +58,10 @@ def test_a_gain_that_is_not_significant_is_said_to_be_none():
 
 def test_the_summary_has_five_lines():
     test = values(1.0, 0.9, 0.6, 0.1)
-    rows, verdicts = comparison.compare(NAMES, test, COSTS, {"a": [0.01, 0.03], "b": [0.0, 0.0]})
+    drawn = {s.name: np.reshape(test[s.name]["a"], (3, 1, 1)) for s in NAMES}
+    distances = [Metric("a", lambda x: float(x.mean())), Metric("b", lambda x: 2 * float(x.mean()))]
+    floor = np.reshape([0.01, 0.03], (2, 1, 1))
+    rows, verdicts = comparison.compare(NAMES, drawn, COSTS, distances, floor)
     lines = recommend.five_lines(rows, verdicts, ["Use first: x.", "Gain: y."])
     assert [line.partition(" ")[0] for line in lines] == ["Use", "Gain:", "Least", "Corrections", "Floor,"]
     assert "a 0.100 ± 0.006 by rk4, 2 steps, noise (NFE 8, noise alone)" in lines[2]

@@ -353,11 +353,16 @@ def test_a_batch_that_would_broadcast_is_refused_by_its_field(name):
     net = Network(lambda params, x, s, t, cond=None, key=None: x, encoder=lambda *args: args[1])
     options = {"contrastive": {"mean": np.zeros(2)}, "score_corrector": {"sigma": 0.1}}.get(name, {})
     options |= {"bounds": (0.0, 1.0)} if name == "straighten" else {}
+    options |= {"critic": lambda *args: args[1][:, 0]} if name == "self_corrected" else {}
     loss = factory(name)(net, **options).loss
+    tokens = name in ("categorical_ratio_matching", "discrete_flow_matching")  # their data are integers
+    right = jax.tree.map(lambda a: a.astype(int), ROWS) if tokens else ROWS
     for field, values in WRONG.items():
         for value in values:
+            if tokens and field in ("x1", "x0", "negative") and np.asarray(value).dtype.kind in "iu":
+                value = np.asarray(value, float)
             with pytest.raises((TypeError, ValueError), match=rf"^batch\.{field}[=\[]") as error:
-                loss({}, {}, ROWS._replace(**{field: value}), jax.random.key(0))
+                loss({}, {}, right._replace(**{field: value}), jax.random.key(0))
             assert len(str(error.value)) <= 300 and "\n" not in str(error.value)
 
 

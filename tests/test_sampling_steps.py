@@ -33,9 +33,10 @@ VARIANTS = FOUND | {
     "initial_noise, Heun's": (sampling.initial_noise, {"heun": True}),
     "dpmpp_2s, ancestral": (sampling.dpmpp_2s, {"eta": 1.0}),
     "dpmpp_3m, SDE": (sampling.dpmpp_3m, {"eta": 1.0}),
+    "reflected": (sampling.reflected, {"solver": "heun", "low": -9.0, "high": 9.0}),  # no face within reach
     "unipc, 3": (sampling.unipc, {"order": 3, "solver_type": "bh1"}),
 }
-RISING_ONLY = {"reverse_diffusion", "edm_heun, churn", "dpmpp_2s, ancestral", "dpmpp_3m, SDE"}
+RISING_ONLY = {"glass", "reverse_diffusion", "edm_heun, churn", "dpmpp_2s, ancestral", "dpmpp_3m, SDE"}
 X = np.array([[1.0], [-0.4], [0.2]])
 SHORT = jnp.asarray(X, jnp.bfloat16)
 GRIDS = {"rising": np.linspace(0, 1, 5), "falling": np.linspace(1, 0, 5)}
@@ -50,8 +51,9 @@ def made(name, velocity=ORACLE.velocity):
 def test_a_function_of_a_velocity_alone_is_a_step():
     """So a config resolves a step by its name among the exported functions."""
     assert set(FOUND) == {
-        "ddim", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "edm_heun", "euler", "euler_maruyama", "from_diffrax", "heun",
-        "initial_noise", "ipndm", "midpoint", "reverse_diffusion", "rk38", "rk4", "stochastic_heun", "unipc",
+        "ddim", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "edm_heun", "euler", "euler_maruyama", "from_diffrax", "glass",
+        "heun", "initial_noise", "ipndm", "midpoint", "reflected", "reverse_diffusion", "rk38", "rk4",
+        "stochastic_heun", "unipc",
     }  # fmt: skip
     for name in VARIANTS:
         assert isinstance(made(name), (Costed, Multistep)), name
@@ -161,8 +163,8 @@ def test_an_empty_batch_and_a_batch_of_scalars_have_samples(name, key):
 def test_a_falling_grid_leads_from_the_data_to_the_noise(name, path, key):
     """Of a deterministic step, to the first order of a hundred steps; ``initial_noise`` for its first step alone."""
     oracle = oracles.gaussian(0.3, 0.5, path=path)
-    make, _ = FOUND[name]
-    options = {"path": path} if "path" in inspect.signature(make).parameters else {}
+    make, options = VARIANTS[name]
+    options = options | ({"path": path} if "path" in inspect.signature(make).parameters else {})
     x = jax.random.normal(key, (16, 1)) * 0.5 + 0.3
     ts = np.array([1.0, 0.99]) if name == "initial_noise" else np.linspace(1, 0, 101)
     noise = jax.jit(lambda x: sampling.sample(make(oracle.velocity, **options), x, ts))(x)

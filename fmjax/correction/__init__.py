@@ -1,6 +1,6 @@
 """Marginal correction: correctors, marginal data sets and the search for strengths."""
 
-from fmjax.correction.batches import marginal_batches, marginal_pairs
+from fmjax.correction.batches import marginal_batches, marginal_pairs, operator_batches
 from fmjax.correction.clamping import clamp, in_turn
 from fmjax.correction.correctors import langevin, mala, marginal_matching, preset, restart
 from fmjax.correction.diagnostics import dispersion_ratio, round_trip, straightness_defect
@@ -15,6 +15,7 @@ from fmjax.correction.marginals import (
     estimate_cost,
     read_marginals,
 )
+from fmjax.correction.refinements import corrected_step, flow_mala, second_flow, variance_descent
 from fmjax.correction.search import (
     Choice,
     Space,
@@ -32,10 +33,11 @@ from fmjax.correction.search import (
 from fmjax.correction.sobolev import Push, fit_push, sobolev_drift
 
 __all__ = [
-    "Between", "Choice", "Estimate", "Evaluations", "Marginals", "Placement", "Push", "Reported", "Space", "Trial",
-    "build_marginals", "choose", "clamp", "classifier_space", "dispersion_ratio", "draw_conditions", "estimate_cost",
-    "fit_push", "greedy", "grid_search", "in_turn", "influence", "interpolate_marginals", "kernel_drift", "langevin",
-    "mala", "marginal_batches", "marginal_matching", "marginal_pairs", "preset", "read_marginals", "restart",
-    "round_trip", "score_of", "score_space", "sensitivity", "sobolev_drift", "straightness_defect", "to_json",
-    "transfer", "value_grid",
+    "Between", "Choice", "Estimate", "Evaluations", "Marginals", "Placement", "Push", "Reported", "Space",
+    "Trial", "build_marginals", "choose", "clamp", "classifier_space", "corrected_step", "dispersion_ratio",
+    "draw_conditions", "estimate_cost", "fit_push", "flow_mala", "greedy", "grid_search", "in_turn",
+    "influence", "interpolate_marginals", "kernel_drift", "langevin", "mala", "marginal_batches",
+    "marginal_matching", "marginal_pairs", "operator_batches", "preset", "read_marginals", "restart",
+    "round_trip", "score_of", "score_space", "second_flow", "sensitivity", "sobolev_drift",
+    "straightness_defect", "to_json", "transfer", "value_grid", "variance_descent",
 ]  # fmt: skip

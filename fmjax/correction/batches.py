@@ -61,6 +61,37 @@ def marginal_batches(
     return batch
 
 
+def operator_batches(m: Marginals, *, batch_size: int, seed: int) -> Callable[[int], Batch]:
+    """Return pairs of a source and a later state of its stored trajectory, for ``methods.trajectory_regression``.
+
+    Args:
+        m: forward marginals that store their start; every other stored time is drawn equally often.
+        batch_size: examples per batch.
+        seed: seed of the draws.
+
+    Returns:
+        A function of the step that gives ``Batch(x0=x_0, x1=x_{t_n}, t=t_n, cond=cond)``, float32.
+
+    Raises:
+        ValueError: a set of one time.
+
+    >>> m = Marginals(np.arange(3.0).reshape(1, 3, 1), np.array([0.0, 0.5, 1.0], np.float32), None)
+    >>> batch = operator_batches(m, batch_size=2, seed=0)(0)
+    >>> batch.x0.tolist(), (batch.x1[:, 0] == 2 * batch.t).tolist()
+    ([[0.0], [0.0]], [True, True])
+    """
+    if len(m.ts) < 2:
+        raise ValueError(f"m has {len(m.ts)} stored time: nothing to regress on. Store the start and later steps.")
+
+    def batch(step: int) -> Batch:
+        rng = generator(seed, step)
+        i, n = rng.integers(len(m.x), size=batch_size), rng.integers(1, len(m.ts), size=batch_size)
+        x0, x1 = (np.asarray(m.x[i, at], np.float32) for at in (np.zeros_like(n), n))
+        return Batch(x1=x1, x0=x0, t=m.ts[n], cond=take_conditions(m.cond, i))
+
+    return batch
+
+
 def marginal_pairs(
     p: Marginals,
     q: Marginals,

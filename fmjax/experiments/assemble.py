@@ -52,7 +52,7 @@ def flow_plan(settings: Settings, data: Dataset) -> loop.Plan:
         ValueError: a name, option or shape that cannot work, or a frozen target without a teacher.
     """
     common, part = settings.common, settings.flow
-    if (part.target == "frozen") != bool(common.teacher):
+    if (part.target in ("frozen", "both")) != bool(common.teacher):
         way = "Set teacher to a run folder, or another target" if not common.teacher else "Set target='frozen'"
         raise Refusal("target", part.target, f"with teacher={common.teacher!r}", way)
     ready = plan("flow", common, part, part.net, data)

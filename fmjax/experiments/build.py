@@ -21,6 +21,7 @@ from fmjax.experiments.specs import Spec
 from fmjax.keys import from_seed
 from fmjax.metrics import Metric
 from fmjax.nets import adapters, preconditioning
+from fmjax.tokens import TokenPath
 from fmjax.types import Cond, FlowMapFn, LogitNet, Method, Multistep, Net, VelocityFn
 
 SEMIDISCRETE = "semidiscrete"  # a coupling that is fitted to the data set
@@ -32,7 +33,8 @@ def net(spec: Spec, *, classes: int = 0, floats: bool = False, field: str = "net
     Args:
         spec: a network of ``fmjax.nets``, a place outside the package, a Flax module or a ``Model``. A mapping may also
             have ``preconditioning`` (a spec of ``nets.preconditioning``, which makes the network a denoiser seen as a
-            velocity) and ``noise_encoder`` (a network with two heads that is trained beside it).
+            velocity) and ``noise_encoder`` (a network with two heads that is trained beside it) or ``critic``
+            (a network of logits that is).
         classes: number of label classes; 0 for a network without labels.
         floats: whether the network is conditioned on float arrays; passed to factories that have this option.
         field: the config field, for messages.
@@ -46,6 +48,7 @@ def net(spec: Spec, *, classes: int = 0, floats: bool = False, field: str = "net
     specs.check_spec(specs.NET, spec, field=field)
     name, options = specs.parse(spec, field=field) if specs.is_spec(spec) else (spec, {})
     denoiser, encoder = options.pop("preconditioning", None), options.pop("noise_encoder", None)
+    critic = options.pop("critic", None)
     spec = {"name": name, **options} if specs.is_spec(spec) else spec
     if specs.is_spec(spec):
         factory, _ = specs.resolve(specs.NET, spec, field=field)
@@ -56,6 +59,9 @@ def net(spec: Spec, *, classes: int = 0, floats: bool = False, field: str = "net
     if denoiser:
         denoiser = specs.build(specs.PRECONDITIONER, denoiser, field=f"{field}.preconditioning")
         model = model._replace(net=preconditioning.preconditioned(model.net, denoiser))
+    if critic:
+        logits = specs.build(specs.NET, critic, field=f"{field}.critic", logit=True)
+        return adapters.with_encoder(model, _model(logits, f"{field}.critic"), name="critic")
     if not encoder:
         return model
     where = f"{field}.noise_encoder"
@@ -81,6 +87,8 @@ def check_net(spec: Spec, data: Dataset, *, conditional: bool = False, field: st
     module = specs.offers(specs.NET).get(name)
     if module is None:
         return
+    if {"tokens", "times"} & set(specs.options_of(module)):  # of discrete data, and of whole trajectories
+        raise Refusal(field, name, "belongs to methods that are trained in Python", "Take 'mlp' or another network")
     axes = getattr(typing.get_type_hints(module.__call__, include_extras=True).get("x"), "dim_str", "...").split()
     shape = list(data.train.x.shape[1:])
     grid = "*grid" in axes
@@ -142,6 +150,7 @@ def method(
         raise Refusal(field, specs.label(factory), "needs a network of x's shape, not of logits", "Set net.logit=False")
     options = specs.options_of(factory)
     teacher = None if null is None or "null" in options else sampling.guided_teacher(net, null=null)
+    path = None if typing.get_type_hints(factory).get("path") is TokenPath else path  # refused by its batches
     context = {"path": path, "null": null, "teacher": teacher, "mean": mean() if mean and "mean" in options else None}
     context = {name: value for name, value in context.items() if value is not None}
     if not specs.is_spec(spec):

@@ -11,7 +11,7 @@ import numpy as np
 
 from fmjax import sampling
 from fmjax.data import Dataset
-from fmjax.experiments import comparison, drawing, examples, recommend, report, spending, stored, workdir
+from fmjax.experiments import comparison, drawing, examples, measuring, recommend, report, spending, stored, workdir
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.samplers import Sampler
 from fmjax.experiments.settings import Settings
@@ -88,11 +88,11 @@ def compare_drawn(
         The page: rows, verdicts, a recommendation, samples, differences, nearest training examples and costs.
     """
     drawn, costs, models = samples.x, samples.costs, samples.models
-    metrics = comparison.distances(settings, data, data.test)
-    test = comparison.measure_all(drawn, metrics)
-    floor = comparison.measure(comparison.training_runs(data, draws), metrics)
-    rows, verdicts = comparison.compare(names, test, costs, floor)
-    validation = comparison.measure_all(drawn, comparison.distances(settings, data, data.validation))
+    metrics = comparison.distances(settings, data, data.test, names=names)
+    test, floor = measuring.measure_all(drawn, metrics), comparison.training_runs(data, draws)
+    bootstrap = settings.sampling.bootstrap
+    rows, verdicts = comparison.compare(names, drawn, costs, metrics, floor, bootstrap=bootstrap, each=test)
+    validation = measuring.measure_all(drawn, comparison.choosing_distances(settings, data, names))
     chosen = recommend.recommend(names, costs, validation, test)
     advised = recommend.advice(chosen, costs, test) if chosen else []
     lines = recommend.five_lines(rows, verdicts, advised)

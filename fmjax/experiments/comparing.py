@@ -42,8 +42,10 @@ def comparing_stages(
     samples = _samples_stage(settings, data, plans, names, draws, fields, needs)
 
     def check() -> None:
-        for metric in comparison.distances(settings, data, data.test):
-            metric.distance(data.train.x[: draws.samples])
+        x = data.train.x[: draws.samples]
+        for metric in comparison.distances(settings, data, data.test, names=names):
+            metric.distance(*[x] * (1 if metric.teacher is None else 2))
+        comparison.choosing_distances(settings, data, names)
 
     def write(results: dict[str, Result], folder: Path) -> Result:
         page, digest = pages.pipeline(settings, data, draws, names, results, folder.parent), stage.digest(results)

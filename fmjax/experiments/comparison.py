@@ -10,15 +10,16 @@ import jax
 import numpy as np
 
 from fmjax import metrics
-from fmjax.checks import Refusal
+from fmjax.checks import Refusal, check_choice
 from fmjax.data import Dataset, Examples
 from fmjax.experiments import build, drawing, pushes, report, samplers, specs, stored, workdir
 from fmjax.experiments.drawing import Draws, Models
+from fmjax.experiments.measuring import errors, measure, measure_all
 from fmjax.experiments.report import Row, Verdict
 from fmjax.experiments.samplers import FLOW_MAP, NOISE, PUSH, Sampler
 from fmjax.experiments.settings import Common, Settings
 from fmjax.keys import generator
-from fmjax.metrics import Metric, mean_se
+from fmjax.metrics import Metric
 from fmjax.training import logs
 from fmjax.types import Cond
 
@@ -101,23 +102,65 @@ def _sample_conditions(common: Common, data: Dataset, count: int) -> Cond:
     return jax.tree.map(lambda a: np.asarray(a)[np.arange(count) % len(a)], data.test.cond)
 
 
-def distances(settings: Settings, data: Dataset, reference: Examples) -> list[Metric]:
-    """Return the distances of a config to reference examples; by default the distances that suit the kind of data.
+def distances(settings: Settings, data: Dataset, reference: Examples, *, names: Sequence[Sampler] = ()) -> list[Metric]:
+    """Return the distances of a config to reference examples.
+
+    Without ``metrics`` in the config these are the distances that suit the kind of data and the number of samples.
 
     Args:
         settings: the config.
         data: its data set.
         reference: the reference examples: validation examples to choose, test examples to report.
+        names: the samplers that are compared; a metric of paired samples names its teacher among them.
 
     Returns:
         The metrics.
 
     Raises:
-        ValueError: an unknown metric or option.
+        ValueError: an unknown metric or option, too few samples for a metric, or a teacher that is not drawn.
     """
     classes = data.classes if data.train.count >= CLASSIFIED else 0  # fewer do not train a classifier
-    names = settings.metrics or metrics.defaults(data.kind, classes)
-    return [build.metric(spec, data, reference, field="metrics") for spec in names]
+    described, samples = settings.metrics or metrics.defaults(data.kind, classes), settings.sampling.samples
+    built = [build.metric(spec, data, reference, field="metrics") for spec in described]
+    if not settings.metrics:
+        return [m for m in built if samples >= m.least]
+    for m in built:
+        if samples < m.least:
+            wrong = f"{m.name} means nothing below {m.least} samples"
+            raise Refusal("sampling.samples", samples, wrong, "Draw more, or take it out of metrics")
+    check_teachers(built, names)
+    return built
+
+
+def check_teachers(distances: Sequence[Metric], names: Sequence[Sampler]) -> None:
+    """Refuse a metric whose teacher is not drawn.
+
+    Args:
+        distances: the metrics.
+        names: the samplers that are drawn.
+
+    Raises:
+        ValueError: a teacher that is not among the samplers.
+    """
+    for m in distances:
+        if m.teacher is not None:
+            check_choice("metrics.teacher", m.teacher, [s.name for s in names], "sampler in this comparison")
+
+
+def choosing_distances(settings: Settings, data: Dataset, names: Sequence[Sampler]) -> list[Metric]:
+    """Return the distances to validation examples by which a sampler and its correction are chosen.
+
+    Args:
+        settings: the config.
+        data: its data set.
+        names: the samplers that are compared.
+
+    Returns:
+        The metrics without a teacher; nothing for a single sampler.
+    """
+    if len(names) < 2:
+        return []
+    return [m for m in distances(settings, data, data.validation, names=names) if m.teacher is None]
 
 
 def draw_all(names: Sequence[Sampler], models: Models, draws: Draws, *, directory, identity: str):
@@ -173,62 +216,46 @@ def training_runs(data: Dataset, draws: Draws) -> np.ndarray:
 
 def compare(
     names: Sequence[Sampler],
-    each: Mapping[str, Mapping[str, list[float]]],
+    drawn: Mapping[str, np.ndarray],
     costs: Mapping[str, Any],
-    floor: Mapping[str, list[float]],
+    distances: Sequence[Metric],
+    floor: np.ndarray,
+    *,
+    bootstrap: int = 0,
+    each: Mapping[str, Mapping[str, list[float]]] | None = None,
 ) -> tuple[list[Row], list[Verdict]]:
-    """Compare all samplers.
+    """Measure all samplers.
 
     Args:
         names: the samplers.
-        each: one value per run by metric by name of the sampler (``measure_all``).
+        drawn: samples ``[seeds, samples, ...]`` by name of the sampler.
         costs: costs by name of the sampler.
-        floor: the same of training examples in place of samples (``measure``).
+        distances: the metrics.
+        floor: training examples ``[seeds, samples, ...]``.
+        bootstrap: the number of resamples of the samples of a single run, see ``errors``.
+        each: the distances of every run by name of the sampler, where they are measured already.
 
     Returns:
-        A row for each sampler and for the training data (mean and standard error over runs), and a verdict on each
-        correction by each metric.
+        A row for each sampler and for the training data (mean and standard error), and a verdict on each correction by
+        each metric.
     """
-    summary = lambda values: {m: mean_se(v) for m, v in values.items()}
+    each = each or measure_all(drawn, distances)
+    summary = lambda x, values: {m.name: errors(m, x, values[m.name], drawn, resamples=bootstrap) for m in distances}
     rows = [
-        Row(s.name, s.family, costs[s.name].nfe, costs[s.name].corrections, summary(each[s.name]), s.by == NOISE)
+        Row(
+            s.name, s.family, costs[s.name].nfe, costs[s.name].corrections, summary(drawn[s.name], each[s.name]),
+            s.by == NOISE,
+        )
         for s in names
-    ]
-    rows.append(Row("training data", report.REFERENCE, 0, 0, summary(floor)))
+    ]  # fmt: skip
+    rows.append(Row("training data", report.REFERENCE, 0, 0, summary(floor, measure(floor, distances, drawn))))
     verdicts = [
-        report.verdict(s.name, s.baseline, m, each[s.name][m], each[s.baseline][m])
+        report.verdict(s.name, s.baseline, m.name, each[s.name][m.name], each[s.baseline][m.name])
         for s in names
-        for m in each[s.name]
+        for m in distances
         if s.baseline
     ]
     return rows, verdicts
-
-
-def measure(x: np.ndarray, distances: Sequence[Metric]) -> dict[str, list[float]]:
-    """Return every distance of every run.
-
-    Args:
-        x: samples ``[runs, samples, ...]``.
-        distances: the metrics.
-
-    Returns:
-        One value per run by name of the metric; infinite where samples are not finite.
-    """
-    finite = np.isfinite(x).reshape(len(x), -1).all(1)
-    return {m.name: [m.distance(a) if ok else float("inf") for a, ok in zip(x, finite, strict=True)] for m in distances}
-
-
-def measure_all(drawn: Mapping[str, np.ndarray], distances: Sequence[Metric]) -> dict[str, dict[str, list[float]]]:
-    """Return every distance of every run of every sampler.
-
-    Args:
-        drawn: samples ``[runs, samples, ...]`` by name of the sampler.
-        distances: the metrics.
-
-    Returns:
-        One value per run by metric by name of the sampler.
-    """
-    return {name: measure(x, distances) for name, x in drawn.items()}
 
 
 def best_lines(rows: Sequence[Row]) -> list[str]:

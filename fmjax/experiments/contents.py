@@ -11,6 +11,7 @@ import numpy as np
 from fmjax.experiments import examples
 from fmjax.experiments.figures import REFERENCE, Row
 from fmjax.experiments.spending import Spent, TrainingTime
+from fmjax.metrics import FeatureChange
 from fmjax.storage import images
 
 VERDICTS = ("helps", "no difference seen", "harms")
@@ -60,6 +61,7 @@ class Contents(NamedTuple):
         notes: sentences that are shown last.
         influence: (``t_n``, distance, standard error or 0) by name of the line, for samples that are corrected only at
             ``t_n``.
+        changes: how far corrections move samples, by name of the corrected sampler.
         advice: sentences on the sampler to use first, above everything else.
         first: captions of the ``grids`` that are shown first; by default test data and the best sampler.
         choices: sentences on the correction of each sampler.
@@ -84,6 +86,7 @@ class Contents(NamedTuple):
     facts: dict[str, str]
     notes: list[str]
     influence: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    changes: dict[str, FeatureChange] = {}
     advice: Sequence[str] = ()
     first: Sequence[str] = ()
     choices: Sequence[str] = ()

@@ -43,11 +43,14 @@ def main(settings: Settings, path: Path) -> None:
     workdir.network_folder(path)
     if jax.process_index() == 0:
         held = _in_memory_data(data, settings)
-        comparison.distances(settings, held, held.test)
+        metrics = comparison.distances(settings, held, held.test, names=names)
+        comparison.choosing_distances(settings, held, names)
     workdir.open_workdir(path, settings.config, {FLOW: assemble.flow_fields(settings)})
     drift, shape = any(s.by == DRIFT for s in names), tuple(data.train.x.shape[1:])
     models, identity, step = networks.load_models(settings, path, drift=drift, shape=shape)
     names = _drawable(names, models, settings.correctors)
+    if jax.process_index() == 0:
+        comparison.check_teachers(metrics, names)
     for sampler in names:
         drawing.check_sampler(sampler, pushes.with_stand_ins(models, names, data), cond=draws.cond)
     models = pushes.add(models, pushes.fit_all(settings, data, names, models, path / pushes.STAGE))

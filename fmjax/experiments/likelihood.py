@@ -15,7 +15,7 @@ from fmjax.data.units import to_units
 from fmjax.experiments import build, drawing, workdir
 from fmjax.experiments.run import Run
 from fmjax.experiments.settings import Settings
-from fmjax.metrics import mean_se
+from fmjax.metrics import bits_per_dimension, mean_se
 from fmjax.storage import files
 from fmjax.training import logs
 
@@ -62,7 +62,7 @@ def main(
     log_p = np.concatenate(values)
     d = math.prod(run.models.shape)
     bits = level is not None
-    mean, error = mean_se(-log_p / (d * math.log(2)) - math.log2(level) if bits else log_p)
+    mean, error = mean_se(bits_per_dimension(log_p, d, level=level) if bits else log_p)
     unit = "bits per dimension" if bits else "nats per example"
     probes = 1 if d > 64 else None
     result = {"mean": mean, "standard_error": error, "unit": unit, "split": split, "count": count}

@@ -10,7 +10,7 @@ import numpy as np
 
 from fmjax import correction
 from fmjax.data import Dataset
-from fmjax.experiments import comparison, drawing, pushes, report, samplers, spending, workdir
+from fmjax.experiments import comparison, drawing, measuring, pushes, report, samplers, spending, workdir
 from fmjax.experiments.compared import Drawn, Page, compare_drawn
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.results import Result, curves, parameter_counts
@@ -63,6 +63,11 @@ def pipeline(
         if (areas := results[f"correctors.{name}"].value[1]) is not None:
             facts[f"AUC of the {name} on held-out marginals"] = _numbers(areas) + " along the grid"
             record.setdefault("auc", {})[name] = areas
+    if changes := measuring.correction_changes(names, samples.x, data):
+        record["feature change"] = {
+            name: {"counts": c.counts.tolist(), "edges": c.edges.tolist(), "median": float(np.median(c.distances))}
+            for name, c in changes.items()
+        }
     facts |= pushes.push_facts(models, names)
     for sampler in pushes.fitted(names):
         push = models.params[samplers.PUSH][samplers.push_key(sampler)]
@@ -84,7 +89,7 @@ def pipeline(
     trajectories |= _states(names, models, draws, ROWS[data.kind]) if data.kind in DRAWN else {}
     contents = page.contents._replace(
         trajectories=trajectories, curves=curves(path, results), gaps=gaps, facts=facts, marginals=marginals,
-        trainings=spending.trainings(path, results), notes=[*page.contents.notes, *NOTES],
+        changes=changes,        trainings=spending.trainings(path, results), notes=[*page.contents.notes, *NOTES],
         command="python -m launch.pipeline --workdir=W",
     )  # fmt: skip
     return Page(contents, record, page.lines)

@@ -61,7 +61,7 @@ def training_stages(settings: Settings, data: Dataset, plans: Plans) -> list[Sta
     if FLOW_MAP in plans:
         plan = plans[FLOW_MAP]
         start = lambda results: loop.merge_parameters(plan, results[FLOW].value, "the flow")
-        frozen = lambda results: start(results) if plan.target == "frozen" else None
+        frozen = lambda results: start(results) if plan.target in ("frozen", "both") else None
         fields = assemble.stage_fields(settings, FLOW_MAP)
         trained.append(stages.trained(plan, fields, needs=(FLOW,), start=start, teacher=frozen))
     return trained

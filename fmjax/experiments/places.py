@@ -17,6 +17,7 @@ from fmjax import checks
 from fmjax.checks import Refusal
 from fmjax.storage.files import local_path
 
+FILES = ("weights", "statistics")  # options of metrics and extractors that name a file
 OUTSIDE = re.compile(r"(.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
@@ -92,6 +93,31 @@ def with_data_path(tree: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(path, str) or not os.path.exists(path):
         return tree
     return tree | {"data": data | {"path": os.path.abspath(path)}}
+
+
+def with_metric_paths(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a config whose ``metrics`` name weights and statistics by absolute paths, see ``with_data_path``.
+
+    Args:
+        tree: a config as plain dicts.
+
+    Returns:
+        The config; a path that does not exist stays as it is.
+
+    >>> with_metric_paths({"metrics": ("w2_to", {"name": "frechet_to", "statistics": "none.npz"})})["metrics"][1]
+    {'name': 'frechet_to', 'statistics': 'none.npz'}
+    """
+
+    def local(spec: Any) -> Any:
+        if not isinstance(spec, dict):
+            return spec
+        files = {
+            k: os.path.abspath(v) for k, v in spec.items() if k in FILES and isinstance(v, str) and os.path.exists(v)
+        }
+        return spec | files | ({"features": local(spec["features"])} if "features" in spec else {})
+
+    described = tree.get("metrics")
+    return tree | {"metrics": type(described)(map(local, described))} if isinstance(described, (list, tuple)) else tree
 
 
 def load_factory(place: str, *, field: str) -> Callable:

@@ -40,8 +40,11 @@ def mean_ranks(names: Sequence[Sampler], values: Values) -> np.ndarray:
         values: one value per run by metric by name of the sampler.
 
     Returns:
-        Mean ranks ``[n]``, 0 for the sampler with the least mean in every distance; infinite for non-finite values.
+        Mean ranks ``[n]``, 0 for the sampler that is the least in every distance; infinite for non-finite values
+        and where there are no distances.
     """
+    if not any(values.values()):
+        return np.full(len(names), np.inf)
     means = np.array([[np.mean(v) for v in values[s.name].values()] for s in names])
     ranks = np.argsort(np.argsort(means, 0, kind="stable"), 0, kind="stable").mean(1)
     return np.where(np.isfinite(means).all(1), ranks, np.inf)
@@ -118,7 +121,7 @@ def choices(names: Sequence[Sampler], validation: Values, test: Values) -> list[
         The sentences.
     """
     sentences = []
-    for plain in (s for s in names if not s.at):
+    for plain in (s for s in names if not s.at and any(validation.values())):
         same = [s for s in names if s.at and (s.solver, s.steps, s.grid) == (plain.solver, plain.steps, plain.grid)]
         if len(same) < 2:
             continue
@@ -143,7 +146,7 @@ def five_lines(rows: Sequence[Row], verdicts: Sequence[Verdict], advised: Sequen
     Returns:
         Five lines: recommendation, gain, the best of each distance, corrections, and the floor of each distance.
     """
-    advised = advised or ["Use first: no sampler has finite distances.", "Gain: none."]
+    advised = advised or ["Use first: none is chosen, which needs two samplers with finite distances.", "Gain: none."]
     floor = next(row for row in rows if row.family == report.REFERENCE)
     best = {metric: report.best_row(rows, metric) for metric in floor.distances}
     words = [

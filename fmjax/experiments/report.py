@@ -108,12 +108,13 @@ def _sections(contents: Contents) -> list[tuple[str, str, str, list, list]]:
     gaps = [figures.gap_chart(contents.gaps)] if contents.gaps else []
     drawn = lambda name: examples.sample_figure(name, grids[name], clouds, data)
     corrected = [row.name for row in contents.rows if row.corrections and row.name in grids]
+    changes = [effects.change_chart(contents.changes)] if contents.changes else []
     pairs = [(a, b) for a, b in contents.differences if grids[a].shape == grids[b].shape]
     return [
         ("samples", "Samples", "Samples of all samplers start from the same noise.",
          [drawn(name) for name in grids if name not in corrected], [drawn(name) for name in corrected]),
         ("differences", "What corrections change", "Each sample with the correction minus the sample without it.",
-         [examples.difference_figure(a, b, grids[a], grids[b]) for a, b in pairs], []),
+         [examples.difference_figure(a, b, grids[a], grids[b]) for a, b in pairs] + changes, []),
         ("neighbours", "Nearest training examples", "Samples that repeat a training example are much nearer to it than "
          "test examples are to theirs.",
          [examples.neighbour_figure(name, *values) for name, values in contents.neighbours.items()], []),

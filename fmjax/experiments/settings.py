@@ -64,7 +64,7 @@ class Training:
     coupling: Any
     batch_size: Annotated[int, Range(1, 1e7)]
     steps: Count
-    target: Literal["self", "ema", "frozen"]
+    target: Literal["self", "ema", "frozen", "both"]
     learning_rate: Annotated[float, Range(0, 100, open_low=True)]
     warmup: Annotated[int, Range(0, 1e9)]
     schedule: Literal["constant", "cosine"]
@@ -91,10 +91,12 @@ class Sampling:
     Attributes:
         seeds: number of runs; standard errors are over runs.
         samples: samples per run.
+        bootstrap: number of resamples that give the standard error of a single run; 0 for no error.
     """
 
     seeds: Annotated[int, Range(1, 1e6)]
     samples: Annotated[int, Range(2, 1e9)]
+    bootstrap: Annotated[int, Range(0, 1e5)] = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +163,7 @@ def read(config: Any) -> Settings:
     Raises:
         ValueError: a field that is unknown, missing, of another type or out of range; one line that names it.
     """
-    tree = places.with_data_path(places.absolute(config))
+    tree = places.with_metric_paths(places.with_data_path(places.absolute(config)))
     flat = {name: value for name, value in tree.items() if name not in SECTIONS}
     common, flow, marginals = (_take(kind, flat) for kind in (Common, Training, MarginalSets))
     if flat:

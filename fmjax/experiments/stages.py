@@ -315,7 +315,7 @@ def corrector(
             ) from error  # fmt: skip
 
     def frozen(results: dict[str, Result]) -> Params | None:
-        return results[needs[0]].value if plan.target == "frozen" else None
+        return results[needs[0]].value if plan.target in ("frozen", "both") else None
 
     def areas(results: dict[str, Result], params: Params):
         forward, backward = results[needs[1]].value

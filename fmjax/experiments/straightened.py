@@ -11,7 +11,7 @@ import numpy as np
 
 from fmjax import sampling, straightening
 from fmjax.data import Dataset
-from fmjax.experiments import build, comparison, drawing, report
+from fmjax.experiments import build, comparison, drawing, measuring, report
 from fmjax.experiments.compared import Page
 from fmjax.experiments.drawing import Draws
 from fmjax.experiments.report import Row
@@ -98,7 +98,7 @@ def compare_students(
 
     def measure(sampler: Compared, states: np.ndarray) -> None:
         x = by_run(states[-1])
-        each = comparison.measure(x, metrics)
+        each = measuring.measure(x, metrics)
         each["paired error"] = [float(np.mean((a - b) ** 2)) for a, b in zip(x, by_run(reference[-1]), strict=True)]
         row = {"family": sampler.family, "name": sampler.name, "NFE": sampler.nfe, "counts": sampler.counts}
         rows.append(row | {name: mean_se(values) for name, values in each.items()})
@@ -118,7 +118,7 @@ def compare_students(
                 spectra[f"{sampler.family}, {sampler.name}"] = {"frequency": frequency, "power": power}
             progress.update()
     measure(many, reference[-1:])
-    floor = comparison.measure(comparison.training_runs(data, draws), metrics)
+    floor = measuring.measure(comparison.training_runs(data, draws), metrics)
     floor = {name: mean_se(values) for name, values in floor.items()}
     along = _segment_measures(settings, data, draws, models, methods, params, reference, cond)
     record = {"rows": rows, "floor": floor, "segments": along, "spectra": spectra}

@@ -92,8 +92,7 @@ def main(
     drawn = comparison.draw_all(names, models, draws, directory=path / "draws", identity=identity)
     costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
     metrics = comparison.distances(settings, data, data.test)
-    floor = comparison.measure(comparison.training_runs(data, draws), metrics)
-    table = comparison.compare(names, comparison.measure_all(drawn, metrics), costs, floor)
+    table = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
     contents = pages.tuning(data, choice, distance.name, plain.name, table, drawn, entry)
     report.write_report(folder / "report.html", contents)
     for sentence in contents.summary:

@@ -26,11 +26,12 @@ from fmjax.types import (
 )
 
 
-def keyed(loss: LossFn) -> LossFn:
+def keyed(loss: LossFn, *, tokens: bool = False) -> LossFn:
     """Make a loss check its batch, and accept one key or one key per example.
 
     Args:
         loss: loss whose ``key`` is ``[B]``, one key per example.
+        tokens: whether the data are integers.
 
     Returns:
         The loss, for which one key stands for the keys of the examples ``0 .. B-1`` (``keys.as_keys``). It raises
@@ -38,7 +39,7 @@ def keyed(loss: LossFn) -> LossFn:
     """
 
     def with_keys(params, target, batch, key):
-        check_examples(batch)
+        check_examples(batch, tokens=tokens)
         return loss(params, target, batch, as_keys(key, batch.x1.shape[0]))
 
     return with_keys
@@ -208,6 +209,13 @@ def split_rows(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"batch={n} per device: cannot be split at {fraction}. Use a multiple of {unit}.")
     first = np.diff(np.floor(np.arange(n + 1) * fraction + 1e-6)) > 0
     return np.flatnonzero(first), np.flatnonzero(~first)
+
+
+class Teachers(NamedTuple):
+    """A target of both a frozen teacher and the averaged parameters (``training.make_step(target="both")``)."""
+
+    frozen: Params
+    ema: Params
 
 
 class Term(NamedTuple):

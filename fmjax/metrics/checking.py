@@ -35,13 +35,14 @@ def finite_rows(name: str, x: Any, *, least: int = 2) -> np.ndarray:
     return x
 
 
-def pair(x: Any, y: Any, names: tuple[str, str] = ("x", "y")) -> tuple[np.ndarray, np.ndarray]:
+def pair(x: Any, y: Any, names: tuple[str, str] = ("x", "y"), *, least: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Return two sets of samples in float64 after a check of both, and of the shape of their examples.
 
     Args:
         x: samples ``[n, ...]``.
         y: samples ``[m, ...]``.
         names: the names of both, for the error.
+        least: the least number of samples of each.
 
     Returns:
         Both sets, float64.
@@ -49,7 +50,7 @@ def pair(x: Any, y: Any, names: tuple[str, str] = ("x", "y")) -> tuple[np.ndarra
     Raises:
         ValueError: for examples of different shapes, and as ``finite_rows`` raises.
     """
-    x, y = (finite_rows(name, a) for name, a in zip(names, (x, y), strict=True))
+    x, y = (finite_rows(name, a, least=least) for name, a in zip(names, (x, y), strict=True))
     if x.shape[1:] != y.shape[1:]:
         raise ValueError(
             f"{names[0]}=[{_sizes(x)}]: its examples differ in shape from {names[1]}, [{_sizes(y)}]. Give one shape."

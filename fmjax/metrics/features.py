@@ -46,19 +46,23 @@ RECIPE = {
 
 
 class Features(NamedTuple):
-    """A feature extractor of images ``[n, h, w, c]``.
+    """A feature extractor of examples ``[n, ...]``.
 
     Attributes:
-        features: ``features(x)``, ``[n, 32]``.
-        logits: ``logits(x)``, ``[n, classes]``; of a random network without meaning.
+        features: ``features(x)``, ``[n, d]``.
+        logits: ``logits(x)``, ``[n, classes]``; ``None`` for a network that does not classify.
         levels: the number of grey levels that images are rounded to, or ``None`` for no rounding.
         weights: the sha256 of the parameters; two distances compare only if it is the same.
+        name: the extractor and its preprocessing, which the names of measures carry: ``"inception-legacy"``.
+        slow: whether features of reference examples are worth a file.
     """
 
-    features: Callable[[Images], np.ndarray]
-    logits: Callable[[Images], np.ndarray]
+    features: Callable[[np.ndarray], np.ndarray]
+    logits: Callable[[np.ndarray], np.ndarray] | None
     levels: int | None
     weights: str
+    name: str = "own"
+    slow: bool = False
 
 
 def quantise(x: Num[np.ndarray | jax.Array, "*s"], levels: Annotated[int, Range(low=2)]) -> Float[np.ndarray, "*s"]:
@@ -147,7 +151,7 @@ def small_classifier(
     if params is None:
         params = jax.device_get(_train(jnp.asarray(x), jnp.asarray(y), classes=int(y.max()) + 1))
         _write(file, digest, params)
-    return _features(params, x.shape[1:], levels)
+    return _features(params, x.shape[1:], levels)._replace(name="small")
 
 
 def random_features(shape: tuple[int, ...], *, levels: int | None = None, seed: int = 0) -> Features:
@@ -164,7 +168,9 @@ def random_features(shape: tuple[int, ...], *, levels: int | None = None, seed: 
     >>> random_features((8, 8, 1)).features(np.zeros((5, 8, 8, 1))).shape
     (5, 32)
     """
-    return _features(jax.device_get(_init(from_seed(seed), shape[-1], classes=1)), tuple(shape), levels)
+    return _features(jax.device_get(_init(from_seed(seed), shape[-1], classes=1)), tuple(shape), levels)._replace(
+        name="random"
+    )
 
 
 def label_accuracy(features: Features, x: Images, y: Int[np.ndarray | jax.Array, " n"]) -> float:
@@ -208,8 +214,23 @@ def fd_small(features: Features, samples: Images, reference: Num[np.ndarray | ja
     True
     """
     pair = checking.pair(samples, reference, ("samples", "reference"))
-    a, b = (features.features(quantise(x, features.levels) if features.levels else x) for x in pair)
-    return frechet(a, b)
+    return frechet(*(embed(features, x) for x in pair))
+
+
+def embed(features: Features, x: Num[np.ndarray | jax.Array, "n ..."]) -> Float[np.ndarray, "n d"]:
+    """Return the features of examples, after images are rounded to the grey levels of the extractor.
+
+    Args:
+        features: the extractor.
+        x: examples ``[n, ...]``.
+
+    Returns:
+        Features ``[n, d]``.
+
+    >>> embed(random_features((8, 8, 1)), np.zeros((5, 8, 8, 1))).shape
+    (5, 32)
+    """
+    return features.features(quantise(x, features.levels) if features.levels else np.asarray(x))
 
 
 def _labels(name: str, y, count: int) -> np.ndarray:

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
-
 
 class Metric(NamedTuple):
     """A distance of samples to fixed reference examples.
 
     Attributes:
         name: the name in tables and reports.
-        distance: ``distance(samples)``, samples ``[n, ...]`` to a number; 0 for equal distributions, up to the floor of
-            as many samples.
+        distance: ``distance(samples)``, samples ``[n, ...]`` to a number; the smaller the better, for equal
+            distributions the floor of as many samples. With a teacher ``distance(samples, theirs)``.
         facts: what a reader needs to compare two values of it, in words.
+        least: the least number of samples for which the number means something.
+        teacher: the name of a sampler whose samples of the same noise are ``theirs``; ``None`` for a distance to data.
     """
 
     name: str
-    distance: Callable[[np.ndarray], float]
+    distance: Callable[..., float]
     facts: dict[str, str] = {}
+    least: int = 2
+    teacher: str | None = None
 
 
 @runtime_checkable

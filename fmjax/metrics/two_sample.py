@@ -11,7 +11,7 @@ from typing import Annotated
 
 import jax
 import numpy as np
-from jaxtyping import Num
+from jaxtyping import Float, Num
 
 from fmjax.checks import Finite, Positive, PositiveFloat, Range, check_hints
 from fmjax.keys import generator
@@ -42,17 +42,28 @@ def sliced_w2(x: Samples, y: Others, *, directions: Positive = 512, seed: int = 
     """
     check_hints(sliced_w2, {"directions": directions})
     x, y = _flat_pair(x, y)
-    n, m = len(x), len(y)
     u = generator(seed).standard_normal((x.shape[1], directions))
     u /= np.linalg.norm(u, axis=0)
+    blocks = np.split(u, range(64, directions, 64), axis=1)
+    total = sum(float(quantile_gap(x @ block, y @ block).sum()) for block in blocks)
+    return float(np.sqrt(total / directions))
+
+
+def quantile_gap(x: Float[np.ndarray, "n k"], y: Float[np.ndarray, "m k"]) -> Float[np.ndarray, " k"]:
+    """Return the exact squared W2 distance of each column, a set of numbers, by its quantiles.
+
+    Args:
+        x: numbers ``[n, k]``.
+        y: numbers ``[m, k]``.
+
+    Returns:
+        The squared distances ``[k]``.
+    """
+    n, m = len(x), len(y)
     # Both quantile functions are constant between the knots i/n, j/m; in units of 1/(nm) these are integers.
     knots = np.unique(np.concatenate([np.arange(n + 1) * m, np.arange(m + 1) * n]))
     weight, i, j = np.diff(knots) / (n * m), knots[:-1] // m, knots[:-1] // n
-    total = 0.0
-    for block in np.split(u, range(64, directions, 64), axis=1):
-        gap = np.sort(x @ block, 0)[i] - np.sort(y @ block, 0)[j]
-        total += float((weight @ gap**2).sum())
-    return float(np.sqrt(total / directions))
+    return weight @ (np.sort(x, 0)[i] - np.sort(y, 0)[j]) ** 2
 
 
 def w2_exact(x: Samples, y: Others) -> float:
@@ -227,9 +238,9 @@ def mean_se(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def bootstrap_se(
-    statistic: Callable[[np.ndarray], float],
+    statistic: Callable[..., float],
     samples: Samples,
-    *,
+    *paired: Samples,
     resamples: Annotated[int, Range(low=2)] = 100,
     seed: int = 0,
 ) -> float:
@@ -241,6 +252,7 @@ def bootstrap_se(
     Args:
         statistic: a function of samples.
         samples: samples ``[n, ...]``.
+        *paired: further arguments of the statistic ``[n, ...]``, resampled by the same rows.
         resamples: the number of resamples.
         seed: the seed of the resamples.
 
@@ -255,7 +267,8 @@ def bootstrap_se(
     checking.finite_rows("samples", samples, least=1)
     rng = generator(seed)
     n = len(samples)
-    return float(np.std([statistic(samples[rng.integers(n, size=n)]) for _ in range(resamples)], ddof=1))
+    draws = (rng.integers(n, size=n) for _ in range(resamples))
+    return float(np.std([statistic(*(np.asarray(a)[rows] for a in (samples, *paired))) for rows in draws], ddof=1))
 
 
 def _flat_pair(x, y) -> tuple[np.ndarray, np.ndarray]:

@@ -15,9 +15,12 @@ from fmjax.nets.encoder import Encoder
 from fmjax.nets.mlp import MLP
 from fmjax.nets.plain import Plain
 from fmjax.nets.song_unet import SongUNet
+from fmjax.nets.temporal_net import TemporalNet
+from fmjax.nets.token_net import TokenNet
 from fmjax.nets.unet import UNet
 
 __all__ = [
-    "DiT", "Encoder", "MLP", "Model", "Plain", "SongUNet", "UNet", "embedding", "from_equinox", "from_linen",
-    "from_nnx", "one_time", "preconditioning", "remat", "state", "trigonometric_velocity", "with_encoder",
+    "DiT", "Encoder", "MLP", "Model", "Plain", "SongUNet", "TemporalNet", "TokenNet", "UNet", "embedding",
+    "from_equinox", "from_linen", "from_nnx", "one_time", "preconditioning", "remat", "state",
+    "trigonometric_velocity", "with_encoder",
 ]  # fmt: skip

@@ -58,8 +58,10 @@ def from_linen(module, *, call: Callable | None = None) -> Model:
         _check_call("from_linen", module, "x, s, t, cond=None, *, train=False", train=False)
         call = lambda module, x, s, t, cond, train: module(x, s, t, cond, train=train)
 
+    tokens = bool(getattr(module, "tokens", 0))  # a network of discrete data
+
     def init(key, x, cond=None):
-        t = over_batch(0.0, x)
+        t = over_batch(0.0, x, tokens=tokens)
 
         def draw(key):
             variables = dict(module.init({"params": key}, x, t, t, cond, False, method=call))
@@ -72,7 +74,7 @@ def from_linen(module, *, call: Callable | None = None) -> Model:
         return jax.jit(draw, compiler_options=options)(key)
 
     def evaluate(params, x, s, t, cond=None, key=None, *, keep=True):
-        s, t = over_batch(s, x), over_batch(t, x)
+        s, t = over_batch(s, x, tokens=tokens), over_batch(t, x, tokens=tokens)
         rngs = None if key is None else {"dropout": as_keys(key, len(x))[0]}
         if not state.has_state(params):
             return module.apply({"params": params}, x, s, t, cond, key is not None, rngs=rngs, method=call)
@@ -237,15 +239,17 @@ def one_time(f: Callable[..., Any]) -> Network:
     return Network(lambda params, x, s, t, cond=None, key=None: f(params, x, over_batch(s, x)))
 
 
-def with_encoder(model: Model, encoder: Model) -> Model:
-    """Return a model that carries a second one, for methods that train both (``methods.learned_coupling``).
+def with_encoder(model: Model, encoder: Model, *, name: str = ENCODER) -> Model:
+    """Return a model that carries a second one, for methods that train both.
 
     Args:
         model: the flow. Its parameters must be a dictionary.
-        encoder: the second network; it gets no conditions.
+        encoder: the second network, such as the encoder of ``methods.learned_coupling`` or the critic of
+            ``methods.self_corrected``; it is initialised without conditions.
+        name: the entry of its parameters.
 
     Returns:
-        A model with the encoder's parameters in ``params["encoder"]`` and the encoder as ``net.encoder``. The flow
+        A model with the second parameters in ``params[name]`` and the second network as ``net.encoder``. The flow
         ignores these parameters and also works without them, so that a flow's checkpoint can start the model or
         teach it.
 
@@ -258,12 +262,12 @@ def with_encoder(model: Model, encoder: Model) -> Model:
 
     def init(key, x, cond=None):
         first, second = jax.random.split(key)
-        return {**model.init(first, x, cond), ENCODER: encoder.init(second, x)}
+        return {**model.init(first, x, cond), name: encoder.init(second, x)}
 
     def without_encoder(net):
-        return lambda params, *args, **kwargs: net({k: p for k, p in params.items() if k != ENCODER}, *args, **kwargs)
+        return lambda params, *args, **kwargs: net({k: p for k, p in params.items() if k != name}, *args, **kwargs)
 
-    second = lambda params, *args, **kwargs: encoder.net(params[ENCODER], *args, **kwargs)
+    second = lambda params, *args, **kwargs: encoder.net(params[name], *args, **kwargs)
     return Model(init, network(model.net).wrap(without_encoder).replace(encoder=second))
 
 

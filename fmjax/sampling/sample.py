@@ -19,7 +19,7 @@ from fmjax import paths
 from fmjax.keys import as_keys, fold_in, normal
 from fmjax.sampling import grids
 from fmjax.sampling.costs import evaluations
-from fmjax.sampling.states import time_dtype, wide_state
+from fmjax.sampling.states import time_dtype, token_state, wide_state
 from fmjax.sampling.stochastic import draw_noise
 from fmjax.sources import Source
 from fmjax.types import Aux, Cond, Corrector, Costed, FlowMapFn, Multistep, over_batch, stated
@@ -62,7 +62,7 @@ def sample(
 
     Args:
         step: a step ``(x, s, t, cond, key) -> x``, for example ``rk4(velocity)``, or a ``types.Multistep``.
-        x0: states ``[B, ...]`` at ``ts[0]``, floating.
+        x0: states ``[B, ...]`` at ``ts[0]``, floating; integers for a step of tokens (``sampling.tau_leaping``).
         ts: the time grid ``[N + 1]`` in [0, 1], or the number ``N`` of uniform steps from 0 to 1. It may be traced.
         key: one key, or keys ``[B]``. Step ``n`` and correction ``n`` of each example have different keys.
         cond: the condition of the step and of the corrector, with leading axis ``B``.
@@ -90,7 +90,8 @@ def sample(
     [1.0, 0.5, 0.25]
     """
     _check_step(step)
-    x0, dtype = wide_state("x0", x0)
+    tokens = getattr(stated(step), "tokens", False)
+    x0, dtype = token_state("x0", x0) if tokens else wide_state("x0", x0)
     ts = grids.check_grid(ts, dtype=time_dtype(x0))
     n = len(ts) - 1
     if corrector is not None and at is None:
@@ -113,7 +114,7 @@ def sample(
     init, move, *_ = with_memory(step)
 
     def correct(x, i, t):
-        fixed, diagnostics = corrector(sub(2 * i), x, over_batch(t, x), cond)
+        fixed, diagnostics = corrector(sub(2 * i), x, over_batch(t, x, tokens=tokens), cond)
         report = jax.tree.map(jnp.asarray, diagnostics) if info else {}
         if not parallel:
             return fixed.astype(x.dtype), jnp.zeros_like(x), report
@@ -130,14 +131,15 @@ def sample(
         shapes = jax.eval_shape(correct, x, i, t)[2] if info else {}
         return x, jnp.zeros_like(x), jax.tree.map(lambda a: jnp.broadcast_to(zero, a.shape).astype(a.dtype), shapes)
 
-    def body(carry, now):
-        (x, memory), (i, fix, s, t) = carry, now
+    def body(carry, row):
+        (x, memory), (i, fix, s, t) = carry, row
         push, report = None, {}
         if before.all():
             x, push, report = correct(x, i, s)
         elif before.any():
             x, push, report = jax.lax.cond(fix, correct, skip, x, i, s)  # a skipped correction is not computed
-        moved, new = move(memory, x, over_batch(s, x), over_batch(t, x), cond, sub(2 * i + 1))
+        now = over_batch(s, x, tokens=tokens), over_batch(t, x, tokens=tokens)
+        moved, new = move(memory, x, *now, cond, sub(2 * i + 1))
         moved, memory = _like(x, moved), jax.tree.map(_like, memory, new)
         if parallel and push is not None:
             return (moved + push, memory), (x + push if trajectory else None, report)

@@ -30,6 +30,25 @@ def wide_state(name: str, x: Any) -> tuple[Array, Any]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)), x.dtype
 
 
+def token_state(name: str, x: Any) -> tuple[Array, Any]:
+    """Return a state of discrete data, and its type.
+
+    Args:
+        name: the argument's name, for the error.
+        x: tokens ``[B, ...]``, integers.
+
+    Returns:
+        The state as an array, and its type.
+
+    Raises:
+        TypeError: for types that are not integers.
+        ValueError: for a state without a batch axis.
+    """
+    x = jnp.asarray(x) if isinstance(x, (list, tuple, np.ndarray)) else x
+    checks.check_state(name, x, tokens=True)
+    return x, x.dtype
+
+
 def time_dtype(x: Array) -> Any:
     """Return the precision of times for a state: float32, or float64 where the state is float64.
 

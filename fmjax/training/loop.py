@@ -23,7 +23,7 @@ from fmjax.storage import checkpoint, files, owned
 from fmjax.storage.lock import check_owned
 from fmjax.training import logs, sharding
 from fmjax.training.signals import stop_signals
-from fmjax.training.step import State, init, make_step
+from fmjax.training.step import State, init, make_step, stand_in
 from fmjax.types import Batch, Cond, Method, Params
 
 FETCH = 32  # steps between two looks at the metrics: NaN is found soon, and few steps are in flight
@@ -89,7 +89,7 @@ class Plan:
         schedule: how long it trains and how often it reports.
         seed: seed of parameters and noise.
         ema: decay of the averaged parameters.
-        target: whose parameters are the teacher's: ``"self"``, ``"ema"`` or ``"frozen"``.
+        target: whose parameters are the teacher's: ``"self"``, ``"ema"``, ``"frozen"`` or ``"both"``.
         fsdp: split large arrays of parameters, optimiser and average over the devices.
         mesh: the devices; by default all of them.
     """
@@ -235,7 +235,9 @@ def check_plan(plan: Plan) -> None:
     params = jax.eval_shape(plan.model.init, jax.random.key(0), *_example(plan))
     part = lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype)
     keys = jax.eval_shape(lambda: example_keys(jax.random.key(0), jnp.arange(rows)))
-    jax.eval_shape(plan.method.loss, params, params, jax.tree.map(part, numbered_batch(plan, 0)), keys)
+    jax.eval_shape(
+        plan.method.loss, params, stand_in(plan.target, params), jax.tree.map(part, numbered_batch(plan, 0)), keys
+    )
 
 
 def initial_state(plan: Plan, params: Params | None = None) -> State:
@@ -273,7 +275,7 @@ def train(
         plan: the run.
         directory: the folder of its records and checkpoints.
         params: the parameters to start from; by default drawn from the plan's seed.
-        teacher: the parameters of a frozen teacher, where ``plan.target`` is ``"frozen"``.
+        teacher: the parameters of a frozen teacher, where ``plan.target`` is ``"frozen"`` or ``"both"``.
         hooks: functions of step and state, called at each record.
         record: plain values that each checkpoint keeps as the ``"run"`` of its metadata, such as a config.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fmjax.keys import example_keys
 from fmjax.training import loop
+from fmjax.training.step import stand_in
 
 
 def checkpoint_bytes(plan: loop.Plan) -> int:
@@ -36,7 +37,9 @@ def uses_progress(plan: loop.Plan) -> bool:
     params = jax.eval_shape(lambda: loop.initial_parameters(plan))
     keys = example_keys(jax.random.key(0), jnp.arange(len(batch.x1)))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
-    loss = lambda progress: plan.method.loss(zeros, zeros, batch._replace(progress=progress), keys)
+    loss = lambda progress: plan.method.loss(
+        zeros, stand_in(plan.target, zeros), batch._replace(progress=progress), keys
+    )
     traced = jax.make_jaxpr(loss)(batch.progress).jaxpr
     (progress,) = traced.invars
     return any(progress is variable for equation in traced.eqns for variable in equation.invars)

@@ -18,12 +18,14 @@ from jax.sharding import PartitionSpec as P
 
 from fmjax import checks
 from fmjax.keys import example_keys, is_key
+from fmjax.methods.common import Teachers
 from fmjax.nets.state import keep_state
 from fmjax.training import sharding
 from fmjax.training.sharding import AXIS
 from fmjax.types import Aux, Batch, LossFn, Params
 
-TARGETS = ("self", "ema", "frozen")
+TARGETS = ("self", "ema", "frozen", "both")
+NEEDS_TEACHER = ("frozen", "both")
 GAPS = ("residual_gap_0", *(f"residual_gap_{a:g}_{a + 0.25:g}" for a in (0, 0.25, 0.5, 0.75)))
 
 
@@ -94,7 +96,7 @@ class Step:
     def _check(self, key, teacher) -> None:
         if not is_key(key) or key.ndim:
             raise TypeError("key must be one typed PRNG key, jax.random.key(seed): the step folds it per example")
-        if (teacher is None) == (self._target == "frozen"):
+        if (teacher is None) == (self._target in NEEDS_TEACHER):
             hint = "needs teacher=params" if teacher is None else "takes no teacher"
             raise ValueError(f"target={self._target!r} {hint}")
 
@@ -154,7 +156,8 @@ def make_step(
         tx: the optimiser that ``init`` got.
         mesh: the devices; by default all of them.
         ema: decay of the average, in [0, 1); 0 keeps no average.
-        target: whose parameters are the teacher's: ``"self"``, ``"ema"`` or ``"frozen"`` (the argument ``teacher``).
+        target: whose parameters are the teacher's: ``"self"``, ``"ema"``, ``"frozen"`` (the argument ``teacher``), or
+            ``"both"``, the ``methods.common.Teachers`` of the argument and the average.
         fsdp: split large arrays over the devices, as ``init`` did.
 
     Returns:
@@ -187,8 +190,9 @@ def make_step(
         layout = sharding.specs(state.params, mesh, fsdp=fsdp)
         # the average is carried in float32: a teacher computes in the parameters' precision
         average = lambda: jax.tree.map(lambda a, p: a.astype(p.dtype), state.ema, state.params)
-        teacher = average() if target == "ema" else teacher
-        teacher_layout = layout if target == "ema" else jax.tree.map(lambda _: P(), teacher)
+        whole = jax.tree.map(lambda _: P(), teacher)
+        teacher = average() if target == "ema" else Teachers(teacher, average()) if target == "both" else teacher
+        teacher_layout = layout if target == "ema" else Teachers(whole, layout) if target == "both" else whole
 
         def local(params, teacher, batch, key):
             params = sharding.gather(params, layout)
@@ -214,6 +218,19 @@ def make_step(
         return State(state.step + 1, params, opt_state, average), metrics
 
     return Step(update, mesh, target)
+
+
+def stand_in(target: str, params: Params) -> Params | Teachers:
+    """Return parameters in the form of a target, to trace a loss before there is a teacher.
+
+    Args:
+        target: one of ``TARGETS``.
+        params: parameters, or their shapes.
+
+    Returns:
+        ``params``, or a pair of them.
+    """
+    return Teachers(params, params) if target == "both" else params
 
 
 def _means(value: jax.Array, aux: Aux) -> dict[str, jax.Array]:

@@ -17,7 +17,7 @@ from absl import app, flags
 
 from launch.bench.measure import markdown
 
-NAMES = ("corrected", "costs", "learned", "maps", "mismatch", "nets", "pushed", "runs", "straightened")
+NAMES = ("compiled", "corrected", "costs", "learned", "maps", "mismatch", "nets", "pushed", "runs", "straightened")
 MODULES = [importlib.import_module(f"launch.bench.{name}") for name in NAMES]
 SUITES = {suite.__name__: suite for module in MODULES for suite in module.SUITES}
 

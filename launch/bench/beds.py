@@ -18,7 +18,7 @@ from configs import base
 from fmjax import correction, metrics, sampling
 from fmjax.correction import Evaluations, Marginals, Placement
 from fmjax.data import Dataset, in_memory
-from fmjax.experiments import assemble, build, comparison, drawing, report, settings
+from fmjax.experiments import assemble, build, comparison, drawing, measuring, report, settings
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.samplers import DRIFT, FLOW, Sampler
 from fmjax.keys import as_keys
@@ -313,7 +313,7 @@ def measured(b: Bed, rows: list[Row]) -> list[dict]:
     for r in rows:
         placement = chosen(b, r)
         samples = np.stack([r.draw(key, placement) for key in keys(REPORTING, b.problem.seeds)])
-        values = comparison.measure(samples, b.metrics)
+        values = measuring.measure(samples, b.metrics)
         before = baselines.setdefault(r.group or r.steps, values[first])
         change = "-" if r.kind == "none" else text([x - y for x, y in zip(values[first], before, strict=True)])
         strength = f"{placement.alpha[0]:g}, {placement.beta[0]:g}" if r.kind in ALPHAS else "-"
@@ -322,7 +322,7 @@ def measured(b: Bed, rows: list[Row]) -> list[dict]:
             r.label | costs | {name: text(each) for name, each in values.items()} | {f"{first}, change": change}
         )
     draws = Draws(b.problem.seeds, b.problem.samples, 0)
-    floor = comparison.measure(comparison.training_runs(b.data, draws), b.metrics)
+    floor = measuring.measure(comparison.training_runs(b.data, draws), b.metrics)
     blank = dict.fromkeys(table[0], "-") | {next(iter(table[0])): "training data"}
     return [*table, blank | {name: text(each) for name, each in floor.items()}]
 

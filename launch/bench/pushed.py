@@ -17,6 +17,7 @@ from fmjax.experiments import (
     comparison,
     drawing,
     evaluate,
+    measuring,
     networks,
     pushes,
     report,
@@ -175,7 +176,7 @@ def pushed_digits(repeats: int) -> list[dict]:
             if name == "affine, then push":
                 again = _second_round(config, data, sampler, ready, drawn[sampler.name])
                 rows.append(_row(plain, "affine, then push, twice", cost.nfe, again, distances))
-    floor = comparison.measure(comparison.training_runs(data, draws), distances)
+    floor = measuring.measure(comparison.training_runs(data, draws), distances)
     cells = {name: report.plus_minus(*metrics.mean_se(values)) for name, values in floor.items()}
     return [*rows, {"sampler": "training data", "correction": "-", "NFE": "-"} | cells]
 
@@ -197,7 +198,7 @@ def _pushed(plain: Sampler, *, by: str, at: tuple[int, ...], **options) -> Sampl
 
 
 def _row(plain: Sampler, name: str, nfe: int, x: np.ndarray, distances) -> dict:
-    values = comparison.measure(x, distances)
+    values = measuring.measure(x, distances)
     cells = {metric: report.plus_minus(*metrics.mean_se(v)) for metric, v in values.items()}
     return {"sampler": plain.name, "correction": name, "NFE": nfe} | cells
 
