@@ -87,7 +87,7 @@ def check_net(spec: Spec, data: Dataset, *, conditional: bool = False, field: st
     module = specs.offers(specs.NET).get(name)
     if module is None:
         return
-    if {"tokens", "times"} & set(specs.options_of(module)):  # of discrete data, and of whole trajectories
+    if name in ("token_net", "temporal_net"):  # of discrete data, and of whole trajectories
         raise Refusal(field, name, "belongs to methods that are trained in Python", "Take 'mlp' or another network")
     axes = getattr(typing.get_type_hints(module.__call__, include_extras=True).get("x"), "dim_str", "...").split()
     shape = list(data.train.x.shape[1:])
