@@ -70,7 +70,7 @@ def state_dict(content: Any, *, part: str | None = None) -> tuple[dict[str, np.n
     'model'
     >>> state_dict({"model": network, "model_ema": network})
     Traceback (most recent call last):
-    ValueError: part=None: the file has several networks, model, model_ema. Give one of them as --part.
+    fmjax.checks.Refusal: part=None: the file has several networks, model, model_ema. Give one of them as --part.
     """
     entries = content if isinstance(content, dict) else {}
     states: dict[str | None, dict[str, np.ndarray]] = {None: _arrays(entries), **_within(entries)}

@@ -62,7 +62,7 @@ def tfds(
 
     >>> tfds(dataset="https://example.org/x")
     Traceback (most recent call last):
-    ValueError: dataset='https://example.org/x': not a name of TFDS. Give a name, such as 'cifar100'.
+    fmjax.checks.Refusal: dataset='https://example.org/x': not a name of TFDS. Give a name, such as 'cifar100'.
     """
     check_hints(tfds, {"size": size, "channels": channels, "validation": validation, "test": test, "seed": seed})
     if not NAME.fullmatch(dataset):

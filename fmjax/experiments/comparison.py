@@ -156,11 +156,25 @@ def choosing_distances(settings: Settings, data: Dataset, names: Sequence[Sample
         names: the samplers that are compared.
 
     Returns:
-        The metrics without a teacher; nothing for a single sampler.
+        The metrics without a teacher for which the split is large enough; nothing for a single sampler.
+
+    Raises:
+        ValueError: corrections are to be chosen, and the split is too small for every metric.
     """
     if len(names) < 2:
         return []
-    return [m for m in distances(settings, data, data.validation, names=names) if m.teacher is None]
+    kept, small = [], None
+    for spec in settings.metrics or (None,):
+        single = settings._replace(metrics=(spec,)) if spec is not None else settings
+        try:
+            kept += distances(single, data, data.validation, names=names)
+        except Refusal as error:
+            if not str(error).startswith("reference="):
+                raise
+            small = error
+    if small and not kept and any(s.at for s in names):
+        raise small
+    return [m for m in kept if m.teacher is None]
 
 
 def draw_all(names: Sequence[Sampler], models: Models, draws: Draws, *, directory, identity: str):

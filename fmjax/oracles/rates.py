@@ -25,7 +25,7 @@ def consistency_maps(variance: float, steps: int) -> np.ndarray:
         ``a_0 .. a_N``, float64.
 
     >>> bias = [abs(consistency_maps(0.5, n)[-1] - 0.5**0.5) for n in (100, 200)]
-    >>> round(bias[0], 4), round(bias[0] / bias[1], 2)
+    >>> round(float(bias[0]), 4), round(float(bias[0] / bias[1]), 2)
     (0.0094, 1.99)
     """
     t = 1 - np.arange(steps + 1) / steps
