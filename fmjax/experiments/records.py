@@ -104,9 +104,25 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     >>> differing({"seed": 0, "clip": 1.0}, {"seed": 1, "clip": 1.0})
     {'seed': 'seed is 0 there, 1 here'}
     """
+    return {field: f"{field} is {a} there, {b} here" for field, (a, b) in differing_values(old, new).items()}
+
+
+def differing_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the values of the fields in which two records differ.
+
+    Args:
+        old: fields of one record.
+        new: fields of the other.
+
+    Returns:
+        Both values as JSON, ``"absent"`` where a record has no such field, by field.
+
+    >>> differing_values({"seed": 0, "clip": 1.0}, {"seed": 1})
+    {'clip': ('1.0', 'absent'), 'seed': ('0', '1')}
+    """
     show = lambda fields, field: json.dumps(fields[field]) if field in fields else ABSENT
-    fields = [field for field in sorted(old.keys() | new.keys()) if show(old, field) != show(new, field)]
-    return {field: f"{field} is {show(old, field)} there, {show(new, field)} here" for field in fields}
+    both = {field: (show(old, field), show(new, field)) for field in sorted(old.keys() | new.keys())}
+    return {field: (a, b) for field, (a, b) in both.items() if a != b}
 
 
 def tell(path: Path, problem: str | None, done: str) -> None:

@@ -162,10 +162,9 @@ def page(first: Measured, second: Measured) -> Contents:
     grids = _grids(both, common, [a["sampler"] for a in advised if a])
     shown = [label(p, a["sampler"]) for p, a in zip(both, advised, strict=True) if a]
     costs = {label(p, name): Spent(**cost) for p in both for name, cost in p.record.get("costs", {}).items()}
-    differing = records.differing(first.config, second.config)
-    value = lambda part, field: f"{part.config.get(field, records.ABSENT)}"
+    differing = records.differing_values(first.config, second.config)
     facts = {part.label: str(part.path) for part in both}
-    facts |= {f: f"{value(first, f)} in {first.label}; {value(second, f)} in {second.label}" for f in differing}
+    facts |= {f: f"{a} in {first.label}; {b} in {second.label}" for f, (a, b) in differing.items()}
     question = (
         f"How does {second.label} differ from {first.label}?",
         f"Each sampler of {second.label} is compared with the sampler of this name of {first.label}, by Welch's test.",

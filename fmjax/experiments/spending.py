@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Jaxpr
 
 from fmjax import sampling
 from fmjax.experiments import drawing, samplers, workdir
@@ -25,7 +27,7 @@ class Spent(NamedTuple):
 
     Attributes:
         nfe: network evaluations per sample.
-        flops: floating-point operations of the networks per sample; nan where they are unknown.
+        flops: floating-point operations of the networks per sample: matrix products and convolutions.
         seconds: seconds per 1000 samples on the machine of the run; nan where no time is recorded.
     """
 
@@ -49,20 +51,57 @@ class TrainingTime(NamedTuple):
 
 
 def flops(function: Any, *args: Any) -> float:
-    """Return the floating-point operations of a function, as XLA counts them before it optimises the function.
+    """Return the floating-point operations of the matrix products and convolutions of a function.
 
     Args:
-        function: a function of arrays; the body of a loop is counted once.
+        function: a function of arrays.
         *args: its arguments, possibly shapes.
 
     Returns:
-        The number; nan where the backend does not count.
+        The number.
 
     >>> flops(lambda a, b: a @ b, jnp.ones((2, 3)), jnp.ones((3, 4)))
     48.0
     """
-    analysis = jax.jit(function).lower(*args).cost_analysis()
-    return float((analysis or {}).get("flops", math.nan))
+    return float(sum(operations for _, operations in products(jax.make_jaxpr(function)(*args).jaxpr)))
+
+
+def products(jaxpr: Jaxpr) -> list[tuple[np.dtype, float]]:
+    """Return type and floating-point operations of every matrix product and convolution of a traced function.
+
+    Args:
+        jaxpr: the traced function. The body of a scan counts as often as it runs, so the layers of a network under a
+            scan do, and the largest branch of a condition; the body of a loop of unknown length counts once.
+
+    Returns:
+        Pairs ``(dtype, operations)``; a multiplication and an addition are two operations.
+
+    >>> layers = lambda x: jax.lax.scan(lambda y, w: (y @ w, None), x, jnp.ones((5, 3, 3)))[0]
+    >>> products(jax.make_jaxpr(layers)(jnp.ones((2, 3))).jaxpr)
+    [(dtype('float32'), 180.0)]
+    """
+    counted = []
+    for eqn in jaxpr.eqns:
+        inside = [
+            products(getattr(part, "jaxpr", part))
+            for value in eqn.params.values()
+            for part in (value if isinstance(value, (tuple, list)) else [value])
+            if hasattr(part, "eqns") or hasattr(part, "jaxpr")
+        ]
+        if eqn.primitive.name == "cond":
+            inside = [max(inside, key=lambda branch: sum(n for _, n in branch))]
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        counted += [(kind, times * n) for part in inside for kind, n in part]
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval
+            size = math.prod(left.shape[i] for i in contracted)
+            counted.append((left.dtype, 2.0 * eqn.outvars[0].aval.size * size))
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+            counted.append((kernel.dtype, 2.0 * eqn.outvars[0].aval.size * kernel.size / features))
+    return counted
 
 
 def sampler_flops(names: Sequence[Sampler], models: Models, costs: Mapping[str, sampling.Cost], cond: Cond) -> dict:

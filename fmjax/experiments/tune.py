@@ -16,6 +16,7 @@ import numpy as np
 from fmjax import checks, correction
 from fmjax.checks import Finite, NonNegativeFloat, Positive, Range, Refusal, check_hints
 from fmjax.experiments import assemble, build, comparison, drawing, networks, pages, report, samplers, workdir
+from fmjax.experiments.compared import draw_compared
 from fmjax.experiments.drawing import Draws, Models
 from fmjax.experiments.samplers import FLOW, Sampler
 from fmjax.experiments.settings import Settings
@@ -89,11 +90,10 @@ def main(
     entry = {"solver": solver, "steps": steps, "by": by, **{k: list(v) for k, v in best._asdict().items()}}
     tuned = samplers.corrected_samplers({"tuned": entry} if best.at else {}, [plain], [by])
     names = [plain, *tuned]
-    drawn = comparison.draw_all(names, models, draws, directory=path / "draws", identity=identity)
-    costs = {sampler.name: drawing.sampler_cost(sampler, models) for sampler in names}
+    drawn = draw_compared(names, models, draws, directory=path / "draws", identity=identity)
     metrics = comparison.distances(settings, data, data.test)
-    table = comparison.compare(names, drawn, costs, metrics, comparison.training_runs(data, draws))
-    contents = pages.tuning(data, choice, distance.name, plain.name, table, drawn, entry)
+    table = comparison.compare(names, drawn.x, drawn.costs, metrics, comparison.training_runs(data, draws))
+    contents = pages.tuning(data, choice, distance.name, plain.name, table, drawn.x, entry)
     report.write_report(folder / "report.html", contents)
     for sentence in contents.summary:
         print(sentence)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jax.experimental import topologies
 from configs import cifar10, imagenet64
 from fmjax import methods, nets, training
 from fmjax.experiments import build
+from fmjax.experiments.spending import products
 from fmjax.training import sharding
 from fmjax.types import Batch
 from launch.bench.measure import FOLDER
@@ -28,24 +28,6 @@ SLICES = {"v5e:2x4": 16 * 1024, "v5p:2x2x1": 95 * 1024}  # memory of a chip in M
 ROWS = 32  # examples a chip
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1, "f64": 8, "s64": 8, "u64": 8}
-
-
-def products(jaxpr, times: int = 1) -> Iterator[tuple[np.dtype, float]]:
-    """The type and the number of operations of every matrix product and convolution; a scan counts its length."""
-    for eqn in jaxpr.eqns:
-        n = times * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else times
-        for value in eqn.params.values():
-            for inner in jax.tree.leaves(value, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    yield from products(getattr(inner, "jaxpr", inner), n)
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            left = eqn.invars[0].aval
-            yield left.dtype, times * 2 * eqn.outvars[0].aval.size * np.prod([left.shape[i] for i in contracted])
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval
-            features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-            yield kernel.dtype, times * 2 * eqn.outvars[0].aval.size * kernel.size / features
 
 
 def collectives(program: str) -> dict[str, tuple[int, float]]:
