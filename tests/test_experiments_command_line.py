@@ -62,9 +62,16 @@ def test_another_network_by_a_flag_leaves_the_options_of_the_former(launch, tmp_
     assert dict(read.flow.net) == {"name": name}
     read, *_ = launch("--config.net.width=32", f"--config.net.name={name}")
     assert dict(read.flow.net) == {"name": name, "width": 32}
+    read, *_ = launch(f"--config.net={name}", "--config.net.width=32")
+    assert dict(read.flow.net) == {"name": name, "width": 32}
     same, *_ = launch("--config.net.name=mlp", "--config.net.width=32")
     whole, *_ = launch("--config.net.width=32")
     assert dict(same.flow.net) == dict(whole.flow.net) and "depth" in same.flow.net
+
+
+@pytest.mark.parametrize(("flag", "field"), [("sampling=x", "sampling='x'"), ("net={", "net='{'")])
+def test_a_word_for_a_mapping_without_a_name_is_refused(flag, field, launch):
+    assert refused(launch, f"--config.{flag}").startswith(f"{field}: the field is a mapping. Set its fields")
 
 
 def test_the_run_folder_is_config_enough(launch, tmp_path):

@@ -22,6 +22,7 @@ from fmjax.training import sharding
 from fmjax.training.signals import Interrupted, interrupts
 
 FILE = "FILE"
+MAPPING = re.compile(r"flag --config\.(\S+?)=(.*?): Failed to parse .* as a ConfigDict", re.DOTALL)
 NAMED = r"--config\.([\w.]+)\.name="  # a flag that names a network, a data set, ...
 NO_FIELD = "the config has no field"
 
@@ -182,7 +183,10 @@ def _read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -
         if not hasattr(config, "items"):  # ml_collections keeps a file's failure until the config is used
             raise TypeError(f"get_config returns {config!r:.40}, not a config")
     except (flags.Error, OSError, AttributeError, KeyError, TypeError) as error:
-        line = _explain(error, stored if stored is not None else holder["config"].value)
+        base = stored if stored is not None else holder["config"].value
+        if (named := _by_name(error, arguments, base)) != arguments:
+            return _read_config(named, path, trust=trust)
+        line = _explain(error, base)
         if isinstance(error, (flags.Error, OSError)) or line.startswith(NO_FIELD):
             raise ValueError(line) from error
         raise ValueError(_failure(arguments, error)) from error
@@ -196,6 +200,15 @@ def _read_config(arguments: Sequence[str], path: Path, *, trust: bool = False) -
         original = _read_config([a for a in arguments if not a.startswith("--config.")], path, trust=trust)
         _drop_other_options(config, original, arguments)
     return config
+
+
+def _by_name(error: Exception, arguments: Sequence[str], config: Any) -> Sequence[str]:
+    """Return the arguments with ``--config.net=NAME``, which ml_collections refuses, as ``--config.net.name=NAME``."""
+    refused = MAPPING.search(str(error))
+    if not refused or f"{refused[1]}.name" not in field_names(config) or not re.fullmatch(r"[\w./~:-]+", refused[2]):
+        return arguments
+    flag = f"--config.{refused[1]}="
+    return [a.replace(flag, f"{flag[:-1]}.name=", 1) if a.startswith(flag) else a for a in arguments]
 
 
 def _drop_other_options(config: Any, original: Any, arguments: Sequence[str]) -> None:
@@ -252,6 +265,9 @@ def _explain(error: Exception, config: Any = None) -> str:
     quoted = re.fullmatch(r"[\"'\\]*(\w+)[\"'\\]*(?:(?:\\n|\s)*Did you mean \"(\w+)\".*)?", text, re.DOTALL)
     if quoted and isinstance(error, (AttributeError, KeyError)):
         return f"{NO_FIELD} {quoted[1]!r}" + (f"; did you mean {quoted[2]!r}?" if quoted[2] else "")
+    if mapping := MAPPING.search(text):
+        way_out = f"Set its fields, as in --config.{mapping[1]}.FIELD=VALUE"
+        return str(checks.Refusal(mapping[1], mapping[2], "the field is a mapping", way_out))
     missing = re.search(r"No such file or directory: '(.*?)'", text)
     if "Error whilst parsing config file" in text and not missing:
         value, cause = text.partition("--config=")[2].partition(": ")[0], text.strip().splitlines()[-1]
