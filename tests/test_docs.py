@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import re
 import shlex
 import sys
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import fmjax
 from fmjax.experiments import command_line
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +20,7 @@ DOCS = ROOT / "docs"
 if not (DOCS / "conf.py").exists():
     pytest.skip("needs the repository's docs", allow_module_level=True)
 sys.path.append(str(DOCS / "extensions"))
-literate, tables = (importlib.import_module(name) for name in ("literate", "tables"))
+faces, literate, tables = (importlib.import_module(name) for name in ("faces", "literate", "tables"))
 SCRIPTS = literate.scripts()
 WRITTEN = {script.with_suffix(".md") for script in SCRIPTS}  # pages that the build of the site writes
 PAGES = sorted(set(DOCS.rglob("*.md")) - WRITTEN)
@@ -156,6 +158,20 @@ def test_a_script_prints_what_is_stored(script, as_users_call):
     assert [len(p) for p in pictures] == [len(p) for p in record["pictures"]]
     if jax.__version__ == record["jax"]:
         assert [words(t) for t in texts] == [words(t) for t in record["text"]]
+
+
+def test_every_package_has_a_page_of_reference():
+    """What ``fmjax`` exports, the pages that are written, and the pages in the contents are the same."""
+    contents = blocks((DOCS / "api" / "index.md").read_text(), "{toctree}")[0].split()
+    assert set(contents[2:]) == set(faces.PACKAGES)
+    modules = {f"fmjax.{name}" for name in fmjax.__all__ if inspect.ismodule(getattr(fmjax, name))}
+    assert modules - set(faces.PACKAGES) == {"fmjax.interpolants", "fmjax.predictions"}  # parts of the page of paths
+
+
+def test_every_command_is_in_the_reference():
+    text = (DOCS / "api" / "index.md").read_text()
+    commands = {file.stem for file in (ROOT / "launch").glob("*.py")} - {"__init__", "language"} | {"bench"}
+    assert set(re.findall(r"`python -m launch\.(\w+)`", text)) == commands
 
 
 @pytest.mark.slow

@@ -22,6 +22,8 @@ PACKAGES = {
     "fmjax.times": "Training times, and fractions that change during training",
     "fmjax.couplings": "Couplings",
     "fmjax.sources": "Sources",
+    "fmjax.tokens": "Paths of discrete data",
+    "fmjax.psd": "Positive semi-definite models",
     "fmjax.transport": "Optimal transport",
     "fmjax.types": "Types",
     "fmjax.keys": "Random keys",
