@@ -165,7 +165,8 @@ def test_every_package_has_a_page_of_reference():
     contents = blocks((DOCS / "api" / "index.md").read_text(), "{toctree}")[0].split()
     assert set(contents[2:]) == set(faces.PACKAGES)
     modules = {f"fmjax.{name}" for name in fmjax.__all__ if inspect.ismodule(getattr(fmjax, name))}
-    assert modules - set(faces.PACKAGES) == {"fmjax.interpolants", "fmjax.predictions"}  # parts of the page of paths
+    elsewhere = {"fmjax.interpolants", "fmjax.predictions", "fmjax.fractions"}  # on the pages of paths and times
+    assert modules - set(faces.PACKAGES) == elsewhere | {"fmjax.experiments"}  # the laboratory: commands and how-to
 
 
 def test_every_command_is_in_the_reference():
