@@ -231,7 +231,7 @@ def test_verdicts_stand_in_groups_and_those_of_one_comparison_together():
     more = contents(**PLAIN)
     more = more._replace(verdicts=[*more.verdicts, Verdict("rk4 corrected", "rk4 long", "W2", 0.05, 0.01, "harms")])
     text = Page(report.render(more)).text.replace("\u00a0", " ")
-    counts = "lower the distance in 2 of 4 paired comparisons, raise the distance in 1, and make no significant"
+    counts = "lower the distance in 2 of 4 comparisons, raise the distance in 1, and make no significant"
     assert f"{counts} difference in 1." in text
     helps, nothing, harms = (
         text.index(words) for words in ("▼ Helps in 2", "= No difference seen in 1", "▲ Harms in 1")
@@ -248,7 +248,7 @@ def test_verdicts_stand_in_groups_and_those_of_one_comparison_together():
 
 
 def test_the_count_line_reads_as_a_sentence():
-    assert "in 0 of 0 paired comparisons, raise the distance in 0," in report.count_line([])
+    assert "in 0 of 0 comparisons, raise the distance in 0," in report.count_line([])
     assert "in 1 of 1 paired comparison, raise the distance in 0," in report.count_line(contents().verdicts[:1])
 
 

@@ -239,7 +239,7 @@ def count_line(verdicts: Sequence[Verdict], subject: str = CORRECTIONS[2]) -> st
         The sentence.
     """
     helps, nothing, harms = (sum(v.verdict == kind for v in verdicts) for kind in VERDICTS)
-    comparisons = f"{len(verdicts)} paired comparison{'' if len(verdicts) == 1 else 's'}"
+    comparisons = f"{len(verdicts)} comparison{'' if len(verdicts) == 1 else 's'}"
     return (
         f"{subject} lower the distance in {helps} of {comparisons}, raise the distance in "
         f"{harms}, and make no significant difference in {nothing}."
