@@ -249,7 +249,7 @@ def test_verdicts_stand_in_groups_and_those_of_one_comparison_together():
 
 def test_the_count_line_reads_as_a_sentence():
     assert "in 0 of 0 comparisons, raise the distance in 0," in report.count_line([])
-    assert "in 1 of 1 paired comparison, raise the distance in 0," in report.count_line(contents().verdicts[:1])
+    assert "in 1 of 1 comparison, raise the distance in 0," in report.count_line(contents().verdicts[:1])
 
 
 def test_an_empty_part_is_left_out():
